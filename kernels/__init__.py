@@ -1,0 +1,1 @@
+"""Triton kernels, their torch references and CPU twins. Knows torch, triton and numba only."""

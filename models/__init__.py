@@ -1,0 +1,1 @@
+"""One file an architecture, shared decoder layers, safetensors loader. Knows kernels only."""

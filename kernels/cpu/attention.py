@@ -1,0 +1,293 @@
+"""Paged attention on the CPU, its KV layout, and the fused QK-norm + RoPE + KV write before it.
+
+The KV cache is laid out so that both products of attention are the GEMM tile of `simd`. A block of one layer,
+`block_size` a multiple of 16, dtype bf16 or fp32:
+
+    k  [kv_heads, block_size/16, head_dim, 16]      scores[rows, 16 positions] = q[rows, D] @ panel
+    v  [kv_heads, ceil(head_dim/16), block_size, 16]  out[rows, 16 dims] += p[rows, positions] @ panel
+
+Softmax is exact over the whole context in one pass (the scores of ≤ 6 query rows fit in L2 up to 32 K tokens),
+and every sum runs over positions in ascending order. A query's result therefore does not depend on how its
+prompt was chunked, nor on the batch, nor on which blocks it was given.
+
+Work is split into (tile of ≤ 6 query rows, kv head). The rows of a tile are (token, query head of the group):
+for decode the heads that share a KV head (GQA) are read together, in prefill several tokens are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit, prange, types
+from torch import Tensor
+
+from ..ops import AttentionMetadata, RopeTable
+from .gemm import LANES, Scratch, padded
+from .norm import rms_scale
+from .simd import MAX_ROWS, exp_f32, fetch_add, float_bits, gemm_tile, round_bf16, store_u16, store_u32
+
+NO_NORM, HEAD_NORM, FULL_NORM = 0, 1, 2
+
+
+def kv_block_shape(block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of one layer's share of a KV block, (k, v); ValueError unless block_size is a multiple of 16."""
+    if block_size < LANES or block_size % LANES:
+        raise ValueError(f"on the CPU a KV block holds a multiple of {LANES} tokens, got block size {block_size}")
+    k = (kv_heads, block_size // LANES, head_dim, LANES)
+    v = (kv_heads, padded(head_dim) // LANES, block_size, LANES)
+    return k, v
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _store(base, index, value, bf16):
+    if bf16:
+        store_u16(base + 2 * index, round_bf16(value))
+    else:
+        store_u32(base + 4 * index, float_bits(value))
+
+
+@njit(nogil=True, cache=True)
+def _rotate(head, cos, sin):
+    """Rotate (d, d + D/2) pairs in place: the half-split convention of Hugging Face checkpoints."""
+    half = head.shape[0] // 2
+    for d in range(half):
+        a, b = head[d], head[d + half]
+        head[d] = a * cos[d] - b * sin[d]
+        head[d + half] = b * cos[d] + a * sin[d]
+
+
+@njit(nogil=True, cache=True)
+def _normalise(row, weight, eps):
+    scale = rms_scale(row, eps)
+    for i in range(row.shape[0]):
+        row[i] = row[i] * scale * weight[i]
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _prepare_qkv(
+    qkv, heads, kv_heads, dim, norm, q_weight, k_weight, eps, clip, positions, slots, cos, sin, k_cache, v_cache,
+    k_block_bytes, v_block_bytes, block_size, bf16,
+):  # fmt: skip
+    q_size, kv_size = heads * dim, kv_heads * dim
+    v_panels = (dim + 15) // 16
+    for t in prange(qkv.shape[0]):
+        row = qkv[t]
+        q, k, v = row[:q_size], row[q_size : q_size + kv_size], row[q_size + kv_size : q_size + 2 * kv_size]
+        if norm == 2:
+            _normalise(q, q_weight, eps)
+            _normalise(k, k_weight, eps)
+        elif norm == 1:
+            for h in range(heads):
+                _normalise(q[h * dim : (h + 1) * dim], q_weight, eps)
+            for h in range(kv_heads):
+                _normalise(k[h * dim : (h + 1) * dim], k_weight, eps)
+        if clip > 0:
+            for i in range(q_size + 2 * kv_size):
+                row[i] = min(max(row[i], -clip), clip)
+        for h in range(heads):
+            _rotate(q[h * dim : (h + 1) * dim], cos[positions[t]], sin[positions[t]])
+        for h in range(kv_heads):
+            _rotate(k[h * dim : (h + 1) * dim], cos[positions[t]], sin[positions[t]])
+        block, offset = slots[t] // block_size, slots[t] % block_size
+        k_block, v_block = k_cache + block * k_block_bytes, v_cache + block * v_block_bytes
+        for h in range(kv_heads):
+            panel = (h * (block_size // 16) + offset // 16) * dim * 16 + offset % 16
+            for d in range(dim):
+                _store(k_block, panel + d * 16, k[h * dim + d], bf16)
+            for d in range(dim):
+                place = ((h * v_panels + d // 16) * block_size + offset) * 16 + d % 16
+                _store(v_block, place, v[h * dim + d], bf16)
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _sum(row):
+    total = types.float32(0.0)
+    for i in range(row.shape[0]):
+        total += row[i]
+    return total
+
+
+@njit(nogil=True, cache=True)
+def _softmax(row):
+    """In place; returns 1 / sum so that the caller scales the (shorter) output row."""
+    peak = row[0]
+    for i in range(1, row.shape[0]):
+        peak = max(peak, row[i])
+    for i in range(row.shape[0]):
+        row[i] = exp_f32(row[i] - peak)
+    return types.float32(1.0) / _sum(row)
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _attention(
+    qkv, heads, kv_heads, dim, softmax_scale, window, tile_sequence, tile_first_row, query_start, context_lens,
+    block_table, k_cache, v_cache, k_block_bytes, v_block_bytes, block_size, bf16, out, q_tile, scores, out_tile,
+    row_tables, counter, threads,
+):  # fmt: skip
+    group = heads // kv_heads
+    tiles = tile_sequence.shape[0]
+    item = 2 if bf16 else 4
+    v_panels = (dim + 15) // 16
+    score_stride = scores.shape[2] * 4
+    panels_per_block = block_size // 16
+    counter[0] = 0
+    claim = counter.ctypes.data
+    for thread in prange(threads):
+        q, score, result, rows_at = q_tile[thread], scores[thread], out_tile[thread], row_tables[thread]
+        inverse = np.empty(6, np.float32)
+        while True:
+            task = fetch_add(claim)
+            if task >= tiles * kv_heads:
+                break
+            tile, kv_head = task // kv_heads, task % kv_heads
+            sequence, first_row = tile_sequence[tile], tile_first_row[tile]
+            first_token = query_start[sequence]
+            query_len = query_start[sequence + 1] - first_token
+            rows = min(6, query_len * group - first_row)
+            past = context_lens[sequence] - query_len
+            for r in range(rows):
+                token, head = (first_row + r) // group, kv_head * group + (first_row + r) % group
+                for d in range(dim):
+                    q[r, d] = qkv[first_token + token, head * dim + d] * softmax_scale
+                rows_at[r] = q.ctypes.data + r * q.shape[1] * 4
+            end = past + (first_row + rows - 1) // group + 1
+            begin = 0
+            if window > 0:
+                begin = max(0, past + first_row // group + 1 - window)
+            first_block, last_block = begin // block_size, (end - 1) // block_size
+            origin = first_block * block_size
+            for b in range(first_block, last_block + 1):
+                base = k_cache + block_table[sequence, b] * k_block_bytes
+                base += kv_head * panels_per_block * dim * 16 * item
+                for p in range(min(panels_per_block, (end - b * block_size + 15) // 16)):
+                    y = score.ctypes.data + ((b - first_block) * block_size + p * 16) * 4
+                    gemm_tile(base + p * dim * 16 * item, bf16, rows_at.ctypes.data, rows, dim, y, score_stride, 0)
+            for r in range(rows):
+                position = past + (first_row + r) // group
+                low = max(0, position + 1 - window) if window > 0 else 0
+                score[r, : low - origin] = 0.0
+                inverse[r] = _softmax(score[r, low - origin : position + 1 - origin])
+                score[r, position + 1 - origin : end - origin] = 0.0
+            for panel in range(v_panels):
+                y = result.ctypes.data + panel * 64
+                for b in range(first_block, last_block + 1):
+                    for r in range(rows):
+                        rows_at[r] = score.ctypes.data + r * score_stride + (b - first_block) * block_size * 4
+                    base = v_cache + block_table[sequence, b] * v_block_bytes
+                    base += (kv_head * v_panels + panel) * block_size * 16 * item
+                    depth = min(block_size, end - b * block_size)
+                    gemm_tile(base, bf16, rows_at.ctypes.data, rows, depth, y, result.shape[1] * 4, b - first_block)
+            for r in range(rows):
+                token, head = (first_row + r) // group, kv_head * group + (first_row + r) % group
+                for d in range(dim):
+                    out[first_token + token, head * dim + d] = result[r, d] * inverse[r]
+
+
+class AttentionBuffers:
+    """Per-thread scratch: ≤ 6 query rows, their scores over `max_context` positions, their output."""
+
+    def __init__(self, head_dim: int, max_context: int, block_size: int, threads: int) -> None:
+        # A sliding window starts anywhere in a block, hence one block more than the context.
+        positions = (-(-max_context // block_size) + 1) * block_size
+        self.q = torch.zeros(threads, MAX_ROWS, head_dim)
+        self.scores = torch.zeros(threads, MAX_ROWS, positions)
+        self.out = torch.zeros(threads, MAX_ROWS, padded(head_dim))
+        self.row_tables = torch.zeros(threads, 8, dtype=torch.int64)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in vars(self).values())
+
+
+def prepare_qkv(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    norm: int,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    clip: float,
+    rope: RopeTable,
+    metadata: AttentionMetadata,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> None:
+    """QK-norm (NO_NORM, HEAD_NORM: weight [D], FULL_NORM: weight [heads·D]), clip (0: none), RoPE; in place.
+
+    qkv fp32 [T, ≥ (heads + 2·kv_heads)·D] becomes normalised and rotated; K and V are rounded to the cache's
+    dtype (nearest even) and written to `metadata.slot_mapping`.
+    """
+    _prepare_qkv(
+        qkv.numpy(),
+        heads,
+        kv_heads,
+        head_dim,
+        norm,
+        q_weight.numpy(),
+        k_weight.numpy(),
+        eps,
+        clip,
+        metadata.positions.numpy(),
+        metadata.slot_mapping.numpy(),
+        rope.cos.numpy(),
+        rope.sin.numpy(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        k_cache.stride(0) * k_cache.itemsize,
+        v_cache.stride(0) * v_cache.itemsize,
+        metadata.block_size,
+        k_cache.dtype == torch.bfloat16,
+    )
+
+
+def attention(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int,
+    metadata: AttentionMetadata,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    buffers: AttentionBuffers,
+    scratch: Scratch,
+) -> Tensor:
+    """Causal attention of the batch's queries over their cached contexts; window 0 means no sliding window.
+
+    qkv: as `prepare_qkv` left it; out fp32 [T, heads·D].
+    """
+    group = heads // kv_heads
+    query_lens = np.diff(metadata.query_start.numpy())
+    tiles = -(-query_lens * group // MAX_ROWS)
+    tile_sequence = np.repeat(np.arange(len(tiles)), tiles)
+    tile_first_row = (np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * MAX_ROWS
+    _attention(
+        qkv.numpy(),
+        heads,
+        kv_heads,
+        head_dim,
+        np.float32(head_dim**-0.5),
+        window,
+        tile_sequence,
+        tile_first_row,
+        metadata.query_start.numpy(),
+        metadata.context_lens.numpy(),
+        metadata.block_table.numpy(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        k_cache.stride(0) * k_cache.itemsize,
+        v_cache.stride(0) * v_cache.itemsize,
+        metadata.block_size,
+        k_cache.dtype == torch.bfloat16,
+        out.numpy(),
+        buffers.q.numpy(),
+        buffers.scores.numpy(),
+        buffers.out.numpy(),
+        buffers.row_tables.numpy(),
+        scratch.counter,
+        scratch.threads,
+    )
+    return out

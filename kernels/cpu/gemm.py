@@ -1,0 +1,120 @@
+"""Dense linear layers on the CPU: weights packed once into panels, multiplied by the tile of `simd`.
+
+Packed layout of a weight [N, K] (out_features, in_features), dtype bf16 or fp32:
+
+    [ceil(N/16), K, 16]   panel p holds columns 16p..16p+15 of the output; rows past N are zero
+
+A thread streams through a panel with one sequential read and needs no horizontal sum. Floor at few rows: the
+weight's bytes over memory bandwidth; at many: 2·M·N·K over the FMA rate.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from .simd import LANES, fetch_add, gemm_panel
+
+# Claiming a task costs an atomic and a branch (~50 ns); this many weight bytes take some µs to read.
+_TASK_BYTES = 64 * 1024
+
+
+def padded(n: int) -> int:
+    """`n` rounded up to whole panels of 16."""
+    return -(-n // LANES) * LANES
+
+
+def packed_bytes(n: int, k: int, dtype: torch.dtype) -> int:
+    """Bytes of a packed [n, k] weight."""
+    return padded(n) * k * dtype.itemsize
+
+
+def pack(weight: Tensor, out: Tensor) -> None:
+    """Write weight [N, K] (bf16 or fp32) into `out`, uint8 [packed_bytes(N, K, dtype)], bit for bit."""
+    n, k = weight.shape
+    bits = torch.int16 if weight.dtype == torch.bfloat16 else torch.int32
+    panels = out.view(bits).view(-1, k, LANES)
+    source = weight.contiguous().view(bits)
+    whole = n // LANES
+    panels[:whole].copy_(source[: whole * LANES].view(whole, LANES, k).transpose(1, 2))
+    if n % LANES:
+        panels[whole].zero_()
+        panels[whole, :, : n % LANES].copy_(source[whole * LANES :].t())
+
+
+def unpack(block: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of `pack`: weight [n, k]."""
+    panels = block.view(dtype).view(-1, k, LANES)
+    return panels.transpose(1, 2).reshape(-1, k)[:n].contiguous()
+
+
+@njit(nogil=True, cache=True)
+def fill_rows(row_table, first_address, stride_bytes, rows):
+    """row_table[r] = address of row r of a matrix: the tile reads x through a table of rows."""
+    for r in range(rows):
+        row_table[r] = first_address + r * stride_bytes
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _linear(weight, bf16, depth, panels, x, x_stride, rows, y, y_stride, row_table, counter, task_bytes, threads):
+    fill_rows(row_table, x, x_stride, rows)
+    panel_bytes = depth * 16 * (2 if bf16 else 4)
+    per_task = max(1, task_bytes // panel_bytes)
+    tasks = (panels + per_task - 1) // per_task
+    counter[0] = 0
+    claim = counter.ctypes.data
+    table = row_table.ctypes.data
+    for _ in prange(threads):
+        while True:
+            task = fetch_add(claim)
+            if task >= tasks:
+                break
+            for p in range(task * per_task, min(panels, (task + 1) * per_task)):
+                gemm_panel(weight + p * panel_bytes, bf16, table, rows, depth, y + p * 64, y_stride)
+
+
+def linear(x: Tensor, weight: Tensor, n: int, dtype: torch.dtype, y: Tensor, scratch: Scratch) -> Tensor:
+    """y[:, :n] = x @ W^T.
+
+    x fp32 [M, K]; weight: packed [n, K] of `dtype`; y fp32 [M, ≥ padded(n)] with contiguous rows, written in its
+    first padded(n) columns. Returns the view [M, n].
+    """
+    rows, depth = x.shape
+    if rows:
+        _linear(
+            weight.data_ptr(),
+            dtype == torch.bfloat16,
+            depth,
+            padded(n) // LANES,
+            x.data_ptr(),
+            x.stride(0) * 4,
+            rows,
+            y.data_ptr(),
+            y.stride(0) * 4,
+            scratch.row_table,
+            scratch.counter,
+            _TASK_BYTES,
+            scratch.threads,
+        )
+    return y[:rows, :n]
+
+
+class Scratch:
+    """What parallel kernels of one engine share: a work counter, a table of row addresses, a thread count."""
+
+    def __init__(self, max_rows: int, threads: int) -> None:
+        # A cache line to itself: every thread hits the counter.
+        self.counter = np.zeros(16, dtype=np.int64)
+        self.row_table = np.zeros(max(1, max_rows), dtype=np.int64)
+        self.threads = threads
+
+    @property
+    def nbytes(self) -> int:
+        return self.counter.nbytes + self.row_table.nbytes
+
+
+def linear_torch(x: Tensor, weight: Tensor) -> Tensor:
+    """Reference in float64: x [M, K], weight [N, K] → [M, N]."""
+    return x.double() @ weight.double().t()

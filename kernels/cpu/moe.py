@@ -1,0 +1,288 @@
+"""Mixture-of-experts layer on the CPU: routing, grouped GEMM over an ExpertTable, weighted combine.
+
+Data map for T tokens, E experts, R = T·top_k routed rows ("slots" of the sorted order):
+
+    topk_weights  fp32  [T, top_k]  router probabilities of the chosen experts       route → combine
+    row_of        int32 [T, top_k]  place of (token, choice) in expert order         route → combine
+    row_token     int32 [R]         token of each row, rows sorted by expert, stable  route → gate_up
+    expert_start  int32 [E + 1]     first row of each expert                         route → gate_up, down
+    activation    fp32  [R, I]      silu(gate) * up                                  gate_up → down
+    expert_out    fp32  [R, H]      down projection                                  down → combine
+
+The gate/up GEMM gathers its rows through the tile's row table, so no copy of the tokens is made; combine adds
+each token's top_k rows in the order of the router, so the result does not depend on who did the work.
+
+Packed layout of an expert, dtype bf16 or fp32:
+
+    GATE_UP  [ceil(I/16), 2, H, 16]   gate panel j, then up panel j: one sequential read for a tile of SwiGLU
+    DOWN     [ceil(H/16), I, 16]      as in `gemm`
+"""
+
+from __future__ import annotations
+
+import torch
+from numba import njit, prange, types
+from torch import Tensor
+
+from . import gemm
+from .gemm import LANES, Scratch, fill_rows, padded
+from .simd import exp_f32, fetch_add, gemm_panel
+
+_TASK_BYTES = 64 * 1024
+# Rows of gate and up kept per thread between the GEMM and SwiGLU: 2 x 48 x 16 fp32 = 6 KiB stay in L1.
+_CHUNK_ROWS = 48
+
+
+def gate_up_bytes(intermediate: int, hidden: int, dtype: torch.dtype) -> int:
+    """Bytes of a packed gate/up block."""
+    return 2 * padded(intermediate) * hidden * dtype.itemsize
+
+
+def pack_gate_up(gate_up: Tensor, out: Tensor) -> None:
+    """Write gate_up [2I, H] (gate rows, then up rows) into `out`, uint8 [gate_up_bytes(I, H, dtype)]."""
+    double, hidden = gate_up.shape
+    bits = torch.int16 if gate_up.dtype == torch.bfloat16 else torch.int32
+    panels = out.view(bits).view(-1, 2, hidden, LANES)
+    for which, half in enumerate(gate_up.view(2, double // 2, hidden)):
+        packed = torch.empty(gemm.packed_bytes(double // 2, hidden, half.dtype), dtype=torch.uint8)
+        gemm.pack(half, packed)
+        panels[:, which].copy_(packed.view(bits).view(-1, hidden, LANES))
+
+
+def unpack_gate_up(block: Tensor, intermediate: int, hidden: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of `pack_gate_up`: [2I, H]."""
+    panels = block.view(dtype).view(-1, 2, hidden, LANES)
+    halves = [
+        gemm.unpack(panels[:, which].contiguous().view(torch.uint8), intermediate, hidden, dtype)
+        for which in (0, 1)
+    ]
+    return torch.cat(halves)
+
+
+@njit(nogil=True, cache=True)
+def _top_k_of_token(logits, top_k, renormalise, ids, weights):
+    """Softmax over all experts, then the top_k largest in order (ties: lower id); one token."""
+    experts = logits.shape[0]
+    peak = logits[0]
+    for e in range(1, experts):
+        peak = max(peak, logits[e])
+    total = types.float32(0.0)
+    for e in range(experts):
+        total += exp_f32(logits[e] - peak)
+    chosen_sum = types.float32(0.0)
+    previous = -1
+    for choice in range(top_k):
+        best = -1
+        for e in range(experts):
+            after = previous < 0 or logits[e] < logits[previous] or (logits[e] == logits[previous] and e > previous)
+            if after and (best < 0 or logits[e] > logits[best]):
+                best = e
+        # NaN compares with nothing: keep the index legal and let the NaN show in the output.
+        best = best if best >= 0 else choice
+        ids[choice] = best
+        weights[choice] = exp_f32(logits[best] - peak) / total
+        chosen_sum += weights[choice]
+        previous = best
+    if renormalise:
+        for choice in range(top_k):
+            weights[choice] /= chosen_sum
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _route(logits, top_k, renormalise, topk_ids, topk_weights, row_of, row_token, expert_start):
+    tokens, experts = logits.shape
+    for t in prange(tokens):
+        _top_k_of_token(logits[t], top_k, renormalise, topk_ids[t], topk_weights[t])
+    expert_start[:] = 0
+    for t in range(tokens):
+        for choice in range(top_k):
+            expert_start[topk_ids[t, choice] + 1] += 1
+    for e in range(experts):
+        expert_start[e + 1] += expert_start[e]
+    # Counting sort, stable in token order: expert_start advances while filling and is shifted back afterwards.
+    for t in range(tokens):
+        for choice in range(top_k):
+            e = topk_ids[t, choice]
+            row = expert_start[e]
+            expert_start[e] = row + 1
+            row_of[t, choice] = row
+            row_token[row] = t
+    for e in range(experts, 0, -1):
+        expert_start[e] = expert_start[e - 1]
+    expert_start[0] = 0
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _gate_up(
+    table, bf16, hidden, panels, x, x_stride, row_token, expert_start, activation, row_table, tiles, counter,
+    task_bytes, threads,
+):  # fmt: skip
+    experts = expert_start.shape[0] - 1
+    for r in range(expert_start[experts]):
+        row_table[r] = x + row_token[r] * x_stride
+    panel_bytes = hidden * 16 * (2 if bf16 else 4)
+    per_task = max(1, task_bytes // (2 * panel_bytes))
+    groups = (panels + per_task - 1) // per_task
+    counter[0] = 0
+    claim = counter.ctypes.data
+    rows_base = row_table.ctypes.data
+    chunk = tiles.shape[2]
+    for thread in prange(threads):
+        gate, up = tiles[thread, 0], tiles[thread, 1]
+        while True:
+            task = fetch_add(claim)
+            if task >= experts * groups:
+                break
+            expert = task // groups
+            first, last = expert_start[expert], expert_start[expert + 1]
+            if first == last:
+                continue
+            group = task % groups
+            for p in range(group * per_task, min(panels, (group + 1) * per_task)):
+                block = table[expert, 0] + 2 * p * panel_bytes
+                for begin in range(first, last, chunk):
+                    count = min(chunk, last - begin)
+                    rows_at = rows_base + 8 * begin
+                    gemm_panel(block, bf16, rows_at, count, hidden, gate.ctypes.data, 64)
+                    gemm_panel(block + panel_bytes, bf16, rows_at, count, hidden, up.ctypes.data, 64)
+                    for r in range(count):
+                        for lane in range(16):
+                            g = gate[r, lane]
+                            activation[begin + r, p * 16 + lane] = (
+                                g / (types.float32(1.0) + exp_f32(-g)) * up[r, lane]
+                            )
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _down(
+    table, bf16, depth, panels, activation, act_stride, expert_start, out, out_stride, row_table, counter,
+    task_bytes, threads,
+):  # fmt: skip
+    experts = expert_start.shape[0] - 1
+    fill_rows(row_table, activation, act_stride, expert_start[experts])
+    panel_bytes = depth * 16 * (2 if bf16 else 4)
+    per_task = max(1, task_bytes // panel_bytes)
+    groups = (panels + per_task - 1) // per_task
+    counter[0] = 0
+    claim = counter.ctypes.data
+    rows_base = row_table.ctypes.data
+    for _ in prange(threads):
+        while True:
+            task = fetch_add(claim)
+            if task >= experts * groups:
+                break
+            expert = task // groups
+            first, last = expert_start[expert], expert_start[expert + 1]
+            if first == last:
+                continue
+            group = task % groups
+            for p in range(group * per_task, min(panels, (group + 1) * per_task)):
+                gemm_panel(
+                    table[expert, 1] + p * panel_bytes,
+                    bf16,
+                    rows_base + 8 * first,
+                    last - first,
+                    depth,
+                    out + first * out_stride + p * 64,
+                    out_stride,
+                )
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _combine(expert_out, topk_weights, row_of, residual, out):
+    tokens, top_k = row_of.shape
+    hidden = out.shape[1]
+    for t in prange(tokens):
+        for h in range(hidden):
+            total = types.float32(0.0)
+            for choice in range(top_k):
+                total += topk_weights[t, choice] * expert_out[row_of[t, choice], h]
+            out[t, h] = residual[t, h] + total
+
+
+class MoeBuffers:
+    """Buffers of one MoE layer for at most `max_tokens` tokens; all layers share them."""
+
+    def __init__(
+        self, max_tokens: int, hidden: int, intermediate: int, experts: int, top_k: int, threads: int
+    ) -> None:
+        rows = max_tokens * top_k
+        self.topk_ids = torch.zeros(max_tokens, top_k, dtype=torch.int32)
+        self.topk_weights = torch.zeros(max_tokens, top_k)
+        self.row_of = torch.zeros(max_tokens, top_k, dtype=torch.int32)
+        self.row_token = torch.zeros(rows, dtype=torch.int32)
+        self.expert_start = torch.zeros(experts + 1, dtype=torch.int32)
+        self.activation = torch.zeros(rows, padded(intermediate))
+        self.expert_out = torch.zeros(rows, padded(hidden))
+        self.tiles = torch.zeros(threads, 2, _CHUNK_ROWS, LANES)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in vars(self).values())
+
+
+def route(logits: Tensor, top_k: int, renormalise: bool, buffers: MoeBuffers) -> None:
+    """Softmax over fp32 logits [T, E], top_k experts a token (renormalised or not), rows sorted by expert."""
+    tokens = logits.shape[0]
+    _route(
+        logits.numpy(),
+        top_k,
+        renormalise,
+        buffers.topk_ids[:tokens].numpy(),
+        buffers.topk_weights[:tokens].numpy(),
+        buffers.row_of[:tokens].numpy(),
+        buffers.row_token.numpy(),
+        buffers.expert_start.numpy(),
+    )
+
+
+def gate_up(x: Tensor, addresses: Tensor, intermediate: int, dtype: torch.dtype, b: MoeBuffers, s: Scratch) -> None:
+    """activation[r] = silu(x[token of r] @ gate^T) * (x[token of r] @ up^T); x fp32 [T, H]."""
+    _gate_up(
+        addresses.numpy(),
+        dtype == torch.bfloat16,
+        x.shape[1],
+        padded(intermediate) // LANES,
+        x.data_ptr(),
+        x.stride(0) * 4,
+        b.row_token.numpy(),
+        b.expert_start.numpy(),
+        b.activation.numpy(),
+        s.row_table,
+        b.tiles.numpy(),
+        s.counter,
+        _TASK_BYTES,
+        s.threads,
+    )
+
+
+def down(addresses: Tensor, intermediate: int, dtype: torch.dtype, b: MoeBuffers, s: Scratch) -> None:
+    """expert_out[r] = activation[r, :I] @ down^T."""
+    _down(
+        addresses.numpy(),
+        dtype == torch.bfloat16,
+        intermediate,
+        b.expert_out.shape[1] // LANES,
+        b.activation.data_ptr(),
+        b.activation.stride(0) * 4,
+        b.expert_start.numpy(),
+        b.expert_out.data_ptr(),
+        b.expert_out.stride(0) * 4,
+        s.row_table,
+        s.counter,
+        _TASK_BYTES,
+        s.threads,
+    )
+
+
+def combine(residual: Tensor, out: Tensor, b: MoeBuffers) -> Tensor:
+    """out[t] = residual[t] + sum over choices of topk_weight * expert_out row; fp32 [T, H], may alias residual."""
+    tokens = residual.shape[0]
+    _combine(
+        b.expert_out.numpy(),
+        b.topk_weights[:tokens].numpy(),
+        b.row_of[:tokens].numpy(),
+        residual.numpy(),
+        out.numpy(),
+    )
+    return out

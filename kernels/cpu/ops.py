@@ -1,0 +1,191 @@
+"""CpuOps: the operations of a decoder on the CPU kernels, with every buffer made once.
+
+Activations are fp32 whatever the weights are: upcasting bf16 is free in the kernels, and the result is closer to
+exact arithmetic than bf16 activations would be. Packed weights and KV cache keep the model's dtype.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numba
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from ..expert_table import DOWN, GATE_UP
+from ..ops import AttentionMetadata, LayerDims, LayerExperts, Limits, PackedLinear, RopeTable
+from . import attention as attn
+from . import gemm, moe
+from .norm import rms_norm
+
+_NORMS = {"none": attn.NO_NORM, "head": attn.HEAD_NORM, "full": attn.FULL_NORM}
+
+
+def default_threads() -> int:
+    """Processors that this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return min(usable, numba.config.NUMBA_NUM_THREADS)
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _add(a, b, out):
+    for t in prange(a.shape[0]):
+        for h in range(a.shape[1]):
+            out[t, h] = a[t, h] + b[t, h]
+
+
+class CpuOps:
+    """Kernels plus workspace for at most `limits`; one engine owns one (not thread-safe).
+
+    Buffers are reused by every layer, so a result is valid until the same operation runs again.
+    """
+
+    device = torch.device("cpu")
+    act_dtype = torch.float32
+
+    def __init__(self, dims: LayerDims, limits: Limits, threads: int | None = None) -> None:
+        if dims.dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"CPU kernels take bfloat16 or float32 weights, got {dims.dtype}")
+        self.dims, self.limits = dims, limits
+        self.threads = threads or default_threads()
+        numba.set_num_threads(self.threads)
+        tokens, pad = limits.tokens, gemm.padded
+        self._scratch = gemm.Scratch(tokens * max(1, dims.top_k), self.threads)
+        self._moe = moe.MoeBuffers(tokens, dims.hidden, dims.intermediate, dims.experts, dims.top_k, self.threads)
+        self._attention = attn.AttentionBuffers(dims.head_dim, limits.context, limits.block_size, self.threads)
+        self._buffers = {
+            "hidden": torch.zeros(tokens, dims.hidden),
+            "normed": torch.zeros(tokens, dims.hidden),
+            "qkv": torch.zeros(tokens, pad(dims.qkv_size)),
+            "attended": torch.zeros(tokens, dims.heads * dims.head_dim),
+            "projected": torch.zeros(tokens, pad(dims.hidden)),
+            "router": torch.zeros(tokens, pad(dims.experts)),
+            "logits": torch.zeros(limits.sequences, pad(dims.vocab)),
+        }
+        self._no_norm = torch.zeros(0)
+        self.workspace_bytes = (
+            sum(b.nbytes for b in self._buffers.values())
+            + self._scratch.nbytes
+            + self._moe.nbytes
+            + self._attention.nbytes
+        )
+
+    # Layouts: opaque to everybody else.
+
+    def packed_bytes(self, n: int, k: int) -> int:
+        return gemm.packed_bytes(n, k, self.dims.dtype)
+
+    def pack(self, weight: Tensor, out: Tensor) -> None:
+        gemm.pack(weight, out)
+
+    def unpack(self, block: Tensor, n: int, k: int) -> Tensor:
+        return gemm.unpack(block, n, k, self.dims.dtype)
+
+    def expert_bytes(self) -> tuple[int, int]:
+        """Bytes of one expert's (gate/up, down) blocks."""
+        d = self.dims
+        return (
+            moe.gate_up_bytes(d.intermediate, d.hidden, d.dtype),
+            gemm.packed_bytes(d.hidden, d.intermediate, d.dtype),
+        )
+
+    def pack_expert(self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor]) -> None:
+        """gate_up [2I, H], down [H, I] → the two uint8 blocks of `expert_bytes`."""
+        moe.pack_gate_up(gate_up, out[GATE_UP])
+        gemm.pack(down, out[DOWN])
+
+    def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        d = self.dims
+        return (
+            moe.unpack_gate_up(blocks[GATE_UP], d.intermediate, d.hidden, d.dtype),
+            gemm.unpack(blocks[DOWN], d.hidden, d.intermediate, d.dtype),
+        )
+
+    def kv_block_shape(
+        self, block_size: int, kv_heads: int, head_dim: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return attn.kv_block_shape(block_size, kv_heads, head_dim)
+
+    # The forward pass.
+
+    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
+        """token_ids int64 [T], table [vocab, H] in the model's dtype → hidden fp32 [T, H]."""
+        hidden = self._buffers["hidden"][: len(token_ids)]
+        return hidden.copy_(table[token_ids])
+
+    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self.dims.eps, self._buffers["normed"][: len(x)])
+
+    def qkv(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        """[T, H] → [T, (heads + 2·kv_heads)·D]: q, k, v side by side."""
+        return self._linear(x, weight, "qkv")
+
+    def attention(
+        self,
+        qkv: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        rope: RopeTable,
+        metadata: AttentionMetadata,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
+        """QK-norm, RoPE, KV write, then causal attention over the paged context: [T, heads·D]."""
+        d = self.dims
+        attn.prepare_qkv(
+            qkv,
+            d.heads,
+            d.kv_heads,
+            d.head_dim,
+            _NORMS[d.qk_norm],
+            self._no_norm if q_norm is None else q_norm,
+            self._no_norm if k_norm is None else k_norm,
+            d.eps,
+            d.clip_qkv,
+            rope,
+            metadata,
+            k_cache,
+            v_cache,
+        )
+        out = self._buffers["attended"][: len(qkv)]
+        return attn.attention(
+            qkv,
+            d.heads,
+            d.kv_heads,
+            d.head_dim,
+            d.window,
+            metadata,
+            k_cache,
+            v_cache,
+            out,
+            self._attention,
+            self._scratch,
+        )
+
+    def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
+        """residual += x @ W^T; returns residual."""
+        projected = self._linear(x, weight, "projected")
+        _add(residual.numpy(), projected.numpy(), residual.numpy())
+        return residual
+
+    def moe_add(self, x: Tensor, router: PackedLinear, experts: LayerExperts, residual: Tensor) -> Tensor:
+        """residual += mixture of experts of x [T, H]; returns residual."""
+        d = self.dims
+        moe.route(self._linear(x, router, "router"), d.top_k, d.renormalise, self._moe)
+        addresses = experts.table.addresses
+        experts.wait(GATE_UP)
+        moe.gate_up(x, addresses, d.intermediate, d.dtype, self._moe, self._scratch)
+        experts.wait(DOWN)
+        moe.down(addresses, d.intermediate, d.dtype, self._moe, self._scratch)
+        return moe.combine(residual, residual, self._moe)
+
+    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        """[B, H] → fp32 [B, vocab]."""
+        return self._linear(x, weight, "logits")
+
+    def _linear(self, x: Tensor, weight: PackedLinear, name: str) -> Tensor:
+        y = gemm.linear(x, weight.block, weight.n, weight.dtype, self._buffers[name][: len(x)], self._scratch)
+        if weight.bias is not None:
+            y += weight.bias
+        return y

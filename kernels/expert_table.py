@@ -1,0 +1,50 @@
+"""The table through which a grouped GEMM finds its experts (the page table of expert paging).
+
+One table serves one layer. Entry (expert, tensor type) holds the address of a packed weight block and its
+format, so the experts of one launch may lie in resident memory, in a streaming slot or in pinned host memory:
+
+    addresses  int64 [E, 2]   address of block (expert, GATE_UP | DOWN)
+    formats    uint8 [E, 2]   how the block is encoded (FORMAT_DENSE: the backend's own layout of bf16/fp32)
+
+PagedTensor of the paper (arXiv 2604.02715 §4.1) keeps one virtual address an expert and remaps pages below it;
+here the kernels are ours, so the indirection is a table and no page is ever remapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GATE_UP, DOWN = 0, 1
+FORMAT_DENSE = 0
+
+
+@dataclass(frozen=True)
+class ExpertTable:
+    """Where every expert of one layer lies.
+
+    `blocks[e]` is (gate_up, down): uint8 tensors that keep the memory alive and let a kernel that cannot follow
+    raw addresses (the torch reference) view it; `addresses` and `formats` live on the blocks' device.
+    """
+
+    blocks: tuple[tuple[Tensor, Tensor], ...]
+    addresses: Tensor
+    formats: Tensor
+
+    @classmethod
+    def from_blocks(cls, blocks: Sequence[tuple[Tensor, Tensor]], device: torch.device | str) -> ExpertTable:
+        """Table over contiguous uint8 `blocks`, all dense; `device` is where the kernels read the table."""
+        for expert, pair in enumerate(blocks):
+            for block in pair:
+                if block.dtype != torch.uint8 or not block.is_contiguous():
+                    raise ValueError(f"expert {expert}: a block must be contiguous uint8, got {block.dtype}")
+        addresses = torch.tensor([[b.data_ptr() for b in pair] for pair in blocks], dtype=torch.int64)
+        formats = torch.full((len(blocks), 2), FORMAT_DENSE, dtype=torch.uint8)
+        return cls(tuple(blocks), addresses.reshape(-1, 2).to(device), formats.to(device))
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.blocks)

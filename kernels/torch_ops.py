@@ -1,0 +1,164 @@
+"""TorchOps: the operations of a decoder in plain torch, on any device.
+
+Slow and written independently of the fast kernels (loops over experts and sequences, no packing tricks): the
+oracle that they are tested against, and the path that runs on a GPU. Weights are packed row-major; a KV block is
+[block_size, kv_heads, head_dim] for K and for V.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+from .expert_table import DOWN, GATE_UP
+from .ops import AttentionMetadata, LayerDims, LayerExperts, Limits, PackedLinear, RopeTable
+
+
+class TorchOps:
+    """Same contract as CpuOps; `act_dtype` defaults to fp32 on the CPU and to the weights' dtype elsewhere.
+
+    torch allocates its temporaries itself: `workspace_bytes` is an upper bound on those of one layer at a time,
+    computed from the limits, not memory held in advance.
+    """
+
+    def __init__(
+        self,
+        dims: LayerDims,
+        limits: Limits,
+        device: torch.device | str = "cpu",
+        act_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.dims, self.limits, self.device = dims, limits, torch.device(device)
+        self.act_dtype = act_dtype or (torch.float32 if self.device.type == "cpu" else dims.dtype)
+        rows = limits.tokens * dims.top_k
+        floats = limits.tokens * (3 * dims.hidden + 2 * dims.qkv_size + 2 * dims.heads * dims.head_dim)
+        floats += 4 * limits.tokens * dims.experts + rows * (3 * dims.intermediate + 2 * dims.hidden)
+        floats += dims.heads * limits.context * (2 * limits.tokens + 4 * dims.head_dim)
+        floats += 2 * limits.sequences * dims.vocab
+        self.workspace_bytes = 4 * floats
+
+    def packed_bytes(self, n: int, k: int) -> int:
+        return n * k * self.dims.dtype.itemsize
+
+    def pack(self, weight: Tensor, out: Tensor) -> None:
+        out.view(self.dims.dtype).view(weight.shape).copy_(weight)
+
+    def unpack(self, block: Tensor, n: int, k: int) -> Tensor:
+        return block.view(self.dims.dtype).view(n, k)
+
+    def expert_bytes(self) -> tuple[int, int]:
+        d = self.dims
+        return self.packed_bytes(2 * d.intermediate, d.hidden), self.packed_bytes(d.hidden, d.intermediate)
+
+    def pack_expert(self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor]) -> None:
+        self.pack(gate_up, out[GATE_UP])
+        self.pack(down, out[DOWN])
+
+    def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        d = self.dims
+        return (
+            self.unpack(blocks[GATE_UP], 2 * d.intermediate, d.hidden),
+            self.unpack(blocks[DOWN], d.hidden, d.intermediate),
+        )
+
+    def kv_block_shape(
+        self, block_size: int, kv_heads: int, head_dim: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (block_size, kv_heads, head_dim), (block_size, kv_heads, head_dim)
+
+    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
+        return table[token_ids.to(table.device)].to(self.act_dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._norm(x, weight)
+
+    def qkv(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        return self._linear(x, weight)
+
+    def attention(
+        self,
+        qkv: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        rope: RopeTable,
+        metadata: AttentionMetadata,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
+        d = self.dims
+        q, k, v = qkv.split([d.heads * d.head_dim, d.kv_heads * d.head_dim, d.kv_heads * d.head_dim], dim=-1)
+        if d.qk_norm == "full":
+            q, k = self._norm(q, q_norm), self._norm(k, k_norm)
+        q, k, v = (rearrange(part, "t (h d) -> t h d", d=d.head_dim) for part in (q, k, v))
+        if d.qk_norm == "head":
+            q, k = self._norm(q, q_norm), self._norm(k, k_norm)
+        if d.clip_qkv:
+            q, k, v = (part.clamp(-d.clip_qkv, d.clip_qkv) for part in (q, k, v))
+        cos, sin = (t[metadata.positions.long()][:, None].to(q.dtype) for t in (rope.cos, rope.sin))
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        slots = metadata.slot_mapping
+        k_cache.view(-1, d.kv_heads, d.head_dim)[slots] = k.to(k_cache.dtype)
+        v_cache.view(-1, d.kv_heads, d.head_dim)[slots] = v.to(v_cache.dtype)
+        starts = metadata.query_start.tolist()
+        contexts = metadata.context_lens.tolist()
+        outputs = []
+        for b, context in enumerate(contexts):
+            blocks = metadata.block_table[b, : -(-context // metadata.block_size)].long()
+            keys = k_cache[blocks].reshape(-1, d.kv_heads, d.head_dim)[:context].to(self.act_dtype)
+            values = v_cache[blocks].reshape(-1, d.kv_heads, d.head_dim)[:context].to(self.act_dtype)
+            outputs.append(self._attend(q[starts[b] : starts[b + 1]], keys, values))
+        return torch.cat(outputs) if outputs else q.reshape(0, d.heads * d.head_dim)
+
+    def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
+        return residual + self._linear(x, weight)
+
+    def moe_add(self, x: Tensor, router: PackedLinear, experts: LayerExperts, residual: Tensor) -> Tensor:
+        d = self.dims
+        probabilities = self._linear(x, router).float().softmax(dim=-1)
+        weights, chosen = probabilities.topk(d.top_k, dim=-1)
+        if d.renormalise:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        experts.wait(GATE_UP)
+        experts.wait(DOWN)
+        out = residual.clone()
+        for expert in range(d.experts):
+            token, choice = torch.where(chosen == expert)
+            if len(token):
+                gate_up, down = self.unpack_expert(experts.table.blocks[expert])
+                gate, up = F.linear(x[token], gate_up.to(x.dtype)).chunk(2, dim=-1)
+                y = F.linear(F.silu(gate) * up, down.to(x.dtype))
+                out.index_add_(0, token, y * weights[token, choice, None].to(y.dtype))
+        return out
+
+    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        return self._linear(x, weight).float()
+
+    def _linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        w = self.unpack(weight.block, weight.n, weight.k).to(x.dtype)
+        return F.linear(x, w, None if weight.bias is None else weight.bias.to(x.dtype))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.dims.eps)
+        return (y * weight.float()).to(x.dtype)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [n, heads, D] are the last n positions of k, v [context, kv_heads, D] → [n, heads·D]."""
+        d, context = self.dims, len(k)
+        group = d.heads // d.kv_heads
+        k, v = (repeat(part, "c h d -> (h g) c d", g=group) for part in (k, v))
+        position = torch.arange(context - len(q), context, device=q.device)[:, None]
+        key = torch.arange(context, device=q.device)[None]
+        visible = key <= position
+        if d.window:
+            visible = visible & (key > position - d.window)
+        scores = torch.einsum("nhd,hcd->hnc", q, k).float() * d.head_dim**-0.5
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1).to(v.dtype)
+        return rearrange(torch.einsum("hnc,hcd->nhd", weights, v), "n h d -> n (h d)")
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

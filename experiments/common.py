@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def cli_main(main: Callable[[], None]) -> None:
@@ -36,6 +37,13 @@ def cli_main(main: Callable[[], None]) -> None:
 
 class UsageError(ValueError):
     """An argument of a script that cannot be meant."""
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser that keeps the error convention: one `error:` line, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see --help)")
 
 
 def is_script_error(error: BaseException) -> bool:

@@ -68,8 +68,9 @@ class TorchOps:
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (block_size, kv_heads, head_dim), (block_size, kv_heads, head_dim)
 
-    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
-        return table[token_ids.to(table.device)].to(self.act_dtype)
+    def embed(self, token_ids: Tensor, table: PackedLinear) -> Tensor:
+        rows = self.unpack(table.block, table.n, table.k)
+        return rows[token_ids.to(rows.device)].to(self.act_dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._norm(x, weight)

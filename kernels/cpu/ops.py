@@ -109,10 +109,11 @@ class CpuOps:
 
     # The forward pass.
 
-    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
-        """token_ids int64 [T], table [vocab, H] in the model's dtype → hidden fp32 [T, H]."""
-        hidden = self._buffers["hidden"][: len(token_ids)]
-        return hidden.copy_(table[token_ids])
+    def embed(self, token_ids: Tensor, table: PackedLinear) -> Tensor:
+        """token_ids int64 [T], table: packed [vocab, H] (so that tied embeddings are stored once) → fp32 [T, H]."""
+        panels = table.block.view(table.dtype).view(-1, table.k, gemm.LANES)
+        rows = panels[token_ids // gemm.LANES, :, token_ids % gemm.LANES]
+        return self._buffers["hidden"][: len(token_ids)].copy_(rows)
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.dims.eps, self._buffers["normed"][: len(x)])

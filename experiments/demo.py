@@ -1,0 +1,14 @@
+"""`make demo`: make a small checkpoint, serve it under a row of budgets, draw the figure. Under 4 minutes."""
+
+from __future__ import annotations
+
+from .common import cli_main
+from .memory_budget import main as memory_budget
+
+
+def main() -> None:
+    memory_budget(["--preset", "demo", "--out", "scratch/demo"])
+
+
+if __name__ == "__main__":
+    cli_main(main)

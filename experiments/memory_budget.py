@@ -1,0 +1,292 @@
+"""Throughput against memory budget, for several placements of the experts (the paper's headline question).
+
+    python -m fluxmoe.experiments.memory_budget --preset demo --out results/<hardware>/memory_budget
+
+One row of points.csv is one run: a placement under a budget that must hold non-expert weights, resident experts,
+slots, workspace and KV cache. Runs are interleaved over placements, so that a machine whose speed drifts does
+not favour one. A stopped sweep resumes where it was. Points that cannot run are rows with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import hashlib
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fluxmoe.models.config import ModelConfig, load_config
+from fluxmoe.runtime.budget import BudgetError, format_bytes, parse_bytes
+from fluxmoe.runtime.engine import Engine, resolve_device, summarise
+from fluxmoe.runtime.placement import POLICIES
+from fluxmoe.runtime.request import RequestOutput
+
+from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
+from .generate import add_engine_arguments, engine_config
+from .make_checkpoint import make_checkpoint
+from .plots import plot_memory_budget
+from .workloads import Lengths, drawn_lengths, make_requests, trace_lengths
+
+DEFAULT_PLACEMENTS = ("resident", "offload", "balanced", "host")
+COLUMNS = (
+    "placement", "budget_bytes", "repeat", "status", "reason", "tokens_per_s", "total_tokens_per_s",
+    "decode_tokens_per_s", "wall_s", "iterations", "requests", "refused", "generated_tokens", "max_batch",
+    "peak_batch", "preemptions", "swapped_blocks", "kv_blocks", "peak_kv_blocks", "block_size", "streamed_bytes",
+    "stall_s", "transfer_s", "hidden_share", "resident_share", "non_expert_weights", "resident_experts", "slots",
+    "workspace", "kv_cache", "host_bytes", "disk_bytes", "tokens_sha256",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model that make_checkpoint makes and a workload that suits it."""
+
+    model: dict
+    requests: int
+    context: int
+    output_tokens: int
+    max_batch: int
+    budgets: tuple[str, ...]
+
+
+_SMALL_MOE = dict(
+    arch="qwen3_moe", layers=8, experts=32, top_k=4, hidden=512, moe_intermediate=512, heads=8, kv_heads=8,
+    head_dim=64, vocab=8192, max_positions=4096,
+)  # fmt: skip
+
+PRESETS = {
+    # Ends within 4 minutes on two cores.
+    "demo": Preset(
+        {**_SMALL_MOE, "layers": 6}, requests=32, context=320, output_tokens=96, max_batch=32,
+        budgets=("96MiB", "144MiB", "224MiB", "320MiB", "352MiB", "416MiB", "512MiB"),
+    ),
+    # The committed figure: 403 MB of experts, 256 requests of up to 768 tokens.
+    "small": Preset(
+        _SMALL_MOE, requests=128, context=768, output_tokens=192, max_batch=64,
+        budgets=("128MiB", "192MiB", "256MiB", "320MiB", "384MiB", "448MiB", "480MiB", "512MiB", "576MiB",
+                 "704MiB", "960MiB", "1280MiB"),
+    ),
+}  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="fluxmoe.experiments.memory_budget", description=__doc__.splitlines()[0])
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint")
+    source.add_argument("--preset", choices=sorted(PRESETS), help="make a model and use a workload that suits it")
+    p.add_argument("--budgets", nargs="+", metavar="BYTES", help="e.g. 256MiB 512MiB 1GiB")
+    p.add_argument("--placements", nargs="+", choices=sorted(POLICIES), default=list(DEFAULT_PLACEMENTS))
+    p.add_argument("--requests", type=int, help="number of requests")
+    p.add_argument("--context", type=int, help="longest prompt + output")
+    p.add_argument("--output-tokens", type=int, help="output tokens of every request")
+    p.add_argument("--trace", metavar="CSV", help="request lengths from a trace instead of drawn ones")
+    p.add_argument("--repeats", type=int, default=1)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
+    p.add_argument("--out", required=True, metavar="DIR")
+    add_engine_arguments(p)
+    p.set_defaults(max_batch=None)
+    return p
+
+
+def preset_model(name: str, directory: Path, seed: int = 0) -> Path:
+    """The preset's checkpoint, made on first use."""
+    target = directory / name
+    spec = PRESETS[name].model
+    marker = target / "preset.json"
+    if marker.exists() and json.loads(marker.read_text()) == {**spec, "seed": seed}:
+        return target
+    if target.exists():
+        raise UsageError(f"{target} holds another model than preset {name} wants; remove it or give --checkpoints")
+    make_checkpoint(out=target, seed=seed, **spec)
+    write_json(marker, {**spec, "seed": seed})
+    return target
+
+
+def default_budgets(config: ModelConfig, max_batch: int, context: int) -> list[int]:
+    """A row from a few slots to everything resident with all the KV that a full batch needs."""
+    kv = max_batch * context * config.kv_bytes_per_token
+    weights = config.non_expert_bytes + config.expert_bytes_total
+    least = config.non_expert_bytes + 2 * config.expert_bytes_total // config.num_layers + kv // max_batch
+    row = [least * 1.3, weights * 0.5, weights * 0.8, weights + kv * 0.05]
+    row += [weights + kv * share for share in (0.15, 0.3, 0.6, 1.0)]
+    return sorted({int(-(-value // (1 << 20))) << 20 for value in row})
+
+
+def run_point(
+    args: argparse.Namespace, model: Path, config: ModelConfig, lengths: list[Lengths], placement: str, budget: int
+) -> dict:
+    """Serve the workload once; a point that cannot run comes back with its reason."""
+    requests = make_requests(lengths, config.vocab_size, args.seed)
+    longest = max(shape.prompt + shape.output for shape in lengths)
+    args.placement = placement
+    # --alpha means something to the placements that split; the others have theirs.
+    alpha = args.alpha if placement not in ("resident", "host") else None
+    settings = engine_config(args, longest, budget_bytes=budget, alpha=alpha, min_kv_tokens=longest)
+    row = {"status": "ok", "requests": len(requests), "max_batch": args.max_batch, "block_size": args.block_size}
+    try:
+        engine = Engine(model, settings)
+    except BudgetError as error:
+        return {**row, "status": "too_small", "reason": str(error)}
+    with engine:
+        outputs: dict[int, RequestOutput] = {}
+        steps = list(engine.steps(requests, outputs))
+        totals = summarise(steps)
+        generated = sum(len(output.token_ids) for output in outputs.values())
+        digest = hashlib.sha256(json.dumps([outputs[r.request_id].token_ids for r in requests]).encode())
+        wall = totals["wall_s"]
+        hidden = 1 - totals["stall_s"] / totals["transfer_s"] if totals["transfer_s"] else None
+        return {
+            **row,
+            **{key: totals[key] for key in totals if key in COLUMNS},
+            "tokens_per_s": generated / wall,
+            "total_tokens_per_s": (generated + sum(shape.prompt for shape in lengths)) / wall,
+            "refused": sum(output.finish_reason == "refused" for output in outputs.values()),
+            "generated_tokens": generated,
+            "kv_blocks": engine.kv.num_blocks,
+            "hidden_share": hidden,
+            "resident_share": engine.placement.alpha,
+            **engine.budget.lines(),
+            "host_bytes": engine.store.host_bytes,
+            "disk_bytes": engine.store.disk_bytes,
+            "tokens_sha256": digest.hexdigest()[:16],
+        }
+
+
+def read_rows(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
+def sweep(args: argparse.Namespace) -> list[dict]:
+    """Run every missing point; returns all rows, those of earlier runs included."""
+    device = resolve_device(args.device)
+    out = Path(args.out)
+    if args.repeats < 1:
+        raise UsageError("--repeats must be at least 1")
+    preset = PRESETS[args.preset] if args.preset else None
+    args.max_batch = args.max_batch or (preset.max_batch if preset else 64)
+    if preset:
+        args.requests = args.requests or preset.requests
+        args.context = args.context or preset.context
+        args.output_tokens = args.output_tokens or preset.output_tokens
+    model = preset_model(args.preset, Path(args.checkpoints)) if preset else Path(args.model)
+    config = load_config(model)
+    context = min(args.context or 1024, config.max_position_embeddings)
+    if args.trace:
+        lengths = trace_lengths(args.trace, args.requests, context)
+    else:
+        lengths = drawn_lengths(args.requests or 64, context, args.output_tokens or 64, args.seed)
+    if args.budgets or preset:
+        budgets = [parse_bytes(text) for text in (args.budgets or preset.budgets)]
+        if None in budgets:
+            raise UsageError("--budgets takes numbers of bytes; `all` is no point on an axis")
+    else:
+        budgets = default_budgets(config, args.max_batch, context)
+    settings = {
+        "model": {k: str(v) if k == "dtype" else v for k, v in asdict(config).items()},
+        "workload": [asdict(shape) for shape in lengths],
+        "seed": args.seed,
+        "engine": {
+            key: getattr(args, key)
+            for key in ("alpha", "slots", "max_batch", "max_batched_tokens", "block_size", "preemption", "threads")
+        },
+        "device": device.type,
+    }
+    identity = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    rows = _resume(out, identity)
+    done = {(row["placement"], int(row["budget_bytes"]), int(row["repeat"])) for row in rows}
+    points = [
+        (placement, budget, repeat)
+        for repeat in range(args.repeats)
+        for budget in budgets
+        for placement in args.placements
+        if (placement, budget, repeat) not in done
+    ]
+    summary = {**settings, "workload": _summary(lengths)}
+    write_json(out / "provenance.json", {**provenance(device.type, args.seed), "identity": identity, **summary})
+    _warm_up(args, model, config, points, lengths)
+    bar = tqdm(points, "points", unit="point")
+    for placement, budget, repeat in bar:
+        bar.set_postfix_str(f"{placement} {format_bytes(budget)}")
+        row = run_point(args, model, config, lengths, placement, budget)
+        rows.append({"placement": placement, "budget_bytes": budget, "repeat": repeat, **row})
+        write_rows(out / "points.csv", rows)
+        gc.collect()
+    return read_rows(out / "points.csv")
+
+
+def _resume(out: Path, identity: str) -> list[dict]:
+    rows = read_rows(out / "points.csv")
+    if rows:
+        known = json.loads((out / "provenance.json").read_text()).get("identity")
+        if known != identity:
+            raise UsageError(f"{out} holds points of another model, workload or setting; give another --out")
+    return rows
+
+
+def _summary(lengths: list[Lengths]) -> dict:
+    prompts, outputs = [s.prompt for s in lengths], [s.output for s in lengths]
+    return {
+        "requests": len(lengths),
+        "prompt_tokens": sum(prompts),
+        "output_tokens": sum(outputs),
+        "prompt_range": [min(prompts), max(prompts)],
+        "output_range": [min(outputs), max(outputs)],
+    }
+
+
+def _warm_up(args, model, config, points, lengths) -> None:
+    """Compile kernels and touch the checkpoint's pages before the first timed point."""
+    if points:
+        short = [Lengths(0.0, min(8, lengths[0].prompt), 2)] * 2
+        placement = "host" if "host" in POLICIES else points[0][0]
+        run_point(args, model, config, short, placement, max(budget for _, budget, _ in points))
+
+
+def print_table(rows: list[dict]) -> None:
+    """Best of the repeats, a line a point, and whether all runs gave the same tokens."""
+    print(
+        f"{'placement':>10} {'budget':>10} {'tokens/s':>9} {'batch':>6} {'KV blocks':>10} {'preempt.':>9} "
+        f"{'stall s':>8} {'transfer s':>11}"
+    )
+    for row in sorted(rows, key=lambda r: (int(r["budget_bytes"]), r["placement"], int(r["repeat"]))):
+        head = f"{row['placement']:>10} {format_bytes(int(row['budget_bytes'])):>10}"
+        if row["status"] != "ok":
+            print(f"{head} {'–':>9}  {row['reason']}")
+            continue
+        print(
+            f"{head} {float(row['tokens_per_s']):9.1f} {row['peak_batch']:>6} {row['kv_blocks']:>10} "
+            f"{row['preemptions']:>9} {float(row['stall_s']):8.2f} {float(row['transfer_s']):11.2f}"
+        )
+    digests = {row["tokens_sha256"] for row in rows if row["status"] == "ok"}
+    if digests:
+        verdict = "identical in all runs" if len(digests) == 1 else f"DIFFER: {len(digests)} variants"
+        print(f"tokens: {verdict}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    rows = sweep(args)
+    print_table(rows)
+    figure = plot_memory_budget(Path(args.out))
+    print(f"figure: {figure}")
+
+
+if __name__ == "__main__":
+    cli_main(main)

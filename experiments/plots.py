@@ -1,0 +1,77 @@
+"""Figures, drawn from files in results/ alone: no model, no GPU, no measurement."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+
+MIB = 1 << 20
+# Okabe-Ito: told apart with any colour vision, and by marker.
+STYLE = {
+    "resident": ("#000000", "o", "resident (all experts on the device)"),
+    "offload": ("#E69F00", "s", "offload (last layers in host, vLLM-O)"),
+    "balanced": ("#0072B2", "D", "balanced (same share of each layer streamed)"),
+    "host": ("#009E73", "^", "host (all experts streamed)"),
+    "disk": ("#CC79A7", "v", "disk (all experts streamed)"),
+}
+
+
+def plot_memory_budget(directory: Path) -> Path:
+    """throughput_vs_budget.png beside points.csv: medians over repeats, range as a bar; returns its path.
+
+    Hollow marks: requests were preempted (the KV cache thrashed). Crosses below the axis: the budget cannot hold
+    that placement.
+    """
+    points = pd.read_csv(directory / "points.csv")
+    about = json.loads((directory / "provenance.json").read_text())
+    figure, axis = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+    ran = points[points.status == "ok"]
+    top = ran.tokens_per_s.max() if len(ran) else 1.0
+    for index, (placement, rows) in enumerate(points.groupby("placement", sort=False)):
+        colour, marker, label = STYLE.get(placement, ("#56B4E9", "x", placement))
+        ok = rows[rows.status == "ok"]
+        grouped = ok.groupby("budget_bytes")
+        speed = grouped.tokens_per_s.median()
+        x = speed.index / MIB
+        spread = [speed - grouped.tokens_per_s.min(), grouped.tokens_per_s.max() - speed]
+        axis.errorbar(x, speed, yerr=spread, color=colour, linewidth=1.6, capsize=2, label=label, zorder=2)
+        thrashed = grouped.preemptions.max() > 0
+        for hollow in (False, True):
+            chosen = thrashed.to_numpy() == hollow
+            axis.plot(
+                x[chosen], speed[chosen], marker, color=colour, markersize=6,
+                markerfacecolor="white" if hollow else colour, zorder=3,
+            )  # fmt: skip
+        failed = sorted(set(rows[rows.status != "ok"].budget_bytes))
+        axis.plot(
+            [b / MIB for b in failed], [-0.035 * top * (index + 1)] * len(failed), "x", color=colour, markersize=5
+        )
+    axis.set_xscale("log")
+    ticks = sorted({round(b / MIB) for b in points.budget_bytes})
+    axis.set_xticks(ticks, [str(t) for t in ticks], rotation=45, fontsize=8)
+    axis.minorticks_off()
+    axis.axhline(0, color="0.6", linewidth=0.6)
+    axis.set_ylim(-0.045 * top * (points.placement.nunique() + 0.5), 1.08 * top)
+    axis.set_yticks([t for t in axis.get_yticks() if 0 <= t <= 1.08 * top])
+    axis.set_xlabel("memory budget (MiB): weights + slots + workspace + KV cache")
+    axis.set_ylabel("output tokens/s")
+    workload, model = about["workload"], about["model"]
+    axis.set_title(
+        f"{model['arch']}, {model['num_layers']} layers × {model['num_experts']} experts, "
+        f"{workload['requests']} requests; measured on {about['hardware']} ({about['cpus']} cores)",
+        fontsize=9,
+    )
+    axis.plot([], [], "o", color="0.4", markerfacecolor="white", label="hollow: requests were preempted")
+    axis.plot([], [], "x", color="0.4", label="budget too small for this placement")
+    axis.legend(fontsize=7.5, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    path = directory / "throughput_vs_budget.png"
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    return path

@@ -1,0 +1,79 @@
+"""Requests for experiments: fixed, drawn lengths, or a trace file. Prompts are random token ids."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fluxmoe.runtime.request import Request, SamplingParams
+
+from .common import UsageError
+
+TRACE_COLUMNS = ("arrived_at", "num_prefill_tokens", "num_decode_tokens")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """One request's shape: arrival (s), prompt tokens, output tokens."""
+
+    arrived_at: float
+    prompt: int
+    output: int
+
+
+def drawn_lengths(requests: int, context: int, output_tokens: int, seed: int) -> list[Lengths]:
+    """All arrive at once; output fixed, so that every run does equal work; prompt + output is uniform in
+    [context/2, context], as in a conversation service whose histories are cut at `context`."""
+    if output_tokens < 1 or requests < 1:
+        raise UsageError("--requests and --output-tokens must be at least 1")
+    if context < output_tokens + 1:
+        raise UsageError(f"--context {context} leaves no room for a prompt before {output_tokens} output tokens")
+    low = max(output_tokens + 1, context // 2)
+    totals = np.random.default_rng(seed).integers(low, context + 1, size=requests)
+    return [Lengths(0.0, int(total) - output_tokens, output_tokens) for total in totals]
+
+
+def trace_lengths(path: Path | str, requests: int | None, context: int, at_once: bool = True) -> list[Lengths]:
+    """The first `requests` rows of a trace CSV (columns of TRACE_COLUMNS), cut so that prompt + output ≤ context.
+
+    `at_once` ignores the arrival times (an offline batch, for throughput).
+    """
+    path = Path(path)
+    lengths = []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in TRACE_COLUMNS if name not in (reader.fieldnames or [])]
+        if missing:
+            raise UsageError(f"{path}: a trace needs the columns {', '.join(TRACE_COLUMNS)}; missing {missing}")
+        for number, row in enumerate(reader, start=2):
+            if requests is not None and len(lengths) == requests:
+                break
+            try:
+                arrived, prompt, output = (float(row[name]) for name in TRACE_COLUMNS)
+            except (TypeError, ValueError):
+                raise UsageError(f"{path}, line {number}: {row} is no row of three numbers") from None
+            if prompt < 1 or output < 1:
+                raise UsageError(f"{path}, line {number}: a request needs at least one prompt and output token")
+            output = min(int(output), context - 1)
+            prompt = min(int(prompt), context - output)
+            lengths.append(Lengths(0.0 if at_once else arrived, prompt, output))
+    if not lengths:
+        raise UsageError(f"{path} holds no request")
+    return lengths
+
+
+def make_requests(lengths: list[Lengths], vocab_size: int, seed: int) -> list[Request]:
+    """Greedy requests with random prompts that never stop early: the same work whatever the model answers."""
+    rng = np.random.default_rng(seed)
+    return [
+        Request(
+            request_id=i,
+            prompt_ids=tuple(rng.integers(0, vocab_size, size=shape.prompt).tolist()),
+            params=SamplingParams(max_new_tokens=shape.output, ignore_eos=True),
+            arrival_s=shape.arrived_at,
+        )
+        for i, shape in enumerate(lengths)
+    ]

@@ -1,0 +1,349 @@
+"""The engine: one budget, one checkpoint, requests in, tokens and per-iteration metrics out.
+
+    Checkpoint ─► ExpertStore (tiers) ─► streamer (slots) ─► Decoder ─► sampling
+    Scheduler ◄─► PagedKVCache            ▲ tables            ▲ batch
+
+Construction charges every device byte to a MemoryBudget in this order: non-expert weights, resident experts,
+slots, workspace; what is left is KV cache. Nothing big is loaded before the budget is known to suffice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from fluxmoe.kernels.cpu.ops import CpuOps
+from fluxmoe.kernels.ops import Limits, Ops
+from fluxmoe.kernels.torch_ops import TorchOps
+from fluxmoe.models.checkpoint import Checkpoint
+from fluxmoe.models.decoder import Decoder, layer_dims, non_expert_bytes
+
+from .batch import build_batch
+from .budget import MemoryBudget, available_bytes, format_bytes, require
+from .kv_cache import PagedKVCache
+from .placement import Placement, Tier, place
+from .profile import measure_bandwidths
+from .request import Request, RequestOutput, Sequence
+from .sampling import sample
+from .scheduler import Scheduler
+from .store import ExpertStore
+from .streamer import make_streamer, slot_bytes
+from .timeline import Timeline
+
+
+class DeviceError(ValueError):
+    """A device was asked for that this machine lacks."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to serve a model.
+
+    budget_bytes: device bytes for everything (None: all that is free). placement, alpha: see `placement.place`.
+    slots: streaming slots (S ≥ 2). max_batch: sequences in a batch. max_batched_tokens: tokens of one pass
+    (chunk size of prefill). block_size: tokens a KV block. preemption: recompute | swap. max_context: longest
+    prompt + output served (None: the model's limit). kernels: auto | torch (the slow reference on the CPU).
+    min_kv_tokens: the budget must hold at least this many
+    tokens of KV. threads: CPU threads (None: all). timeline: record loads and compute. poison: fill recycled slots with NaN. load_delay: seconds to wait before a
+    load of (layer, tensor type), for tests.
+    """
+
+    budget_bytes: int | None = None
+    placement: str = "resident"
+    alpha: float | None = None
+    slots: int = 2
+    max_batch: int = 64
+    max_batched_tokens: int = 256
+    block_size: int = 32
+    preemption: str = "recompute"
+    max_context: int | None = None
+    min_kv_tokens: int = 1
+    device: str = "auto"
+    kernels: str = "auto"
+    threads: int | None = None
+    disk_dir: Path | None = None
+    poison: bool = False
+    timeline: bool = False
+    progress: bool = False
+    load_delay: object | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One iteration. Times in seconds, `time_s` since the run began; blocks as they stood during the pass."""
+
+    iteration: int
+    time_s: float
+    duration_s: float
+    batch: int
+    prefill_tokens: int
+    decode_tokens: int
+    kv_blocks_used: int
+    kv_blocks: int
+    waiting: int
+    streamed_bytes: int
+    stall_s: float
+    transfer_s: float
+    preemptions: int
+    swapped_blocks: int
+    finished: int
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto | cpu | cuda → a device that exists here."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise DeviceError(f"unknown device {name!r}; choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("no CUDA device can be used here; run with --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _make_ops(config: EngineConfig, dims, limits: Limits, device: torch.device) -> Ops:
+    if config.kernels not in ("auto", "torch"):
+        raise DeviceError(f"unknown kernels {config.kernels!r}; choose auto or torch")
+    if device.type == "cpu" and config.kernels == "auto":
+        return CpuOps(dims, limits, config.threads)
+    return TorchOps(dims, limits, device)
+
+
+class Engine:
+    """Serves one checkpoint under one budget. Not thread-safe; use as a context manager, or call `close`.
+
+    Raises ConfigError or CheckpointError for a bad checkpoint, BudgetError if the budget cannot hold the model
+    and one KV block, DeviceError, PlacementError.
+    """
+
+    def __init__(self, model_dir: Path | str, config: EngineConfig = EngineConfig()) -> None:  # noqa: B008 frozen
+        self.config = config
+        self.device = resolve_device(config.device)
+        checkpoint = Checkpoint(model_dir)
+        self.model = model = checkpoint.config
+        context = min(config.max_context or model.max_position_embeddings, model.max_position_embeddings)
+        limits = Limits(
+            max(config.max_batched_tokens, config.max_batch), config.max_batch, context, config.block_size
+        )
+        self.ops = _make_ops(config, layer_dims(model), limits, self.device)
+        self.placement = self._place()
+        self.timeline = Timeline()
+        self.budget, num_blocks = self._charge(limits)
+        self.store = ExpertStore(
+            self.placement, self.ops.expert_bytes(), self.device, disk_dir=config.disk_dir
+        )
+        try:
+            self.decoder = self._load(checkpoint, context)
+            self.streamer = make_streamer(
+                self.store,
+                config.slots,
+                self.device,
+                poison=config.poison,
+                timeline=self.timeline,
+                delay=config.load_delay,
+            )
+        except BaseException:
+            self.store.close()
+            raise
+        swap = config.preemption == "swap"
+        self.kv = PagedKVCache(
+            self.ops,
+            model.num_layers,
+            num_blocks,
+            config.block_size,
+            model.num_kv_heads,
+            model.head_dim,
+            model.dtype,
+            self.device,
+            host_blocks=num_blocks if swap else 0,
+        )
+        self.scheduler = Scheduler(
+            num_blocks,
+            config.block_size,
+            config.max_batch,
+            limits.tokens,
+            config.preemption,
+            context,
+            eos_token_ids=model.eos_token_ids,
+            host_blocks=num_blocks if swap else 0,
+        )
+        self._iteration = 0
+
+    def _place(self) -> Placement:
+        config, model = self.config, self.model
+        bandwidths: Mapping[Tier, float] | None = None
+        if config.placement == "balanced" and config.alpha is None:
+            bandwidths = measure_bandwidths(self.device)
+        return place(
+            config.placement, model.num_layers, model.num_experts, alpha=config.alpha, bandwidths=bandwidths
+        )
+
+    def _charge(self, limits: Limits) -> tuple[MemoryBudget, int]:
+        """Fill the ledger; returns it with the number of KV blocks that fit."""
+        config, model, ops = self.config, self.model, self.ops
+        expert = sum(ops.expert_bytes())
+        lines = {
+            "non_expert_weights": non_expert_bytes(model, ops, limits.context),
+            "resident_experts": ExpertStore.resident_bytes_of(self.placement, ops.expert_bytes()),
+            "slots": slot_bytes(self.placement, ops.expert_bytes(), config.slots),
+            "workspace": ops.workspace_bytes,
+        }
+        block = PagedKVCache.bytes_per_block(
+            ops, model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, model.dtype
+        )
+        total = available_bytes(self.device) if config.budget_bytes is None else config.budget_bytes
+        least_blocks = -(-config.min_kv_tokens // config.block_size)
+        require(total, {**lines, "kv_cache": least_blocks * block}, hint=self._hint(expert))
+        budget = MemoryBudget(total)
+        for line, nbytes in lines.items():
+            budget.reserve(line, nbytes)
+        # More blocks than a full batch at full context can never be used.
+        useful = config.max_batch * -(-limits.context // config.block_size)
+        num_blocks = min(budget.free // block, useful)
+        budget.reserve("kv_cache", num_blocks * block)
+        return budget, num_blocks
+
+    def _hint(self, expert_bytes: int) -> str:
+        if self.placement.alpha == 0:
+            return "lower --max-batch, or serve a smaller model"
+        return f"--placement host keeps no expert resident ({format_bytes(expert_bytes)} each)"
+
+    def _load(self, checkpoint: Checkpoint, context: int) -> Decoder:
+        """Stream the checkpoint into decoder and store, one tensor at a time through one staging block."""
+        decoder = Decoder(self.model, self.ops, context)
+        for role, layer, weight in checkpoint.dense_tensors():
+            decoder.load(role, layer, weight)
+        staging = tuple(torch.empty(n, dtype=torch.uint8) for n in self.ops.expert_bytes())
+        total = self.model.num_layers * self.model.num_experts
+        experts = tqdm(
+            checkpoint.experts(), "experts", total, disable=not self.config.progress, leave=False, unit="expert"
+        )
+        for layer, expert, gate_up, down in experts:
+            self.ops.pack_expert(gate_up, down, staging)
+            self.store.put(layer, expert, *staging)
+        self.store.seal()
+        return decoder
+
+    # Serving.
+
+    def generate(self, requests: Iterable[Request]) -> list[RequestOutput]:
+        """Serve all requests; outputs in the order given. Refused ones carry their reason and no tokens."""
+        requests = list(requests)
+        outputs: dict[int, RequestOutput] = {}
+        for _ in self.steps(requests, outputs):
+            pass
+        return [outputs[request.request_id] for request in requests]
+
+    def steps(
+        self, requests: Iterable[Request], outputs: dict[int, RequestOutput] | None = None
+    ) -> Iterator[StepMetrics]:
+        """Serve `requests` iteration by iteration; finished ones are put into `outputs` by request id.
+
+        A request joins once its `arrival_s` (seconds after the first step) has passed.
+        """
+        outputs = {} if outputs is None else outputs
+        pending = sorted(requests, key=lambda r: r.arrival_s, reverse=True)
+        begin = time.perf_counter()
+        while pending or self.scheduler.has_work:
+            now = time.perf_counter() - begin
+            while pending and pending[-1].arrival_s <= now:
+                request = pending.pop()
+                admitted = self.scheduler.add(request)
+                if not isinstance(admitted, Sequence):
+                    outputs[request.request_id] = RequestOutput.refused(request, admitted, now)
+            if self.scheduler.has_work:
+                yield self._step(begin, outputs)
+            elif pending:
+                time.sleep(max(0.0, pending[-1].arrival_s - now))
+
+    def _step(self, begin: float, outputs: dict[int, RequestOutput]) -> StepMetrics:
+        started = time.perf_counter()
+        before = self.streamer.counters()
+        step = self.scheduler.schedule()
+        self.kv.swap_out(step.swap_out)
+        self.kv.swap_in(step.swap_in)
+        blocks_used = self.scheduler.blocks_used
+        batch = build_batch(step, self.config.block_size, self.device)
+        logits = self.decoder.forward(
+            batch.token_ids, batch.metadata, self.kv, self.streamer, batch.logit_rows, self.timeline
+        )
+        sampling = [chunk.sequence for chunk in step.chunks if chunk.sample]
+        tokens = sample(
+            logits, [s.request.params for s in sampling], [s.num_generated for s in sampling]
+        )
+        now = time.perf_counter() - begin
+        for sequence in sampling:
+            if sequence.first_token_s is None:
+                sequence.first_token_s = now
+        finished = self.scheduler.commit(
+            step, {s.request.request_id: token for s, token in zip(sampling, tokens, strict=True)}
+        )
+        for sequence in finished:
+            sequence.finish_s = now
+            outputs[sequence.request.request_id] = sequence.output()
+        after = self.streamer.counters()
+        self._iteration += 1
+        return StepMetrics(
+            iteration=self._iteration - 1,
+            time_s=now,
+            duration_s=time.perf_counter() - started,
+            batch=len(step.chunks),
+            prefill_tokens=step.prefill_tokens,
+            decode_tokens=step.decode_tokens,
+            kv_blocks_used=blocks_used,
+            kv_blocks=self.kv.num_blocks,
+            waiting=self.scheduler.num_waiting,
+            streamed_bytes=after.streamed_bytes - before.streamed_bytes,
+            stall_s=(after.stall_ns - before.stall_ns) / 1e9,
+            transfer_s=(after.transfer_ns - before.transfer_ns) / 1e9,
+            preemptions=step.num_preempted,
+            swapped_blocks=len(step.swap_out) + len(step.swap_in),
+            finished=len(finished),
+        )
+
+    def held_bytes(self) -> dict[str, int]:
+        """What the parts really hold on the device, line by line, to be compared with the ledger."""
+        return {
+            "non_expert_weights": self.decoder.nbytes,
+            "resident_experts": self.store.resident_bytes,
+            "slots": self.streamer.slot_bytes,
+            "workspace": self.ops.workspace_bytes,
+            "kv_cache": self.kv.nbytes,
+        }
+
+    def close(self) -> None:
+        """Stop the copy thread, remove the spill file. The engine cannot be used afterwards."""
+        self.streamer.close()
+        self.store.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def summarise(steps: list[StepMetrics]) -> dict[str, float | int]:
+    """Totals of a run: tokens per second over wall time, stalls, preemptions (keys of `generate --json`)."""
+    wall = steps[-1].time_s if steps else 0.0
+    decode_only = [s for s in steps if s.prefill_tokens == 0]
+    decode_s = sum(s.duration_s for s in decode_only)
+    generated = sum(s.decode_tokens for s in steps)
+    return {
+        "wall_s": wall,
+        "iterations": len(steps),
+        "prefill_tokens": sum(s.prefill_tokens for s in steps),
+        "decode_tokens_per_s": sum(s.decode_tokens for s in decode_only) / decode_s if decode_s else 0.0,
+        "generated_by_decode": generated,
+        "peak_batch": max((s.batch for s in steps), default=0),
+        "peak_kv_blocks": max((s.kv_blocks_used for s in steps), default=0),
+        "preemptions": sum(s.preemptions for s in steps),
+        "swapped_blocks": sum(s.swapped_blocks for s in steps),
+        "streamed_bytes": sum(s.streamed_bytes for s in steps),
+        "stall_s": sum(s.stall_s for s in steps),
+        "transfer_s": sum(s.transfer_s for s in steps),
+    }

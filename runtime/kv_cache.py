@@ -1,0 +1,165 @@
+"""Paged KV cache: who owns which block (BlockAllocator), and the memory of the blocks (PagedKVCache).
+
+A block holds `block_size` tokens of one sequence in every layer, K and V (PagedAttention, arXiv 2309.06180 §4).
+The layout inside one layer's share of a block belongs to the backend: `ops.kv_block_shape`.
+
+    k       [L, num_blocks, *k_shape]    device; k[layer] is what an attention kernel reads
+    v       [L, num_blocks, *v_shape]    device
+    host_k  [host_blocks, L, *k_shape]   swap pool; block-major, so that a block crosses the link as one copy
+    host_v  [host_blocks, L, *v_shape]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from heapq import heappop, heappush
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..kernels.ops import Ops
+
+
+class BlockAllocator:
+    """Hands out block numbers 0 … num_blocks - 1, lowest first.
+
+    Lowest first keeps a lightly used cache at the start of its range, and makes runs repeat exactly.
+    Handing out too many, freeing twice and freeing a foreign block are bugs of the caller: AssertionError.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        if num_blocks < 0:
+            raise ValueError(f"a pool cannot have {num_blocks} blocks; give 0 or more")
+        self._free = list(range(num_blocks))
+        self._owned = bytearray(num_blocks)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._owned)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return len(self._owned) - len(self._free)
+
+    def allocate(self, n: int) -> list[int]:
+        """The `n` lowest free blocks, ascending."""
+        assert 0 <= n <= len(self._free), f"asked for {n} blocks, {len(self._free)} are free"
+        blocks = [heappop(self._free) for _ in range(n)]
+        for block in blocks:
+            self._owned[block] = 1
+        return blocks
+
+    def free(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            assert 0 <= block < len(self._owned), f"block {block} is none of the {len(self._owned)} of this pool"
+            assert self._owned[block], f"block {block} is already free"
+            self._owned[block] = 0
+            heappush(self._free, block)
+
+    def grow(self, n: int) -> None:
+        """Add `n` free blocks at the end of the range; the memory behind them must exist by then."""
+        assert n >= 0, f"cannot grow by {n} blocks"
+        # Larger than every number in the heap, hence still a heap when appended in order.
+        self._free.extend(range(len(self._owned), len(self._owned) + n))
+        self._owned.extend(bytes(n))
+
+    def check_integrity(self, owned: Iterable[int]) -> None:
+        """AssertionError unless `owned` and the free blocks are exactly all blocks, each once."""
+        owned = list(owned)
+        seen = sorted(owned + self._free)
+        assert seen == list(range(len(self._owned))), (
+            f"{len(owned)} owned and {len(self._free)} free blocks are not {len(self._owned)} distinct ones"
+        )
+        assert all(self._owned[block] for block in owned), "a block in use is marked free"
+        assert sum(self._owned) == len(owned), "a free block is marked as owned"
+
+
+class PagedKVCache:
+    """Memory of the KV blocks on the device, and of the swap pool on the host.
+
+    Both start as zeros: a kernel may read positions of a block that were never written, at weight 0, and 0 · NaN
+    would be NaN. `pin` page-locks the swap pool (needs CUDA), without which its copies block the host.
+    Raises ValueError on sizes that make no cache.
+    """
+
+    def __init__(
+        self,
+        ops: Ops,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        host_blocks: int = 0,
+        pin: bool = False,
+    ) -> None:
+        for name, value, least in (
+            ("num_layers", num_layers, 1),
+            ("num_blocks", num_blocks, 1),
+            ("host_blocks", host_blocks, 0),
+        ):
+            if value < least:
+                raise ValueError(f"a KV cache needs {name} of at least {least}, got {value}")
+        self.device = torch.device(device)
+        if pin and self.device.type != "cuda":
+            raise ValueError(f"a pinned swap pool needs a CUDA device, got {self.device}; leave pin off")
+        self.num_layers, self.num_blocks, self.host_blocks = num_layers, num_blocks, host_blocks
+        self.block_size = block_size
+        self._non_blocking = pin
+        k_shape, v_shape = ops.kv_block_shape(block_size, kv_heads, head_dim)
+        on_device = {"dtype": dtype, "device": self.device}
+        on_host = {"dtype": dtype, "device": "cpu", "pin_memory": pin}
+        self.k = torch.zeros(num_layers, num_blocks, *k_shape, **on_device)
+        self.v = torch.zeros(num_layers, num_blocks, *v_shape, **on_device)
+        self.host_k = torch.zeros(host_blocks, num_layers, *k_shape, **on_host)
+        self.host_v = torch.zeros(host_blocks, num_layers, *v_shape, **on_host)
+
+    @staticmethod
+    def bytes_per_block(
+        ops: Ops, num_layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
+        """Bytes of one block, K and V of all layers, padding of the backend's layout included."""
+        k_shape, v_shape = ops.kv_block_shape(block_size, kv_heads, head_dim)
+        return num_layers * (prod(k_shape) + prod(v_shape)) * dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        return self.host_k.nbytes + self.host_v.nbytes
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(k [num_blocks, *k_shape], v [num_blocks, *v_shape]) of one layer, as views."""
+        return self.k[layer], self.v[layer]
+
+    def swap_out(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Copy device block → host block for every (device, host) pair.
+
+        On CUDA the copies are queued on the current stream (with a device temporary of one block): run it on the
+        stream that computes, and what reuses the device block afterwards is ordered behind them.
+        """
+        for device_block, host_block in pairs:
+            self._check(device_block, host_block)
+            self.host_k[host_block].copy_(self.k[:, device_block], non_blocking=self._non_blocking)
+            self.host_v[host_block].copy_(self.v[:, device_block], non_blocking=self._non_blocking)
+
+    def swap_in(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Copy host block → device block for every (host, device) pair; ordering as in `swap_out`."""
+        for host_block, device_block in pairs:
+            self._check(device_block, host_block)
+            self.k[:, device_block].copy_(self.host_k[host_block], non_blocking=self._non_blocking)
+            self.v[:, device_block].copy_(self.host_v[host_block], non_blocking=self._non_blocking)
+
+    def _check(self, device_block: int, host_block: int) -> None:
+        # A negative number would silently count from the end.
+        assert 0 <= device_block < self.num_blocks, f"no device block {device_block} of {self.num_blocks}"
+        assert 0 <= host_block < self.host_blocks, f"no host block {host_block} of {self.host_blocks}"

@@ -1,0 +1,173 @@
+"""The generate command: what it writes, and one `error:` line for everything that a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from fluxmoe.experiments.common import cli_main
+from fluxmoe.experiments.generate import main
+from fluxmoe.experiments.make_checkpoint import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    out = tmp_path_factory.mktemp("models") / "moe"
+    make_checkpoint(
+        arch="olmoe", out=out, layers=2, experts=4, top_k=2, hidden=32, moe_intermediate=16, heads=2, kv_heads=2,
+        vocab=512, seed=0, max_positions=64,
+    )  # fmt: skip
+    return out
+
+
+def run(*arguments) -> None:
+    main([str(a) for a in arguments])
+
+
+def error_of(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as exit_info:
+        cli_main(lambda: run(*arguments))
+    assert exit_info.value.code == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_writes_the_documented_json(model_dir, tmp_path, capsys):
+    out, trace = tmp_path / "out.json", tmp_path / "trace.json"
+    run(
+        "--model", model_dir, "--prompt", "Beautiful is better", "than ugly.", "--max-new-tokens", 5, "--budget",
+        "4MiB", "--placement", "host", "--device", "cpu", "--ignore-eos", "--json", out, "--trace", trace,
+    )  # fmt: skip
+    result = json.loads(out.read_text())
+    assert [len(o["token_ids"]) for o in result["outputs"]] == [5, 5]
+    for output in result["outputs"]:
+        assert set(output) == {"prompt_ids", "token_ids", "text", "finish_reason"}
+        assert output["finish_reason"] == "length"
+        assert isinstance(output["text"], str)
+    wanted = {
+        "tokens_per_s", "decode_tokens_per_s", "wall_s", "peak_batch", "preemptions", "streamed_bytes", "stall_s"
+    }  # fmt: skip
+    assert wanted <= set(result["metrics"])
+    memory = result["memory"]
+    assert memory["budget"] == 4 << 20
+    assert sum(v for k, v in memory.items() if k != "budget") <= memory["budget"]
+    assert result["placement"]["host"] == 8
+    assert {"commit", "command", "versions", "seed"} <= set(result["provenance"])
+    events = json.loads(trace.read_text())
+    events = events["traceEvents"] if isinstance(events, dict) else events
+    assert {"compute"} <= {e.get("args", {}).get("name") for e in events}
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_prompts_file_of_ids_and_strings(model_dir, tmp_path):
+    prompts, out = tmp_path / "p.json", tmp_path / "o.json"
+    prompts.write_text(json.dumps([[1, 2, 3], [4]]))
+    run("--model", model_dir, "--prompts", prompts, "--max-new-tokens", 2, "--device", "cpu", "--json", out)
+    assert [o["prompt_ids"] for o in json.loads(out.read_text())["outputs"]] == [[1, 2, 3], [4]]
+
+
+def test_sampling_is_reproducible(model_dir, tmp_path):
+    results = []
+    for name, budget in (("a", "all"), ("b", "3MiB")):
+        out = tmp_path / name
+        run(
+            "--model", model_dir, "--prompt", "now", "--max-new-tokens", 8, "--temperature", 1.0, "--top-p", 0.9,
+            "--seed", 3, "--ignore-eos", "--device", "cpu", "--budget", budget, "--json", out,
+        )  # fmt: skip
+        results.append(json.loads(out.read_text())["outputs"])
+    assert results[0] == results[1]
+
+
+COMMON = ("--max-new-tokens", 2, "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--prompt", "", *COMMON), "empty"),
+        (("--prompt", "x", "--max-new-tokens", 1000, "--device", "cpu"), "context"),
+        (("--prompt", "x", "--max-new-tokens", 0, "--device", "cpu"), "max-new-tokens"),
+        (("--prompt", "x", *COMMON, "--budget", "10KiB"), "least"),
+        (("--prompt", "x", *COMMON, "--budget", "lots"), "lots"),
+        (("--prompt", "x", *COMMON, "--placement", "nowhere"), "nowhere"),
+        (("--prompt", "x", *COMMON, "--placement", "balanced", "--alpha", "1.5"), "alpha"),
+        (("--prompt", "x", *COMMON, "--placement", "host", "--slots", "1"), "slots"),
+        (("--prompt", "x", *COMMON, "--block-size", "24"), "16"),
+        (("--prompt", "x", *COMMON, "--max-batch", "0"), "max"),
+        (("--prompt", "x", *COMMON, "--temperature", "-1"), "temperature"),
+        (("--prompts", "nowhere.json", *COMMON), "nowhere.json"),
+        (("--prompt", "x"), "max-new-tokens"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_user_errors_are_one_line(model_dir, arguments, expected, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    assert expected in error_of(capsys, "--model", model_dir, *arguments, "--json", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("{", "JSON"), ("[]", "non-empty"), ("[3]", "prompt 0"), ("[[]]", "empty"), ("[[99999]]", "vocabulary")],
+)
+def test_bad_prompt_files(model_dir, tmp_path, capsys, content, expected):
+    path = tmp_path / "prompts.json"
+    path.write_text(content)
+    assert expected in error_of(capsys, "--model", model_dir, "--prompts", path, *COMMON)
+
+
+def damage_truncate(directory):
+    shard = next(directory.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def damage_header(directory):
+    shard = next(directory.glob("*.safetensors"))
+    data = shard.read_bytes()
+    shard.write_bytes(struct.pack("<d", float("nan")) + data[8:])
+
+
+def damage_architecture(directory):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neverheard"}))
+
+
+def damage_shape(directory):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "intermediate_size": 24}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (damage_truncate, ".safetensors"),
+        (damage_header, ".safetensors"),
+        (damage_architecture, "gpt_neverheard"),
+        (damage_shape, "shape"),
+        (lambda d: (d / "config.json").unlink(), "config.json"),
+        (lambda d: shutil.rmtree(d), "copy"),
+    ],
+)
+def test_damaged_checkpoints(model_dir, tmp_path, capsys, damage, expected):
+    copy = tmp_path / "copy"
+    shutil.copytree(model_dir, copy)
+    damage(copy)
+    assert expected in error_of(capsys, "--model", copy, "--prompt", "x", *COMMON)
+
+
+def test_module_runs_as_a_command(model_dir, tmp_path):
+    command = [sys.executable, "-m", "fluxmoe.experiments.generate", "--model", str(tmp_path / "none")]
+    done = subprocess.run(
+        [*command, "--prompt", "x", "--max-new-tokens", "1"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1

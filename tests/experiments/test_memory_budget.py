@@ -1,0 +1,91 @@
+"""The sweep: rows, reasons, resume, figure."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from fluxmoe.experiments import memory_budget
+from fluxmoe.experiments.common import UsageError
+from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.workloads import drawn_lengths, make_requests, trace_lengths
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    out = tmp_path_factory.mktemp("models") / "moe"
+    make_checkpoint(
+        arch="mixtral", out=out, layers=4, experts=4, top_k=2, hidden=64, moe_intermediate=64, heads=2, kv_heads=2,
+        vocab=512, seed=0, max_positions=256,
+    )  # fmt: skip
+    return out
+
+
+def sweep(model_dir, out, *more):
+    memory_budget.main(
+        [
+            "--model", str(model_dir), "--budgets", "900KiB", "4MiB", "--placements", "resident", "host",
+            "--requests", "4", "--context", "64", "--output-tokens", "8", "--max-batch", "4", "--device", "cpu",
+            "--max-batched-tokens", "32", "--out", str(out), *more,
+        ]
+    )  # fmt: skip
+    with (out / "points.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_sweep_resumes_and_explains(model_dir, tmp_path, capsys, monkeypatch):
+    rows = sweep(model_dir, tmp_path)
+    by_point = {(row["placement"], row["budget_bytes"]): row for row in rows}
+    assert len(rows) == 4
+    small, large = str(900 << 10), str(4 << 20)
+    assert by_point["resident", small]["status"] == "too_small"
+    assert "least" in by_point["resident", small]["reason"]
+    for key in (("host", small), ("host", large), ("resident", large)):
+        assert by_point[key]["status"] == "ok"
+        assert float(by_point[key]["tokens_per_s"]) > 0
+        assert int(by_point[key]["generated_tokens"]) == 32
+    assert len({row["tokens_sha256"] for row in rows if row["status"] == "ok"}) == 1
+    assert int(by_point["host", large]["streamed_bytes"]) > 0
+    assert int(by_point["resident", large]["streamed_bytes"]) == 0
+    assert (tmp_path / "throughput_vs_budget.png").stat().st_size > 10_000
+    assert "identical" in capsys.readouterr().out
+
+    # Without its last row the sweep makes that row again and no other.
+    with (tmp_path / "points.csv").open() as file:
+        lines = file.readlines()
+    (tmp_path / "points.csv").write_text("".join(lines[:-1]))
+    run_point, ran = memory_budget.run_point, []
+    monkeypatch.setattr(memory_budget, "run_point", lambda *a: ran.append(a[4:]) or run_point(*a))
+    assert len(sweep(model_dir, tmp_path)) == 4
+    assert len(ran) == 2  # the warm-up and the missing point
+
+    with pytest.raises(UsageError, match="another"):
+        sweep(model_dir, tmp_path, "--seed", "1")
+
+
+def test_drawn_lengths_are_documented():
+    lengths = drawn_lengths(200, 64, 16, seed=0)
+    assert {shape.output for shape in lengths} == {16}
+    assert min(s.prompt + s.output for s in lengths) >= 32
+    assert max(s.prompt + s.output for s in lengths) == 64
+    assert lengths == drawn_lengths(200, 64, 16, seed=0)
+
+
+def test_requests_are_reproducible_and_never_stop_early():
+    lengths = drawn_lengths(5, 40, 10, seed=0)
+    first, second = (make_requests(lengths, 100, seed=3) for _ in range(2))
+    assert first == second
+    assert all(r.params.ignore_eos and len(r.prompt_ids) == s.prompt for r, s in zip(first, lengths, strict=True))
+
+
+def test_traces(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0.5,100,7\n2.0,10,500\n")
+    cut = trace_lengths(path, None, context=64)
+    assert [(s.arrived_at, s.prompt, s.output) for s in cut] == [(0.0, 57, 7), (0.0, 1, 63)]
+    assert trace_lengths(path, 1, 128, at_once=False)[0].arrived_at == 0.5
+    for text, match in (("a,b\n1,2\n", "columns"), ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,x,2\n", "line 2")):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=match):
+            trace_lengths(path, None, 64)

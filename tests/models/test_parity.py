@@ -1,0 +1,113 @@
+"""Logits and greedy tokens against transformers, on random small models of each architecture."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fluxmoe.runtime.engine import Engine, EngineConfig
+from fluxmoe.runtime.request import Request, SamplingParams
+
+from .hf import save_random_model
+
+NEW_TOKENS = 6
+
+
+def serve_with_logits(directory, prompts, **settings):
+    """Greedy tokens of each prompt, and the logits row behind each token."""
+    config = EngineConfig(**{"max_batch": 8, "max_batched_tokens": 24, "device": "cpu", **settings})
+    requests = [
+        Request(i, tuple(p), SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)) for i, p in enumerate(prompts)
+    ]
+    rows: dict[int, list[torch.Tensor]] = {i: [] for i in range(len(prompts))}
+    with Engine(directory, config) as engine:
+        schedule, forward = engine.scheduler.schedule, engine.decoder.forward
+        steps = []
+        engine.scheduler.schedule = lambda: steps.append(schedule()) or steps[-1]
+
+        def recording(*arguments):
+            logits = forward(*arguments)
+            sampled = [chunk.sequence.request.request_id for chunk in steps[-1].chunks if chunk.sample]
+            for request_id, row in zip(sampled, logits, strict=True):
+                rows[request_id].append(row.clone())
+            return logits
+
+        engine.decoder.forward = recording
+        outputs = engine.generate(requests)
+    return [list(o.token_ids) for o in outputs], [torch.stack(rows[i]) for i in range(len(prompts))]
+
+
+def check_parity(model, directory, rtol, seed=0, exact=True, **settings):
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, 96, n).tolist() for n in (1, 37, 5, 16)]
+    tokens, logits = serve_with_logits(directory, prompts, **settings)
+    for prompt, generated, ours in zip(prompts, tokens, logits, strict=True):
+        with torch.no_grad():
+            theirs = model(torch.tensor([prompt + generated])).logits[0, len(prompt) - 1 : -1]
+        scale = theirs.abs().max().item()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=rtol * scale)
+        if exact:
+            # Along our own tokens each is the argmax of theirs: by induction, their greedy continuation.
+            assert theirs.argmax(-1).tolist() == generated
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "olmoe"])
+def test_fp32_parity(arch, seed, kernels, tmp_path):
+    model = save_random_model(arch, tmp_path, seed)
+    check_parity(model, tmp_path, 2e-5, seed, kernels=kernels)
+
+
+@pytest.mark.parametrize(
+    ("arch", "overrides"),
+    [
+        ("mixtral", dict(num_local_experts=1, num_experts_per_tok=1)),
+        ("mixtral", dict(num_local_experts=3, num_experts_per_tok=3, num_key_value_heads=4)),
+        ("mixtral", dict(sliding_window=9)),
+        ("mixtral", dict(tie_word_embeddings=True)),
+        ("qwen3_moe", dict(num_experts=11, num_experts_per_tok=8, norm_topk_prob=False)),
+        ("qwen3_moe", dict(num_experts=13, num_experts_per_tok=1, attention_bias=True)),
+        ("qwen3_moe", dict(tie_word_embeddings=True, num_key_value_heads=1)),
+        ("qwen3_moe", dict(use_sliding_window=True, sliding_window=17, max_window_layers=0)),
+        ("olmoe", dict(num_experts=9, num_experts_per_tok=5, norm_topk_prob=True)),
+        ("olmoe", dict(clip_qkv=0.4)),
+        ("olmoe", dict(num_experts=64, num_experts_per_tok=8, attention_bias=True)),
+        ("olmoe", dict(hidden_size=36, intermediate_size=20)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()),
+)
+def test_config_variants(arch, overrides, tmp_path):
+    model = save_random_model(arch, tmp_path, 3, **overrides)
+    check_parity(model, tmp_path, 2e-5, 3)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        dict(rope_type="linear", factor=4.0),
+        dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32),
+        dict(
+            rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_rope_scaling(rope, tmp_path):
+    model = save_random_model("qwen3_moe", tmp_path, 4, rope_parameters={"rope_theta": 10000.0, **rope})
+    check_parity(model, tmp_path, 2e-5, 4)
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "olmoe"])
+def test_bf16_parity(arch, tmp_path):
+    """bf16 weights and KV against fp32 arithmetic on the same weights: what differs is the rounding of K and V."""
+    model = save_random_model(arch, tmp_path, 5, dtype=torch.bfloat16)
+    check_parity(model, tmp_path, 3e-2, 5, exact=False)
+
+
+def test_many_shards(tmp_path):
+    model = save_random_model("qwen3_moe", tmp_path, 6, max_shard="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    check_parity(model, tmp_path, 2e-5, 6)

@@ -1,0 +1,177 @@
+"""The engine's invariants: same tokens wherever experts live, no byte outside the ledger, every request ends."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.runtime.budget import BudgetError
+from fluxmoe.runtime.engine import DeviceError, Engine, EngineConfig
+from fluxmoe.runtime.request import Request, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    out = tmp_path_factory.mktemp("models") / "moe"
+    make_checkpoint(
+        arch="qwen3_moe", out=out, layers=5, experts=6, top_k=2, hidden=64, moe_intermediate=48, heads=4,
+        kv_heads=2, head_dim=16, vocab=512, dtype="bfloat16", seed=0, max_positions=256,
+    )  # fmt: skip
+    return out
+
+
+def requests(count=10, sampled=True) -> list[Request]:
+    rng = np.random.default_rng(1)
+    return [
+        Request(
+            i,
+            tuple(rng.integers(0, 512, rng.integers(1, 60)).tolist()),
+            SamplingParams(
+                max_new_tokens=int(rng.integers(1, 50)),
+                temperature=0.8 if sampled and i % 3 == 0 else 0.0,
+                top_p=0.9,
+                seed=i,
+                ignore_eos=True,
+            ),
+        )
+        for i in range(count)
+    ]
+
+
+def serve(model_dir, work=None, **settings):
+    config = EngineConfig(**{"device": "cpu", "max_batch": 6, "max_batched_tokens": 48, "max_context": 160, **settings})
+    with Engine(model_dir, config) as engine:
+        outputs: dict = {}
+        steps = list(engine.steps(work or requests(), outputs))
+        engine.scheduler.check_integrity()
+        assert engine.scheduler.blocks_used == 0
+        return [outputs[i].token_ids for i in sorted(outputs)], steps, engine
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir):
+    return serve(model_dir)[0]
+
+
+def test_generates(expected):
+    assert [len(tokens) for tokens in expected] == [r.params.max_new_tokens for r in requests()]
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("placement", "alpha"),
+    [("offload", None), ("offload", 0.4), ("balanced", 0.5), ("balanced", None), ("host", None), ("disk", None)],
+)
+def test_tokens_do_not_depend_on_placement(model_dir, expected, placement, alpha, slots):
+    tokens, steps, _ = serve(model_dir, placement=placement, alpha=alpha, slots=slots, poison=True)
+    assert tokens == expected
+    assert sum(step.streamed_bytes for step in steps) > 0
+
+
+@pytest.mark.parametrize("slots", [2, 4])
+def test_tokens_survive_random_delays(model_dir, expected, slots):
+    rng = random.Random(0)
+    delay = lambda layer, tensor_type: rng.choice([0.0, 0.0, 0.002])  # noqa: E731
+    tokens, steps, _ = serve(model_dir, placement="host", slots=slots, poison=True, load_delay=delay)
+    assert tokens == expected
+    assert sum(step.stall_s for step in steps) > 0
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+@pytest.mark.parametrize("placement", ["resident", "host"])
+def test_tokens_survive_preemption(model_dir, expected, preemption, placement):
+    """A budget whose KV holds about two requests: sequences are evicted and come back."""
+    roomy = serve(model_dir, placement=placement)[2]
+    block = roomy.kv.nbytes // roomy.kv.num_blocks
+    budget = sum(v for k, v in roomy.budget.lines().items() if k != "kv_cache") + 8 * block
+    tokens, steps, engine = serve(model_dir, placement=placement, preemption=preemption, budget_bytes=budget)
+    assert engine.kv.num_blocks == 8
+    assert sum(step.preemptions for step in steps) > 0
+    assert (sum(step.swapped_blocks for step in steps) > 0) == (preemption == "swap")
+    assert tokens == expected
+
+
+@pytest.mark.parametrize("settings", [dict(max_batch=1), dict(max_batched_tokens=7), dict(block_size=16), dict(threads=1)])
+def test_tokens_do_not_depend_on_batching(model_dir, expected, settings):
+    assert serve(model_dir, **settings)[0] == expected
+
+
+@pytest.mark.parametrize("placement", ["resident", "offload", "balanced", "host", "disk"])
+def test_ledger_is_what_is_held(model_dir, placement):
+    budget = 3_000_000
+    _, _, engine = serve(model_dir, placement=placement, budget_bytes=budget, alpha=None)
+    held = engine.held_bytes()
+    assert held == engine.budget.lines()
+    assert sum(held.values()) <= budget
+
+
+def test_too_small_a_budget_names_the_least(model_dir):
+    with pytest.raises(BudgetError) as info:
+        Engine(model_dir, EngineConfig(device="cpu", budget_bytes=100_000, max_context=160))
+    assert "resident_experts" in str(info.value)
+    roomy = serve(model_dir)[2]
+    block = roomy.kv.nbytes // roomy.kv.num_blocks
+    least = sum(v for k, v in roomy.budget.lines().items() if k != "kv_cache") + block
+    common = dict(device="cpu", max_batch=6, max_batched_tokens=48, max_context=160)
+    with pytest.raises(BudgetError):
+        Engine(model_dir, EngineConfig(budget_bytes=least - 1, **common))
+    Engine(model_dir, EngineConfig(budget_bytes=least, **common)).close()
+
+
+def test_impossible_requests_are_refused_alone(model_dir, expected):
+    good = requests()
+    work = [
+        Request("empty", (), SamplingParams(max_new_tokens=3)),
+        Request("long", tuple([1] * 300), SamplingParams(max_new_tokens=3)),
+        *good,
+    ]
+    config = EngineConfig(device="cpu", max_batch=6, max_batched_tokens=48, max_context=160)
+    with Engine(model_dir, config) as engine:
+        outputs = engine.generate(work)
+    assert [o.finish_reason for o in outputs[:2]] == ["refused", "refused"]
+    assert "empty" in outputs[0].error
+    assert "160" in outputs[1].error
+    assert [o.token_ids for o in outputs[2:]] == expected
+
+
+def test_stop_tokens_end_a_request(model_dir, expected):
+    first = requests()[1]
+    stop = expected[1][5]
+    params = SamplingParams(max_new_tokens=first.params.max_new_tokens, ignore_eos=True, stop_token_ids=(stop,))
+    tokens, _, _ = serve(model_dir, [Request(0, first.prompt_ids, params)])
+    assert tokens[0] == expected[1][: expected[1].index(stop) + 1]
+
+
+def test_streaming_moves_each_layer_once_an_iteration(model_dir):
+    _, steps, engine = serve(model_dir, placement="host")
+    layer_bytes = engine.streamer.slot_bytes // 2
+    total = sum(step.streamed_bytes for step in steps)
+    # Prefetch runs at most S layers ahead of the last iteration.
+    assert 5 * len(steps) <= total / layer_bytes <= 5 * len(steps) + 2
+
+
+def test_arrivals_are_honoured(model_dir):
+    work = [Request(i, (5, 6, 7), SamplingParams(max_new_tokens=2), arrival_s=0.05 * i) for i in range(3)]
+    config = EngineConfig(device="cpu", max_context=160)
+    with Engine(model_dir, config) as engine:
+        outputs = engine.generate(work)
+    assert all(o.first_token_s >= r.arrival_s for o, r in zip(outputs, work, strict=True))
+
+
+def test_engine_serves_again_after_it_was_drained(model_dir, expected):
+    with Engine(
+        model_dir, EngineConfig(device="cpu", max_batch=6, max_batched_tokens=48, max_context=160, placement="host")
+    ) as engine:
+        for _ in range(2):
+            assert [o.token_ids for o in engine.generate(requests())] == expected
+
+
+def test_no_cuda_is_one_sentence(model_dir):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(DeviceError, match="--device cpu"):
+        Engine(model_dir, EngineConfig(device="cuda"))

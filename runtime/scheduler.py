@@ -83,8 +83,9 @@ class Scheduler:
 
     At most `max_batch` sequences hold device blocks and at most `max_batched_tokens` tokens are computed a step.
     A preempted sequence either gives its blocks up and computes all its known tokens again ("recompute"), or
-    has them copied to one of `host_blocks` ("swap"; "recompute" where the host pool is full). Either way it
-    keeps its tokens and its rank of arrival, and goes on before any request that has not started.
+    has the filled ones copied into the `host_blocks` ("swap"; it falls back to "recompute" where they do not
+    fit). Either way it keeps its tokens and its rank of arrival, and goes on before any request that has not
+    started.
     `watermark_blocks` must be left free when a sequence joins others: head room against preempting it at once.
 
     Every accepted request ends: the earliest running sequence always gets tokens and is never preempted, since
@@ -281,9 +282,10 @@ class Scheduler:
         sequence = self._running.pop()
         sequence.num_preemptions += 1
         step.num_preempted += 1
-        # Blocks reserved for tokens not yet computed hold nothing worth a copy.
+        # Blocks reserved for tokens not yet computed hold nothing worth a copy. There is at least one filled, for
+        # joining a batch comes with a first chunk.
         filled = self._blocks(sequence.num_computed)
-        if self.preemption == "swap" and 0 < filled <= self._host.num_free:
+        if self.preemption == "swap" and filled <= self._host.num_free:
             sequence.host_block_ids = self._host.allocate(filled)
             step.swap_out += zip(sequence.block_ids, sequence.host_block_ids, strict=False)
             sequence.state = SequenceState.SWAPPED

@@ -1,4 +1,4 @@
-"""Sampling against probabilities worked out here in plain Python, and its independence of batch and order."""
+"""Sampling against probabilities worked out here in plain Python; independence of the batch; validation."""
 
 import math
 from itertools import pairwise
@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from fluxmoe.runtime.request import SamplingParams
+from fluxmoe.runtime.request import Request, RequestError, SamplingParams
 from fluxmoe.runtime.sampling import sample, uniform
 
 
@@ -65,6 +65,11 @@ def test_distribution(filters):
     spread = 6 * np.sqrt(count * expected * (1 - expected)) + 1e-9
     assert np.all(np.abs(observed - count * expected) <= spread)
     assert np.all(observed[expected > 0.01] > 0)
+
+
+def test_top_p_on_the_edge_takes_the_lowest_of_equals():
+    # 64 weights of exactly 1: sixteen of them are exactly a quarter.
+    assert set(draws([0.5] * 64, params(top_p=0.25), 400)) == set(range(16))
 
 
 def test_support_on_many_random_rows():
@@ -155,3 +160,33 @@ def test_empty_batch():
 def test_mismatched_lengths():
     with pytest.raises(AssertionError, match="2 rows, 1 params, 2 steps"):
         sample(torch.zeros(2, 10), [params()], [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer, got 2.5"),
+        ({"temperature": -1.0}, "temperature must be 0"),
+        ({"temperature": float("nan")}, "temperature must be 0"),
+        ({"top_k": -1}, "top_k must be 0"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_p": 1.1}, "top_p must be above 0"),
+        ({"seed": -1}, "seed must be between 0 and"),
+        ({"seed": 2**64}, "seed must be between 0 and"),
+        ({"stop_token_ids": [1]}, "stop_token_ids must be a tuple of token ids, got list"),
+        ({"stop_token_ids": ("x",)}, "a stop token id must be an integer"),
+    ],
+)
+def test_sampling_params_are_validated(change, message):
+    with pytest.raises(RequestError, match=message):
+        SamplingParams(**({"max_new_tokens": 4} | change))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([1, 2], "must be a tuple"), ((1, -2), "must be ≥ 0, got -2"), ((1.0,), "must be an integer, got 1.0")],
+)
+def test_prompts_are_validated(prompt, message):
+    with pytest.raises(RequestError, match=message):
+        Request("a", prompt, SamplingParams(1))

@@ -1,0 +1,188 @@
+"""Reading a Hugging Face checkpoint: safetensors in, one tensor at a time out.
+
+The headers of all shards are read and checked against the config before anything big is touched. Then shards are
+read one after the other; tensors that must wait for a partner in another shard are the only ones kept, so the peak
+is what has been placed plus at most one shard.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from . import ARCHITECTURES
+from .config import ConfigError, ModelConfig, load_config
+from .naming import Role
+
+_DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+# Recomputed by every implementation; old checkpoints carry them.
+_HARMLESS = ("rotary_emb.inv_freq",)
+# The format's own limit (100 MB): anything larger is no header.
+_MAX_HEADER = 100_000_000
+
+
+class CheckpointError(ValueError):
+    """A checkpoint whose files are missing, damaged or not what its config says."""
+
+
+def read_header(path: Path) -> dict[str, dict]:
+    """Tensors of a safetensors file: name → {dtype, shape, data_offsets}; checks lengths and that the file is whole.
+
+    The format (https://github.com/huggingface/safetensors): u64 header length, JSON header, data.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(f"{path} is no safetensors file: {size} bytes hold no header; download it again")
+            length = struct.unpack("<Q", prefix)[0]
+            if length > min(_MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{path} is no safetensors file, or damaged: its header claims {length} bytes of a file of {size}; "
+                    "download it again"
+                )
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise CheckpointError(f"{path} is damaged: its header is not JSON; download it again") from None
+    header.pop("__metadata__", None)
+    end = 0
+    for name, entry in header.items():
+        try:
+            begin, stop = entry["data_offsets"]
+            entry["shape"], entry["dtype"] = list(entry["shape"]), str(entry["dtype"])
+        except (TypeError, KeyError, ValueError):
+            raise CheckpointError(f"{path} is damaged: the header entry of {name} is not valid") from None
+        if not (isinstance(begin, int) and isinstance(stop, int) and 0 <= begin <= stop):
+            raise CheckpointError(f"{path} is damaged: tensor {name} lies at {begin}..{stop}")
+        end = max(end, stop)
+    if 8 + length + end > size:
+        raise CheckpointError(
+            f"{path} is truncated: {size} bytes, its tensors need {8 + length + end}; download it again"
+        )
+    return header
+
+
+class Checkpoint:
+    """One checkpoint directory, checked. Raises ConfigError, CheckpointError."""
+
+    def __init__(self, model_dir: Path | str) -> None:
+        self.directory = Path(model_dir)
+        self.config: ModelConfig = load_config(self.directory)
+        shards = self._shards()
+        self._roles: dict[Path, dict[str, Role]] = {}
+        where: dict[str, Path] = {}
+        entries: dict[str, dict] = {}
+        for path in shards:
+            for name, entry in read_header(path).items():
+                if name in where:
+                    raise CheckpointError(f"tensor {name} is both in {where[name]} and in {path}")
+                where[name], entries[name] = path, entry
+        for name, role in self._match(set(where)).items():
+            path, entry = where[name], entries[name]
+            if tuple(entry["shape"]) != role.shape:
+                raise CheckpointError(
+                    f"{path}: tensor {name} has shape {entry['shape']}, config.json asks for {list(role.shape)}"
+                )
+            if entry["dtype"] != _DTYPE_NAMES[self.config.dtype]:
+                raise CheckpointError(
+                    f"{path}: tensor {name} is {entry['dtype']}, config.json says {_DTYPE_NAMES[self.config.dtype]}"
+                )
+            self._roles.setdefault(path, {})[name] = role
+        self.pending = 0  # tensors that wait for a partner, while `experts` runs
+
+    def _shards(self) -> list[Path]:
+        index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
+        if not index.exists():
+            if not single.exists():
+                raise CheckpointError(
+                    f"{self.directory} has neither {single.name} nor {index.name}; only safetensors can be read"
+                )
+            return [single]
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{index} is damaged: it holds no weight_map") from None
+        for name in names:
+            if not (self.directory / str(name)).exists():
+                raise CheckpointError(f"{index} names {name}, which does not exist; download the missing shard")
+        return [self.directory / name for name in names]
+
+    def _match(self, names: set[str]) -> dict[str, Role]:
+        """Role of every tensor; each required one exactly once, and one complete scheme for each layer's experts."""
+        roles = ARCHITECTURES[self.config.arch].tensor_roles(self.config)
+        found = dict(roles.required)
+        for ways in roles.expert_schemes:
+            # The scheme that is most nearly complete is the one meant; what it lacks is what is missing.
+            found |= max(ways, key=lambda way: len(way.keys() & names) / len(way))
+        missing = sorted(found.keys() - names)
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(f"{self.directory}: tensor {missing[0]} is missing{more}")
+        extra = sorted(n for n in names - found.keys() if not n.endswith(_HARMLESS))
+        if self.config.tie_word_embeddings:
+            extra = [n for n in extra if n != "lm_head.weight"]
+        if extra:
+            raise CheckpointError(
+                f"{self.directory}: tensor {extra[0]} is not part of a {self.config.arch} model as config.json has it"
+            )
+        return found
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator:
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}; download it again") from None
+
+    def dense_tensors(self) -> Iterator[tuple[str, int | None, Tensor]]:
+        """(role, layer, tensor) of every non-expert tensor, shard by shard."""
+        for path, roles in self._roles.items():
+            wanted = {n: r for n, r in roles.items() if r.expert is None and not r.kind.startswith("fused")}
+            if wanted:
+                with self._open(path) as file:
+                    for name, role in wanted.items():
+                        yield role.kind, role.layer, file.get_tensor(name)
+
+    def experts(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """(layer, expert, gate_up [2I, H], down [H, I]) of every expert, as soon as its parts have been read."""
+        parts: dict[tuple[int, int], dict[str, Tensor]] = defaultdict(dict)
+
+        def ready(layer: int, expert: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+            have = parts[layer, expert]
+            if "gate_up" not in have and have.keys() >= {"gate", "up"}:
+                have["gate_up"] = torch.cat([have.pop("gate"), have.pop("up")])
+            if have.keys() >= {"gate_up", "down"}:
+                parts.pop((layer, expert))
+                yield layer, expert, have["gate_up"], have["down"]
+            self.pending = sum(map(len, parts.values()))
+
+        for path, roles in self._roles.items():
+            wanted = {n: r for n, r in roles.items() if r.expert is not None or r.kind.startswith("fused")}
+            # By expert, so that partners meet early whatever the order of the file.
+            ordered = sorted(wanted.items(), key=lambda item: (item[1].layer, item[1].expert or 0))
+            with self._open(path) as file:
+                for name, role in ordered:
+                    if role.expert is not None:
+                        parts[role.layer, role.expert][role.kind] = file.get_tensor(name)
+                        yield from ready(role.layer, role.expert)
+                        continue
+                    fused = file.get_slice(name)
+                    for expert in range(self.config.num_experts):
+                        parts[role.layer, expert][role.kind.removeprefix("fused_")] = fused[expert]
+                        yield from ready(role.layer, expert)
+        assert not parts, f"experts without all their parts: {sorted(parts)[:3]}"
+
+
+__all__ = ["Checkpoint", "CheckpointError", "ConfigError"]

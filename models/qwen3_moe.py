@@ -1,0 +1,31 @@
+"""Qwen3-MoE: many small experts, RMSNorm on every query and key head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .config import ConfigError, ModelConfig, common_fields
+from .naming import TensorRoles, moe_roles
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
+        raise ConfigError("dense MLP layers (mlp_only_layers, decoder_sparse_step) are not supported")
+    return ModelConfig(
+        arch="qwen3_moe",
+        **common_fields(hf),
+        num_experts=hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"],
+        top_k=hf["num_experts_per_tok"],
+        moe_intermediate_size=hf["moe_intermediate_size"],
+        # As in transformers, max_window_layers plays no role in this architecture.
+        sliding_window=hf.get("sliding_window") if hf.get("use_sliding_window") else None,
+        norm_topk_prob=bool(hf.get("norm_topk_prob", False)),
+        qk_norm="head",
+        attention_bias=bool(hf.get("attention_bias", False)),
+        clip_qkv=None,
+    )
+
+
+def tensor_roles(config: ModelConfig) -> TensorRoles:
+    return moe_roles(config, {"mlp": ("gate_proj", "up_proj", "down_proj")})

@@ -1,0 +1,293 @@
+"""Streaming slots and the streamer: Algorithm 1 of the paper (arXiv 2604.02715 §4.1).
+
+Layers are visited cyclically, 0 … L-1, iteration after iteration. The visits that need a load are numbered: job n
+brings layer order[n mod len(order)] into slot n mod S. Two dependencies make that safe:
+
+    write after read    job n may overwrite its slot once job n - S was computed
+    read after write    the kernels of job n run once its tensors were loaded, gate/up before down
+
+so loads run ahead of compute by S - 1 layers, under attention and experts of earlier layers, and wrap around into
+the next iteration. With no more streamed layers than slots each layer keeps its slot and is loaded once.
+
+    ThreadStreamer   CPU: one copy thread, a condition variable in the place of events
+    CudaStreamer     CUDA: one copy stream a tensor type, events, no wait of the host anywhere
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fluxmoe.kernels.expert_table import DOWN, GATE_UP, ExpertTable
+
+from .placement import Placement
+from .store import TENSOR_NAMES, ExpertStore, StoreError, aligned_empty, strides
+from .timeline import Timeline
+
+Delay = Callable[[int, int], float]
+# NaN in bf16 and in fp32.
+_POISON = 0xFF
+
+
+class Counters(NamedTuple):
+    """Totals since construction: bytes copied, ns that the reader waited for loads, ns spent loading, loads."""
+
+    streamed_bytes: int
+    stall_ns: int
+    transfer_ns: int
+    loads: int
+
+
+def slots_used(placement: Placement, slots: int) -> int:
+    """Slots that a placement needs: no more than it has streamed layers."""
+    if slots < 2:
+        raise StoreError(f"streaming needs at least 2 slots (one loads while one is read), got {slots} slots")
+    return min(slots, len(placement.streamed_layers))
+
+
+def slot_bytes(placement: Placement, tensor_bytes: tuple[int, int], slots: int) -> int:
+    """Device bytes of all slots, for the ledger."""
+    return slots_used(placement, slots) * placement.max_streamed * sum(strides(tensor_bytes))
+
+
+class LayerPage:
+    """The experts of the layer that runs now (kernels.ops.LayerExperts)."""
+
+    def __init__(self, table: ExpertTable, wait: Callable[[int], None]) -> None:
+        self.table, self.wait = table, wait
+
+
+class Streamer:
+    """Jobs, slots and tables: what both kinds of streamer share. Layers must be visited in order."""
+
+    def __init__(self, store: ExpertStore, slots: int, poison: bool = False) -> None:
+        self.store, self.poison = store, poison
+        placement = store.placement
+        self.order = placement.streamed_layers
+        self.num_slots = slots_used(placement, slots)
+        # Every streamed layer has a slot of its own: one load each, for ever.
+        self.keeps_all = len(self.order) == self.num_slots
+        self._slots = [
+            tuple(aligned_empty(placement.max_streamed * stride, store.device) for stride in store.strides)
+            for _ in range(self.num_slots)
+        ]
+        self._tables: dict[tuple[int, int], ExpertTable] = {}
+        self._rank = {layer: rank for rank, layer in enumerate(self.order)}
+        self._next_job = 0
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(buffer.nbytes for slot in self._slots for buffer in slot)
+
+    def _job_of(self, layer: int) -> int:
+        """The job that loads `layer` for the visit that begins now."""
+        rank = self._rank[layer]
+        if self.keeps_all:
+            return rank
+        expected = self.order[self._next_job % len(self.order)]
+        assert layer == expected, f"layer {layer} visited out of order, expected {expected}"
+        return self._next_job
+
+    def _layer_of(self, job: int) -> int:
+        return self.order[job % len(self.order)]
+
+    def _table(self, layer: int, slot: int) -> ExpertTable:
+        """Addresses of the layer's experts while it is in `slot` (-1: no expert streams); made once."""
+        key = (layer, slot)
+        if key not in self._tables:
+            blocks = self.store.resident_blocks(layer)
+            if slot >= 0:
+                blocks |= self.store.slot_blocks(layer, self._slots[slot])
+            ordered = [blocks[expert] for expert in sorted(blocks)]
+            self._tables[key] = ExpertTable.from_blocks(ordered, self.store.device)
+        return self._tables[key]
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[LayerPage]:
+        """Experts of layer `index`; leaving the context lets its slot be recycled."""
+        if index not in self._rank:
+            yield LayerPage(self._table(index, -1), _no_wait)
+            return
+        job = self._job_of(index)
+        self._begin(job)
+        yield LayerPage(self._table(index, job % self.num_slots), lambda d: self._wait(job, d))
+        self._finish(job)
+        self._next_job = job + 1
+
+    def _begin(self, job: int) -> None: ...
+    def _wait(self, job: int, tensor_type: int) -> None: ...
+    def _finish(self, job: int) -> None: ...
+    def counters(self) -> Counters: ...
+    def close(self) -> None: ...
+
+
+def _no_wait(tensor_type: int) -> None:
+    pass
+
+
+class ThreadStreamer(Streamer):
+    """Loads on a copy thread. An error in the thread is raised by the reader that needs the load."""
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        slots: int,
+        poison: bool = False,
+        timeline: Timeline | None = None,
+        delay: Delay | None = None,
+    ) -> None:
+        super().__init__(store, slots, poison)
+        self._timeline = timeline or Timeline(enabled=False)
+        self._delay = delay
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._loaded = [0, 0]  # jobs loaded, by tensor type
+        self._computed = 0  # jobs whose slot may be overwritten
+        self._error: BaseException | None = None
+        self._bytes = self._stall_ns = self._transfer_ns = self._loads = 0
+        self._thread: threading.Thread | None = None
+        if self.order:
+            self._thread = threading.Thread(target=self._run, name="expert-copy", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for job in range(len(self.order)) if self.keeps_all else count():
+                with self._changed:
+                    self._changed.wait_for(lambda j=job: self._computed > j - self.num_slots or self._closing.is_set())
+                if self._closing.is_set():
+                    return
+                self._load(job)
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _load(self, job: int) -> None:
+        layer, slot = self._layer_of(job), self._slots[job % self.num_slots]
+        if self.poison:
+            for buffer in slot:
+                buffer.fill_(_POISON)
+        for d in (GATE_UP, DOWN):
+            begin = time.perf_counter_ns()
+            if self._delay is not None and self._closing.wait(self._delay(layer, d)):
+                return
+            copied = self.store.read_into(layer, d, slot[d])
+            end = time.perf_counter_ns()
+            self._timeline.add(f"load {TENSOR_NAMES[d]}", f"layer {layer}", begin, end)
+            with self._changed:
+                self._bytes += copied
+                self._transfer_ns += end - begin
+                self._loads += 1
+                self._loaded[d] = job + 1
+                self._changed.notify_all()
+
+    def _wait(self, job: int, tensor_type: int) -> None:
+        if self._loaded[tensor_type] > job:
+            return
+        begin = time.perf_counter_ns()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._loaded[tensor_type] > job or self._error is not None or self._closing.is_set()
+            )
+        end = time.perf_counter_ns()
+        self._stall_ns += end - begin
+        self._timeline.add("wait", f"layer {self._layer_of(job)} {TENSOR_NAMES[tensor_type]}", begin, end)
+        if self._loaded[tensor_type] > job:
+            return
+        if self._error is None:
+            raise StoreError("the streamer was closed while a layer waited for its experts")
+        if isinstance(self._error, StoreError):
+            raise self._error
+        raise StoreError(f"loading layer {self._layer_of(job)} failed: {self._error}") from self._error
+
+    def _finish(self, job: int) -> None:
+        with self._changed:
+            self._computed = max(self._computed, job + 1)
+            self._changed.notify_all()
+
+    def counters(self) -> Counters:
+        with self._changed:
+            return Counters(self._bytes, self._stall_ns, self._transfer_ns, self._loads)
+
+    def close(self) -> None:
+        """Stop the copy thread; a load under way is finished first (milliseconds). Idempotent."""
+        self._closing.set()
+        with self._changed:
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+
+class CudaStreamer(Streamer):
+    """Loads on two copy streams, one a tensor type. The host only enqueues: it never waits for a copy.
+
+    `cuda` is torch.cuda, or a recorder with the same Stream, Event and current_stream in tests. Stalls happen on
+    the device and are not counted here.
+    """
+
+    def __init__(self, store: ExpertStore, slots: int, poison: bool = False, cuda=torch.cuda) -> None:
+        super().__init__(store, slots, poison)
+        self._cuda = cuda
+        self._streams = [cuda.Stream() for _ in (GATE_UP, DOWN)]
+        self._loaded = [[cuda.Event() for _ in (GATE_UP, DOWN)] for _ in range(self.num_slots)]
+        self._computed = [cuda.Event() for _ in range(self.num_slots)]
+        self._issued = self._bytes = 0
+
+    def _begin(self, job: int) -> None:
+        last = len(self.order) - 1 if self.keeps_all else job + self.num_slots - 1
+        while self._issued <= last:
+            self._issue(self._issued)
+            self._issued += 1
+
+    def _issue(self, job: int) -> None:
+        layer, slot = self._layer_of(job), job % self.num_slots
+        for d, stream in enumerate(self._streams):
+            if job >= self.num_slots:
+                stream.wait_event(self._computed[slot])
+            source = self.store.host_arena(layer, d)
+            with self._cuda.stream(stream):
+                self._copy(self._slots[slot][d], source)
+            self._loaded[slot][d].record(stream)
+            self._bytes += source.numel()
+
+    def _copy(self, buffer: Tensor, source: Tensor) -> None:
+        if self.poison:
+            buffer.fill_(_POISON)
+        buffer[: source.numel()].copy_(source, non_blocking=True)
+
+    def _wait(self, job: int, tensor_type: int) -> None:
+        self._cuda.current_stream().wait_event(self._loaded[job % self.num_slots][tensor_type])
+
+    def _finish(self, job: int) -> None:
+        self._computed[job % self.num_slots].record(self._cuda.current_stream())
+
+    def counters(self) -> Counters:
+        return Counters(self._bytes, 0, 0, 2 * self._issued)
+
+    def close(self) -> None:
+        for stream in self._streams:
+            stream.synchronize()
+
+
+def make_streamer(
+    store: ExpertStore,
+    slots: int,
+    device: torch.device,
+    *,
+    poison: bool = False,
+    timeline: Timeline | None = None,
+    delay: Delay | None = None,
+) -> Streamer:
+    """The streamer for a device. poison: NaN in recycled slots; delay: seconds before a load, for tests (CPU)."""
+    if device.type == "cuda":
+        return CudaStreamer(store, slots, poison)
+    return ThreadStreamer(store, slots, poison, timeline, delay)

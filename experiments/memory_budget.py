@@ -18,13 +18,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from fluxmoe.models.config import ModelConfig, load_config
 from fluxmoe.runtime.budget import BudgetError, format_bytes, parse_bytes
 from fluxmoe.runtime.engine import Engine, resolve_device, summarise
 from fluxmoe.runtime.placement import POLICIES
 from fluxmoe.runtime.request import RequestOutput
+from tqdm import tqdm
 
 from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
 from .generate import add_engine_arguments, engine_config

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
 from fluxmoe.runtime.request import Request, SamplingParams
 
 from .common import UsageError

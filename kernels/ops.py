@@ -19,6 +19,10 @@ from torch import Tensor
 from .expert_table import ExpertTable
 
 
+class KernelError(ValueError):
+    """Sizes or dtypes that the kernels of a device cannot take."""
+
+
 @dataclass(frozen=True)
 class LayerDims:
     """Sizes that kernels and workspace depend on; `qk_norm` is none | head | full, `window` 0 means none."""

@@ -63,9 +63,7 @@ class TorchOps:
             self.unpack(blocks[DOWN], d.hidden, d.intermediate),
         )
 
-    def kv_block_shape(
-        self, block_size: int, kv_heads: int, head_dim: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (block_size, kv_heads, head_dim), (block_size, kv_heads, head_dim)
 
     def embed(self, token_ids: Tensor, table: PackedLinear) -> Tensor:

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
-
 from fluxmoe.kernels.ops import AttentionMetadata, LayerDims, LayerExperts, Ops, PackedLinear, RopeTable
+from torch import Tensor
 
 from .config import ModelConfig
 from .rope import rope_tables
@@ -73,7 +72,11 @@ def non_expert_bytes(config: ModelConfig, ops: Ops, max_context: int) -> int:
     """Device bytes of everything but experts: embeddings, projections, routers, norms and biases (fp32), RoPE."""
     c, d = config, layer_dims(config)
     floats = 2 * c.hidden_size + sum(_norm_sizes(c))
-    linears = [(d.qkv_size, c.hidden_size), (c.hidden_size, c.num_heads * c.head_dim), (c.num_experts, c.hidden_size)]
+    linears = [
+        (d.qkv_size, c.hidden_size),
+        (c.hidden_size, c.num_heads * c.head_dim),
+        (c.num_experts, c.hidden_size),
+    ]
     if c.attention_bias:
         floats += d.qkv_size + c.hidden_size
     layer = sum(ops.packed_bytes(n, k) for n, k in linears) + 4 * floats
@@ -151,7 +154,9 @@ class Decoder:
         if self.lm_head is not self.embed_tokens:
             yield self.lm_head.block
         for layer in self.layers:
-            yield from (t for t in (layer.input_norm, layer.post_attn_norm, layer.q_norm, layer.k_norm) if t is not None)
+            yield from (
+                t for t in (layer.input_norm, layer.post_attn_norm, layer.q_norm, layer.k_norm) if t is not None
+            )
             for linear in (layer.qkv, layer.o_proj, layer.router):
                 yield linear.block
                 if linear.bias is not None:

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from fluxmoe.kernels.ops import AttentionMetadata
+from torch import Tensor
 
 from .scheduler import Step
 

@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-
 from fluxmoe.kernels.cpu.ops import CpuOps
 from fluxmoe.kernels.ops import Limits, Ops
 from fluxmoe.kernels.torch_ops import TorchOps
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.decoder import Decoder, layer_dims, non_expert_bytes
+from tqdm import tqdm
 
 from .batch import build_batch
 from .budget import MemoryBudget, available_bytes, format_bytes, require
@@ -32,7 +31,7 @@ from .request import Request, RequestOutput, Sequence
 from .sampling import sample
 from .scheduler import Scheduler
 from .store import ExpertStore
-from .streamer import make_streamer, slot_bytes
+from .streamer import Counters, Delay, make_streamer, slot_bytes
 from .timeline import Timeline
 
 
@@ -40,17 +39,29 @@ class DeviceError(ValueError):
     """A device was asked for that this machine lacks."""
 
 
+class SettingError(ValueError):
+    """An engine setting that cannot be meant."""
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How to serve a model.
 
-    budget_bytes: device bytes for everything (None: all that is free). placement, alpha: see `placement.place`.
-    slots: streaming slots (S ≥ 2). max_batch: sequences in a batch. max_batched_tokens: tokens of one pass
-    (chunk size of prefill). block_size: tokens a KV block. preemption: recompute | swap. max_context: longest
-    prompt + output served (None: the model's limit). kernels: auto | torch (the slow reference on the CPU).
-    min_kv_tokens: the budget must hold at least this many
-    tokens of KV. threads: CPU threads (None: all). timeline: record loads and compute. poison: fill recycled slots with NaN. load_delay: seconds to wait before a
-    load of (layer, tensor type), for tests.
+    budget_bytes        device bytes for everything; None: all that is free
+    placement, alpha    see `placement.place`
+    slots               streaming slots, S ≥ 2
+    max_batch           sequences in a batch
+    max_batched_tokens  tokens of one pass: the chunk size of prefill
+    block_size          tokens of a KV block
+    preemption          recompute | swap
+    max_context         longest prompt + output served; None: the model's limit
+    min_kv_tokens       the budget must hold at least this many tokens of KV
+    kernels             auto | torch (the slow reference on the CPU)
+    threads             CPU threads; None: all
+    disk_dir            where the disk tier spills; None: the system's temporary directory
+    poison              debug: fill recycled slots with NaN
+    timeline            record loads and compute
+    load_delay          tests: seconds to wait before a load of (layer, tensor type)
     """
 
     budget_bytes: int | None = None
@@ -70,7 +81,15 @@ class EngineConfig:
     poison: bool = False
     timeline: bool = False
     progress: bool = False
-    load_delay: object | None = field(default=None, compare=False)
+    load_delay: Delay | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_batched_tokens", "block_size", "max_context", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(f"{name} must be at least 1, got {value}")
+        if self.preemption not in ("recompute", "swap"):
+            raise SettingError(f"preemption must be recompute or swap, got {self.preemption!r}")
 
 
 @dataclass(frozen=True)
@@ -120,22 +139,18 @@ class Engine:
     and one KV block, DeviceError, PlacementError.
     """
 
-    def __init__(self, model_dir: Path | str, config: EngineConfig = EngineConfig()) -> None:  # noqa: B008 frozen
+    def __init__(self, model_dir: Path | str, config: EngineConfig = EngineConfig()) -> None:
         self.config = config
         self.device = resolve_device(config.device)
         checkpoint = Checkpoint(model_dir)
         self.model = model = checkpoint.config
         context = min(config.max_context or model.max_position_embeddings, model.max_position_embeddings)
-        limits = Limits(
-            max(config.max_batched_tokens, config.max_batch), config.max_batch, context, config.block_size
-        )
+        limits = Limits(max(config.max_batched_tokens, config.max_batch), config.max_batch, context, config.block_size)
         self.ops = _make_ops(config, layer_dims(model), limits, self.device)
         self.placement = self._place()
         self.timeline = Timeline()
         self.budget, num_blocks = self._charge(limits)
-        self.store = ExpertStore(
-            self.placement, self.ops.expert_bytes(), self.device, disk_dir=config.disk_dir
-        )
+        self.store = ExpertStore(self.placement, self.ops.expert_bytes(), self.device, disk_dir=config.disk_dir)
         try:
             self.decoder = self._load(checkpoint, context)
             self.streamer = make_streamer(
@@ -172,15 +187,14 @@ class Engine:
             host_blocks=num_blocks if swap else 0,
         )
         self._iteration = 0
+        self._counted = Counters(0, 0, 0, 0)
 
     def _place(self) -> Placement:
         config, model = self.config, self.model
         bandwidths: Mapping[Tier, float] | None = None
         if config.placement == "balanced" and config.alpha is None:
             bandwidths = measure_bandwidths(self.device)
-        return place(
-            config.placement, model.num_layers, model.num_experts, alpha=config.alpha, bandwidths=bandwidths
-        )
+        return place(config.placement, model.num_layers, model.num_experts, alpha=config.alpha, bandwidths=bandwidths)
 
     def _charge(self, limits: Limits) -> tuple[MemoryBudget, int]:
         """Fill the ledger; returns it with the number of KV blocks that fit."""
@@ -262,7 +276,6 @@ class Engine:
 
     def _step(self, begin: float, outputs: dict[int, RequestOutput]) -> StepMetrics:
         started = time.perf_counter()
-        before = self.streamer.counters()
         step = self.scheduler.schedule()
         self.kv.swap_out(step.swap_out)
         self.kv.swap_in(step.swap_in)
@@ -272,9 +285,7 @@ class Engine:
             batch.token_ids, batch.metadata, self.kv, self.streamer, batch.logit_rows, self.timeline
         )
         sampling = [chunk.sequence for chunk in step.chunks if chunk.sample]
-        tokens = sample(
-            logits, [s.request.params for s in sampling], [s.num_generated for s in sampling]
-        )
+        tokens = sample(logits, [s.request.params for s in sampling], [s.num_generated for s in sampling])
         now = time.perf_counter() - begin
         for sequence in sampling:
             if sequence.first_token_s is None:
@@ -285,7 +296,8 @@ class Engine:
         for sequence in finished:
             sequence.finish_s = now
             outputs[sequence.request.request_id] = sequence.output()
-        after = self.streamer.counters()
+        before, after = self._counted, self.streamer.counters()
+        self._counted = after
         self._iteration += 1
         return StepMetrics(
             iteration=self._iteration - 1,

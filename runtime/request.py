@@ -56,9 +56,7 @@ class SamplingParams:
         if not 0 <= _integer("seed", self.seed) < 2**64:
             raise RequestError(f"seed must be between 0 and 2**64 - 1, got {self.seed}")
         if not isinstance(self.stop_token_ids, tuple):
-            raise RequestError(
-                f"stop_token_ids must be a tuple of token ids, got {type(self.stop_token_ids).__name__}"
-            )
+            raise RequestError(f"stop_token_ids must be a tuple of token ids, got {type(self.stop_token_ids).__name__}")
         for token in self.stop_token_ids:
             _integer("a stop token id", token)
 

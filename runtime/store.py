@@ -18,9 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from fluxmoe.kernels.cpu.copy import stream_copy
+from torch import Tensor
 
 from .placement import Placement, Tier
 
@@ -72,9 +71,7 @@ class ExpertStore:
         if pin and any(self._members[Tier.DISK]):
             raise StoreError("the disk tier needs --device cpu for now; use placement host or balanced on CUDA")
         self._resident = [self._arenas(len(self._members[Tier.RESIDENT][i]), self.device) for i in layers]
-        self._host = [
-            self._arenas(len(self._members[Tier.HOST][i]), torch.device("cpu"), pin) for i in layers
-        ]
+        self._host = [self._arenas(len(self._members[Tier.HOST][i]), torch.device("cpu"), pin) for i in layers]
         # Where each (layer, type) begins in the spill file, on page boundaries.
         self._offsets: list[tuple[int, int]] = []
         end = 0
@@ -111,7 +108,9 @@ class ExpertStore:
             os.posix_fallocate(self._file, 0, self.disk_bytes)
         except OSError as error:
             self.close()
-            raise StoreError(f"no room for {self.disk_bytes} bytes of experts in {directory}: {error.strerror}") from None
+            raise StoreError(
+                f"no room for {self.disk_bytes} bytes of experts in {directory}: {error.strerror}"
+            ) from None
         finally:
             os.unlink(name)
 
@@ -204,7 +203,9 @@ class ExpertStore:
         view, offset = memoryview(target.numpy()), self._offsets[layer][tensor_type]
         what = f"{TENSOR_NAMES[tensor_type]} experts of layer {layer} from {self._spill_name}"
         while len(view):
-            direct = self.direct_io and len(view) >= PAGE and (target.data_ptr() + target.numel() - len(view)) % PAGE == 0
+            direct = (
+                self.direct_io and len(view) >= PAGE and (target.data_ptr() + target.numel() - len(view)) % PAGE == 0
+            )
             part = view[: len(view) // PAGE * PAGE] if direct else view
             try:
                 got = os.preadv(self._direct if direct else self._file, [part], offset)

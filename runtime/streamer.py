@@ -23,9 +23,8 @@ from itertools import count
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP, ExpertTable
+from torch import Tensor
 
 from .placement import Placement
 from .store import TENSOR_NAMES, ExpertStore, StoreError, aligned_empty, strides

@@ -21,7 +21,7 @@ import torch
 from numba import njit, prange, types
 from torch import Tensor
 
-from ..ops import AttentionMetadata, RopeTable
+from ..ops import AttentionMetadata, KernelError, RopeTable
 from .gemm import LANES, Scratch, padded
 from .norm import rms_scale
 from .simd import MAX_ROWS, exp_f32, fetch_add, float_bits, gemm_tile, round_bf16, store_u16, store_u32
@@ -30,9 +30,9 @@ NO_NORM, HEAD_NORM, FULL_NORM = 0, 1, 2
 
 
 def kv_block_shape(block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of one layer's share of a KV block, (k, v); ValueError unless block_size is a multiple of 16."""
+    """Shapes of one layer's share of a KV block, (k, v); KernelError unless block_size is a multiple of 16."""
     if block_size < LANES or block_size % LANES:
-        raise ValueError(f"on the CPU a KV block holds a multiple of {LANES} tokens, got block size {block_size}")
+        raise KernelError(f"on the CPU a KV block holds a multiple of {LANES} tokens, got block size {block_size}")
     k = (kv_heads, block_size // LANES, head_dim, LANES)
     v = (kv_heads, padded(head_dim) // LANES, block_size, LANES)
     return k, v

@@ -53,8 +53,7 @@ def unpack_gate_up(block: Tensor, intermediate: int, hidden: int, dtype: torch.d
     """Inverse of `pack_gate_up`: [2I, H]."""
     panels = block.view(dtype).view(-1, 2, hidden, LANES)
     halves = [
-        gemm.unpack(panels[:, which].contiguous().view(torch.uint8), intermediate, hidden, dtype)
-        for which in (0, 1)
+        gemm.unpack(panels[:, which].contiguous().view(torch.uint8), intermediate, hidden, dtype) for which in (0, 1)
     ]
     return torch.cat(halves)
 
@@ -148,9 +147,7 @@ def _gate_up(
                     for r in range(count):
                         for lane in range(16):
                             g = gate[r, lane]
-                            activation[begin + r, p * 16 + lane] = (
-                                g / (types.float32(1.0) + exp_f32(-g)) * up[r, lane]
-                            )
+                            activation[begin + r, p * 16 + lane] = g / (types.float32(1.0) + exp_f32(-g)) * up[r, lane]
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -203,9 +200,7 @@ def _combine(expert_out, topk_weights, row_of, residual, out):
 class MoeBuffers:
     """Buffers of one MoE layer for at most `max_tokens` tokens; all layers share them."""
 
-    def __init__(
-        self, max_tokens: int, hidden: int, intermediate: int, experts: int, top_k: int, threads: int
-    ) -> None:
+    def __init__(self, max_tokens: int, hidden: int, intermediate: int, experts: int, top_k: int, threads: int) -> None:
         rows = max_tokens * top_k
         self.topk_ids = torch.zeros(max_tokens, top_k, dtype=torch.int32)
         self.topk_weights = torch.zeros(max_tokens, top_k)

@@ -14,7 +14,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from ..expert_table import DOWN, GATE_UP
-from ..ops import AttentionMetadata, LayerDims, LayerExperts, Limits, PackedLinear, RopeTable
+from ..ops import AttentionMetadata, KernelError, LayerDims, LayerExperts, Limits, PackedLinear, RopeTable
 from . import attention as attn
 from . import gemm, moe
 from .norm import rms_norm
@@ -46,7 +46,7 @@ class CpuOps:
 
     def __init__(self, dims: LayerDims, limits: Limits, threads: int | None = None) -> None:
         if dims.dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"CPU kernels take bfloat16 or float32 weights, got {dims.dtype}")
+            raise KernelError(f"CPU kernels take bfloat16 or float32 weights, got {dims.dtype}")
         self.dims, self.limits = dims, limits
         self.threads = threads or default_threads()
         numba.set_num_threads(self.threads)
@@ -102,9 +102,7 @@ class CpuOps:
             gemm.unpack(blocks[DOWN], d.hidden, d.intermediate, d.dtype),
         )
 
-    def kv_block_shape(
-        self, block_size: int, kv_heads: int, head_dim: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return attn.kv_block_shape(block_size, kv_heads, head_dim)
 
     # The forward pass.

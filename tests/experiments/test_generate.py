@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-
 from fluxmoe.experiments.common import cli_main
 from fluxmoe.experiments.generate import main
 from fluxmoe.experiments.make_checkpoint import make_checkpoint

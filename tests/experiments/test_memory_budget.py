@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 
 import pytest
-
 from fluxmoe.experiments import memory_budget
 from fluxmoe.experiments.common import UsageError
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
@@ -16,7 +15,7 @@ from fluxmoe.experiments.workloads import drawn_lengths, make_requests, trace_le
 def model_dir(tmp_path_factory):
     out = tmp_path_factory.mktemp("models") / "moe"
     make_checkpoint(
-        arch="mixtral", out=out, layers=4, experts=4, top_k=2, hidden=64, moe_intermediate=64, heads=2, kv_heads=2,
+        arch="mixtral", out=out, layers=4, experts=12, top_k=2, hidden=64, moe_intermediate=64, heads=2, kv_heads=2,
         vocab=512, seed=0, max_positions=256,
     )  # fmt: skip
     return out
@@ -25,7 +24,7 @@ def model_dir(tmp_path_factory):
 def sweep(model_dir, out, *more):
     memory_budget.main(
         [
-            "--model", str(model_dir), "--budgets", "900KiB", "4MiB", "--placements", "resident", "host",
+            "--model", str(model_dir), "--budgets", "1200KiB", "4MiB", "--placements", "resident", "host",
             "--requests", "4", "--context", "64", "--output-tokens", "8", "--max-batch", "4", "--device", "cpu",
             "--max-batched-tokens", "32", "--out", str(out), *more,
         ]
@@ -38,7 +37,7 @@ def test_sweep_resumes_and_explains(model_dir, tmp_path, capsys, monkeypatch):
     rows = sweep(model_dir, tmp_path)
     by_point = {(row["placement"], row["budget_bytes"]): row for row in rows}
     assert len(rows) == 4
-    small, large = str(900 << 10), str(4 << 20)
+    small, large = str(1200 << 10), str(4 << 20)
     assert by_point["resident", small]["status"] == "too_small"
     assert "least" in by_point["resident", small]["reason"]
     for key in (("host", small), ("host", large), ("resident", large)):
@@ -85,7 +84,10 @@ def test_traces(tmp_path):
     cut = trace_lengths(path, None, context=64)
     assert [(s.arrived_at, s.prompt, s.output) for s in cut] == [(0.0, 57, 7), (0.0, 1, 63)]
     assert trace_lengths(path, 1, 128, at_once=False)[0].arrived_at == 0.5
-    for text, match in (("a,b\n1,2\n", "columns"), ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,x,2\n", "line 2")):
+    for text, match in (
+        ("a,b\n1,2\n", "columns"),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens\n1,x,2\n", "line 2"),
+    ):
         path.write_text(text)
         with pytest.raises(UsageError, match=match):
             trace_lengths(path, None, 64)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from fluxmoe.kernels.cpu.copy import stream_copy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -38,9 +39,7 @@ def test_linear_matches_float64(n, k, rows, dtype):
     weight, x = torch.randn(n, k).to(dtype), torch.randn(rows, k)
     block = torch.zeros(gemm.packed_bytes(n, k, dtype), dtype=torch.uint8)
     gemm.pack(weight, block)
-    y = gemm.linear(
-        x, block, n, dtype, torch.full((max(rows, 1), gemm.padded(n)), float("nan")), gemm.Scratch(64, 2)
-    )
+    y = gemm.linear(x, block, n, dtype, torch.full((max(rows, 1), gemm.padded(n)), float("nan")), gemm.Scratch(64, 2))
     torch.testing.assert_close(y.double(), gemm.linear_torch(x, weight), rtol=1e-5, atol=1e-5 * k**0.5)
 
 
@@ -244,7 +243,7 @@ def test_attention_does_not_depend_on_chunking(window):
     table = torch.tensor([[3, 1]])
     outputs = []
     for cuts in ([0, 50], [0, 7, 20, 43, 50], list(range(51))):
-        passes = [[(a, b - a)] for a, b in zip(cuts, cuts[1:], strict=False)]
+        passes = [[(a, b - a)] for a, b in itertools.pairwise(cuts)]
         outputs.append(torch.cat(run_attention(ops, qkv_of, passes, 32, 4, table, (None, None), rope)))
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])

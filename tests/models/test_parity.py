@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from fluxmoe.runtime.engine import Engine, EngineConfig
 from fluxmoe.runtime.request import Request, SamplingParams
 
@@ -74,7 +73,7 @@ def test_fp32_parity(arch, seed, kernels, tmp_path):
         ("olmoe", dict(num_experts=9, num_experts_per_tok=5, norm_topk_prob=True)),
         ("olmoe", dict(clip_qkv=0.4)),
         ("olmoe", dict(num_experts=64, num_experts_per_tok=8, attention_bias=True)),
-        ("olmoe", dict(hidden_size=36, intermediate_size=20)),
+        ("olmoe", dict(hidden_size=40, intermediate_size=20)),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()),
 )

@@ -7,7 +7,6 @@ import random
 import numpy as np
 import pytest
 import torch
-
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
 from fluxmoe.runtime.budget import BudgetError
 from fluxmoe.runtime.engine import DeviceError, Engine, EngineConfig
@@ -95,7 +94,9 @@ def test_tokens_survive_preemption(model_dir, expected, preemption, placement):
     assert tokens == expected
 
 
-@pytest.mark.parametrize("settings", [dict(max_batch=1), dict(max_batched_tokens=7), dict(block_size=16), dict(threads=1)])
+@pytest.mark.parametrize(
+    "settings", [dict(max_batch=1), dict(max_batched_tokens=7), dict(block_size=16), dict(threads=1)]
+)
 def test_tokens_do_not_depend_on_batching(model_dir, expected, settings):
     assert serve(model_dir, **settings)[0] == expected
 

@@ -1,0 +1,84 @@
+"""The ledger: parsing, conservation, and the sentence that names the least budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fluxmoe.runtime.budget import BudgetError, MemoryBudget, available_bytes, format_bytes, parse_bytes, require
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("512MiB", 512 << 20),
+        ("1.5 GB", 1_500_000_000),
+        ("123456", 123456),
+        ("10b", 10),
+        ("2k", None),
+        ("all", None),
+        ("1GiB", 1 << 30),
+        ("0", 0),
+    ],
+)
+def test_parse(text, expected):
+    if text == "2k":
+        with pytest.raises(BudgetError, match="512MiB"):
+            parse_bytes(text)
+    else:
+        assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1", "1e9", "5 MiB GiB", "inf"])
+def test_nonsense_is_refused(text):
+    with pytest.raises(BudgetError, match="cannot read"):
+        parse_bytes(text)
+
+
+def test_format():
+    assert [format_bytes(n) for n in (0, 1023, 1024, 3 << 19, 5 << 30)] == [
+        "0 B",
+        "1023 B",
+        "1 KiB",
+        "1.5 MiB",
+        "5 GiB",
+    ]
+
+
+def test_least_budget_and_what_takes_it():
+    require(30, {"a": 10, "b": 20})
+    with pytest.raises(BudgetError) as info:
+        require(29, {"weights": 10, "slots": 0, "kv_cache": 20}, hint="do this")
+    message = str(info.value)
+    assert "30 bytes" in message
+    assert "weights 10 B" in message
+    assert "slots" not in message
+    assert message.endswith("do this")
+
+
+@given(st.integers(0, 1000), st.lists(st.tuples(st.sampled_from("abc"), st.integers(-400, 400)), max_size=30))
+def test_never_over_and_nothing_lost(total, moves):
+    budget, expected = MemoryBudget(total), dict.fromkeys("abc", 0)
+    for line, nbytes in moves:
+        if nbytes >= 0 and sum(expected.values()) + nbytes > total:
+            before = budget.lines()
+            with pytest.raises(BudgetError):
+                budget.reserve(line, nbytes)
+            assert budget.lines() == before
+        elif nbytes >= 0:
+            budget.reserve(line, nbytes)
+            expected[line] += nbytes
+        elif expected[line] >= -nbytes:
+            budget.release(line, -nbytes)
+            expected[line] += nbytes
+        else:
+            with pytest.raises(AssertionError):
+                budget.release(line, -nbytes)
+        assert {k: v for k, v in budget.lines().items() if v} == {k: v for k, v in expected.items() if v}
+        assert budget.used + budget.free == total
+        assert budget.free >= 0
+
+
+def test_all_means_a_part_of_what_is_free():
+    assert 1 << 20 < available_bytes(torch.device("cpu")) < 1 << 46

@@ -1,0 +1,72 @@
+"""Placements: every expert in one tier, exact shares, balance, monotony."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fluxmoe.runtime.placement import POLICIES, PlacementError, Tier, place
+from hypothesis import given
+from hypothesis import strategies as st
+
+LAYERS, EXPERTS = st.integers(1, 12), st.integers(1, 20)
+SHARES = st.floats(0, 1)
+
+
+@given(LAYERS, EXPERTS, SHARES)
+def test_balanced_is_exact_and_even(layers, experts, alpha):
+    placement = place("balanced", layers, experts, alpha=alpha)
+    resident = (placement.tiers == Tier.RESIDENT).sum(axis=1)
+    assert resident.sum() == round(alpha * layers * experts)
+    assert resident.max() - resident.min() <= 1
+    assert placement.max_streamed == experts - resident.min()
+
+
+@given(LAYERS, EXPERTS, SHARES, SHARES)
+def test_more_alpha_keeps_what_less_alpha_kept(layers, experts, a, b):
+    less, more = (place("offload", layers, experts, alpha=x).tiers == Tier.RESIDENT for x in sorted((a, b)))
+    assert (less <= more).all()
+    less, more = ((place("balanced", layers, experts, alpha=x).tiers == Tier.RESIDENT).sum() for x in sorted((a, b)))
+    assert less <= more
+
+
+@given(LAYERS, EXPERTS, st.sampled_from(sorted(POLICIES)))
+def test_counts_and_lists_agree(layers, experts, policy):
+    bandwidths = {Tier.RESIDENT: 3.0, Tier.HOST: 1.0}
+    placement = place(policy, layers, experts, bandwidths=bandwidths)
+    assert placement.tiers.shape == (layers, experts)
+    assert sum(placement.counts().values()) == layers * experts
+    for layer in range(layers):
+        assert sorted(placement.resident(layer) + placement.streamed(layer)) == list(range(experts))
+    assert placement.streamed_layers == [i for i in range(layers) if placement.streamed(i)]
+
+
+def test_policies_do_what_they_say():
+    assert place("resident", 4, 8).alpha == 1
+    assert place("host", 4, 8).counts() == {"resident": 0, "host": 32, "disk": 0}
+    assert place("disk", 4, 8).counts()["disk"] == 32
+    assert place("offload", 16, 8).streamed_layers == [14, 15]  # the paper's 12.5 %
+    assert place("offload", 4, 8).streamed_layers == [3]  # at least one layer
+    assert place("offload", 4, 8, alpha=1.0).streamed_layers == []
+
+
+def test_balanced_follows_bandwidth():
+    """x_k = B_k / ΣB (arXiv 2604.02715 §4.2)."""
+    placement = place("balanced", 6, 40, bandwidths={Tier.RESIDENT: 30e9, Tier.HOST: 10e9})
+    assert placement.alpha == 0.75
+    assert np.unique((placement.tiers == Tier.HOST).sum(axis=1)).tolist() == [10]
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "match"),
+    [
+        ("nowhere", {}, "balanced"),
+        ("balanced", {}, "bandwidths"),
+        ("balanced", {"alpha": 1.01}, "0 to 1"),
+        ("balanced", {"alpha": float("nan")}, "0 to 1"),
+        ("balanced", {"bandwidths": {Tier.RESIDENT: 0.0, Tier.HOST: 1.0}}, "positive"),
+        ("resident", {"alpha": 0.5}, "every expert"),
+    ],
+)
+def test_errors(policy, settings, match):
+    with pytest.raises(PlacementError, match=match):
+        place(policy, 4, 8, **settings)

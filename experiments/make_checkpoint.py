@@ -146,8 +146,9 @@ def _hf_config(arch: str, *, num_experts: int, top_k: int, moe_intermediate: int
 
 
 def _weight(name: str, role: Role, dtype: torch.dtype, seed: int, scale: float) -> Tensor:
-    """One tensor; its generator is seeded by its name, so a tensor does not depend on the others."""
-    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    """One tensor; its generator is seeded by its name too, so a tensor does not depend on the others."""
+    # torch's generator takes only 32 bits of a seed, so both go through a checksum.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     if len(role.shape) == 1:
         if role.kind.endswith("bias"):
             return (0.02 * torch.randn(role.shape, generator=generator)).to(dtype)

@@ -163,10 +163,12 @@ class Checkpoint:
             have = parts[layer, expert]
             if "gate_up" not in have and have.keys() >= {"gate", "up"}:
                 have["gate_up"] = torch.cat([have.pop("gate"), have.pop("up")])
-            if have.keys() >= {"gate_up", "down"}:
+            whole = have.keys() >= {"gate_up", "down"}
+            if whole:
                 parts.pop((layer, expert))
-                yield layer, expert, have["gate_up"], have["down"]
             self.pending = sum(map(len, parts.values()))
+            if whole:
+                yield layer, expert, have["gate_up"], have["down"]
 
         for path, roles in self._roles.items():
             wanted = {n: r for n, r in roles.items() if r.expert is not None or r.kind.startswith("fused")}

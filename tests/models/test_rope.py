@@ -1,0 +1,67 @@
+"""RoPE tables against transformers' own initialisers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fluxmoe.models.config import ConfigError, RopeScaling
+from fluxmoe.models.rope import rope_tables
+from transformers import Qwen3MoeConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+ORIGINAL = {"original_max_position_embeddings": 256}
+
+
+def ours(kind, params, head_dim=64):
+    scaling = None if kind == "default" else RopeScaling(kind, params)
+    config = SimpleNamespace(
+        head_dim=head_dim, rope_theta=1e5, rope_scaling=scaling, max_position_embeddings=1024
+    )  # fmt: skip
+    return rope_tables(config, 1024)
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [
+        ("linear", {"factor": 3.0}),
+        ("llama3", {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL}),
+        ("yarn", {"factor": 4.0, **ORIGINAL}),
+        ("yarn", {"factor": 4.0, "beta_fast": 16, "beta_slow": 2, "attention_factor": 0.7, **ORIGINAL}),
+        ("yarn", {"factor": 16.0, "mscale": 0.7, "mscale_all_dim": 1.1, **ORIGINAL}),
+        ("yarn", {"factor": 4.0, "truncate": False, **ORIGINAL}),
+    ],
+)
+def test_matches_transformers(kind, params):
+    config = Qwen3MoeConfig(
+        head_dim=64,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": kind, "rope_theta": 1e5, **params},
+    )
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config)
+    angles = torch.arange(1024.0)[:, None] * frequencies[None]
+    cos, sin = ours(kind, params)
+    torch.testing.assert_close(cos, angles.cos() * factor, rtol=0, atol=2e-4)
+    torch.testing.assert_close(sin, angles.sin() * factor, rtol=0, atol=2e-4)
+
+
+def test_default_is_the_definition():
+    cos, sin = ours("default", {})
+    angle = 37 * 1e5 ** (-2 * 5 / 64)
+    assert cos[37, 5].item() == pytest.approx(torch.tensor(angle).cos().item(), abs=1e-5)
+    assert sin[37, 5].item() == pytest.approx(torch.tensor(angle).sin().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "match"),
+    [
+        ("longrope", {}, "not supported; these are: default, linear"),
+        ("dynamic", {"factor": 2.0}, "not supported"),
+        ("linear", {}, "factor"),
+        ("llama3", {"factor": 2.0}, "low_freq_factor"),
+    ],
+)
+def test_unknown_or_incomplete_scaling_is_an_error(kind, params, match):
+    with pytest.raises(ConfigError, match=match):
+        ours(kind, params)

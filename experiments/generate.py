@@ -39,11 +39,12 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def add_engine_arguments(p: argparse.ArgumentParser) -> None:
-    """Arguments that every script which runs the engine shares."""
-    p.add_argument("--budget", default="all", help="device bytes for everything, e.g. 512MiB; or all")
-    p.add_argument("--placement", default="resident", choices=sorted(POLICIES))
-    p.add_argument("--alpha", type=float, help="share of experts kept on the device")
+def add_engine_arguments(p: argparse.ArgumentParser, swept: bool = False) -> None:
+    """Arguments that every script which runs the engine shares; `swept`: it varies budget and placement itself."""
+    if not swept:
+        p.add_argument("--budget", default="all", help="device bytes for everything, e.g. 512MiB; or all")
+        p.add_argument("--placement", default="resident", choices=sorted(POLICIES))
+        p.add_argument("--alpha", type=float, help="share of experts kept on the device")
     p.add_argument("--slots", type=int, default=2, help="streaming slots, at least 2")
     p.add_argument("--max-batch", type=int, default=64, help="sequences in a batch")
     p.add_argument("--max-batched-tokens", type=int, default=256, help="tokens of one pass (prefill chunk)")
@@ -57,9 +58,6 @@ def add_engine_arguments(p: argparse.ArgumentParser) -> None:
 def engine_config(args: argparse.Namespace, max_context: int, **overrides) -> EngineConfig:
     return EngineConfig(
         **{
-            "budget_bytes": parse_bytes(args.budget),
-            "placement": args.placement,
-            "alpha": args.alpha,
             "slots": args.slots,
             "max_batch": args.max_batch,
             "max_batched_tokens": args.max_batched_tokens,
@@ -155,7 +153,14 @@ def run(args: argparse.Namespace) -> dict:
     longest = max(len(ids) for ids in prompts) + args.max_new_tokens
     shortest = min(len(ids) for ids in prompts) + args.max_new_tokens
     settings = engine_config(
-        args, longest, min_kv_tokens=shortest, progress=sys.stderr.isatty(), timeline=bool(args.trace)
+        args,
+        longest,
+        budget_bytes=parse_bytes(args.budget),
+        placement=args.placement,
+        alpha=args.alpha,
+        min_kv_tokens=shortest,
+        progress=sys.stderr.isatty(),
+        timeline=bool(args.trace),
     )
     outputs: dict[int, RequestOutput] = {}
     with Engine(args.model, settings) as engine:

@@ -21,7 +21,7 @@ from pathlib import Path
 from fluxmoe.models.config import ModelConfig, load_config
 from fluxmoe.runtime.budget import BudgetError, format_bytes, parse_bytes
 from fluxmoe.runtime.engine import Engine, resolve_device, summarise
-from fluxmoe.runtime.placement import POLICIES
+from fluxmoe.runtime.placement import POLICIES, Tier, place
 from fluxmoe.runtime.request import RequestOutput
 from tqdm import tqdm
 
@@ -31,12 +31,14 @@ from .make_checkpoint import make_checkpoint
 from .plots import plot_memory_budget
 from .workloads import Lengths, drawn_lengths, make_requests, trace_lengths
 
-DEFAULT_PLACEMENTS = ("resident", "offload", "balanced", "host")
+# offload and balanced at one α, so that they differ only in how the streamed half is spread over the layers.
+DEFAULT_PLACEMENTS = ("resident", "offload:0.5", "balanced:0.5", "host")
 COLUMNS = (
-    "placement", "budget_bytes", "repeat", "status", "reason", "tokens_per_s", "total_tokens_per_s",
+    "placement", "alpha", "budget_bytes", "repeat", "status", "reason", "least_budget", "tokens_per_s",
+    "total_tokens_per_s",
     "decode_tokens_per_s", "wall_s", "iterations", "requests", "refused", "generated_tokens", "max_batch",
     "peak_batch", "preemptions", "swapped_blocks", "kv_blocks", "peak_kv_blocks", "block_size", "streamed_bytes",
-    "stall_s", "transfer_s", "hidden_share", "resident_share", "non_expert_weights", "resident_experts", "slots",
+    "stall_s", "transfer_s", "hidden_share", "non_expert_weights", "resident_experts", "slots",
     "workspace", "kv_cache", "host_bytes", "disk_bytes", "tokens_sha256",
 )  # fmt: skip
 
@@ -64,11 +66,11 @@ PRESETS = {
         {**_SMALL_MOE, "layers": 6}, requests=32, context=320, output_tokens=96, max_batch=32,
         budgets=("96MiB", "144MiB", "224MiB", "320MiB", "352MiB", "416MiB", "512MiB"),
     ),
-    # The committed figure: 403 MB of experts, 256 requests of up to 768 tokens.
+    # The committed figure: 403 MB of experts, KV of a full batch 537 MB.
     "small": Preset(
-        _SMALL_MOE, requests=128, context=768, output_tokens=192, max_batch=64,
-        budgets=("128MiB", "192MiB", "256MiB", "320MiB", "384MiB", "448MiB", "480MiB", "512MiB", "576MiB",
-                 "704MiB", "960MiB", "1280MiB"),
+        _SMALL_MOE, requests=64, context=512, output_tokens=128, max_batch=64,
+        budgets=("128MiB", "160MiB", "208MiB", "256MiB", "320MiB", "384MiB", "432MiB", "464MiB", "496MiB", "560MiB",
+                 "688MiB", "960MiB"),
     ),
 }  # fmt: skip
 
@@ -79,7 +81,10 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint")
     source.add_argument("--preset", choices=sorted(PRESETS), help="make a model and use a workload that suits it")
     p.add_argument("--budgets", nargs="+", metavar="BYTES", help="e.g. 256MiB 512MiB 1GiB")
-    p.add_argument("--placements", nargs="+", choices=sorted(POLICIES), default=list(DEFAULT_PLACEMENTS))
+    p.add_argument(
+        "--placements", nargs="+", metavar="NAME[:ALPHA]", default=list(DEFAULT_PLACEMENTS),
+        help=f"{', '.join(POLICIES)}; with a share of resident experts where it takes one (default: %(default)s)",
+    )  # fmt: skip
     p.add_argument("--requests", type=int, help="number of requests")
     p.add_argument("--context", type=int, help="longest prompt + output")
     p.add_argument("--output-tokens", type=int, help="output tokens of every request")
@@ -88,9 +93,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
     p.add_argument("--out", required=True, metavar="DIR")
-    add_engine_arguments(p)
+    add_engine_arguments(p, swept=True)
     p.set_defaults(max_batch=None)
     return p
+
+
+def split_placement(text: str) -> tuple[str, float | None]:
+    """'balanced:0.5' → ('balanced', 0.5); checked by trying it on a model of one layer."""
+    name, _, share = text.partition(":")
+    try:
+        alpha = float(share) if share else None
+    except ValueError:
+        raise UsageError(f"placement {text!r}: {share!r} is no share; write for example balanced:0.5") from None
+    place(name, 1, 1, alpha=alpha, bandwidths={Tier.RESIDENT: 1.0, Tier.HOST: 1.0})
+    return name, alpha
 
 
 def preset_model(name: str, directory: Path, seed: int = 0) -> Path:
@@ -123,15 +139,13 @@ def run_point(
     """Serve the workload once; a point that cannot run comes back with its reason."""
     requests = make_requests(lengths, config.vocab_size, args.seed)
     longest = max(shape.prompt + shape.output for shape in lengths)
-    args.placement = placement
-    # --alpha means something to the placements that split; the others have theirs.
-    alpha = args.alpha if placement not in ("resident", "host") else None
-    settings = engine_config(args, longest, budget_bytes=budget, alpha=alpha, min_kv_tokens=longest)
+    name, alpha = split_placement(placement)
+    settings = engine_config(args, longest, placement=name, alpha=alpha, budget_bytes=budget, min_kv_tokens=longest)
     row = {"status": "ok", "requests": len(requests), "max_batch": args.max_batch, "block_size": args.block_size}
     try:
         engine = Engine(model, settings)
     except BudgetError as error:
-        return {**row, "status": "too_small", "reason": str(error)}
+        return {**row, "status": "too_small", "reason": str(error), "least_budget": error.least}
     with engine:
         outputs: dict[int, RequestOutput] = {}
         steps = list(engine.steps(requests, outputs))
@@ -149,7 +163,7 @@ def run_point(
             "generated_tokens": generated,
             "kv_blocks": engine.kv.num_blocks,
             "hidden_share": hidden,
-            "resident_share": engine.placement.alpha,
+            "alpha": engine.placement.alpha,
             **engine.budget.lines(),
             "host_bytes": engine.store.host_bytes,
             "disk_bytes": engine.store.disk_bytes,
@@ -176,6 +190,8 @@ def sweep(args: argparse.Namespace) -> list[dict]:
     """Run every missing point; returns all rows, those of earlier runs included."""
     device = resolve_device(args.device)
     out = Path(args.out)
+    for placement in args.placements:
+        split_placement(placement)
     if args.repeats < 1:
         raise UsageError("--repeats must be at least 1")
     preset = PRESETS[args.preset] if args.preset else None
@@ -203,7 +219,7 @@ def sweep(args: argparse.Namespace) -> list[dict]:
         "seed": args.seed,
         "engine": {
             key: getattr(args, key)
-            for key in ("alpha", "slots", "max_batch", "max_batched_tokens", "block_size", "preemption", "threads")
+            for key in ("slots", "max_batch", "max_batched_tokens", "block_size", "preemption", "threads")
         },
         "device": device.type,
     }
@@ -254,20 +270,19 @@ def _warm_up(args, model, config, points, lengths) -> None:
     """Compile kernels and touch the checkpoint's pages before the first timed point."""
     if points:
         short = [Lengths(0.0, min(8, lengths[0].prompt), 2)] * 2
-        placement = "host" if "host" in POLICIES else points[0][0]
-        run_point(args, model, config, short, placement, max(budget for _, budget, _ in points))
+        run_point(args, model, config, short, "host", max(budget for _, budget, _ in points))
 
 
 def print_table(rows: list[dict]) -> None:
     """Best of the repeats, a line a point, and whether all runs gave the same tokens."""
     print(
-        f"{'placement':>10} {'budget':>10} {'tokens/s':>9} {'batch':>6} {'KV blocks':>10} {'preempt.':>9} "
+        f"{'placement':>12} {'budget':>10} {'tokens/s':>9} {'batch':>6} {'KV blocks':>10} {'preempt.':>9} "
         f"{'stall s':>8} {'transfer s':>11}"
     )
     for row in sorted(rows, key=lambda r: (int(r["budget_bytes"]), r["placement"], int(r["repeat"]))):
-        head = f"{row['placement']:>10} {format_bytes(int(row['budget_bytes'])):>10}"
+        head = f"{row['placement']:>12} {format_bytes(int(row['budget_bytes'])):>10}"
         if row["status"] != "ok":
-            print(f"{head} {'–':>9}  {row['reason']}")
+            print(f"{head} {'–':>9}  needs {format_bytes(int(row['least_budget']))}")
             continue
         print(
             f"{head} {float(row['tokens_per_s']):9.1f} {row['peak_batch']:>6} {row['kv_blocks']:>10} "

@@ -34,7 +34,9 @@ def plot_memory_budget(directory: Path) -> Path:
     ran = points[points.status == "ok"]
     top = ran.tokens_per_s.max() if len(ran) else 1.0
     for index, (placement, rows) in enumerate(points.groupby("placement", sort=False)):
-        colour, marker, label = STYLE.get(placement, ("#56B4E9", "x", placement))
+        name, _, share = placement.partition(":")
+        colour, marker, label = STYLE.get(name, ("#56B4E9", "x", name))
+        label += f", α = {share}" if share else ""
         ok = rows[rows.status == "ok"]
         grouped = ok.groupby("budget_bytes")
         speed = grouped.tokens_per_s.median()

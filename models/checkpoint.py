@@ -159,15 +159,16 @@ class Checkpoint:
         """(layer, expert, gate_up [2I, H], down [H, I]) of every expert, as soon as its parts have been read."""
         parts: dict[tuple[int, int], dict[str, Tensor]] = defaultdict(dict)
 
-        def ready(layer: int, expert: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        def add(layer: int, expert: int, kind: str, part: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
             have = parts[layer, expert]
-            if "gate_up" not in have and have.keys() >= {"gate", "up"}:
+            have[kind] = part
+            self.pending += 1
+            if have.keys() >= {"gate", "up"}:
                 have["gate_up"] = torch.cat([have.pop("gate"), have.pop("up")])
-            whole = have.keys() >= {"gate_up", "down"}
-            if whole:
+                self.pending -= 1
+            if have.keys() >= {"gate_up", "down"}:
                 parts.pop((layer, expert))
-            self.pending = sum(map(len, parts.values()))
-            if whole:
+                self.pending -= 2
                 yield layer, expert, have["gate_up"], have["down"]
 
         for path, roles in self._roles.items():
@@ -177,13 +178,11 @@ class Checkpoint:
             with self._open(path) as file:
                 for name, role in ordered:
                     if role.expert is not None:
-                        parts[role.layer, role.expert][role.kind] = file.get_tensor(name)
-                        yield from ready(role.layer, role.expert)
+                        yield from add(role.layer, role.expert, role.kind, file.get_tensor(name))
                         continue
                     fused = file.get_slice(name)
                     for expert in range(self.config.num_experts):
-                        parts[role.layer, expert][role.kind.removeprefix("fused_")] = fused[expert]
-                        yield from ready(role.layer, expert)
+                        yield from add(role.layer, expert, role.kind.removeprefix("fused_"), fused[expert])
         assert not parts, f"experts without all their parts: {sorted(parts)[:3]}"
 
 

@@ -16,7 +16,9 @@ _CUDA_SHARE = 0.92
 
 
 class BudgetError(ValueError):
-    """The memory budget cannot be read, or cannot hold what it must."""
+    """The memory budget cannot be read, or cannot hold what it must; then `least` is the budget that works."""
+
+    least: int | None = None
 
 
 def parse_bytes(text: str) -> int | None:
@@ -52,10 +54,12 @@ def require(total: int, lines: Mapping[str, int], hint: str = "") -> None:
     least = sum(lines.values())
     if total < least:
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in lines.items() if size)
-        raise BudgetError(
+        error = BudgetError(
             f"a budget of {format_bytes(total)} is too small: the least that works is {least} bytes "
             f"({format_bytes(least)}: {parts})" + (f"; {hint}" if hint else "")
         )
+        error.least = least
+        raise error
 
 
 class MemoryBudget:

@@ -63,6 +63,13 @@ def test_sweep_resumes_and_explains(model_dir, tmp_path, capsys, monkeypatch):
         sweep(model_dir, tmp_path, "--seed", "1")
 
 
+@pytest.mark.parametrize("text", ["nowhere", "balanced:x", "balanced:2", "resident:0.5"])
+def test_bad_placements_are_refused_before_anything_runs(text, tmp_path):
+    with pytest.raises(ValueError, match=r"placement|alpha"):
+        memory_budget.main(["--preset", "demo", "--placements", text, "--out", str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_drawn_lengths_are_documented():
     lengths = drawn_lengths(200, 64, 16, seed=0)
     assert {shape.output for shape in lengths} == {16}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -25,28 +26,64 @@ def parse_bytes(text: str) -> int | None:
     """'512MiB', '1.5 GB', '123456' → bytes; 'all' → None, all that is free. GB = 1e9, GiB = 2^30."""
     if text.strip().lower() == "all":
         return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?i?b?)\s*", text.lower(), re.ASCII)
     if not match or match[2] not in _UNITS:
         raise BudgetError(f"cannot read {text!r} as a number of bytes; write for example 512MiB, 1.5GB or all")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(Fraction(match[1]) * _UNITS[match[2]])
 
 
 def format_bytes(nbytes: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if nbytes >= size:
             return f"{nbytes / size:.4g} {unit}"
     return f"{nbytes} B"
 
 
 def available_bytes(device: torch.device) -> int:
-    """What `all` means: a documented share of the memory that is free now (0.8 on the CPU, 0.92 on CUDA)."""
+    """What `all` means: a documented share of the memory that is free now (0.8 on the CPU, 0.92 on CUDA).
+
+    On the CPU free is the least of the machine's MemAvailable and what the cgroups of this process leave.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE)
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(int(fields["MemAvailable"].split()[0]) * 1024 * _CPU_SHARE)
+        machine = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         raise BudgetError("cannot tell how much memory is free here; give a budget in bytes") from None
+    return int(min([machine, *_cgroup_free()]) * _CPU_SHARE)
+
+
+# limit, use, and the entry of memory.stat that counts droppable page cache, by cgroup version.
+_CGROUP_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+
+
+def _cgroup_free(root: Path = Path("/")) -> list[int]:
+    """Bytes that each memory cgroup around this process leaves: a container knows no limit of its own elsewhere."""
+    free: list[int] = []
+    try:
+        memberships = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return free
+    for membership in memberships:
+        _, controllers, path = membership.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        version, mount = (1, "sys/fs/cgroup/memory") if controllers else (2, "sys/fs/cgroup")
+        limit_file, use_file, cache_entry = _CGROUP_FILES[version]
+        inner = Path(path.lstrip("/"))
+        for group in (root / mount / directory for directory in (inner, *inner.parents)):
+            try:
+                limit, use = ((group / name).read_text().strip() for name in (limit_file, use_file))
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                if limit != "max":
+                    free.append(max(0, int(limit) - int(use) + int(statistics.get(cache_entry, 0))))
+            except (OSError, ValueError):
+                continue  # no limit here: the root has none, and a container does not see its parents
+    return free
 
 
 def require(total: int, lines: Mapping[str, int], hint: str = "") -> None:

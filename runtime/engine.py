@@ -148,7 +148,7 @@ class Engine:
         limits = Limits(max(config.max_batched_tokens, config.max_batch), config.max_batch, context, config.block_size)
         self.ops = _make_ops(config, layer_dims(model), limits, self.device)
         self.placement = self._place()
-        self.timeline = Timeline()
+        self.timeline = Timeline(config.timeline)
         self.budget, num_blocks = self._charge(limits)
         self.store = ExpertStore(self.placement, self.ops.expert_bytes(), self.device, disk_dir=config.disk_dir)
         try:
@@ -175,6 +175,7 @@ class Engine:
             model.dtype,
             self.device,
             host_blocks=num_blocks if swap else 0,
+            pin=swap and self.device.type == "cuda",
         )
         self.scheduler = Scheduler(
             num_blocks,
@@ -266,13 +267,21 @@ class Engine:
             now = time.perf_counter() - begin
             while pending and pending[-1].arrival_s <= now:
                 request = pending.pop()
-                admitted = self.scheduler.add(request)
-                if not isinstance(admitted, Sequence):
-                    outputs[request.request_id] = RequestOutput.refused(request, admitted, now)
+                refusal = self._admit(request)
+                if refusal:
+                    outputs[request.request_id] = RequestOutput.refused(request, refusal, now)
             if self.scheduler.has_work:
                 yield self._step(begin, outputs)
             elif pending:
                 time.sleep(max(0.0, pending[-1].arrival_s - now))
+
+    def _admit(self, request: Request) -> str | None:
+        """Queue a request, or say why it cannot be served."""
+        outside = max(request.prompt_ids, default=0)
+        if outside >= self.model.vocab_size:
+            return f"token id {outside} is outside the vocabulary of {self.model.vocab_size}"
+        admitted = self.scheduler.add(request)
+        return None if isinstance(admitted, Sequence) else admitted
 
     def _step(self, begin: float, outputs: dict[int, RequestOutput]) -> StepMetrics:
         started = time.perf_counter()

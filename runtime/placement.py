@@ -12,6 +12,7 @@ router has no order of preference among ids, so any fixed choice is as good unti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -65,13 +66,23 @@ class Placement:
 
 
 def _spread(layers: int, experts: int, alpha: float, tier: Tier) -> np.ndarray:
-    """round(α·L·E) residents; layers differ by at most one expert, the odd ones evenly over the depth."""
-    resident = round(alpha * layers * experts)
+    """round(α·L·E) residents; layers differ by at most one expert, the odd ones spread over the depth.
+
+    Nested: what a share keeps, every greater share keeps too, so that a step of α moves no expert back and forth.
+    """
+    each, odd = divmod(round(alpha * layers * experts), layers)
     tiers = np.full((layers, experts), tier, dtype=np.int8)
-    for layer in range(layers):
-        keep = (layer + 1) * resident // layers - layer * resident // layers
-        tiers[layer, :keep] = Tier.RESIDENT
+    tiers[:, :each] = Tier.RESIDENT
+    if odd:
+        tiers[_scattered(layers)[:odd], each] = Tier.RESIDENT
     return tiers
+
+
+def _scattered(layers: int) -> list[int]:
+    """All layers, in an order of which every beginning lies spread over the depth (bits of the index reversed)."""
+    bits = (layers - 1).bit_length()
+    mirrored = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
+    return [layer for layer in mirrored if layer < layers]
 
 
 def _resident(layers: int, experts: int, alpha: float | None, bandwidths: Mapping[Tier, float] | None) -> np.ndarray:
@@ -93,6 +104,8 @@ def _balanced(layers: int, experts: int, alpha: float | None, bandwidths: Mappin
     if alpha is None:
         if not bandwidths:
             raise PlacementError("placement balanced needs alpha, or bandwidths to derive it from")
+        if lacking := {Tier.RESIDENT, Tier.HOST} - bandwidths.keys():
+            raise PlacementError(f"placement balanced needs a bandwidth of tier {min(lacking).name}, or alpha")
         # x_k = B_k / ΣB: all tiers are done with a layer at the same time (§4.2).
         alpha = bandwidths[Tier.RESIDENT] / (bandwidths[Tier.RESIDENT] + bandwidths[Tier.HOST])
     return _spread(layers, experts, alpha, Tier.HOST)
@@ -135,7 +148,8 @@ def place(
         raise PlacementError(f"nothing to place: {num_layers} layers of {num_experts} experts")
     if alpha is not None and not 0 <= alpha <= 1:
         raise PlacementError(f"alpha is the share of experts on the device, from 0 to 1; got {alpha}")
-    if bandwidths is not None and any(not b > 0 for b in bandwidths.values()):
-        raise PlacementError(f"bandwidths must be positive bytes per second, got {dict(bandwidths)}")
+    if bandwidths is not None and any(not (b > 0 and math.isfinite(b)) for b in bandwidths.values()):
+        raise PlacementError(f"bandwidths must be positive, finite bytes per second, got {dict(bandwidths)}")
     tiers = POLICIES[policy](num_layers, num_experts, alpha, bandwidths)
+    tiers.setflags(write=False)
     return Placement(policy, tiers)

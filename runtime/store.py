@@ -11,9 +11,10 @@ ledger counts strides. A streamed layer fills its slot with its HOST experts, th
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,16 @@ import torch
 from fluxmoe.kernels.cpu.copy import stream_copy
 from torch import Tensor
 
+from .budget import format_bytes
 from .placement import Placement, Tier
 
 TENSOR_NAMES = ("gate_up", "down")
 _ALIGNMENT = 64
 # O_DIRECT wants offsets, lengths and addresses in multiples of the logical block size; 4096 suits all devices.
 PAGE = 4096
+# Between chunks a load can be given up. 32 MiB are 2 ms of memory and 20 ms of a fast disk: quick enough to close,
+# and rare enough that the copy thread seldom has to ask for the GIL.
+_CHUNK = 32 << 20
 
 
 class StoreError(ValueError):
@@ -89,7 +94,14 @@ class ExpertStore:
         self._missing = {(i, e) for i in layers for e in range(placement.tiers.shape[1])}
 
     def _arenas(self, experts: int, device: torch.device, pin: bool = False) -> tuple[Tensor, Tensor]:
-        gate_up, down = (aligned_empty(experts * stride, device, pin) for stride in self.strides)
+        try:
+            gate_up, down = (aligned_empty(experts * stride, device, pin) for stride in self.strides)
+        except RuntimeError:
+            need = format_bytes(experts * sum(self.strides))
+            raise StoreError(
+                f"cannot allocate {need} of {'host' if pin or device.type == 'cpu' else device.type} memory for "
+                "the experts of a layer; another placement or alpha moves experts to another tier"
+            ) from None
         return gate_up, down
 
     def _open_spill(self, directory: Path) -> None:
@@ -161,7 +173,10 @@ class ExpertStore:
             layer, expert = min(self._missing)
             raise StoreError(f"the checkpoint lacks expert {expert} of layer {layer} ({len(self._missing)} in all)")
         if self._file is not None:
-            os.fsync(self._file)
+            try:
+                os.fsync(self._file)
+            except OSError as error:
+                raise StoreError(f"writing experts to {self._spill_name} failed: {error.strerror}") from None
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -187,33 +202,46 @@ class ExpertStore:
         """All HOST blocks of a layer and tensor type, contiguous: the source of one copy."""
         return self._host[layer][tensor_type]
 
-    def read_into(self, layer: int, tensor_type: int, slot: Tensor) -> int:
+    def read_into(
+        self, layer: int, tensor_type: int, slot: Tensor, cancelled: Callable[[], bool] = lambda: False
+    ) -> int:
         """Copy a layer's streamed blocks of one type into a slot buffer (uint8, host memory); returns the bytes.
 
-        Releases the GIL. Raises StoreError naming file, layer and tensor type when the disk fails.
+        Releases the GIL. Asks `cancelled` before every chunk of 32 MiB and returns early, with fewer bytes, once it
+        says so. Raises StoreError naming file, layer and tensor type when the disk fails.
         """
         host = self._host[layer][tensor_type]
-        stream_copy(slot[: host.numel()], host)
+        for begin in range(0, host.numel(), _CHUNK):
+            if cancelled():
+                return begin
+            end = min(begin + _CHUNK, host.numel())
+            stream_copy(slot[begin:end], host[begin:end])
         disk = len(self._members[Tier.DISK][layer]) * self.strides[tensor_type]
-        if disk:
-            self._read(layer, tensor_type, slot[host.numel() : host.numel() + disk])
-        return host.numel() + disk
+        return host.numel() + self._read(layer, tensor_type, slot[host.numel() : host.numel() + disk], cancelled)
 
-    def _read(self, layer: int, tensor_type: int, target: Tensor) -> None:
+    def _read(self, layer: int, tensor_type: int, target: Tensor, cancelled: Callable[[], bool]) -> int:
+        if target.numel() == 0:
+            return 0
         view, offset = memoryview(target.numpy()), self._offsets[layer][tensor_type]
         what = f"{TENSOR_NAMES[tensor_type]} experts of layer {layer} from {self._spill_name}"
         while len(view):
+            if cancelled():
+                break
             direct = (
                 self.direct_io and len(view) >= PAGE and (target.data_ptr() + target.numel() - len(view)) % PAGE == 0
             )
-            part = view[: len(view) // PAGE * PAGE] if direct else view
+            part = view[: min(len(view) // PAGE * PAGE if direct else len(view), _CHUNK)]
             try:
                 got = os.preadv(self._direct if direct else self._file, [part], offset)
             except OSError as error:
+                if direct and error.errno == errno.EINVAL:
+                    self.direct_io = False  # some file systems take the flag and refuse the read
+                    continue
                 raise StoreError(f"reading {what} failed: {error.strerror}") from None
             if got == 0:
                 raise StoreError(f"reading {what} failed: the file ends {len(view)} bytes early")
             view, offset = view[got:], offset + got
+        return target.numel() - len(view)
 
     def close(self) -> None:
         """Give the spill file back. Idempotent."""

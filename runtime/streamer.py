@@ -9,6 +9,12 @@ brings layer order[n mod len(order)] into slot n mod S. Two dependencies make th
 so loads run ahead of compute by S - 1 layers, under attention and experts of earlier layers, and wrap around into
 the next iteration. With no more streamed layers than slots each layer keeps its slot and is loaded once.
 
+A pass may be given up at any layer (an exception, a keyboard interrupt): the next pass begins at the first layer
+again, and the jobs between count as computed.
+
+Poison mode fills every slot with NaN when it is made and again when it is given back, both on the reader's side:
+from then until the load is done the slot holds nothing that could pass for weights, so a missed wait always shows.
+
     ThreadStreamer   CPU: one copy thread, a condition variable in the place of events
     CudaStreamer     CUDA: one copy stream a tensor type, events, no wait of the host anywhere
 """
@@ -77,6 +83,8 @@ class Streamer:
             tuple(aligned_empty(placement.max_streamed * stride, store.device) for stride in store.strides)
             for _ in range(self.num_slots)
         ]
+        for slot in self._slots if poison else ():
+            self._spoil(slot)
         self._tables: dict[tuple[int, int], ExpertTable] = {}
         self._rank = {layer: rank for rank, layer in enumerate(self.order)}
         self._next_job = 0
@@ -85,12 +93,20 @@ class Streamer:
     def slot_bytes(self) -> int:
         return sum(buffer.nbytes for slot in self._slots for buffer in slot)
 
+    @staticmethod
+    def _spoil(slot: tuple[Tensor, ...]) -> None:
+        for buffer in slot:
+            buffer.fill_(_POISON)
+
     def _job_of(self, layer: int) -> int:
         """The job that loads `layer` for the visit that begins now."""
         rank = self._rank[layer]
         if self.keeps_all:
             return rank
-        expected = self.order[self._next_job % len(self.order)]
+        if rank == 0:
+            # A pass begins: whatever the one before it did not visit is skipped.
+            self._next_job = -(-self._next_job // len(self.order)) * len(self.order)
+        expected = self._layer_of(self._next_job)
         assert layer == expected, f"layer {layer} visited out of order, expected {expected}"
         return self._next_job
 
@@ -116,9 +132,13 @@ class Streamer:
             return
         job = self._job_of(index)
         self._begin(job)
-        yield LayerPage(self._table(index, job % self.num_slots), lambda d: self._wait(job, d))
-        self._finish(job)
-        self._next_job = job + 1
+        try:
+            yield LayerPage(self._table(index, job % self.num_slots), lambda d: self._wait(job, d))
+        finally:
+            if self.poison and not self.keeps_all:
+                self._spoil(self._slots[job % self.num_slots])
+            self._finish(job)
+            self._next_job = job + 1
 
     def _begin(self, job: int) -> None: ...
     def _wait(self, job: int, tensor_type: int) -> None: ...
@@ -171,14 +191,13 @@ class ThreadStreamer(Streamer):
 
     def _load(self, job: int) -> None:
         layer, slot = self._layer_of(job), self._slots[job % self.num_slots]
-        if self.poison:
-            for buffer in slot:
-                buffer.fill_(_POISON)
         for d in (GATE_UP, DOWN):
             begin = time.perf_counter_ns()
             if self._delay is not None and self._closing.wait(self._delay(layer, d)):
                 return
-            copied = self.store.read_into(layer, d, slot[d])
+            copied = self.store.read_into(layer, d, slot[d], self._closing.is_set)
+            if self._closing.is_set():
+                return  # perhaps cut short: never to be taken for loaded
             end = time.perf_counter_ns()
             self._timeline.add(f"load {TENSOR_NAMES[d]}", f"layer {layer}", begin, end)
             with self._changed:
@@ -187,6 +206,10 @@ class ThreadStreamer(Streamer):
                 self._loads += 1
                 self._loaded[d] = job + 1
                 self._changed.notify_all()
+
+    def _begin(self, job: int) -> None:
+        if job > self._computed and not self.keeps_all:
+            self._finish(job - 1)  # jobs of a pass that was given up: nobody will read them
 
     def _wait(self, job: int, tensor_type: int) -> None:
         if self._loaded[tensor_type] > job:
@@ -217,7 +240,7 @@ class ThreadStreamer(Streamer):
             return Counters(self._bytes, self._stall_ns, self._transfer_ns, self._loads)
 
     def close(self) -> None:
-        """Stop the copy thread; a load under way is finished first (milliseconds). Idempotent."""
+        """Stop the copy thread; a load under way ends with its chunk (milliseconds). Idempotent."""
         self._closing.set()
         with self._changed:
             self._changed.notify_all()
@@ -239,6 +262,9 @@ class CudaStreamer(Streamer):
         self._streams = [cuda.Stream() for _ in (GATE_UP, DOWN)]
         self._loaded = [[cuda.Event() for _ in (GATE_UP, DOWN)] for _ in range(self.num_slots)]
         self._computed = [cuda.Event() for _ in range(self.num_slots)]
+        # The first loads too have something to wait for: kernels that used this memory before it became a slot.
+        for event in self._computed:
+            event.record(cuda.current_stream())
         self._issued = self._bytes = 0
 
     def _begin(self, job: int) -> None:
@@ -250,8 +276,7 @@ class CudaStreamer(Streamer):
     def _issue(self, job: int) -> None:
         layer, slot = self._layer_of(job), job % self.num_slots
         for d, stream in enumerate(self._streams):
-            if job >= self.num_slots:
-                stream.wait_event(self._computed[slot])
+            stream.wait_event(self._computed[slot])
             source = self.store.host_arena(layer, d)
             with self._cuda.stream(stream):
                 self._copy(self._slots[slot][d], source)
@@ -259,8 +284,6 @@ class CudaStreamer(Streamer):
             self._bytes += source.numel()
 
     def _copy(self, buffer: Tensor, source: Tensor) -> None:
-        if self.poison:
-            buffer.fill_(_POISON)
         buffer[: source.numel()].copy_(source, non_blocking=True)
 
     def _wait(self, job: int, tensor_type: int) -> None:

@@ -64,8 +64,11 @@ class CpuOps:
             "logits": torch.zeros(limits.sequences, pad(dims.vocab)),
         }
         self._no_norm = torch.zeros(0)
+        # Temporaries of torch's own: embedded tokens before they are upcast, the rows that are sampled from.
+        transient = tokens * dims.hidden * dims.dtype.itemsize + limits.sequences * dims.hidden * 4
         self.workspace_bytes = (
-            sum(b.nbytes for b in self._buffers.values())
+            transient
+            + sum(b.nbytes for b in self._buffers.values())
             + self._scratch.nbytes
             + self._moe.nbytes
             + self._attention.nbytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fluxmoe.runtime import budget as budget_module
 from fluxmoe.runtime.budget import BudgetError, MemoryBudget, available_bytes, format_bytes, parse_bytes, require
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
         ("all", None),
         ("1GiB", 1 << 30),
         ("0", 0),
+        ("9007199254740993", 9007199254740993),  # no float holds it
     ],
 )
 def test_parse(text, expected):
@@ -30,19 +32,20 @@ def test_parse(text, expected):
         assert parse_bytes(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "lots", "-1", "1e9", "5 MiB GiB", "inf"])
+@pytest.mark.parametrize("text", ["", "lots", "-1", "1e9", "5 MiB GiB", "inf", "9" * 400])
 def test_nonsense_is_refused(text):
     with pytest.raises(BudgetError, match="cannot read"):
         parse_bytes(text)
 
 
 def test_format():
-    assert [format_bytes(n) for n in (0, 1023, 1024, 3 << 19, 5 << 30)] == [
+    assert [format_bytes(n) for n in (0, 1023, 1024, 3 << 19, 5 << 30, 10 << 40)] == [
         "0 B",
         "1023 B",
         "1 KiB",
         "1.5 MiB",
         "5 GiB",
+        "10 TiB",
     ]
 
 
@@ -82,3 +85,36 @@ def test_never_over_and_nothing_lost(total, moves):
 
 def test_all_means_a_part_of_what_is_free():
     assert 1 << 20 < available_bytes(torch.device("cpu")) < 1 << 46
+
+
+@pytest.mark.parametrize(
+    ("membership", "mount", "names"),
+    [
+        ("0::/box/job", "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")),
+        ("5:cpu:/\n4:memory:/box/job", "sys/fs/cgroup/memory", tuple(budget_module._CGROUP_FILES[1])),
+    ],
+    ids=["v2", "v1"],
+)
+def test_a_container_leaves_what_its_tightest_cgroup_leaves(tmp_path, membership, mount, names):
+    limit, use, cache = names
+
+    def group(path, limit_text, used):
+        directory = tmp_path / mount / path
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / limit).write_text(f"{limit_text}\n")
+        (directory / use).write_text(f"{used}\n")
+        (directory / "memory.stat").write_text(f"anon 1\n{cache} 30\n")
+
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(membership + "\n")
+    assert budget_module._cgroup_free(tmp_path) == []
+    group("box/job", "max", 100)
+    group("box", 1000, 400)
+    assert min(budget_module._cgroup_free(tmp_path)) == 630  # droppable page cache is free
+    group("box/job", 90, 120)
+    assert min(budget_module._cgroup_free(tmp_path)) == 0
+
+
+def test_all_respects_the_container(monkeypatch):
+    monkeypatch.setattr(budget_module, "_cgroup_free", lambda: [10_000])
+    assert available_bytes(torch.device("cpu")) == 8_000

@@ -128,15 +128,17 @@ def test_impossible_requests_are_refused_alone(model_dir, expected):
     work = [
         Request("empty", (), SamplingParams(max_new_tokens=3)),
         Request("long", tuple([1] * 300), SamplingParams(max_new_tokens=3)),
+        Request("foreign", (512,), SamplingParams(max_new_tokens=3)),
         *good,
     ]
     config = EngineConfig(device="cpu", max_batch=6, max_batched_tokens=48, max_context=160)
     with Engine(model_dir, config) as engine:
         outputs = engine.generate(work)
-    assert [o.finish_reason for o in outputs[:2]] == ["refused", "refused"]
+    assert [o.finish_reason for o in outputs[:3]] == ["refused"] * 3
     assert "empty" in outputs[0].error
     assert "160" in outputs[1].error
-    assert [o.token_ids for o in outputs[2:]] == expected
+    assert "vocabulary of 512" in outputs[2].error
+    assert [o.token_ids for o in outputs[3:]] == expected
 
 
 def test_stop_tokens_end_a_request(model_dir, expected):

@@ -21,12 +21,20 @@ def test_balanced_is_exact_and_even(layers, experts, alpha):
     assert placement.max_streamed == experts - resident.min()
 
 
-@given(LAYERS, EXPERTS, SHARES, SHARES)
-def test_more_alpha_keeps_what_less_alpha_kept(layers, experts, a, b):
-    less, more = (place("offload", layers, experts, alpha=x).tiers == Tier.RESIDENT for x in sorted((a, b)))
+@given(LAYERS, EXPERTS, SHARES, SHARES, st.sampled_from(["offload", "balanced", "host", "disk"]))
+def test_more_alpha_keeps_what_less_alpha_kept(layers, experts, a, b, policy):
+    less, more = (place(policy, layers, experts, alpha=x).tiers == Tier.RESIDENT for x in sorted((a, b)))
     assert (less <= more).all()
-    less, more = ((place("balanced", layers, experts, alpha=x).tiers == Tier.RESIDENT).sum() for x in sorted((a, b)))
-    assert less <= more
+
+
+@given(st.integers(2, 64), st.data())
+def test_odd_experts_are_spread_over_the_depth(layers, data):
+    """Between two of the layers that keep one expert more lie at most four times as many as if perfectly even."""
+    odd = data.draw(st.integers(1, layers - 1))
+    resident = place("balanced", layers, 1, alpha=odd / layers).tiers[:, 0] == Tier.RESIDENT
+    assert resident.sum() == odd
+    gaps = np.diff(np.flatnonzero(resident), prepend=-1, append=layers)
+    assert gaps.max() <= 4 * layers / odd
 
 
 @given(LAYERS, EXPERTS, st.sampled_from(sorted(POLICIES)))
@@ -64,9 +72,16 @@ def test_balanced_follows_bandwidth():
         ("balanced", {"alpha": 1.01}, "0 to 1"),
         ("balanced", {"alpha": float("nan")}, "0 to 1"),
         ("balanced", {"bandwidths": {Tier.RESIDENT: 0.0, Tier.HOST: 1.0}}, "positive"),
+        ("balanced", {"bandwidths": {Tier.RESIDENT: float("inf"), Tier.HOST: 1.0}}, "finite"),
+        ("balanced", {"bandwidths": {Tier.RESIDENT: 1.0}}, "tier HOST"),
         ("resident", {"alpha": 0.5}, "every expert"),
     ],
 )
 def test_errors(policy, settings, match):
     with pytest.raises(PlacementError, match=match):
         place(policy, 4, 8, **settings)
+
+
+def test_a_placement_cannot_be_edited():
+    with pytest.raises(ValueError, match="read-only"):
+        place("host", 2, 2).tiers[0, 0] = Tier.RESIDENT

@@ -6,9 +6,11 @@ import os
 import random
 import threading
 import time
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
+from fluxmoe.runtime import store as store_module
 from fluxmoe.runtime.placement import place
 from fluxmoe.runtime.store import StoreError
 from fluxmoe.runtime.streamer import CudaStreamer, ThreadStreamer, slot_bytes, slots_used
@@ -121,6 +123,91 @@ def test_close_is_quick_in_the_middle_of_a_load():
         streamer.close()
 
 
+def test_close_gives_up_a_load_at_the_next_chunk(monkeypatch):
+    """Close arrives inside the first of 64 chunks, and no other is copied."""
+    entered, release, chunks = threading.Event(), threading.Event(), []
+
+    def slow_copy(target, source):
+        chunks.append(source.numel())
+        entered.set()
+        assert release.wait(5)
+
+    monkeypatch.setattr(store_module, "_CHUNK", 64)
+    monkeypatch.setattr(store_module, "stream_copy", slow_copy)
+    with filled(place("host", 3, 4)) as store:
+        streamer = ThreadStreamer(store, 2)
+        assert entered.wait(5)
+        closer = threading.Thread(target=streamer.close)
+        closer.start()
+        assert streamer._closing.wait(5)
+        release.set()
+        closer.join(5)
+        assert not closer.is_alive()
+    assert chunks == [64]
+    assert streamer.counters().loads == 0
+
+
+def test_gate_up_can_be_read_while_down_still_loads():
+    release = threading.Event()
+    with filled(place("host", 3, 2)) as store:
+        delay = lambda layer, d: 0.0 if d == 0 or release.wait(5) else 60.0  # noqa: E731
+        streamer = ThreadStreamer(store, 2, delay=delay)
+        with streamer.layer(0) as page:
+            page.wait(0)
+            assert streamer.counters().loads == 1
+            release.set()
+            page.wait(1)
+        streamer.close()
+
+
+def test_a_missed_wait_reads_poison_however_far_the_copier_is_behind():
+    """The copier has not even begun to recycle the slot: old weights must not pass for the layer's own."""
+    release = threading.Event()
+    delay = lambda layer, d: 60.0 if layer == 1 and not release.wait(5) else 0.0  # noqa: E731
+    with filled(place("host", 4, 2)) as store:
+        streamer = ThreadStreamer(store, 2, poison=True, delay=delay)
+        with streamer.layer(0) as page:
+            check_layer(page, 0)
+        for missed in (1, 2):
+            with streamer.layer(missed) as page:
+                for pair in page.table.blocks:
+                    assert all((block == 0xFF).all() for block in pair)
+        release.set()
+        streamer.close()
+
+
+@pytest.mark.parametrize("poison", [False, True])
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda p: p.name)
+def test_a_pass_after_one_that_was_given_up(placement, poison):
+    """At any layer, inside or outside the context, waited for or not."""
+    layers = range(len(placement.tiers))
+    with filled(placement) as store:
+        streamer = ThreadStreamer(store, 2, poison)
+        for stop in layers:
+            for waits in (0, 1, 2):
+                with suppress(KeyboardInterrupt):
+                    for layer in layers[: stop + 1]:
+                        with streamer.layer(layer) as page:
+                            if layer < stop:
+                                check_layer(page, layer)
+                            else:
+                                for d in range(waits):
+                                    page.wait(d)
+                                raise KeyboardInterrupt
+                for layer in layers:
+                    with streamer.layer(layer) as page:
+                        check_layer(page, layer)
+        streamer.close()
+
+
+def test_layers_out_of_order_are_a_bug():
+    with filled(place("host", 4, 2)) as store:
+        streamer = ThreadStreamer(store, 2)
+        with pytest.raises(AssertionError, match="layer 2 visited out of order, expected 0"), streamer.layer(2):
+            pass
+        streamer.close()
+
+
 def test_waiting_on_a_closed_streamer_is_an_error():
     with filled(place("host", 4, 2)) as store:
         streamer = ThreadStreamer(store, 2, delay=lambda layer, d: 60.0)
@@ -208,52 +295,82 @@ class Recorder:
         return self._active
 
     def stream(self, stream):
-        from contextlib import nullcontext
-
         return nullcontext()
 
 
-@pytest.mark.parametrize("slots", [2, 3])
-def test_cuda_streamer_orders_every_dependency(slots):
-    """Replay the enqueued log on vector clocks: every read is after its load, every load after the last read."""
-    layers, iterations = 5, 3
+@pytest.mark.parametrize("interrupted", [False, True], ids=["whole passes", "a pass given up"])
+@pytest.mark.parametrize("poison", [False, True], ids=["plain", "poison"])
+@pytest.mark.parametrize(("layers", "slots"), [(5, 2), (5, 3), (3, 2), (2, 2), (1, 2)])
+def test_cuda_streamer_orders_every_dependency(layers, slots, poison, interrupted):
+    """Replay the enqueued log on vector clocks: reads follow their load, loads follow all use of their slot."""
     cuda = Recorder()
+
+    def visit(iteration, layer):
+        with streamer.layer(layer) as page:
+            for d in (0, 1):
+                page.wait(d)
+                cuda.log.append(("use", page.table.blocks[0][d].data_ptr(), (layer, d)))
+            if interrupted and (iteration, layer) == (1, layers // 2):
+                raise KeyboardInterrupt
+
     with filled(place("host", layers, 2)) as store:
-        streamer = CudaStreamer(store, slots, cuda=cuda)
-        copies = []
-        streamer._copy = lambda buffer, source: copies.append(len(cuda.log)) or cuda.log.append(("copy", source))
-        for _ in range(iterations):
-            for layer in range(layers):
+        Logged = type(
+            "Logged",
+            (CudaStreamer,),
+            {
+                "_copy": lambda self, to, source: cuda.log.append(("copy", to.data_ptr(), source.data_ptr())),
+                "_spoil": staticmethod(lambda slot: cuda.log.extend(("use", b.data_ptr(), None) for b in slot)),
+            },
+        )
+        streamer = Logged(store, slots, poison, cuda=cuda)
+        for iteration in range(3):
+            with suppress(KeyboardInterrupt):
+                for layer in range(layers):
+                    visit(iteration, layer)
+        arenas = {store.host_arena(layer, d).data_ptr(): (layer, d) for layer in range(layers) for d in (0, 1)}
+    check_order(cuda.log, arenas)
+    copies = sum(entry[0] == "copy" for entry in cuda.log)
+    # Prefetch: when a layer begins, loads are enqueued for the slots - 1 layers after it.
+    assert copies == 2 * (layers if layers <= slots else 3 * layers + slots - 1)
+
+
+def check_order(log, arenas) -> None:
+    """Reads and poison run on the compute stream, copies on their type's; only what an event covers is certain."""
+    done = {"compute": set(), "load0": set(), "load1": set()}  # log positions certainly done by a stream's next work
+    recorded: dict = {}
+    uses, copied = {}, {}  # by slot buffer: positions of all its uses; position and arena of its latest copy
+    for position, (kind, where, what) in enumerate(log):
+        if kind == "wait":
+            done[where] |= recorded.get(what, set())
+        elif kind == "record":
+            recorded[what] = set(done[where])
+        elif kind == "copy":
+            stream = f"load{arenas[what][1]}"
+            assert uses.get(where, set()) <= done[stream], f"{position}: a load overwrites a slot in use"
+            copied[where] = position, arenas[what]
+            done[stream].add(position)
+        else:
+            if what is not None:
+                load, content = copied[where]
+                assert content == what, f"{position}: the slot holds {content}, not {what}"
+                assert load in done["compute"], f"{position}: a kernel reads before the load is done"
+            uses.setdefault(where, set()).add(position)
+            done["compute"].add(position)
+
+
+def test_cuda_order_check_sees_missing_waits():
+    """The checker itself can fail: drop any one kind of wait and it objects."""
+    for dropped in ("compute", "load0", "load1"):
+        cuda = Recorder()
+        with filled(place("host", 4, 2)) as store:
+            streamer = CudaStreamer(store, 2, cuda=cuda)
+            streamer._copy = lambda to, source, log=cuda.log: log.append(("copy", to.data_ptr(), source.data_ptr()))
+            for layer in (0, 1, 2, 3):
                 with streamer.layer(layer) as page:
                     for d in (0, 1):
                         page.wait(d)
-                        cuda.log.append(("read", layer, d))
-    # happened[stream]: set of log positions that are known to be complete before the stream's next operation.
-    happened = {"compute": set(), "load0": set(), "load1": set()}
-    recorded: dict = {}
-    arenas = {store.host_arena(layer, d).data_ptr(): (layer, d) for layer in range(layers) for d in (0, 1)}
-    loads = {0: [], 1: []}  # per type: (position, job)
-    reads = {0: [], 1: []}
-    for position, entry in enumerate(cuda.log):
-        if entry[0] == "wait":
-            happened[entry[1]] |= recorded.get(entry[2], set())
-        elif entry[0] == "record":
-            recorded[entry[2]] = set(happened[entry[1]])
-        elif entry[0] == "copy":
-            layer, d = arenas[entry[1].data_ptr()]
-            job = len(loads[d])
-            assert layer == job % layers
-            if job >= slots:  # write after read: the job that last used this slot was computed
-                assert reads[d][job - slots] in happened[f"load{d}"]
-            loads[d].append(position)
-            happened[f"load{d}"].add(position)
-        else:
-            _, layer, d = entry
-            job = len(reads[d])
-            assert layer == job % layers
-            assert loads[d][job] in happened["compute"]  # read after write
-            reads[d].append(position)
-            happened["compute"].add(position)
-    assert len(reads[0]) == iterations * layers
-    # Prefetch: when a layer begins, loads are enqueued for the slots - 1 layers after it.
-    assert len(loads[0]) == iterations * layers + slots - 1
+                        cuda.log.append(("use", page.table.blocks[0][d].data_ptr(), (layer, d)))
+            arenas = {store.host_arena(layer, d).data_ptr(): (layer, d) for layer in range(4) for d in (0, 1)}
+        check_order(cuda.log, arenas)
+        with pytest.raises(AssertionError, match="overwrites" if dropped != "compute" else "before the load"):
+            check_order([entry for entry in cuda.log if entry[:2] != ("wait", dropped)], arenas)

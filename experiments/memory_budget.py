@@ -40,6 +40,7 @@ COLUMNS = (
     "peak_batch", "preemptions", "swapped_blocks", "kv_blocks", "peak_kv_blocks", "block_size", "streamed_bytes",
     "stall_s", "transfer_s", "hidden_share", "non_expert_weights", "resident_experts", "slots",
     "workspace", "kv_cache", "host_bytes", "disk_bytes", "tokens_sha256",
+    "commit",
 )  # fmt: skip
 
 
@@ -233,14 +234,17 @@ def sweep(args: argparse.Namespace) -> list[dict]:
         for placement in args.placements
         if (placement, budget, repeat) not in done
     ]
+    made_by = provenance(device.type, args.seed)
+    # A sweep may be resumed by a later commit: each row says its own, the file says the newest.
+    commit = (made_by["commit"] or "unknown")[:10] + ("+changes" if made_by["dirty"] else "")
     summary = {**settings, "workload": _summary(lengths)}
-    write_json(out / "provenance.json", {**provenance(device.type, args.seed), "identity": identity, **summary})
+    write_json(out / "provenance.json", {**made_by, "identity": identity, **summary})
     _warm_up(args, model, config, points, lengths)
     bar = tqdm(points, "points", unit="point")
     for placement, budget, repeat in bar:
         bar.set_postfix_str(f"{placement} {format_bytes(budget)}")
         row = run_point(args, model, config, lengths, placement, budget)
-        rows.append({"placement": placement, "budget_bytes": budget, "repeat": repeat, **row})
+        rows.append({"placement": placement, "budget_bytes": budget, "repeat": repeat, "commit": commit, **row})
         write_rows(out / "points.csv", rows)
         gc.collect()
     return read_rows(out / "points.csv")

@@ -13,6 +13,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -31,13 +32,18 @@ COLUMNS = ("sequences", "provider", "round", "seconds", "tokens_per_s")
 class VllmPeer:
     """A vLLM process that serves batches on request."""
 
-    def __init__(self, python: str, dtype: str, settings: dict) -> None:
+    def __init__(self, python: str, dtype: str, settings: dict, environment: dict[str, str]) -> None:
         self.name = f"vllm {dtype}"
         worker = Path(__file__).with_name("vllm_worker.py")
         command = [python, str(worker), json.dumps({**settings, "dtype": dtype})]
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env={**os.environ, **environment},
             )
         except OSError as error:
             raise UsageError(f"cannot start --vllm-python {python}: {error.strerror}") from None
@@ -97,6 +103,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32"], help="what vLLM computes in"
     )
+    p.add_argument(
+        "--vllm-env",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="its environment, e.g. LD_PRELOAD of a malloc",
+    )
     p.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
     p.add_argument("--out", required=True, metavar="DIR")
     return p
@@ -112,12 +125,15 @@ def main(argv: list[str] | None = None) -> None:
         "max_batch": max(args.sequences),
         "eager": args.eager,
     }
+    if any("=" not in pair for pair in args.vllm_env):
+        raise UsageError("--vllm-env takes KEY=VALUE pairs")
+    environment = dict(pair.split("=", 1) for pair in args.vllm_env)
     runners = [OurEngine(settings)]
     rows = []
     rng = np.random.default_rng(0)
     try:
         for dtype in args.dtypes:
-            runners.append(VllmPeer(args.vllm_python, dtype, settings))
+            runners.append(VllmPeer(args.vllm_python, dtype, settings, environment))
         for sequences in args.sequences:
             for number in range(-1, args.rounds):  # the first round warms up and is not counted
                 prompts = rng.integers(0, vocab, size=(sequences, args.prompt_tokens)).tolist()
@@ -146,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         {
             **provenance("cpu", 0),
             "command": "versus_vllm",
+            "vllm_env": sorted(environment),
             "vllm": (version.stdout.strip().splitlines() or ["unknown"])[-1],
             "model": made,
             "workload": {"prompt_tokens": args.prompt_tokens, "output_tokens": args.output_tokens},

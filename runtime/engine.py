@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from fluxmoe.kernels.cpu.ops import CpuOps
-from fluxmoe.kernels.ops import Limits, Ops
+from fluxmoe.kernels.ops import LayerDims, Limits, Ops
 from fluxmoe.kernels.torch_ops import TorchOps
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.decoder import Decoder, layer_dims, non_expert_bytes
@@ -124,7 +124,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _make_ops(config: EngineConfig, dims, limits: Limits, device: torch.device) -> Ops:
+def _make_ops(config: EngineConfig, dims: LayerDims, limits: Limits, device: torch.device) -> Ops:
     if config.kernels not in ("auto", "torch"):
         raise DeviceError(f"unknown kernels {config.kernels!r}; choose auto or torch")
     if device.type == "cpu" and config.kernels == "auto":
@@ -153,6 +153,7 @@ class Engine:
         self.store = ExpertStore(self.placement, self.ops.expert_bytes(), self.device, disk_dir=config.disk_dir)
         try:
             self.decoder = self._load(checkpoint, context)
+            self.kv, self.scheduler = self._cache_and_scheduler(num_blocks, limits)
             self.streamer = make_streamer(
                 self.store,
                 config.slots,
@@ -164,8 +165,13 @@ class Engine:
         except BaseException:
             self.store.close()
             raise
-        swap = config.preemption == "swap"
-        self.kv = PagedKVCache(
+        self._iteration = 0
+        self._counted = Counters(0, 0, 0, 0)
+
+    def _cache_and_scheduler(self, num_blocks: int, limits: Limits) -> tuple[PagedKVCache, Scheduler]:
+        config, model = self.config, self.model
+        host_blocks = num_blocks if config.preemption == "swap" else 0
+        cache = PagedKVCache(
             self.ops,
             model.num_layers,
             num_blocks,
@@ -174,21 +180,20 @@ class Engine:
             model.head_dim,
             model.dtype,
             self.device,
-            host_blocks=num_blocks if swap else 0,
-            pin=swap and self.device.type == "cuda",
+            host_blocks=host_blocks,
+            pin=host_blocks > 0 and self.device.type == "cuda",
         )
-        self.scheduler = Scheduler(
+        scheduler = Scheduler(
             num_blocks,
             config.block_size,
             config.max_batch,
             limits.tokens,
             config.preemption,
-            context,
+            limits.context,
             eos_token_ids=model.eos_token_ids,
-            host_blocks=num_blocks if swap else 0,
+            host_blocks=host_blocks,
         )
-        self._iteration = 0
-        self._counted = Counters(0, 0, 0, 0)
+        return cache, scheduler
 
     def _place(self) -> Placement:
         config, model = self.config, self.model

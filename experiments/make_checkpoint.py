@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
+import os
 import shutil
 import tempfile
 import zlib
@@ -21,8 +23,9 @@ from typing import Any
 
 import torch
 from fluxmoe.models import ARCHITECTURES
-from fluxmoe.models.config import DTYPES, load_config
+from fluxmoe.models.config import DTYPES
 from fluxmoe.models.naming import Role
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -66,15 +69,15 @@ def make_checkpoint(
         raise UsageError(f"--vocab must be at least {_MIN_VOCAB} to hold all bytes and the special tokens, got {vocab}")
     if dtype not in DTYPES:
         raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-    if not scale > 0 or shard_bytes < 1:
-        raise UsageError("--scale and --shard-bytes must be positive")
+    if not 0 < scale < math.inf or shard_bytes < 1:
+        raise UsageError(f"--scale and --shard-bytes must be positive, got {scale} and {shard_bytes}")
     config = _hf_config(
         arch,
         num_hidden_layers=layers,
         hidden_size=hidden,
         num_attention_heads=heads,
-        num_key_value_heads=kv_heads or heads,
-        head_dim=head_dim or hidden // max(1, heads),
+        num_key_value_heads=heads if kv_heads is None else kv_heads,
+        head_dim=hidden // max(1, heads) if head_dim is None else head_dim,
         vocab_size=vocab,
         max_position_embeddings=max_positions,
         dtype=dtype,
@@ -82,18 +85,19 @@ def make_checkpoint(
         top_k=top_k,
         moe_intermediate=moe_intermediate,
     )
+    # Before anything is written, a parent directory included.
+    model = ARCHITECTURES[arch].config_from_hf(config)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         _write_json(temporary / "config.json", config)
         _write_json(temporary / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
-        model = load_config(temporary)
         roles = ARCHITECTURES[arch].tensor_roles(model)
         # The first scheme of each architecture is the one on the Hub.
         names = dict(roles.required) | {n: r for ways in roles.expert_schemes for n, r in ways[0].items()}
         _write_shards(temporary, names, model.dtype, seed, scale, shard_bytes, progress)
         _write_tokenizer(temporary, vocab)
-        temporary.chmod(0o755)
+        _share(temporary)
         if out.exists():
             out.rmdir()
         temporary.rename(out)
@@ -181,7 +185,10 @@ def _write_shards(
             for name in shard:
                 tensors[name] = _weight(name, names[name], dtype, seed, scale)
                 bar.update()
-            save_file(tensors, directory / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, directory / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # how the library reports a full disk
+                raise OSError(f"{file} cannot be written: {error}") from None
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         total = sum(dtype.itemsize * torch.Size(role.shape).numel() for role in names.values())
@@ -224,6 +231,15 @@ def _write_tokenizer(directory: Path, vocab: int) -> None:
         directory / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": _SPECIAL[0], "eos_token": _SPECIAL[1]},
     )
+
+
+def _share(directory: Path) -> None:
+    """Give what private-by-default writers (mkdtemp, safetensors) made the modes that the user's umask asks for."""
+    umask = os.umask(0)
+    os.umask(umask)
+    directory.chmod(0o777 & ~umask)
+    for path in directory.iterdir():
+        path.chmod(0o666 & ~umask)
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -8,11 +8,13 @@ is what has been placed plus at most one shard.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +25,7 @@ from .config import ConfigError, ModelConfig, load_config
 from .naming import Role
 
 _DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+_DTYPE_BYTES = {"BF16": 2, "F32": 4}
 # Recomputed by every implementation; old checkpoints carry them.
 _HARMLESS = ("rotary_emb.inv_freq",)
 # The format's own limit (100 MB): anything larger is no header.
@@ -34,9 +37,11 @@ class CheckpointError(ValueError):
 
 
 def read_header(path: Path) -> dict[str, dict]:
-    """Tensors of a safetensors file: name → {dtype, shape, data_offsets}; checks lengths and that the file is whole.
+    """Tensors of a safetensors file: name → {dtype, shape, data_offsets}; checks that they fill the file exactly.
 
-    The format (https://github.com/huggingface/safetensors): u64 header length, JSON header, data.
+    Everything that the safetensors library refuses when it opens a file is refused here already, before anything
+    big has been loaded. The format (https://github.com/huggingface/safetensors): u64 header length,
+    JSON header, data.
     """
     try:
         size = path.stat().st_size
@@ -50,27 +55,58 @@ def read_header(path: Path) -> dict[str, dict]:
                     f"{path} is no safetensors file, or damaged: its header claims {length} bytes of a file of {size}; "
                     "download it again"
                 )
-            header = json.loads(file.read(length))
+            raw = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique_keys)
+    except _DuplicateKeyError as error:
+        raise CheckpointError(f"{path} is damaged: its header holds {error} twice; download it again") from None
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is damaged: its header is not JSON; download it again") from None
-    header.pop("__metadata__", None)
+    if not isinstance(header, dict) or not isinstance(header.pop("__metadata__", {}), dict):
+        raise CheckpointError(f"{path} is damaged: its header is not a table of tensors; download it again")
+    spans = sorted((*_checked_span(path, name, entry), name) for name, entry in header.items())
     end = 0
-    for name, entry in header.items():
-        try:
-            begin, stop = entry["data_offsets"]
-            entry["shape"], entry["dtype"] = list(entry["shape"]), str(entry["dtype"])
-        except (TypeError, KeyError, ValueError):
-            raise CheckpointError(f"{path} is damaged: the header entry of {name} is not valid") from None
-        if not (isinstance(begin, int) and isinstance(stop, int) and 0 <= begin <= stop):
-            raise CheckpointError(f"{path} is damaged: tensor {name} lies at {begin}..{stop}")
-        end = max(end, stop)
-    if 8 + length + end > size:
-        raise CheckpointError(
-            f"{path} is truncated: {size} bytes, its tensors need {8 + length + end}; download it again"
-        )
+    for begin, stop, name in spans:
+        if begin != end:
+            raise CheckpointError(f"{path} is damaged: tensor {name} begins at byte {begin}, not at {end}, of the data")
+        end = stop
+    need = 8 + length + end
+    if need > size:
+        raise CheckpointError(f"{path} is truncated: {size} bytes, its tensors need {need}; download it again")
+    if need < size:
+        raise CheckpointError(f"{path} is damaged: {size - need} bytes at its end belong to no tensor")
     return header
+
+
+class _DuplicateKeyError(Exception):
+    pass
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        seen: set[str] = set()
+        raise _DuplicateKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))
+    return table
+
+
+def _checked_span(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """data_offsets of a header entry, after checking its fields and that they agree."""
+    try:
+        (begin, stop), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{path} is damaged: the header entry of {name} is not valid") from None
+    valid = isinstance(shape, list) and isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in shape)
+    if not (valid and type(begin) is type(stop) is int and 0 <= begin <= stop):
+        raise CheckpointError(f"{path} is damaged: the header entry of {name} is not valid")
+    if dtype in _DTYPE_BYTES and stop - begin != math.prod(shape) * _DTYPE_BYTES[dtype]:
+        raise CheckpointError(
+            f"{path} is damaged: tensor {name} has {stop - begin} bytes, {dtype} of shape {shape} has "
+            f"{math.prod(shape) * _DTYPE_BYTES[dtype]}"
+        )
+    return begin, stop
 
 
 class Checkpoint:
@@ -111,10 +147,15 @@ class Checkpoint:
             return [single]
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        except OSError as error:
+            raise CheckpointError(f"{index} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{index} is damaged: it holds no weight_map") from None
         for name in names:
-            if not (self.directory / str(name)).exists():
+            # An index comes from elsewhere: it must not lead out of its directory.
+            if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name:
+                raise CheckpointError(f"{index} is damaged: {name!r} is not the name of a file beside it")
+            if not (self.directory / name).exists():
                 raise CheckpointError(f"{index} names {name}, which does not exist; download the missing shard")
         return [self.directory / name for name in names]
 
@@ -153,11 +194,15 @@ class Checkpoint:
             if wanted:
                 with self._open(path) as file:
                     for name, role in wanted.items():
-                        yield role.kind, role.layer, file.get_tensor(name)
+                        tensor = file.get_tensor(name)
+                        # Whoever keeps a view keeps the file mapped. Matrices are packed, but an fp32 vector is
+                        # placed as it is on a CPU.
+                        yield role.kind, role.layer, tensor.clone() if tensor.dim() == 1 else tensor
 
     def experts(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """(layer, expert, gate_up [2I, H], down [H, I]) of every expert, as soon as its parts have been read."""
         parts: dict[tuple[int, int], dict[str, Tensor]] = defaultdict(dict)
+        self.pending = 0  # an earlier pass may have been given up half-way
 
         def add(layer: int, expert: int, kind: str, part: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
             have = parts[layer, expert]

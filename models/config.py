@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,13 @@ from typing import Any
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# How config.json spells the fields that we call otherwise, so that an error names what the reader has to change.
+_HF_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "top_k": "num_experts_per_tok",
+}
 
 
 class ConfigError(ValueError):
@@ -63,16 +71,27 @@ class ModelConfig:
             "top_k", "moe_intermediate_size", "max_position_embeddings",
         ):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+            if not _is_int(value) or value < 1:
+                key = f" ({_HF_KEYS[name]})" if name in _HF_KEYS else ""
+                raise ConfigError(f"{name}{key} must be a positive integer, got {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value heads")
         if self.top_k > self.num_experts:
             raise ConfigError(f"a token cannot choose {self.top_k} of {self.num_experts} experts")
         if self.head_dim % 2:
             raise ConfigError(f"rotary embeddings need an even head_dim, got {self.head_dim}")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ConfigError(f"sliding_window must be positive or null, got {self.sliding_window}")
+        if self.sliding_window is not None and (not _is_int(self.sliding_window) or self.sliding_window < 1):
+            raise ConfigError(f"sliding_window must be a positive integer or null, got {self.sliding_window!r}")
+        if not _is_number(self.rms_norm_eps) or self.rms_norm_eps < 0:
+            raise ConfigError(f"rms_norm_eps must be a number of at least 0, got {self.rms_norm_eps!r}")
+        if not _is_number(self.rope_theta) or self.rope_theta <= 0:
+            raise ConfigError(f"rope_theta must be a positive number, got {self.rope_theta!r}")
+        if self.clip_qkv is not None and (not _is_number(self.clip_qkv) or self.clip_qkv <= 0):
+            raise ConfigError(f"clip_qkv must be a positive number or null, got {self.clip_qkv!r}")
+        if not all(_is_int(token) for token in self.eos_token_ids):
+            raise ConfigError(f"eos_token_id must be an integer, a list of them or null, got {self.eos_token_ids!r}")
+        if self.bos_token_id is not None and not _is_int(self.bos_token_id):
+            raise ConfigError(f"bos_token_id must be an integer or null, got {self.bos_token_id!r}")
 
     @property
     def gate_up_shape(self) -> tuple[int, int]:
@@ -118,7 +137,7 @@ def load_config(model_dir: Path | str) -> ModelConfig:
         raise ConfigError(f"{path} does not exist; a checkpoint needs its config.json")
     hf = _read_json(path)
     arch = hf.get("model_type")
-    if arch not in ARCHITECTURES:
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise ConfigError(f"{path}: architecture {arch!r} is not supported; these are: {', '.join(ARCHITECTURES)}")
     generation = directory / "generation_config.json"
     if generation.exists():
@@ -138,41 +157,88 @@ def load_config(model_dir: Path | str) -> ModelConfig:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object, got a {type(value).__name__}")
     return value
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    """A finite number; JSON as Python reads it also knows NaN and Infinity."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def flag(hf: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """A switch of config.json; null and a missing key mean `default`. Any other value than a boolean is refused."""
+    value = hf.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key} must be true or false, got {value!r}")
+    return value
+
+
 def common_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields whose keys all architectures spell alike; both spellings of transformers 4 and 5."""
+    """The fields whose keys all architectures spell alike; both spellings of transformers 4 and 5.
+
+    Where transformers' defaults differ between architectures, `hf` must already hold them.
+    """
+    if hf.get("quantization_config"):
+        raise ConfigError("quantization_config is not supported; give the unquantized bfloat16 or float32 checkpoint")
     if hf.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ConfigError(f"hidden_act {hf['hidden_act']!r} is not supported; experts must use silu")
     name = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
         raise ConfigError(f"dtype {name} is not supported; convert the checkpoint to {' or '.join(DTYPES)}")
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", hf.get("rope_theta", 10000.0))
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ConfigError("partial_rotary_factor other than 1 is not supported by this architecture")
-    heads = hf["num_attention_heads"]
-    eos = hf.get("eos_token_id")
+    theta, scaling = _rope(hf)
+    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+    kv_heads, head_dim, eos = hf.get("num_key_value_heads"), hf.get("head_dim"), hf.get("eos_token_id")
+    if head_dim is None:
+        if _is_int(hidden) and _is_int(heads) and heads > 0 and hidden % heads:
+            raise ConfigError(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}; give head_dim")
+        # A count of heads that is no positive integer is reported by its own name, not as a division by it.
+        head_dim = hidden // max(1, heads)
     return dict(
         vocab_size=hf["vocab_size"],
-        hidden_size=hf["hidden_size"],
+        hidden_size=hidden,
         num_layers=hf["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(theta),
-        rope_scaling=None if kind == "default" else RopeScaling(kind, rope),
+        num_kv_heads=heads if kv_heads is None else kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=hf["rms_norm_eps"],
+        rope_theta=theta,
+        rope_scaling=scaling,
         max_position_embeddings=hf["max_position_embeddings"],
-        tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        tie_word_embeddings=flag(hf, "tie_word_embeddings"),
         dtype=DTYPES[name],
         eos_token_ids=() if eos is None else (tuple(eos) if isinstance(eos, list) else (eos,)),
         bos_token_id=hf.get("bos_token_id"),
     )
+
+
+def _rope(hf: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
+    """rope_theta and the scaling, in transformers' order of precedence."""
+    key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    rope = hf.get(key) or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{key} must be an object or null, got {rope!r}")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ConfigError(f"{key} differs by layer type, which is not supported by this architecture")
+    rope = dict(rope)
+    theta = rope.pop("rope_theta", hf["rope_theta"])
+    old_kind = rope.pop("type", "default")
+    kind = rope.pop("rope_type", old_kind)
+    if not isinstance(kind, str):
+        raise ConfigError(f"rope_type of {key} must be a string, got {kind!r}")
+    if rope.pop("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
+        raise ConfigError("partial_rotary_factor other than 1 is not supported by this architecture")
+    if hf.get("original_max_position_embeddings") is not None:
+        rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
+    return theta, None if kind == "default" else RopeScaling(kind, rope)

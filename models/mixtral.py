@@ -8,8 +8,12 @@ from typing import Any
 from .config import ModelConfig, common_fields
 from .naming import TensorRoles, moe_roles
 
+# transformers' values for keys that a config.json may leave out.
+_DEFAULTS = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8}
+
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    hf = {**_DEFAULTS, **hf}
     return ModelConfig(
         arch="mixtral",
         **common_fields(hf),

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .config import ConfigError, ModelConfig, common_fields
+from .config import ConfigError, ModelConfig, common_fields, flag
 from .naming import TensorRoles, moe_roles
+
+# transformers' values for keys that a config.json may leave out.
+_DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "num_key_value_heads": 4, "sliding_window": 4096}
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    hf = {**_DEFAULTS, **hf}
     if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
         raise ConfigError("dense MLP layers (mlp_only_layers, decoder_sparse_step) are not supported")
     return ModelConfig(
@@ -19,10 +23,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         top_k=hf["num_experts_per_tok"],
         moe_intermediate_size=hf["moe_intermediate_size"],
         # As in transformers, max_window_layers plays no role in this architecture.
-        sliding_window=hf.get("sliding_window") if hf.get("use_sliding_window") else None,
-        norm_topk_prob=bool(hf.get("norm_topk_prob", False)),
+        sliding_window=hf["sliding_window"] if flag(hf, "use_sliding_window") else None,
+        norm_topk_prob=flag(hf, "norm_topk_prob"),
         qk_norm="head",
-        attention_bias=bool(hf.get("attention_bias", False)),
+        attention_bias=flag(hf, "attention_bias"),
         clip_qkv=None,
     )
 

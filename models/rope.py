@@ -15,54 +15,81 @@ from .config import ConfigError, ModelConfig
 def rope_tables(config: ModelConfig, max_positions: int) -> tuple[Tensor, Tensor]:
     """cos, sin fp32 [max_positions, head_dim/2] with the scaling's attention factor folded in.
 
-    Raises ConfigError on a scaling that is not known: ignoring it would give wrong tokens without a sign.
+    Raises ConfigError on a scaling that is not known or whose numbers cannot be meant: ignoring it would give wrong
+    tokens without a sign. Dynamic NTK is the default up to max_position_embeddings, as in transformers, and refused
+    beyond: there every angle changes with the longest sequence of the batch, also those of keys already cached.
     """
-    frequencies, factor = _frequencies(config)
+    frequencies, factor = _frequencies(config, max_positions)
     angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies[None]
     return (angles.cos() * factor).contiguous(), (angles.sin() * factor).contiguous()
 
 
-def _frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+def _frequencies(config: ModelConfig, max_positions: int) -> tuple[Tensor, float]:
     """Angular frequencies fp32 [head_dim/2] and the factor on cos and sin."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     base = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is None:
         return base, 1.0
     kind, params = config.rope_scaling.kind, config.rope_scaling.params
+    if kind == "dynamic":
+        if max_positions > config.max_position_embeddings:
+            raise ConfigError(
+                f"config.json: rope scaling 'dynamic' is not supported beyond max_position_embeddings, which is "
+                f"{config.max_position_embeddings}; {max_positions} positions were asked for"
+            )
+        return base, 1.0
     if kind not in _SCALINGS:
-        known = ", ".join(["default", *_SCALINGS])
+        known = ", ".join(["default", "dynamic", *_SCALINGS])
         raise ConfigError(f"config.json: rope scaling {kind!r} is not supported; these are: {known}")
     try:
         return _SCALINGS[kind](config, params, base)
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"config.json: rope scaling {kind!r} lacks or misspells {error}") from None
+    except (ConfigError, ArithmeticError) as error:
+        raise ConfigError(f"config.json: rope scaling {kind!r}: {error}") from None
+
+
+def _positive(params: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A positive number of the scaling; null and a missing key mean `default`, where there is one."""
+    value = default if params.get(key) is None else params[key]
+    if value is None:
+        raise ConfigError(f"{key} is missing")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ConfigError(f"{key} must be a positive number, got {value!r}")
+    return value
+
+
+def _original_positions(config: ModelConfig, params: Mapping[str, Any]) -> float:
+    """The context length that the model was trained at, before it was extended."""
+    return _positive(params, "original_max_position_embeddings", config.max_position_embeddings)
 
 
 def _linear(config: ModelConfig, params: Mapping[str, Any], base: Tensor) -> tuple[Tensor, float]:
     """Position interpolation (arXiv 2306.15595): positions divided by `factor`."""
-    return base / params["factor"], 1.0
+    return base / _positive(params, "factor"), 1.0
 
 
 def _llama3(config: ModelConfig, params: Mapping[str, Any], base: Tensor) -> tuple[Tensor, float]:
     """Llama 3.1: long waves divided by `factor`, short ones kept, a ramp between."""
-    low, high = params["low_freq_factor"], params["high_freq_factor"]
-    turns = params["original_max_position_embeddings"] * base / (2 * math.pi)
+    low, high = _positive(params, "low_freq_factor"), _positive(params, "high_freq_factor")
+    if high <= low:
+        raise ConfigError(f"high_freq_factor must be larger than low_freq_factor, got {high} and {low}")
+    turns = _original_positions(config, params) * base / (2 * math.pi)
     ramp = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - ramp) * base / params["factor"] + ramp * base, 1.0
+    return (1 - ramp) * base / _positive(params, "factor") + ramp * base, 1.0
 
 
 def _yarn(config: ModelConfig, params: Mapping[str, Any], base: Tensor) -> tuple[Tensor, float]:
     """YaRN (arXiv 2309.00071): interpolate the dimensions that turn less than beta_slow times, keep those above
     beta_fast, and scale attention by 0.1·ln(factor) + 1.
     """
-    original = params.get("original_max_position_embeddings") or config.max_position_embeddings
-    factor = params["factor"]
+    original = _original_positions(config, params)
+    # A factor of null means the ratio of the lengths; a factor that is not there at all is a mistake.
+    factor = _positive(params, "factor", config.max_position_embeddings / original if "factor" in params else None)
     dims = config.head_dim
 
     def dimension_of(turns: float) -> float:
         return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
-    low, high = dimension_of(params.get("beta_fast") or 32), dimension_of(params.get("beta_slow") or 1)
+    low, high = dimension_of(_positive(params, "beta_fast", 32)), dimension_of(_positive(params, "beta_slow", 1))
     if params.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dims - 1)
@@ -72,12 +99,11 @@ def _yarn(config: ModelConfig, params: Mapping[str, Any], base: Tensor) -> tuple
     def attention_scale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    attention = params.get("attention_factor")
-    if attention is None:
-        attention = attention_scale(1.0)
-        if params.get("mscale") and params.get("mscale_all_dim"):
-            attention = attention_scale(params["mscale"]) / attention_scale(params["mscale_all_dim"])
-    return (1 - keep) * base / factor + keep * base, float(attention)
+    inferred = attention_scale(1.0)
+    # Both are needed; transformers takes a zero, too, for one that is not there.
+    if params.get("mscale") and params.get("mscale_all_dim"):
+        inferred = attention_scale(_positive(params, "mscale")) / attention_scale(_positive(params, "mscale_all_dim"))
+    return (1 - keep) * base / factor + keep * base, float(_positive(params, "attention_factor", inferred))
 
 
 _SCALINGS: dict[str, Callable[[ModelConfig, Mapping[str, Any], Tensor], tuple[Tensor, float]]] = {

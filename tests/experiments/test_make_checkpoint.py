@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import stat
+
 import pytest
 import torch
 from fluxmoe.experiments import make_checkpoint as module
@@ -9,6 +13,8 @@ from fluxmoe.experiments.common import UsageError
 from fluxmoe.experiments.make_checkpoint import main, make_checkpoint
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.config import ConfigError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SIZES = dict(layers=2, experts=4, top_k=2, hidden=64, moe_intermediate=32, heads=4, kv_heads=2, vocab=512)
@@ -65,14 +71,53 @@ def test_same_seed_same_bytes(tmp_path):
         ({"top_k": 5}, ConfigError, "5 of 4"),
         ({"kv_heads": 3}, ConfigError, "share"),
         ({"scale": 0.0}, UsageError, "positive"),
+        ({"scale": float("inf")}, UsageError, "positive"),
+        ({"kv_heads": 0}, ConfigError, "num_key_value_heads"),
+        ({"head_dim": 0}, ConfigError, "head_dim"),
+        ({"head_dim": 7}, ConfigError, "even head_dim"),
+        ({"hidden": 0}, ConfigError, "hidden_size"),
         ({"layers": 0}, ConfigError, "num_layers"),
         ({"arch": "olmoe", "head_dim": 8}, UsageError, "head_dim"),
     ],
 )
 def test_errors_leave_nothing(changes, error, match, tmp_path):
     with pytest.raises(error, match=match):
-        make_checkpoint(**{"arch": "mixtral", "out": tmp_path / "m", **SIZES, **changes})
+        make_checkpoint(**{"arch": "mixtral", "out": tmp_path / "new" / "m", **SIZES, **changes})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*arguments, **keywords):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(module, "save_file", fail)
+    with pytest.raises(OSError, match="cannot be written: No space left"):
+        make_checkpoint("mixtral", tmp_path / "m", **SIZES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_modes_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        out = make_checkpoint("mixtral", tmp_path / "m", **SIZES)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o750
+    assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "olmoe"])
+def test_names_and_shards(arch, tmp_path):
+    """As on the Hub: one tensor an expert; an index that covers every shard; no shard past the limit."""
+    out = make_checkpoint(arch, tmp_path / "m", **SIZES, shard_bytes=70_000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    block, gate = ("block_sparse_moe", "w1") if arch == "mixtral" else ("mlp", "gate_proj")
+    assert f"model.layers.1.{block}.experts.3.{gate}.weight" in index["weight_map"]
+    shards = sorted(path.name for path in out.glob("*.safetensors"))
+    assert sorted(set(index["weight_map"].values())) == shards
+    sizes = [sum(t.nbytes for t in load_file(out / name).values()) for name in shards]
+    assert max(sizes) <= 70_000
+    assert sum(sizes) == index["metadata"]["total_size"]
 
 
 def test_interrupted_leaves_nothing(tmp_path, monkeypatch):

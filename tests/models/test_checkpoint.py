@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from .hf import save_random_model
 
 E, H = 5, 48
+NAME = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+FINAL = "model.norm.weight"
 
 
 def hub_model(directory: Path, arch="mixtral", **overrides):
@@ -136,6 +138,50 @@ def overlap_header(data: bytes) -> bytes:
     return struct.pack("<Q", len(raw)) + raw + data[8 + length :]
 
 
+def reheader(change):
+    """Damage that only changes the header: `change` gets and returns the parsed header, or returns raw bytes."""
+
+    def apply(data: bytes) -> bytes:
+        length = struct.unpack("<Q", data[:8])[0]
+        raw = change(json.loads(data[8 : 8 + length]))
+        raw = raw if isinstance(raw, bytes) else json.dumps(raw).encode()
+        return struct.pack("<Q", len(raw)) + raw + data[8 + length :]
+
+    return damage_bytes(apply)
+
+
+def norm(**changes):
+    """A header whose entry of the final norm is changed."""
+    return reheader(lambda header: {**header, FINAL: {**header[FINAL], **changes}})
+
+
+def short_span(header: dict) -> dict:
+    header[FINAL]["data_offsets"][1] -= 4
+    return header
+
+
+def same_place(header: dict) -> dict:
+    header[FINAL]["data_offsets"] = header["model.layers.0.input_layernorm.weight"]["data_offsets"]
+    return header
+
+
+def twice(header: dict) -> bytes:
+    return json.dumps(header)[:-1].encode() + f', "{FINAL}": {json.dumps(header[FINAL])}}}'.encode()
+
+
+def index_names(file):
+    def apply(directory: Path) -> None:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
+
+    return apply
+
+
+def in_two_shards(directory: Path) -> None:
+    save_file({FINAL: torch.ones(H)}, directory / "other.safetensors")
+    index = {"weight_map": {FINAL: "other.safetensors", NAME: "model.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def drop_index(directory: Path) -> None:
     shard(directory).unlink()
 
@@ -149,9 +195,6 @@ def no_map(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text("[]")
 
 
-NAME = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
-
-
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
@@ -161,7 +204,7 @@ NAME = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
         (damage_bytes(lambda d: struct.pack("<d", float("nan")) + d[8:]), "header claims"),
         (damage_bytes(lambda d: struct.pack("<Q", len(d)) + d[8:]), "header claims"),
         (damage_bytes(header_not_json), "not JSON"),
-        (damage_bytes(overlap_header), "truncated"),
+        (damage_bytes(overlap_header), f"{FINAL} has 1000000192 bytes"),
         (damage_tensors(lambda t: t.pop(NAME)), NAME + " is missing"),
         (damage_tensors(lambda t: t.pop("model.norm.weight")), "model.norm.weight is missing"),
         (damage_tensors(lambda t: t.update({NAME: t[NAME][:-1].clone()})), f"{NAME} has shape"),
@@ -170,6 +213,22 @@ NAME = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
         (drop_index, "neither"),
         (bad_index, "gone.safetensors, which does not exist"),
         (no_map, "no weight_map"),
+        (reheader(lambda h: b"[1]"), "not a table of tensors"),
+        (reheader(lambda h: b"NaN"), "not a table of tensors"),
+        (reheader(lambda h: b"[" * 100_000), "not JSON"),
+        (reheader(lambda h: {**h, "__metadata__": 5}), "not a table of tensors"),
+        (reheader(lambda h: {**h, FINAL: [1]}), f"entry of {FINAL} is not valid"),
+        (norm(data_offsets=[-4, 4]), f"entry of {FINAL} is not valid"),
+        (norm(data_offsets=[False, True]), f"entry of {FINAL} is not valid"),
+        (norm(shape=[float("nan")]), f"entry of {FINAL} is not valid"),
+        (norm(shape=[H, 2]), f"{FINAL} has 192 bytes, F32 of shape .* has 384"),
+        (reheader(short_span), f"{FINAL} has 188 bytes"),
+        (reheader(same_place), f"{FINAL} begins at byte"),
+        (reheader(twice), f"holds {FINAL} twice"),
+        (damage_bytes(lambda d: d + bytes(64)), "64 bytes at its end belong to no tensor"),
+        (index_names("../model.safetensors"), "not the name of a file beside it"),
+        (index_names(5), "not the name of a file beside it"),
+        (in_two_shards, f"tensor {FINAL} is both in"),
     ],
 )
 def test_damage_is_one_clear_error(damage, match, tmp_path):
@@ -251,3 +310,30 @@ def test_generation_config_names_the_end_tokens(tmp_path):
     hub_model(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     assert Checkpoint(tmp_path).config.eos_token_ids == (7, 9)
+
+
+def test_vectors_do_not_keep_the_file_mapped(tmp_path):
+    hub_model(tmp_path)
+    vectors = [tensor for _, _, tensor in Checkpoint(tmp_path).dense_tensors() if tensor.dim() == 1]
+    assert vectors
+    assert not any(str(tmp_path) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_a_pass_that_is_given_up_leaves_nothing_pending(tmp_path):
+    hub_model(tmp_path)
+    rewrite(tmp_path, fuse)
+    checkpoint = Checkpoint(tmp_path)
+    given_up = checkpoint.experts()
+    next(given_up)
+    assert checkpoint.pending > 0
+    given_up.close()
+    assert len(experts_by_key(checkpoint)) == 3 * E
+    assert checkpoint.pending == 0
+
+
+def test_tied_embeddings_need_no_head(tmp_path):
+    hub_model(tmp_path, tie_word_embeddings=True)
+    assert "lm_head.weight" not in tensors_of(tmp_path)
+    roles = {role for role, _, _ in Checkpoint(tmp_path).dense_tensors()}
+    assert "embed_tokens" in roles
+    assert "lm_head" not in roles

@@ -14,12 +14,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 ORIGINAL = {"original_max_position_embeddings": 256}
 
 
-def ours(kind, params, head_dim=64):
+def ours(kind, params, head_dim=64, positions=1024):
     scaling = None if kind == "default" else RopeScaling(kind, params)
     config = SimpleNamespace(
         head_dim=head_dim, rope_theta=1e5, rope_scaling=scaling, max_position_embeddings=1024
     )  # fmt: skip
-    return rope_tables(config, 1024)
+    return rope_tables(config, positions)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,10 @@ def ours(kind, params, head_dim=64):
         ("yarn", {"factor": 4.0, "beta_fast": 16, "beta_slow": 2, "attention_factor": 0.7, **ORIGINAL}),
         ("yarn", {"factor": 16.0, "mscale": 0.7, "mscale_all_dim": 1.1, **ORIGINAL}),
         ("yarn", {"factor": 4.0, "truncate": False, **ORIGINAL}),
+        ("yarn", {"factor": None, **ORIGINAL}),
+        ("yarn", {"factor": 4.0}),
+        ("llama3", {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+        ("dynamic", {"factor": 4.0}),
     ],
 )
 def test_matches_transformers(kind, params):
@@ -46,6 +50,11 @@ def test_matches_transformers(kind, params):
     torch.testing.assert_close(sin, angles.sin() * factor, rtol=0, atol=2e-4)
 
 
+def test_dynamic_is_refused_where_it_would_depend_on_the_batch():
+    with pytest.raises(ConfigError, match="1024; 1025 positions"):
+        ours("dynamic", {"factor": 2.0}, positions=1025)
+
+
 def test_default_is_the_definition():
     cos, sin = ours("default", {})
     angle = 37 * 1e5 ** (-2 * 5 / 64)
@@ -56,9 +65,16 @@ def test_default_is_the_definition():
 @pytest.mark.parametrize(
     ("kind", "params", "match"),
     [
-        ("longrope", {}, "not supported; these are: default, linear"),
-        ("dynamic", {"factor": 2.0}, "not supported"),
-        ("linear", {}, "factor"),
+        ("longrope", {}, "not supported; these are: default, dynamic, linear"),
+        ("linear", {}, "factor is missing"),
+        ("linear", {"factor": 0}, "factor must be a positive number, got 0"),
+        ("linear", {"factor": "2"}, "factor must be a positive number, got '2'"),
+        ("linear", {"factor": float("nan")}, "factor must be a positive number"),
+        ("yarn", {}, "factor is missing"),
+        ("yarn", {"factor": -2.0}, "factor must be a positive number"),
+        ("yarn", {"factor": 2.0, "beta_fast": "x"}, "beta_fast"),
+        ("yarn", {"factor": 2.0, "mscale": "x", "mscale_all_dim": 1.0}, "mscale"),
+        ("llama3", {"factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}, "larger than low_freq_factor"),
         ("llama3", {"factor": 2.0}, "low_freq_factor"),
     ],
 )

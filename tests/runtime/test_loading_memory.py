@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,21 +38,23 @@ engine.close()
 @pytest.mark.parametrize("placement", ["resident", "host", "disk"])
 def test_peak_is_placed_size_plus_a_shard(placement, tmp_path):
     model = make_checkpoint(
-        "mixtral", tmp_path / "m", layers=6, experts=8, hidden=512, moe_intermediate=512, heads=4, vocab=1024,
+        "mixtral", tmp_path / "m", layers=12, experts=8, hidden=512, moe_intermediate=512, heads=4, vocab=1024,
         shard_bytes=SHARD, max_positions=64,
     )  # fmt: skip
     tiny = make_checkpoint("mixtral", tmp_path / "tiny", layers=2, hidden=32, moe_intermediate=16, heads=2, vocab=300)
     total = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    assert total > 9 * SHARD
+    assert total > 18 * SHARD
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tiny), str(model), placement],
+        # What is freed goes back to the system at once: live bytes are measured, not what malloc keeps for later.
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
     peak, placed = map(int, done.stdout.split())
-    slack = 16 << 20  # one expert on its way, allocator, interpreter
+    slack = 40 << 20  # one expert on its way, allocator, interpreter: a second copy of the model would be 170
     assert peak <= placed + SHARD + slack, f"peak {peak >> 20} MiB, placed {placed >> 20} MiB"
     if placement == "disk":
         assert peak < 0.7 * total

@@ -1,7 +1,13 @@
-"""Test-wide fixtures: one torch thread (numba's threads do the work), seeded."""
+"""Test-wide fixtures: one torch thread (numba's threads do the work), seeded; Triton interpreted without a GPU."""
+
+import os
 
 import pytest
 import torch
+
+# Before the first import of triton, which decides once. `fluxmoe.kernels.audit` compiles in a process of its own.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

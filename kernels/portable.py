@@ -1,0 +1,33 @@
+"""What Triton's interpreter gets wrong, done right: casts and dots that agree between TRITON_INTERPRET=1 and a GPU.
+
+The interpreter multiplies the raw bits of bf16 operands (triton issue 11584) and truncates fp32 → bf16, where a GPU
+rounds to nearest even. On a GPU these helpers are the plain operation.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Decided when triton is imported, as @triton.jit itself decides.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """fp32 `x` as `dtype`, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # The carry of a NaN's payload could make it an infinity.
+        rounded = tl.where(x != x, 0x7FC0, rounded)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc fp32 [M, N] + a [M, K] @ b [K, N]. fp32 operands are not rounded to TF32."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")

@@ -1,0 +1,553 @@
+"""Causal attention of a flat batch of tokens over a paged KV cache (PagedAttention, arXiv 2309.06180), two schedules.
+
+A sequence's queries are the last n of its `context` positions; a query at position p sees keys max(0, p - window + 1)
+to p (window 0: from 0):  out = softmax(scale · q · Kᵀ) · V, with fp32 scores, sums and accumulators.
+
+    q, out            [T, heads, D]                            bf16, fp16 or fp32; head h reads KV head h // group
+    k_cache, v_cache  [num_blocks, kv_heads, block_size, D]    q's dtype, as `rope_and_cache` writes it
+    block_table       [B, max_blocks]  int32                   never read beyond a context, nor below its window
+    context_lens      [B]              int32                   cached positions, this pass's included; 0: out is 0
+    query_start       [B + 1]          int32                   sequence s owns tokens query_start[s] to [s + 1] - 1
+
+Example: block_size 16, group 8, contexts 40 and 3, queries 2 and 1: query_start 0 2 3; token 1 (position 39, heads
+0-7) is rows 8-15 of a tile and reads blocks block_table[0, 0:3] of KV head 0.
+
+The query heads that share a KV head (GQA) are rows of one tile, so K and V are read once for them. The inner loop is
+FlashAttention's (arXiv 2205.14135), base 2. Around it:
+
+    decode   grid (B, kv_heads, splits): each program takes a share of one context, and a second kernel merges the
+             shares in a fixed order (Flash-Decoding, pytorch.org/blog/flash-decoding). Shares are computed from
+             context_lens on the device, hence a captured CUDA graph serves any contexts up to its maximum.
+    prefill  grid (T // BLOCK_Q + B, kv_heads): sequence s owns tile ids from query_start[s] // BLOCK_Q + s on, enough
+             for its tokens whatever their number (as in vLLM's unified Triton attention); others leave at once.
+
+Neither synchronises with the host. Tile boundaries are multiples of BLOCK_KV counted from position 0, and a tile in
+which a row sees nothing leaves it as it was, so with one tile shape a row's bits depend on its own context alone:
+that is `batch_invariant`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import portable
+from .norm import DTYPES
+from .ops import KernelError
+
+# Heads that share a KV head are rows of one tile, whose accumulator must fit in registers.
+MAX_GROUP = 64
+# Below this a share costs more to start and merge than it saves.
+MIN_SPLIT = 256
+MAX_SPLITS = 32
+LOG2_E = 1.4426950408889634
+# One tile for every batch: as many queries as fill 64 rows, the least that wgmma takes.
+INVARIANT_ROWS = 64
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """BLOCK_ROWS (query token, head of the group) pairs, of BLOCK_Q tokens, against BLOCK_KV positions at a time."""
+
+    BLOCK_ROWS: int
+    BLOCK_Q: int
+    BLOCK_KV: int
+    num_warps: int
+    num_stages: int
+
+
+def attention_tile(head_dim: int, group: int, itemsize: int, max_query_len: int, capability: int) -> AttentionTile:
+    """The tile for at most `max_query_len` queries a sequence on capability 80, 89, 90, …; pure.
+
+    Rows: what one sequence needs, in powers of two, from 16 (a matrix instruction's least) to 128, or to 64 for
+    head_dim > 128. 4 warps hold the fp32 accumulator of 64 x 128, more take 8.
+    BLOCK_KV: 64 positions of bf16 at head_dim 128 are 16 KiB; 3 programs an SM, each with K or V on its way, ask for
+    more than the 20 KiB that 3.35 TB/s times 0.8 us of latency need on an H100. 32 where 64 would spill: a
+    head_dim > 128, 64 rows in 4 warps, and 128 rows on GPUs whose matrix instructions take both operands from
+    registers (all but sm_90 and sm_100).
+    Stages: the pipeliner spends two on the block table before each buffer of K and V: 3 make one buffer, 5 two. 128
+    rows leave one program an SM, which needs the second.
+    fp32 has no matrix instructions without rounding to TF32: the tile is small enough for plain FMAs not to spill.
+    """
+    dim = padded_dim(head_dim)
+    if itemsize == 4:
+        side = 32 if dim <= 64 else 16
+        rows = max(min(triton.next_power_of_2(max_query_len * group), side), triton.next_power_of_2(group), 16)
+        return AttentionTile(rows, rows // group, side, 4, 1)
+    most = 64 if dim > 128 else 128
+    rows = max(min(triton.next_power_of_2(max_query_len * group), most), triton.next_power_of_2(group), 16)
+    narrow = dim > 128 or rows == 64 or (rows >= 128 and not 90 <= capability < 120)
+    num_warps = 8 if rows * dim > 64 * 128 or rows >= 128 else 4
+    return AttentionTile(rows, rows // group, 32 if narrow else 64, num_warps, 5 if rows >= 128 else 3)
+
+
+def choose_num_splits(num_sequences: int, kv_heads: int, max_context: int, num_sms: int) -> int:
+    """Shares of a context in decode: about two programs an SM, at least MIN_SPLIT tokens each, at most MAX_SPLITS."""
+    programs = max(num_sequences * kv_heads, 1)
+    return max(1, min(-(-2 * num_sms // programs), max_context // MIN_SPLIT, MAX_SPLITS))
+
+
+def workspace_bytes(
+    max_sequences: int, heads: int, kv_heads: int, head_dim: int, max_context: int, num_sms: int, window: int = 0
+) -> int:
+    """Bytes that suffice for decoding any batch of up to `max_sequences` with contexts up to `max_context`."""
+    span = min(max_context, window) if window else max_context
+    partials = 0
+    for sequences in range(1, max_sequences + 1):
+        splits = choose_num_splits(sequences, kv_heads, span, num_sms)
+        if splits > 1:
+            partials = max(partials, sequences * splits)
+    return partials * heads * (head_dim + 2) * 4
+
+
+def padded_dim(head_dim: int) -> int:
+    return max(triton.next_power_of_2(head_dim), 16)
+
+
+@cache
+def _device_facts(device: torch.device) -> tuple[int, int]:
+    """(SMs, compute capability as one number); one SM of sm_90 stands for the interpreter."""
+    if device.type != "cuda":
+        return 1, 90
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, 10 * properties.major + properties.minor
+
+
+@triton.jit
+def _attend(
+    q,  # [BLOCK_ROWS, BLOCK_D]
+    row_position,  # [BLOCK_ROWS] int32, -1: sees nothing; unused if ONE_QUERY
+    k_ptr,  # (num_blocks, …, BLOCK_SIZE, HEAD_DIM) at this KV head
+    v_ptr,
+    block_table_ptr,  # (max_blocks,) of this sequence
+    scale_log2,
+    low,  # first position that any row sees
+    begin,  # a multiple of BLOCK_KV
+    end,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ONE_QUERY: tl.constexpr,  # all rows are of one token: each sees low … end - 1
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(sum of p·V, largest score, sum of p) over positions begin … end - 1, p = 2^(score - largest), a row each."""
+    d = tl.arange(0, BLOCK_D)
+    largest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    for start in tl.range(begin, end, BLOCK_KV):
+        position = start + tl.arange(0, BLOCK_KV)
+        live = (position >= low) & (position < end)
+        page = tl.load(block_table_ptr + position // BLOCK_SIZE, mask=live, other=0)
+        # int64: a pool of 2^16 blocks of 8 heads, 32 tokens and 128 dims has 2^31 elements.
+        at = page.to(tl.int64) * (KV_HEADS * BLOCK_SIZE * HEAD_DIM) + position % BLOCK_SIZE * HEAD_DIM
+        mask = live[:, None] & (d < HEAD_DIM)[None, :]
+        k = tl.load(k_ptr + at[:, None] + d[None, :], mask=mask, other=0.0)
+        scores = portable.dot(q, tl.trans(k), tl.zeros([BLOCK_ROWS, BLOCK_KV], tl.float32)) * scale_log2
+        if ONE_QUERY:
+            scores = tl.where(live[None, :], scores, float("-inf"))
+        else:
+            visible = position[None, :] <= row_position[:, None]
+            if WINDOW > 0:
+                visible &= position[None, :] > row_position[:, None] - WINDOW
+            scores = tl.where(visible, scores, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+        # A row that has seen nothing yet: -inf - -inf would be NaN.
+        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        p = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(largest - shift)
+        total = total * decay + tl.sum(p, axis=1)
+        v = tl.load(v_ptr + at[:, None] + d[None, :], mask=mask, other=0.0)
+        acc = portable.dot(portable.cast(p, v.dtype), v, acc * decay[:, None])
+        largest = new_largest
+    return acc, largest, total
+
+
+@triton.jit
+def _normalised(acc, total):
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@triton.jit(do_not_specialize=["stride_table_b", "num_splits"])
+def _decode_kernel(
+    q_ptr,  # (T, HEADS, HEAD_DIM)
+    k_ptr,  # (num_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    v_ptr,  # (num_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    block_table_ptr,  # (B, max_blocks) int32
+    context_lens_ptr,  # (B,) int32
+    query_start_ptr,  # (B + 1,) int32
+    out_ptr,  # (T, HEADS, HEAD_DIM), written if DIRECT
+    acc_ptr,  # (B, HEADS, num_splits, HEAD_DIM) fp32, else
+    largest_ptr,  # (B, HEADS, num_splits) fp32
+    total_ptr,  # (B, HEADS, num_splits) fp32; 0: nothing in this share, the others are not written
+    scale_log2,
+    num_splits,
+    stride_table_b,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    DIRECT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: (B, KV_HEADS, num_splits)."""
+    # int64: ids times strides may pass 2^31.
+    sequence = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    token = tl.load(query_start_ptr + sequence).to(tl.int64)
+    if tl.load(query_start_ptr + sequence + 1) == token:
+        return
+    context = tl.load(context_lens_ptr + sequence)
+    low = 0
+    if WINDOW > 0:
+        low = tl.maximum(context - WINDOW, 0)
+    first_tile = low // BLOCK_KV
+    tiles = tl.cdiv(context, BLOCK_KV) - first_tile
+    share = tl.maximum(tl.cdiv(tiles, num_splits), MIN_TILES)
+    begin = (first_tile + split * share) * BLOCK_KV
+    end = tl.minimum(begin + share * BLOCK_KV, context)
+
+    row = tl.arange(0, BLOCK_ROWS)
+    d = tl.arange(0, BLOCK_D)
+    mine = row < GROUP
+    head = kv_head * GROUP + row
+    partial = (sequence * KV_HEADS * GROUP + head) * num_splits + split
+    if (begin >= end) & (not DIRECT):
+        tl.store(total_ptr + partial, tl.zeros([BLOCK_ROWS], tl.float32), mask=mine)
+        return
+    mask = mine[:, None] & (d < HEAD_DIM)[None, :]
+    at = (token * KV_HEADS * GROUP + head)[:, None] * HEAD_DIM + d[None, :]
+    q = tl.load(q_ptr + at, mask=mask, other=0.0)
+    head_at = kv_head.to(tl.int64) * (BLOCK_SIZE * HEAD_DIM)
+    acc, largest, total = _attend(
+        q, row, k_ptr + head_at, v_ptr + head_at, block_table_ptr + sequence * stride_table_b, scale_log2,
+        low, begin, end, KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW, True, BLOCK_ROWS, BLOCK_KV, BLOCK_D,
+    )  # fmt: skip
+    if DIRECT:
+        tl.store(out_ptr + at, portable.cast(_normalised(acc, total), out_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(acc_ptr + partial[:, None] * HEAD_DIM + d[None, :], acc, mask=mask)
+        tl.store(largest_ptr + partial, largest, mask=mine)
+        tl.store(total_ptr + partial, total, mask=mine)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _merge_kernel(
+    acc_ptr,  # (B, HEADS, num_splits, HEAD_DIM) fp32
+    largest_ptr,  # (B, HEADS, num_splits) fp32
+    total_ptr,  # (B, HEADS, num_splits) fp32
+    query_start_ptr,  # (B + 1,) int32
+    out_ptr,  # (T, HEADS, HEAD_DIM)
+    num_splits,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS_P2: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: (B, HEADS)."""
+    sequence = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    token = tl.load(query_start_ptr + sequence).to(tl.int64)
+    if tl.load(query_start_ptr + sequence + 1) == token:
+        return
+    split = tl.arange(0, SPLITS_P2)
+    d = tl.arange(0, BLOCK_D)
+    partial = (sequence * HEADS + head) * num_splits + split
+    total = tl.load(total_ptr + partial, mask=split < num_splits, other=0.0)
+    # An empty share left the rest of its workspace as it found it. A NaN total is not empty, and must show.
+    full = total != 0.0
+    largest = tl.load(largest_ptr + partial, mask=full, other=float("-inf"))
+    mask = full[:, None] & (d < HEAD_DIM)[None, :]
+    acc = tl.load(acc_ptr + partial[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
+    peak = tl.max(largest, axis=0)
+    # All empty: -inf - -inf would be NaN.
+    weight = tl.exp2(largest - tl.where(peak == float("-inf"), 0.0, peak))
+    total = tl.sum(total * weight, axis=0)
+    result = tl.sum(acc * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    at = (token * HEADS + head) * HEAD_DIM + d
+    tl.store(out_ptr + at, portable.cast(result, out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["stride_table_b", "num_sequences"])
+def _prefill_kernel(
+    q_ptr,  # (T, HEADS, HEAD_DIM)
+    k_ptr,  # (num_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    v_ptr,  # (num_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    block_table_ptr,  # (B, max_blocks) int32
+    context_lens_ptr,  # (B,) int32
+    query_start_ptr,  # (B + 1,) int32
+    out_ptr,  # (T, HEADS, HEAD_DIM)
+    scale_log2,
+    num_sequences,
+    stride_table_b,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Grid: (T // BLOCK_Q + B, KV_HEADS)."""
+    # The last tiles of a prompt have the longest contexts: started first, they do not trail behind the others.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    sequence = -1
+    for first in tl.range(0, num_sequences, BLOCK_B):
+        candidate = first + tl.arange(0, BLOCK_B)
+        known = candidate < num_sequences
+        first_tile = tl.load(query_start_ptr + candidate, mask=known, other=0) // BLOCK_Q + candidate
+        sequence += tl.sum((known & (first_tile <= tile)).to(tl.int32), axis=0)
+    start = tl.load(query_start_ptr + sequence)
+    stop = tl.load(query_start_ptr + sequence + 1)
+    first_token = start + (tile - start // BLOCK_Q - sequence) * BLOCK_Q
+    if first_token >= stop:
+        return
+    context = tl.load(context_lens_ptr + sequence)
+    # Position of a token is its index in the batch plus this.
+    shift = context - stop
+
+    row = tl.arange(0, BLOCK_ROWS)
+    d = tl.arange(0, BLOCK_D)
+    token = first_token + row // GROUP
+    mine = (row < BLOCK_Q * GROUP) & (token < stop)
+    row_position = tl.where(mine, token + shift, -1)
+    end = tl.minimum(first_token + BLOCK_Q, stop) + shift
+    low = 0
+    if WINDOW > 0:
+        low = tl.maximum(first_token + shift - WINDOW + 1, 0)
+    mask = mine[:, None] & (d < HEAD_DIM)[None, :]
+    # int64: T times the width of all heads may pass 2^31.
+    at = (token.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP)[:, None] * HEAD_DIM + d[None, :]
+    q = tl.load(q_ptr + at, mask=mask, other=0.0)
+    head_at = kv_head.to(tl.int64) * (BLOCK_SIZE * HEAD_DIM)
+    block_table_ptr += sequence.to(tl.int64) * stride_table_b
+    acc, _, total = _attend(
+        q, row_position, k_ptr + head_at, v_ptr + head_at, block_table_ptr, scale_log2,
+        low, low // BLOCK_KV * BLOCK_KV, end,
+        KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW, False, BLOCK_ROWS, BLOCK_KV, BLOCK_D,
+    )  # fmt: skip
+    tl.store(out_ptr + at, portable.cast(_normalised(acc, total), out_ptr.dtype.element_ty), mask=mask)
+
+
+def _shape_constexprs(
+    tile: AttentionTile, heads: int, kv_heads: int, head_dim: int, block_size: int, window: int
+) -> dict:
+    return {
+        "KV_HEADS": kv_heads,
+        "GROUP": heads // kv_heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": block_size,
+        "WINDOW": window,
+        "BLOCK_ROWS": tile.BLOCK_ROWS,
+        "BLOCK_KV": tile.BLOCK_KV,
+        "BLOCK_D": padded_dim(head_dim),
+    }
+
+
+def _decode_constexprs(shape: dict, direct: bool) -> dict:
+    return shape | {"MIN_TILES": MIN_SPLIT // shape["BLOCK_KV"], "DIRECT": direct}
+
+
+def _prefill_constexprs(shape: dict, tile: AttentionTile) -> dict:
+    return shape | {"BLOCK_Q": tile.BLOCK_Q, "BLOCK_B": 256}
+
+
+def _merge_constexprs(heads: int, head_dim: int, num_splits: int) -> dict:
+    return {
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "SPLITS_P2": triton.next_power_of_2(num_splits),
+        "BLOCK_D": padded_dim(head_dim),
+    }
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    query_start: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    block_size: int,
+    max_query_len: int,
+    out: Tensor,
+    workspace: Tensor | None = None,
+    max_context: int | None = None,
+    num_splits: int | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """Write `out` [T, heads, D] and return it. Shapes and dtypes: see the module.
+
+    max_query_len: no sequence has more queries; 1 means decode. max_context: no context is longer (default: what the
+    block table can hold); it decides the number of splits, as the contexts themselves are on the device.
+    workspace: contiguous, at least `workspace_bytes`, on the same device; needed in decode if splits > 1.
+    num_splits: overrides the choice. batch_invariant: a query has the same bits alone and in any batch or chunking,
+    at the price of idle SMs when few sequences have long contexts.
+    Tokens that belong to no sequence keep what `out` held. Device tables are not checked. KernelError on the rest.
+    """
+    tokens, heads, head_dim = _check(q, k_cache, v_cache, block_table, context_lens, query_start, out, block_size)
+    kv_heads, sequences = k_cache.shape[1], context_lens.shape[0]
+    if window < 0 or max_query_len < 0:
+        raise KernelError(f"window and max_query_len must not be negative, got {window} and {max_query_len}")
+    if not tokens or not sequences:
+        return out
+    num_sms, capability = _device_facts(q.device)
+    group, itemsize = heads // kv_heads, q.dtype.itemsize
+    queries = max(INVARIANT_ROWS // group, 1) if batch_invariant else max(max_query_len, 1)
+    tile = attention_tile(head_dim, group, itemsize, queries, capability)
+    shape = _shape_constexprs(tile, heads, kv_heads, head_dim, block_size, window)
+    launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    inputs = (q, k_cache, v_cache, block_table, context_lens, query_start, out)
+    scale_log2, stride_table = float(scale) * LOG2_E, block_table.stride(0)
+    if batch_invariant or max_query_len > 1:
+        grid = (tokens // tile.BLOCK_Q + sequences, kv_heads)
+        _prefill_kernel[grid](
+            *inputs, scale_log2, sequences, stride_table, **_prefill_constexprs(shape, tile), **launch
+        )  # fmt: skip
+        return out
+    if num_splits is None:
+        span = block_table.shape[1] * block_size if max_context is None else max_context
+        num_splits = choose_num_splits(sequences, kv_heads, min(span, window) if window else span, num_sms)
+    if not 1 <= num_splits <= MAX_SPLITS:
+        raise KernelError(f"num_splits must be 1 to {MAX_SPLITS}, got {num_splits}")
+    direct = num_splits == 1
+    partials = (out, out, out) if direct else _partials(workspace, sequences, heads, head_dim, num_splits)
+    _decode_kernel[(sequences, kv_heads, num_splits)](
+        *inputs, *partials, scale_log2, num_splits, stride_table, **_decode_constexprs(shape, direct), **launch
+    )
+    if not direct:
+        _merge_kernel[(sequences, heads)](
+            *partials, query_start, out, num_splits, **_merge_constexprs(heads, head_dim, num_splits), num_warps=4
+        )
+    return out
+
+
+def _partials(
+    workspace: Tensor | None, sequences: int, heads: int, head_dim: int, num_splits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 views of `workspace`: accumulators, largest scores, sums."""
+    count = sequences * heads * num_splits
+    needed = count * (head_dim + 2) * 4
+    if workspace is None or workspace.nbytes < needed or not workspace.is_contiguous():
+        got = "none" if workspace is None else f"{workspace.nbytes}"
+        raise KernelError(f"{num_splits} splits of {sequences} sequences need {needed} contiguous bytes, got {got}")
+    floats = workspace.view(-1).view(torch.uint8)[:needed].view(torch.float32)
+    return floats[: count * head_dim], floats[count * head_dim : count * (head_dim + 1)], floats[-count:]
+
+
+def _check(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_lens: Tensor, query_start: Tensor,
+    out: Tensor, block_size: int,
+) -> tuple[int, int, int]:  # fmt: skip
+    """(T, heads, D); KernelError unless shapes, dtypes and layouts are those of the module."""
+    if q.dim() != 3 or q.dtype not in DTYPES or not q.is_contiguous():
+        raise KernelError(f"q must be contiguous [T, heads, D] of bf16, fp16 or fp32, got {tuple(q.shape)} {q.dtype}")
+    if out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous():
+        raise KernelError(f"out must be contiguous {tuple(q.shape)} {q.dtype}, got {tuple(out.shape)} {out.dtype}")
+    heads, head_dim = q.shape[1:]
+    if k_cache.dim() != 4 or heads % k_cache.shape[1]:
+        raise KernelError(f"{heads} heads need K [num_blocks, kv_heads, block_size, D], got {tuple(k_cache.shape)}")
+    if heads > MAX_GROUP * k_cache.shape[1]:
+        raise KernelError(f"at most {MAX_GROUP} heads may share a KV head, got {heads} and {k_cache.shape[1]} KV heads")
+    if block_size < 16 or block_size % 16:
+        raise KernelError(f"block_size must be a multiple of 16, got {block_size}")
+    for name, part in (("k_cache", k_cache), ("v_cache", v_cache)):
+        expected = (*k_cache.shape[:2], block_size, head_dim)
+        if tuple(part.shape) != expected or part.dtype != q.dtype or not part.is_contiguous():
+            raise KernelError(f"{name} must be contiguous {expected} {q.dtype}, got {tuple(part.shape)} {part.dtype}")
+    sequences = context_lens.shape[0]
+    if block_table.shape[:1] != (sequences,) or block_table.dim() != 2 or query_start.shape != (sequences + 1,):
+        raise KernelError(
+            f"{sequences} contexts need block_table [{sequences}, n] and query_start [{sequences + 1}], "
+            f"got {tuple(block_table.shape)} and {tuple(query_start.shape)}"
+        )
+    for name, table in (("block_table", block_table), ("context_lens", context_lens), ("query_start", query_start)):
+        if table.dtype != torch.int32 or table.stride(-1) != 1:
+            raise KernelError(f"{name} must be int32 with stride 1, got {table.dtype} with strides {table.stride()}")
+    return q.shape[0], heads, head_dim
+
+
+def paged_attention_torch(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_lens: Tensor, query_start: Tensor, *,
+    scale: float, window: int = 0, block_size: int,
+) -> Tensor:  # fmt: skip
+    """The same in float64, query by query and head by head, returned in float64."""
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    group = q.shape[1] // k_cache.shape[1]
+    starts, contexts = query_start.tolist(), context_lens.tolist()
+    for s, context in enumerate(contexts):
+        for t in range(starts[s], starts[s + 1]):
+            position = context - starts[s + 1] + t
+            low = max(0, position - window + 1) if window else 0
+            seen = torch.arange(low, position + 1)
+            if not len(seen):
+                continue
+            pages = block_table[s].cpu()[seen // block_size].long()
+            keys, values = (c.cpu()[pages, :, seen % block_size].double() for c in (k_cache, v_cache))
+            for h in range(q.shape[1]):
+                weights = (keys[:, h // group] @ q[t, h].cpu().double() * scale).softmax(dim=0)
+                out[t, h] = weights @ values[:, h // group]
+    return out
+
+
+def audit_cases(capability: int = 90) -> list[dict]:
+    """What a compiler check builds: the kernels as launched on this GPU for Qwen3-30B-A3B and Mixtral-8x7B."""
+    inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16")
+    inputs |= dict.fromkeys(("block_table_ptr", "context_lens_ptr", "query_start_ptr"), "*i32") | {"out_ptr": "*bf16"}
+    partials = dict.fromkeys(("acc_ptr", "largest_ptr", "total_ptr"), "*fp32")
+    decode = {"scale_log2": "fp32", "num_splits": "i32", "stride_table_b": "i32"}
+    prefill = inputs | {"scale_log2": "fp32", "num_sequences": "i32", "stride_table_b": "i32"}
+    merge = partials | {"query_start_ptr": "*i32", "out_ptr": "*bf16", "num_splits": "i32"}
+    cases = []
+
+    def add(name: str, kernel, signature: dict, constexprs: dict, warps: int, stages: int, attends: bool = True):
+        cases.append(
+            {
+                "name": f"attention_{name}",
+                "kernel": kernel,
+                "signature": signature,
+                "constexprs": constexprs,
+                "num_warps": warps,
+                "num_stages": stages,
+                "matrix": attends,
+                "wide_loads": attends,
+            }
+        )
+
+    for model, heads, kv_heads, dim in (("qwen3-30b-a3b", 32, 4, 128), ("mixtral-8x7b", 32, 8, 128)):
+        group = heads // kv_heads
+        for block_size in (16, 32):
+            where = f"{model}/block{block_size}"
+            for name, queries in (("decode", 1), ("prefill", 512), ("invariant", INVARIANT_ROWS // group)):
+                tile = attention_tile(dim, group, 2, queries, capability)
+                shape = _shape_constexprs(tile, heads, kv_heads, dim, block_size, 0)
+                launch = (tile.num_warps, tile.num_stages)
+                if name == "decode":
+                    signature = inputs | dict.fromkeys(partials, "*bf16") | decode
+                    add(f"decode/{where}", _decode_kernel, signature, _decode_constexprs(shape, True), *launch)
+                    signature = inputs | partials | decode
+                    add(f"split/{where}", _decode_kernel, signature, _decode_constexprs(shape, False), *launch)
+                else:
+                    add(f"{name}/{where}", _prefill_kernel, prefill, _prefill_constexprs(shape, tile), *launch)
+        add(f"merge/{model}", _merge_kernel, merge, _merge_constexprs(heads, dim, MAX_SPLITS), 4, 1, attends=False)
+    return cases

@@ -26,6 +26,8 @@ from fluxmoe.runtime.request import Request, SamplingParams
 from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
 from .memory_budget import PRESETS, preset_model
 
+# Idle OpenMP threads of the engine that ran before spin for some 200 ms, on cores that the next one needs.
+_SETTLE_S = 1.0
 COLUMNS = ("sequences", "provider", "round", "seconds", "tokens_per_s")
 
 
@@ -138,6 +140,7 @@ def main(argv: list[str] | None = None) -> None:
             for number in range(-1, args.rounds):  # the first round warms up and is not counted
                 prompts = rng.integers(0, vocab, size=(sequences, args.prompt_tokens)).tolist()
                 for runner in runners:
+                    time.sleep(_SETTLE_S)
                     seconds = runner.run(prompts, args.output_tokens)
                     rate = sequences * args.output_tokens / seconds
                     if number >= 0:

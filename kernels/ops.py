@@ -1,7 +1,8 @@
 """The operations a decoder needs, as one interface that each kind of device implements.
 
-    fluxmoe.kernels.cpu.ops.CpuOps     numba kernels, fp32 activations, batch-invariant
-    fluxmoe.kernels.torch_ops.TorchOps plain torch on any device: the reference, and what CUDA runs on
+    fluxmoe.kernels.triton_ops.TritonOps  CUDA: Triton kernels, activations in the weights' dtype
+    fluxmoe.kernels.cpu.ops.CpuOps        CPU: numba kernels, fp32 activations, batch-invariant
+    fluxmoe.kernels.torch_ops.TorchOps    plain torch on any device: the reference
 
 An ops object owns the layout of packed weights and of KV blocks; models and runtime treat both as bytes. It also
 owns the workspace: every buffer is made in the constructor for the limits given, so `workspace_bytes` is all
@@ -73,6 +74,9 @@ class AttentionMetadata:
     [B, max_blocks]; positions int32 [T]; slot_mapping int64 [T], block·block_size + offset.
     Example: prompts of 3 and 2 tokens, block_size 16, blocks (7) and (4): query_start 0 3 5, context_lens 3 2,
     positions 0 1 2 0 1, slot_mapping 112 113 114 64 65.
+
+    A captured graph has a fixed T and pads: num_tokens int32 [1] on the device says how many are real. Padding is a
+    sequence of context_len 0 whose token has slot -1.
     """
 
     query_start: Tensor
@@ -81,6 +85,7 @@ class AttentionMetadata:
     positions: Tensor
     slot_mapping: Tensor
     block_size: int
+    num_tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -133,5 +138,12 @@ class Ops(Protocol):
         v_cache: Tensor,
     ) -> Tensor: ...
     def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor: ...
-    def moe_add(self, x: Tensor, router: PackedLinear, experts: LayerExperts, residual: Tensor) -> Tensor: ...
+    def moe_add(
+        self,
+        x: Tensor,
+        router: PackedLinear,
+        experts: LayerExperts,
+        residual: Tensor,
+        num_tokens: Tensor | None = None,
+    ) -> Tensor: ...
     def logits(self, x: Tensor, weight: PackedLinear) -> Tensor: ...

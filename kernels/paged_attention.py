@@ -534,20 +534,21 @@ def audit_cases(capability: int = 90) -> list[dict]:
             }
         )
 
-    for model, heads, kv_heads, dim in (("qwen3-30b-a3b", 32, 4, 128), ("mixtral-8x7b", 32, 8, 128)):
+    for model, heads, kv_heads, dim, block_size in (
+        ("qwen3-30b-a3b", 32, 4, 128, 32),
+        ("mixtral-8x7b", 32, 8, 128, 16),
+    ):
         group = heads // kv_heads
-        for block_size in (16, 32):
-            where = f"{model}/block{block_size}"
-            for name, queries in (("decode", 1), ("prefill", 512), ("invariant", INVARIANT_ROWS // group)):
-                tile = attention_tile(dim, group, 2, queries, capability)
-                shape = _shape_constexprs(tile, heads, kv_heads, dim, block_size, 0)
-                launch = (tile.num_warps, tile.num_stages)
-                if name == "decode":
-                    signature = inputs | dict.fromkeys(partials, "*bf16") | decode
-                    add(f"decode/{where}", _decode_kernel, signature, _decode_constexprs(shape, True), *launch)
-                    signature = inputs | partials | decode
-                    add(f"split/{where}", _decode_kernel, signature, _decode_constexprs(shape, False), *launch)
-                else:
-                    add(f"{name}/{where}", _prefill_kernel, prefill, _prefill_constexprs(shape, tile), *launch)
+        for name, queries in (("decode", 1), ("prefill", 512), ("invariant", INVARIANT_ROWS // group)):
+            tile = attention_tile(dim, group, 2, queries, capability)
+            shape = _shape_constexprs(tile, heads, kv_heads, dim, block_size, 0)
+            launch = (tile.num_warps, tile.num_stages)
+            if name == "decode":
+                signature = inputs | dict.fromkeys(partials, "*bf16") | decode
+                add(f"decode/{model}", _decode_kernel, signature, _decode_constexprs(shape, True), *launch)
+                signature = inputs | partials | decode
+                add(f"split/{model}", _decode_kernel, signature, _decode_constexprs(shape, False), *launch)
+            else:
+                add(f"{name}/{model}", _prefill_kernel, prefill, _prefill_constexprs(shape, tile), *launch)
         add(f"merge/{model}", _merge_kernel, merge, _merge_constexprs(heads, dim, MAX_SPLITS), 4, 1, attends=False)
     return cases

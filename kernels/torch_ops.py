@@ -1,8 +1,8 @@
 """TorchOps: the operations of a decoder in plain torch, on any device.
 
 Slow and written independently of the fast kernels (loops over experts and sequences, no packing tricks): the
-oracle that they are tested against, and the path that runs on a GPU. Weights are packed row-major; a KV block is
-[block_size, kv_heads, head_dim] for K and for V.
+oracle that they are tested against, and a path for sizes that they do not take. Weights are packed row-major; a KV
+block is [block_size, kv_heads, head_dim] for K and for V.
 """
 
 from __future__ import annotations
@@ -113,7 +113,15 @@ class TorchOps:
     def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
         return residual + self._linear(x, weight)
 
-    def moe_add(self, x: Tensor, router: PackedLinear, experts: LayerExperts, residual: Tensor) -> Tensor:
+    def moe_add(
+        self,
+        x: Tensor,
+        router: PackedLinear,
+        experts: LayerExperts,
+        residual: Tensor,
+        num_tokens: Tensor | None = None,
+    ) -> Tensor:
+        assert num_tokens is None, "padding is for captured graphs, and this path cannot be captured"
         d = self.dims
         probabilities = self._linear(x, router).float().softmax(dim=-1)
         weights, chosen = probabilities.topk(d.top_k, dim=-1)

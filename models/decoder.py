@@ -191,6 +191,6 @@ class Decoder:
                 hidden = ops.project_add(attended, layer.o_proj, hidden)
             with experts.layer(index) as paged, tracer.span("compute", f"experts {index}"):
                 normed = ops.rms_norm(hidden, layer.post_attn_norm)
-                hidden = ops.moe_add(normed, layer.router, paged, hidden)
+                hidden = ops.moe_add(normed, layer.router, paged, hidden, metadata.num_tokens)
         last = hidden[logit_rows]
         return ops.logits(ops.rms_norm(last, self.final_norm), self.lm_head)

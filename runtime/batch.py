@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +20,25 @@ class Batch(NamedTuple):
     metadata: AttentionMetadata
     logit_rows: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`; itself when it is there already."""
+        if self.token_ids.device == device:
+            return self
+        meta = self.metadata
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(meta)
+            if isinstance(value := getattr(meta, field.name), Tensor)
+        }
+        return Batch(
+            self.token_ids.to(device, non_blocking=True),
+            replace(meta, **moved),
+            self.logit_rows.to(device, non_blocking=True),
+        )
 
-def build_batch(step: Step, block_size: int, device: torch.device) -> Batch:
-    """Flatten the step's chunks in order; every array is made once in numpy and sent to the device once."""
+
+def build_batch(step: Step, block_size: int) -> Batch:
+    """Flatten the step's chunks in order, on the host; every array is made once in numpy."""
     chunks = step.chunks
     lengths = np.array([chunk.length for chunk in chunks], dtype=np.int64)
     starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
@@ -39,10 +56,7 @@ def build_batch(step: Step, block_size: int, device: torch.device) -> Batch:
     positions = np.arange(len(token_ids)) - np.repeat(query_start[:-1] - starts, lengths)
     slots = block_table[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
     sampled = [row for row, chunk in enumerate(chunks) if chunk.sample]
-
-    def send(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
-
+    send = torch.from_numpy
     metadata = AttentionMetadata(
         query_start=send(query_start),
         context_lens=send((starts + lengths).astype(np.int32)),

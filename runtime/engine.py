@@ -16,14 +16,16 @@ from pathlib import Path
 
 import torch
 from fluxmoe.kernels.cpu.ops import CpuOps
-from fluxmoe.kernels.ops import LayerDims, Limits, Ops
+from fluxmoe.kernels.ops import AttentionMetadata, LayerDims, Limits, Ops
 from fluxmoe.kernels.torch_ops import TorchOps
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.decoder import Decoder, layer_dims, non_expert_bytes
+from torch import Tensor
 from tqdm import tqdm
 
 from .batch import build_batch
 from .budget import MemoryBudget, available_bytes, format_bytes, require
+from .graphs import DecodeGraphs
 from .kv_cache import PagedKVCache
 from .placement import Placement, Tier, place
 from .profile import measure_bandwidths
@@ -56,7 +58,9 @@ class EngineConfig:
     preemption          recompute | swap
     max_context         longest prompt + output served; None: the model's limit
     min_kv_tokens       the budget must hold at least this many tokens of KV
-    kernels             auto | torch (the slow reference on the CPU)
+    kernels             auto (Triton on CUDA, numba on the CPU) | triton | torch (the slow reference)
+    batch_invariant     Triton: a request's tokens do not depend on who shares its batch; on the CPU always so
+    cuda_graphs         CUDA: decode steps are launched as graphs
     threads             CPU threads; None: all
     disk_dir            where the disk tier spills; None: the system's temporary directory
     poison              debug: fill recycled slots with NaN
@@ -76,6 +80,8 @@ class EngineConfig:
     min_kv_tokens: int = 1
     device: str = "auto"
     kernels: str = "auto"
+    batch_invariant: bool = False
+    cuda_graphs: bool = True
     threads: int | None = None
     disk_dir: Path | None = None
     poison: bool = False
@@ -125,11 +131,16 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _make_ops(config: EngineConfig, dims: LayerDims, limits: Limits, device: torch.device) -> Ops:
-    if config.kernels not in ("auto", "torch"):
-        raise DeviceError(f"unknown kernels {config.kernels!r}; choose auto or torch")
+    if config.kernels not in ("auto", "torch", "triton"):
+        raise DeviceError(f"unknown kernels {config.kernels!r}; choose auto, torch or triton")
+    if config.kernels == "torch":
+        return TorchOps(dims, limits, device)
     if device.type == "cpu" and config.kernels == "auto":
         return CpuOps(dims, limits, config.threads)
-    return TorchOps(dims, limits, device)
+    # Imported where it is used: triton exists on few platforms, and the CPU kernels on all.
+    from fluxmoe.kernels.triton_ops import TritonOps
+
+    return TritonOps(dims, limits, device, batch_invariant=config.batch_invariant)
 
 
 class Engine:
@@ -149,6 +160,10 @@ class Engine:
         self.ops = _make_ops(config, layer_dims(model), limits, self.device)
         self.placement = self._place()
         self.timeline = Timeline(config.timeline)
+        # Only where nothing waits for the device in mid-pass, as the plain torch path does.
+        graphs = config.cuda_graphs and self.device.type == "cuda" and config.kernels != "torch"
+        per_graph = (config.max_batch, -(-context // config.block_size), config.block_size)
+        self._graph_bytes = DecodeGraphs.buffer_bytes(*per_graph) if graphs else 0
         self.budget, num_blocks = self._charge(limits)
         self.store = ExpertStore(self.placement, self.ops.expert_bytes(), self.device, disk_dir=config.disk_dir)
         try:
@@ -165,6 +180,7 @@ class Engine:
         except BaseException:
             self.store.close()
             raise
+        self.graphs = DecodeGraphs(self._forward, self.streamer, *per_graph, self.device) if graphs else None
         self._iteration = 0
         self._counted = Counters(0, 0, 0, 0)
 
@@ -210,7 +226,7 @@ class Engine:
             "non_expert_weights": non_expert_bytes(model, ops, limits.context),
             "resident_experts": ExpertStore.resident_bytes_of(self.placement, ops.expert_bytes()),
             "slots": slot_bytes(self.placement, ops.expert_bytes(), config.slots),
-            "workspace": ops.workspace_bytes,
+            "workspace": ops.workspace_bytes + self._graph_bytes,
         }
         block = PagedKVCache.bytes_per_block(
             ops, model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, model.dtype
@@ -294,10 +310,12 @@ class Engine:
         self.kv.swap_out(step.swap_out)
         self.kv.swap_in(step.swap_in)
         blocks_used = self.scheduler.blocks_used
-        batch = build_batch(step, self.config.block_size, self.device)
-        logits = self.decoder.forward(
-            batch.token_ids, batch.metadata, self.kv, self.streamer, batch.logit_rows, self.timeline
-        )
+        batch = build_batch(step, self.config.block_size)
+        if self.graphs is not None and all(chunk.length == 1 and chunk.sample for chunk in step.chunks):
+            logits = self.graphs.run(batch)
+        else:
+            batch = batch.to(self.device)
+            logits = self._forward(batch.token_ids, batch.metadata, batch.logit_rows)
         sampling = [chunk.sequence for chunk in step.chunks if chunk.sample]
         tokens = sample(logits, [s.request.params for s in sampling], [s.num_generated for s in sampling])
         now = time.perf_counter() - begin
@@ -331,13 +349,16 @@ class Engine:
             finished=len(finished),
         )
 
+    def _forward(self, token_ids: Tensor, metadata: AttentionMetadata, logit_rows: Tensor) -> Tensor:
+        return self.decoder.forward(token_ids, metadata, self.kv, self.streamer, logit_rows, self.timeline)
+
     def held_bytes(self) -> dict[str, int]:
         """What the parts really hold on the device, line by line, to be compared with the ledger."""
         return {
             "non_expert_weights": self.decoder.nbytes,
             "resident_experts": self.store.resident_bytes,
             "slots": self.streamer.slot_bytes,
-            "workspace": self.ops.workspace_bytes,
+            "workspace": self.ops.workspace_bytes + self._graph_bytes,
             "kv_cache": self.kv.nbytes,
         }
 

@@ -104,11 +104,14 @@ class Streamer:
         if self.keeps_all:
             return rank
         if rank == 0:
-            # A pass begins: whatever the one before it did not visit is skipped.
-            self._next_job = -(-self._next_job // len(self.order)) * len(self.order)
+            self._next_job = self._first_job()
         expected = self._layer_of(self._next_job)
         assert layer == expected, f"layer {layer} visited out of order, expected {expected}"
         return self._next_job
+
+    def _first_job(self) -> int:
+        """The job that the next pass begins with: whatever the one before it did not visit is skipped."""
+        return -(-self._next_job // len(self.order)) * len(self.order)
 
     def _layer_of(self, job: int) -> int:
         return self.order[job % len(self.order)]
@@ -252,6 +255,11 @@ class ThreadStreamer(Streamer):
 class CudaStreamer(Streamer):
     """Loads on two copy streams, one a tensor type. The host only enqueues: it never waits for a copy.
 
+    A pass can be part of a CUDA graph, copies included: `capture` makes the visits of one pass a graph of their own,
+    which begins where both copy streams and the compute stream meet and ends where they meet again; the loads that
+    run ahead into the next pass are inside. `replay` surrounds each launch of such a graph. Which slot a layer uses
+    differs from pass to pass: a graph is right for the `phase` in which it was captured, and for no other.
+
     `cuda` is torch.cuda, or a recorder with the same Stream, Event and current_stream in tests. Stalls happen on
     the device and are not counted here.
     """
@@ -260,12 +268,81 @@ class CudaStreamer(Streamer):
         super().__init__(store, slots, poison)
         self._cuda = cuda
         self._streams = [cuda.Stream() for _ in (GATE_UP, DOWN)]
-        self._loaded = [[cuda.Event() for _ in (GATE_UP, DOWN)] for _ in range(self.num_slots)]
-        self._computed = [cuda.Event() for _ in range(self.num_slots)]
+        self._make_events()
         # The first loads too have something to wait for: kernels that used this memory before it became a slot.
         for event in self._computed:
             event.record(cuda.current_stream())
         self._issued = self._bytes = 0
+        # While a graph is captured: the events recorded in it. Others lie before it, and are waited for outside.
+        self._captured: set | None = None
+
+    def _make_events(self) -> None:
+        self._loaded = [[self._cuda.Event() for _ in (GATE_UP, DOWN)] for _ in range(self.num_slots)]
+        self._computed = [self._cuda.Event() for _ in range(self.num_slots)]
+
+    @property
+    def phase(self) -> int:
+        """The slot that the next pass begins with: passes of one phase use the same addresses."""
+        return 0 if self.keeps_all else self._first_job() % self.num_slots
+
+    @property
+    def steady(self) -> bool:
+        """Whether exactly those loads have been issued that a pass finds issued when the one before it was whole."""
+        ahead = len(self.order) if self.keeps_all else self._first_job() + self.num_slots - 1
+        return self._issued == ahead
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """While one whole pass is captured on the current stream. Nothing runs, so nothing here moves on."""
+        assert self.steady, "a graph begins where a whole pass has ended"
+        outside = (self._loaded, self._computed, self._issued, self._bytes, self._next_job)
+        self._make_events()
+        self._captured = set()
+        self._fork()
+        try:
+            yield
+        finally:
+            self._join()
+            self._captured = None
+            self._loaded, self._computed, self._issued, self._bytes, self._next_job = outside
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """While a captured pass is launched on the current stream."""
+        assert self.steady, "a graph begins where a whole pass has ended"
+        current = self._cuda.current_stream()
+        for event in (event for pair in self._loaded for event in pair):
+            current.wait_event(event)
+        yield
+        # The graph joined the copy streams: from here on all of its loads, and all use of the slots, are done.
+        for event in (*self._computed, *(event for pair in self._loaded for event in pair)):
+            event.record(current)
+        if not self.keeps_all:
+            begin = self._first_job()
+            self._next_job = begin + len(self.order)
+            self._issued += len(self.order)
+            self._bytes += sum(self.store.host_arena(layer, d).numel() for layer in self.order for d in (GATE_UP, DOWN))
+
+    def _fork(self) -> None:
+        event = self._cuda.Event()
+        event.record(self._cuda.current_stream())
+        for stream in self._streams:
+            stream.wait_event(event)
+
+    def _join(self) -> None:
+        for stream in self._streams:
+            event = self._cuda.Event()
+            event.record(stream)
+            self._cuda.current_stream().wait_event(event)
+
+    def _record(self, event, stream) -> None:
+        event.record(stream)
+        if self._captured is not None:
+            self._captured.add(event)
+
+    def _wait_event(self, stream, event) -> None:
+        if self._captured is None or event in self._captured:
+            stream.wait_event(event)
 
     def _begin(self, job: int) -> None:
         last = len(self.order) - 1 if self.keeps_all else job + self.num_slots - 1
@@ -276,21 +353,21 @@ class CudaStreamer(Streamer):
     def _issue(self, job: int) -> None:
         layer, slot = self._layer_of(job), job % self.num_slots
         for d, stream in enumerate(self._streams):
-            stream.wait_event(self._computed[slot])
+            self._wait_event(stream, self._computed[slot])
             source = self.store.host_arena(layer, d)
             with self._cuda.stream(stream):
                 self._copy(self._slots[slot][d], source)
-            self._loaded[slot][d].record(stream)
+            self._record(self._loaded[slot][d], stream)
             self._bytes += source.numel()
 
     def _copy(self, buffer: Tensor, source: Tensor) -> None:
         buffer[: source.numel()].copy_(source, non_blocking=True)
 
     def _wait(self, job: int, tensor_type: int) -> None:
-        self._cuda.current_stream().wait_event(self._loaded[job % self.num_slots][tensor_type])
+        self._wait_event(self._cuda.current_stream(), self._loaded[job % self.num_slots][tensor_type])
 
     def _finish(self, job: int) -> None:
-        self._computed[job % self.num_slots].record(self._cuda.current_stream())
+        self._record(self._computed[job % self.num_slots], self._cuda.current_stream())
 
     def counters(self) -> Counters:
         return Counters(self._bytes, 0, 0, 2 * self._issued)

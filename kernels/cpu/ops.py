@@ -171,8 +171,16 @@ class CpuOps:
         _add(residual.numpy(), projected.numpy(), residual.numpy())
         return residual
 
-    def moe_add(self, x: Tensor, router: PackedLinear, experts: LayerExperts, residual: Tensor) -> Tensor:
+    def moe_add(
+        self,
+        x: Tensor,
+        router: PackedLinear,
+        experts: LayerExperts,
+        residual: Tensor,
+        num_tokens: Tensor | None = None,
+    ) -> Tensor:
         """residual += mixture of experts of x [T, H]; returns residual."""
+        assert num_tokens is None, "padding is for captured graphs, which a CPU does not have"
         d = self.dims
         moe.route(self._linear(x, router, "router"), d.top_k, d.renormalise, self._moe)
         addresses = experts.table.addresses

@@ -1,0 +1,217 @@
+"""What the compiler made of every kernel, read from its machine code; needs no GPU.
+
+    python -m fluxmoe.kernels.audit [--arch sm_80 sm_89 sm_90 sm_100] [--json FILE] [--only NAME]
+
+Compiles each kernel at the tiles that real launches use (the `audit_cases` of its module) and reads from the cubin:
+registers, spilled bytes, shared memory, matrix instructions, width of the widest global load, and the instructions of
+the innermost loop that feeds the matrix units. Exits 1 when a case breaks a rule: spills, a matrix kernel without
+matrix instructions, weights or KV loaded in less than 16 bytes a thread, more shared memory than the GPU has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import grouped_gemm, norm, paged_attention, rope_kv, routing
+from .tiles import shared_limit
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
+_MATRIX = {"HGMMA": "wgmma", "HMMA": "mma", "UTCHMMA": "tcgen05"}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_FULL_WIDTH = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one tile. signature: argument → triton type; integers are taken as multiples of 16 when named in
+    `aligned`, pointers always. matrix: must use matrix instructions; wide_loads: must load 16 bytes a thread.
+    """
+
+    name: str
+    kernel: triton.JITFunction
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+    matrix: bool = False
+    wide_loads: bool = False
+    aligned: tuple[str, ...] = ()
+
+
+@dataclass
+class Report:
+    """What one case compiled to on one architecture."""
+
+    name: str
+    arch: str
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    load_bytes: int = 0
+    tma_loads: int = 0
+    async_copies: int = 0
+    matrix: dict[str, int] = field(default_factory=dict)
+    instructions: int = 0
+    loop: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def cases(tile_arch: str) -> Iterator[Case]:
+    """Every case of every module, with the tiles that this architecture would launch."""
+    capability = int(tile_arch.removeprefix("sm_"))
+    for module in (routing, grouped_gemm, norm, rope_kv, paged_attention):
+        for fields in module.audit_cases(capability):
+            yield Case(**fields)
+
+
+def compile_case(case: Case, arch: str) -> triton.compiler.CompiledKernel:
+    """The compiled kernel; needs neither a GPU nor a driver."""
+    names = case.kernel.arg_names
+    signature = {name: "constexpr" if name in case.constexprs else case.signature[name] for name in names}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name in case.aligned
+    }
+    source = ASTSource(case.kernel, signature, dict(case.constexprs), attrs)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    return triton.compile(source, target=target, options=options)
+
+
+def audit(case: Case, arch: str) -> Report:
+    """Compile one case and read its machine code."""
+    compiled = compile_case(case, arch)
+    report = Report(case.name, arch, shared_bytes=compiled.metadata.shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code = _instructions(_tool("nvdisasm", "-c", file.name))
+    report.registers = int(re.search(r"REG:(\d+)", usage)[1])
+    opcodes = [op for op, _ in code]
+    # Local memory is where spills go; STACK alone may be an array that the source asked for, ours ask for none.
+    report.spill_bytes = int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1])
+    report.instructions = len(opcodes)
+    report.matrix = dict(Counter(_MATRIX[op.split(".")[0]] for op in opcodes if op.split(".")[0] in _MATRIX))
+    loads = [op for op in opcodes if op.startswith(("LDG.", "LDGSTS."))]
+    report.async_copies = sum(op.startswith("LDGSTS.") for op in opcodes)
+    report.tma_loads = sum(op.startswith("UTMALDG") for op in opcodes)
+    report.load_bytes = max((_width(op) for op in loads), default=0)
+    report.loop = dict(_matrix_loop(code))
+    report.problems = list(_problems(case, report))
+    return report
+
+
+def _audit_named(name: str, arch: str) -> Report:
+    """For worker processes, which cannot be sent a kernel."""
+    return audit(next(case for case in cases(arch) if case.name == name), arch)
+
+
+def _problems(case: Case, report: Report) -> Iterator[str]:
+    if report.spill_bytes:
+        yield f"{report.spill_bytes} bytes of registers are spilled"
+    if case.matrix and not report.matrix:
+        yield "no matrix instructions"
+    if case.wide_loads and report.load_bytes < _FULL_WIDTH and not report.tma_loads:
+        yield f"loads are {report.load_bytes} bytes wide, not {_FULL_WIDTH}"
+    limit = shared_limit(int(report.arch.removeprefix("sm_")))
+    if report.shared_bytes > limit:
+        yield f"{report.shared_bytes} bytes of shared memory exceed {limit}"
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _instructions(sass: str) -> list[tuple[str, str]]:
+    """(opcode, rest of the line) in order; a label is the opcode "label"."""
+    code = []
+    for line in sass.splitlines():
+        if label := re.match(r"^(\.L_x_\d+):", line):
+            code.append(("label", label[1]))
+        elif found := re.match(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line):
+            code.append((found[1], found[2]))
+    return code
+
+
+def _width(opcode: str) -> int:
+    """Bytes a thread of a load: LDG.E.128 → 16, LDG.E.U16 → 2, LDG.E → 4."""
+    bits = re.search(r"\.[US]?(8|16|32|64|128|256)(?:\.|$)", opcode)
+    return int(bits[1]) // 8 if bits else 4
+
+
+def _matrix_loop(code: list[tuple[str, str]]) -> Counter:
+    """Instructions of the shortest loop that holds a matrix instruction: all, matrix, global loads, integer."""
+    place = {rest: i for i, (op, rest) in enumerate(code) if op == "label"}
+    bodies = []
+    for i, (op, rest) in enumerate(code):
+        target = re.search(r"`\((\.L_x_\d+)\)", rest) if op.startswith("BRA") else None
+        if target and place.get(target[1], i) < i:
+            body = [op for op, _ in code[place[target[1]] : i + 1] if op != "label"]
+            if any(op.split(".")[0] in _MATRIX for op in body):
+                bodies.append(body)
+    counts = Counter()
+    for op in min(bodies, key=len, default=[]):
+        name = op.split(".")[0]
+        counts["all"] += 1
+        counts["matrix"] += name in _MATRIX
+        counts["loads"] += name in ("LDG", "LDGSTS", "UTMALDG")
+        counts["integer"] += name in ("IMAD", "IADD3", "LOP3", "SHF", "PRMT", "LEA", "ISETP", "VIADD", "IADD", "SEL")
+    return counts
+
+
+def print_table(reports: list[Report]) -> None:
+    """One line a report."""
+    width = max(len(report.name) for report in reports)
+    print(f"{'kernel':<{width}} {'arch':>6} {'regs':>5} {'spill':>6} {'shared':>7} {'load':>5}  matrix, inner loop")
+    for r in reports:
+        matrix = " ".join(f"{kind}x{count}" for kind, count in r.matrix.items()) or "-"
+        loads = "tma" if r.tma_loads else f"{r.load_bytes} B"
+        loop = f", loop of {r.loop['all']}: {r.loop['matrix']} matrix, {r.loop['loads']} loads" if r.loop else ""
+        print(
+            f"{r.name:<{width}} {r.arch:>6} {r.registers:>5} {r.spill_bytes:>6} {r.shared_bytes:>7} {loads:>5}  "
+            f"{matrix}{loop}"
+        )
+        for problem in r.problems:
+            print(f"{'':<{width}}        PROBLEM: {problem}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fluxmoe.kernels.audit", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--only", default="", metavar="NAME", help="cases whose name contains NAME")
+    parser.add_argument("--json", metavar="FILE", help="write the reports there")
+    args = parser.parse_args(argv)
+    if triton.knobs.runtime.interpret:
+        print("error: TRITON_INTERPRET is set, so that nothing is compiled; unset it", file=sys.stderr)
+        return 2
+    work = [(case.name, arch) for arch in args.arch for case in cases(arch) if args.only in case.name]
+    if not work:
+        print(f"error: no case's name contains {args.only!r}", file=sys.stderr)
+        return 2
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        reports = list(pool.map(_audit_named, *zip(*work, strict=True), chunksize=4))
+    print_table(reports)
+    if args.json:
+        Path(args.json).write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
+    return 1 if any(report.problems for report in reports) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

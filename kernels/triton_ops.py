@@ -1,0 +1,212 @@
+"""TritonOps: the operations of a decoder on the Triton kernels, with every buffer made once.
+
+Runs on CUDA, and on the CPU where kernels are interpreted (TRITON_INTERPRET=1: slow, for tests). Activations have
+the weights' dtype; router logits, softmax and all sums are fp32. Dense projections are torch's (cuBLAS), unless
+`batch_invariant` asks for one order of summation whatever the batch: then they, too, run on our tile.
+
+No operation waits for the device or allocates, and all launch shapes follow from the sizes of the batch alone: a
+pass can be captured in a CUDA graph. Tokens beyond `AttentionMetadata.num_tokens` are a captured graph's padding.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from . import grouped_gemm, paged_attention
+from .expert_table import DOWN, GATE_UP
+from .norm import rms_norm
+from .ops import AttentionMetadata, KernelError, LayerDims, LayerExperts, Limits, PackedLinear, RopeTable
+from .rope_kv import rope_and_cache
+from .routing import Router
+from .tiles import Tile, Tiles, capability_of, choose_tiles, fit, invariant_tile
+
+# What torch gives cuBLAS on each stream (its default for Hopper, the largest): 32 MiB.
+_CUBLAS_BYTES = 32 << 20
+
+
+class TritonOps:
+    """Same contract as CpuOps; one engine owns one (not thread-safe). A result is valid until the same operation runs
+    again; the residual stream is updated in place.
+
+    Raises KernelError for dtypes and sizes that the kernels cannot take, and without a GPU or interpreter.
+    """
+
+    def __init__(
+        self, dims: LayerDims, limits: Limits, device: torch.device | str, *, batch_invariant: bool = False
+    ) -> None:
+        self.dims, self.limits, self.device = dims, limits, torch.device(device)
+        self.act_dtype, self.batch_invariant = dims.dtype, batch_invariant
+        if self.device.type != "cuda" and not triton.knobs.runtime.interpret:
+            raise KernelError("Triton kernels need a CUDA device, or TRITON_INTERPRET=1 to be interpreted (slowly)")
+        if dims.dtype not in grouped_gemm.TL_DTYPES:
+            raise KernelError(f"Triton kernels take bfloat16, float16 or float32 weights, got {dims.dtype}")
+        if limits.block_size % 16:
+            raise KernelError(f"the KV block size must be a multiple of 16, got {limits.block_size}")
+        tokens, rows = limits.tokens, limits.tokens * dims.top_k
+        self._capability = capability_of(self.device)
+        on_gpu = self.device.type == "cuda"
+        self._gpu = torch.cuda.get_device_name(self.device) if on_gpu else None
+        self._num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
+        self._router = Router(tokens, dims.experts, dims.top_k, dims.renormalise, self.device)
+        self._buffers = {
+            "hidden": self._empty(tokens, dims.hidden),
+            "normed": self._empty(tokens, dims.hidden),
+            "qkv": self._empty(tokens, dims.qkv_size),
+            "q": self._empty(tokens, dims.heads, dims.head_dim),
+            "attended": self._empty(tokens, dims.heads, dims.head_dim),
+            "router": self._empty(tokens, dims.experts, dtype=torch.float32),
+            "h": self._empty(rows, dims.intermediate),
+            "y": self._empty(rows, dims.hidden),
+            "logits": self._empty(limits.sequences, dims.vocab, dtype=torch.float32),
+            "attention": self._empty(
+                paged_attention.workspace_bytes(
+                    limits.sequences, dims.heads, dims.kv_heads, dims.head_dim, limits.context, self._num_sms,
+                    dims.window,
+                ),
+                dtype=torch.uint8,
+            ),
+        }  # fmt: skip
+        # Rows that are sampled from, gathered by the decoder.
+        transient = limits.sequences * dims.hidden * dims.dtype.itemsize + (_CUBLAS_BYTES if on_gpu else 0)
+        self.workspace_bytes = transient + self._router.nbytes + sum(b.nbytes for b in self._buffers.values())
+
+    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.act_dtype, device=self.device)
+
+    # Layouts: opaque to everybody else.
+
+    def packed_bytes(self, n: int, k: int) -> int:
+        return n * k * self.dims.dtype.itemsize
+
+    def pack(self, weight: Tensor, out: Tensor) -> None:
+        out.view(self.dims.dtype).view(weight.shape).copy_(weight)
+
+    def unpack(self, block: Tensor, n: int, k: int) -> Tensor:
+        return block.view(self.dims.dtype).view(n, k)
+
+    def expert_bytes(self) -> tuple[int, int]:
+        """Bytes of one expert's (gate/up, down) blocks."""
+        d = self.dims
+        return self.packed_bytes(2 * d.intermediate, d.hidden), self.packed_bytes(d.hidden, d.intermediate)
+
+    def pack_expert(self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor]) -> None:
+        """gate_up [2I, H], down [H, I] → the two uint8 blocks of `expert_bytes`; gate and up rows in turns."""
+        grouped_gemm.interleave(gate_up, out[GATE_UP].view(self.dims.dtype).view(gate_up.shape))
+        self.pack(down, out[DOWN])
+
+    def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        d = self.dims
+        return (
+            grouped_gemm.deinterleave(self.unpack(blocks[GATE_UP], 2 * d.intermediate, d.hidden)),
+            self.unpack(blocks[DOWN], d.hidden, d.intermediate),
+        )
+
+    def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (kv_heads, block_size, head_dim), (kv_heads, block_size, head_dim)
+
+    # The forward pass.
+
+    def embed(self, token_ids: Tensor, table: PackedLinear) -> Tensor:
+        """token_ids int64 [T] → [T, H]."""
+        rows = self.unpack(table.block, table.n, table.k)
+        return torch.index_select(rows, 0, token_ids, out=self._buffers["hidden"][: len(token_ids)])
+
+    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self.dims.eps, self._buffers["normed"][: len(x)])
+
+    def qkv(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        """[T, H] → [T, (heads + 2·kv_heads)·D]: q, k, v side by side."""
+        out, w = self._buffers["qkv"][: len(x)], self.unpack(weight.block, weight.n, weight.k)
+        if self.batch_invariant:
+            grouped_gemm.linear(x, w, out, self._fixed_tile)
+        else:
+            torch.mm(x, w.t(), out=out)
+        return out if weight.bias is None else out.add_(weight.bias)
+
+    def attention(
+        self,
+        qkv: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        rope: RopeTable,
+        metadata: AttentionMetadata,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
+        """QK-norm, RoPE and KV write in one kernel, then causal attention over the paged context: [T, heads·D]."""
+        d, tokens = self.dims, len(qkv)
+        q = rope_and_cache(
+            qkv, q_norm, k_norm, rope.cos, rope.sin, metadata.positions, metadata.slot_mapping, k_cache, v_cache,
+            self._buffers["q"][:tokens], heads=d.heads, kv_heads=d.kv_heads, head_dim=d.head_dim,
+            block_size=metadata.block_size, qk_norm=d.qk_norm, clip=d.clip_qkv, eps=d.eps,
+        )  # fmt: skip
+        out = paged_attention.paged_attention(
+            q, k_cache, v_cache, metadata.block_table, metadata.context_lens, metadata.query_start,
+            scale=d.head_dim**-0.5, window=d.window, block_size=metadata.block_size,
+            # No sequence is without tokens: as many tokens as sequences means one each.
+            max_query_len=1 if tokens == len(metadata.context_lens) else tokens,
+            max_context=self.limits.context, out=self._buffers["attended"][:tokens],
+            workspace=self._buffers["attention"], batch_invariant=self.batch_invariant,
+        )  # fmt: skip
+        return out.view(tokens, d.heads * d.head_dim)
+
+    def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
+        """residual += x @ W^T; returns residual."""
+        w = self.unpack(weight.block, weight.n, weight.k)
+        if self.batch_invariant:
+            grouped_gemm.linear(x, w, residual, self._fixed_tile, add=True)
+        else:
+            residual.addmm_(x, w.t())
+        return residual if weight.bias is None else residual.add_(weight.bias)
+
+    def moe_add(
+        self,
+        x: Tensor,
+        router: PackedLinear,
+        experts: LayerExperts,
+        residual: Tensor,
+        num_tokens: Tensor | None = None,
+    ) -> Tensor:
+        """residual += mixture of experts of x [T, H]; returns residual."""
+        d, slots = self.dims, len(x) * self.dims.top_k
+        logits = self._buffers["router"][: len(x)]
+        w = self.unpack(router.block, router.n, router.k)
+        grouped_gemm.linear(x, w, logits, self._router_tile(len(x)))
+        tiles = self._tiles(slots)
+        routing = self._router(logits, tiles.gate_up.block_m, num_tokens)
+        h, y = self._buffers["h"][:slots], self._buffers["y"][:slots]
+        experts.wait(GATE_UP)
+        grouped_gemm.gate_up(x, experts.table, routing, h, d.dtype, tiles.gate_up, self._num_sms)
+        experts.wait(DOWN)
+        grouped_gemm.down(h, experts.table, routing, y, d.dtype, tiles.down, self._num_sms)
+        return grouped_gemm.combine(y, residual, d.top_k, num_tokens)
+
+    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        """[B, H] → fp32 [B, vocab]."""
+        out, w = self._buffers["logits"][: len(x)], self.unpack(weight.block, weight.n, weight.k)
+        if self.batch_invariant or self.device.type != "cuda":
+            return grouped_gemm.linear(x, w, out, self._fixed_tile)
+        if self.act_dtype == torch.float32:
+            return torch.mm(x, w.t(), out=out)
+        return torch.mm(x, w.t(), out_dtype=torch.float32, out=out)
+
+    # Tiles.
+
+    @property
+    def _fixed_tile(self) -> Tile:
+        return invariant_tile(self._capability, self.act_dtype.itemsize)
+
+    def _router_tile(self, tokens: int) -> Tile:
+        # A router has few outputs: 16 of them a program give E / 16 programs, each with little to read.
+        if self.batch_invariant or self.act_dtype.itemsize == 4 or tokens > 64:
+            return self._fixed_tile
+        return fit(Tile(16, 16, 256, 4, 3), self._capability, self.act_dtype.itemsize)
+
+    def _tiles(self, slots: int) -> Tiles:
+        d, itemsize = self.dims, self.act_dtype.itemsize
+        if self.batch_invariant:
+            return Tiles(self._fixed_tile, self._fixed_tile)
+        rows = slots / max(1, min(slots, d.experts))
+        return choose_tiles(d.hidden, d.intermediate, rows, self._capability, itemsize, self._gpu)

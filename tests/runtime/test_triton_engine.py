@@ -1,0 +1,76 @@
+"""The engine on the Triton kernels, interpreted without a GPU: transformers' tokens, wherever the experts are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fluxmoe.kernels.ops import KernelError, LayerDims, Limits
+from fluxmoe.kernels.triton_ops import TritonOps
+from fluxmoe.runtime.engine import Engine, EngineConfig
+from fluxmoe.runtime.request import Request, SamplingParams
+
+from ..models.hf import save_random_model
+from ..models.test_parity import check_parity
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "olmoe"])
+def test_fp32_parity(arch, tmp_path):
+    model = save_random_model(arch, tmp_path, 0, num_hidden_layers=2)
+    check_parity(model, tmp_path, 2e-5, lengths=(1, 19), kernels="triton", device=DEVICE)
+
+
+def test_bf16_logits_agree_within_its_precision(tmp_path):
+    model = save_random_model("qwen3_moe", tmp_path, 1, dtype=torch.bfloat16)
+    check_parity(model.float(), tmp_path, 0.04, lengths=(9,), exact=False, kernels="triton", device=DEVICE)
+
+
+def tokens_of(directory, **settings) -> list:
+    requests = [
+        Request(i, tuple(range(3, 3 + n)), SamplingParams(max_new_tokens=3, ignore_eos=True))
+        for i, n in enumerate((4, 20, 1))
+    ]
+    config = EngineConfig(device=DEVICE, kernels="triton", max_batch=4, max_batched_tokens=16, **settings)
+    with Engine(directory, config) as engine:
+        assert engine.held_bytes() == engine.budget.lines()
+        return [output.token_ids for output in engine.generate(requests)]
+
+
+def test_same_tokens_wherever_experts_live(tmp_path):
+    save_random_model("qwen3_moe", tmp_path, 2)
+    resident = tokens_of(tmp_path)
+    assert tokens_of(tmp_path, placement="host", slots=2, poison=True) == resident
+    assert tokens_of(tmp_path, placement="balanced", alpha=0.5, poison=True) == resident
+
+
+def test_batch_invariant_engine_gives_the_same_tokens_alone(tmp_path):
+    save_random_model("qwen3_moe", tmp_path, 3, dtype=torch.bfloat16, num_hidden_layers=1)
+    request = Request(0, (5, 6, 7), SamplingParams(max_new_tokens=4, ignore_eos=True))
+    others = [Request(i, tuple(range(i, i + 6)), SamplingParams(max_new_tokens=4, ignore_eos=True)) for i in (1, 2)]
+    settings = dict(device=DEVICE, kernels="triton", batch_invariant=True, max_batch=4, max_batched_tokens=8)
+    with Engine(tmp_path, EngineConfig(**settings)) as engine:
+        alone = engine.generate([request])[0].token_ids
+    with Engine(tmp_path, EngineConfig(**settings)) as engine:
+        assert engine.generate([request, *others])[0].token_ids == alone
+
+
+DIMS = LayerDims(
+    hidden=32, heads=2, kv_heads=1, head_dim=16, experts=4, top_k=2, intermediate=16, vocab=64, dtype=torch.bfloat16
+)  # fmt: skip
+
+
+def test_what_the_kernels_cannot_take_is_refused():
+    with pytest.raises(KernelError, match="multiple of 16"):
+        TritonOps(DIMS, Limits(8, 4, 64, 24), DEVICE)
+    with pytest.raises(KernelError, match="bfloat16, float16 or float32"):
+        TritonOps(LayerDims(**{**DIMS.__dict__, "dtype": torch.float64}), Limits(8, 4, 64, 16), DEVICE)
+
+
+def test_expert_packing_is_undone():
+    ops = TritonOps(DIMS, Limits(8, 4, 64, 16), DEVICE)
+    gate_up, down = torch.randn(32, 32).bfloat16(), torch.randn(32, 16).bfloat16()
+    blocks = tuple(torch.zeros(n, dtype=torch.uint8) for n in ops.expert_bytes())
+    ops.pack_expert(gate_up, down, blocks)
+    for got, expected in zip(ops.unpack_expert(blocks), (gate_up, down), strict=True):
+        assert torch.equal(got, expected)

@@ -66,12 +66,12 @@ def attention_tile(head_dim: int, group: int, itemsize: int, max_query_len: int,
 
     Rows: what one sequence needs, in powers of two, from 16 (a matrix instruction's least) to 128, or to 64 for
     head_dim > 128. 4 warps hold the fp32 accumulator of 64 x 128, more take 8.
-    BLOCK_KV: 64 positions of bf16 at head_dim 128 are 16 KiB; 3 programs an SM, each with K or V on its way, ask for
+    BLOCK_KV: 64 positions of bf16 at head_dim 128 are 16 KiB; two programs an SM, each with K or V on its way, ask for
     more than the 20 KiB that 3.35 TB/s times 0.8 us of latency need on an H100. 32 where 64 would spill: a
-    head_dim > 128, 64 rows in 4 warps, and 128 rows on GPUs whose matrix instructions take both operands from
-    registers (all but sm_90 and sm_100).
-    Stages: the pipeliner spends two on the block table before each buffer of K and V: 3 make one buffer, 5 two. 128
-    rows leave one program an SM, which needs the second.
+    head_dim > 128, and 64 rows or more on GPUs whose matrix instructions take both operands from registers (all but
+    sm_90 and sm_100).
+    Stages: the pipeliner spends two on the block table before each buffer of K and V: 3 make one buffer, 5 two. Two
+    where few programs share an SM: 128 rows (one program), and decode where two fit in 227 KiB of shared memory.
     fp32 has no matrix instructions without rounding to TF32: the tile is small enough for plain FMAs not to spill.
     """
     dim = padded_dim(head_dim)
@@ -79,11 +79,13 @@ def attention_tile(head_dim: int, group: int, itemsize: int, max_query_len: int,
         side = 32 if dim <= 64 else 16
         rows = max(min(triton.next_power_of_2(max_query_len * group), side), triton.next_power_of_2(group), 16)
         return AttentionTile(rows, rows // group, side, 4, 1)
+    wgmma = 90 <= capability < 120
     most = 64 if dim > 128 else 128
     rows = max(min(triton.next_power_of_2(max_query_len * group), most), triton.next_power_of_2(group), 16)
-    narrow = dim > 128 or rows == 64 or (rows >= 128 and not 90 <= capability < 120)
+    block_kv = 32 if dim > 128 or (rows >= 64 and not wgmma) else 64
     num_warps = 8 if rows * dim > 64 * 128 or rows >= 128 else 4
-    return AttentionTile(rows, rows // group, 32 if narrow else 64, num_warps, 5 if rows >= 128 else 3)
+    two_buffers = rows >= 128 or (rows <= 32 and wgmma)
+    return AttentionTile(rows, rows // group, block_kv, num_warps, 5 if two_buffers else 3)
 
 
 def choose_num_splits(num_sequences: int, kv_heads: int, max_context: int, num_sms: int) -> int:
@@ -121,7 +123,7 @@ def _device_facts(device: torch.device) -> tuple[int, int]:
 @triton.jit
 def _attend(
     q,  # [BLOCK_ROWS, BLOCK_D]
-    row_position,  # [BLOCK_ROWS] int32, -1: sees nothing; unused if ONE_QUERY
+    row_position,  # [BLOCK_ROWS] int32, < 0: sees nothing; unused if ONE_QUERY
     k_ptr,  # (num_blocks, …, BLOCK_SIZE, HEAD_DIM) at this KV head
     v_ptr,
     block_table_ptr,  # (max_blocks,) of this sequence
@@ -145,15 +147,18 @@ def _attend(
     acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     for start in tl.range(begin, end, BLOCK_KV):
         position = start + tl.arange(0, BLOCK_KV)
-        live = (position >= low) & (position < end)
-        page = tl.load(block_table_ptr + position // BLOCK_SIZE, mask=live, other=0)
+        # Positions outside low … end - 1, which weigh 0, read one inside instead: masks here would cost 60 registers.
+        inside = tl.minimum(position, end - 1)
+        if WINDOW > 0:
+            inside = tl.maximum(inside, low)
+        page = tl.load(block_table_ptr + inside // BLOCK_SIZE)
         # int64: a pool of 2^16 blocks of 8 heads, 32 tokens and 128 dims has 2^31 elements.
-        at = page.to(tl.int64) * (KV_HEADS * BLOCK_SIZE * HEAD_DIM) + position % BLOCK_SIZE * HEAD_DIM
-        mask = live[:, None] & (d < HEAD_DIM)[None, :]
-        k = tl.load(k_ptr + at[:, None] + d[None, :], mask=mask, other=0.0)
+        at = page.to(tl.int64) * (KV_HEADS * BLOCK_SIZE * HEAD_DIM) + inside % BLOCK_SIZE * HEAD_DIM
+        k = tl.load(k_ptr + at[:, None] + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
         scores = portable.dot(q, tl.trans(k), tl.zeros([BLOCK_ROWS, BLOCK_KV], tl.float32)) * scale_log2
         if ONE_QUERY:
-            scores = tl.where(live[None, :], scores, float("-inf"))
+            seen = (position >= low) & (position < end)
+            scores = tl.where(seen[None, :], scores, float("-inf"))
         else:
             visible = position[None, :] <= row_position[:, None]
             if WINDOW > 0:
@@ -165,7 +170,7 @@ def _attend(
         p = tl.exp2(scores - shift[:, None])
         decay = tl.exp2(largest - shift)
         total = total * decay + tl.sum(p, axis=1)
-        v = tl.load(v_ptr + at[:, None] + d[None, :], mask=mask, other=0.0)
+        v = tl.load(v_ptr + at[:, None] + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
         acc = portable.dot(portable.cast(p, v.dtype), v, acc * decay[:, None])
         largest = new_largest
     return acc, largest, total
@@ -327,7 +332,6 @@ def _prefill_kernel(
     d = tl.arange(0, BLOCK_D)
     token = first_token + row // GROUP
     mine = (row < BLOCK_Q * GROUP) & (token < stop)
-    row_position = tl.where(mine, token + shift, -1)
     end = tl.minimum(first_token + BLOCK_Q, stop) + shift
     low = 0
     if WINDOW > 0:
@@ -339,7 +343,7 @@ def _prefill_kernel(
     head_at = kv_head.to(tl.int64) * (BLOCK_SIZE * HEAD_DIM)
     block_table_ptr += sequence.to(tl.int64) * stride_table_b
     acc, _, total = _attend(
-        q, row_position, k_ptr + head_at, v_ptr + head_at, block_table_ptr, scale_log2,
+        q, token + shift, k_ptr + head_at, v_ptr + head_at, block_table_ptr, scale_log2,
         low, low // BLOCK_KV * BLOCK_KV, end,
         KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW, False, BLOCK_ROWS, BLOCK_KV, BLOCK_D,
     )  # fmt: skip

@@ -73,6 +73,13 @@ PRESETS = {
         budgets=("128MiB", "160MiB", "208MiB", "256MiB", "320MiB", "384MiB", "432MiB", "464MiB", "496MiB", "560MiB",
                  "688MiB", "960MiB"),
     ),
+    # Layers of Qwen3-30B-A3B's width on a GPU: 4.8 GB of experts, KV of a full batch 1.1 GB.
+    "gpu": Preset(
+        dict(arch="qwen3_moe", layers=8, experts=64, top_k=8, hidden=2048, moe_intermediate=768, heads=32, kv_heads=4,
+             head_dim=128, vocab=32768, max_positions=2048),
+        requests=128, context=1024, output_tokens=128, max_batch=64,
+        budgets=("1GiB", "2GiB", "3GiB", "4GiB", "5GiB", "5632MiB", "6GiB", "7GiB"),
+    ),
 }  # fmt: skip
 
 

@@ -12,8 +12,9 @@ The rule (`default_tile`), and why:
     token with 8 experts of Qwen3-30B makes 192 programs for 132 SMs, and no split of K is needed, hence one
     order of summation and no second kernel. 128 of K in 4 stages keep 64 KB of weights of each program in flight;
     bandwidth times latency asks for some 32 KB an SM.
-  - beyond, tokens are M, and the larger the tile the fewer times weights and activations cross L2: 128 x 256 in 8
-    warps leaves 128 accumulators a thread.
+  - beyond, tokens are M, and the larger the tile the fewer times weights and activations cross L2, which is what
+    limits smaller ones: 128 x 256 in 8 warps leaves 128 accumulators a thread. Where matrix instructions take operands
+    from registers (below sm_90) that would spill: 128 x 128.
 Stages are reduced until they fit the shared memory of the architecture.
 """
 
@@ -67,15 +68,13 @@ def default_tile(rows_per_expert: float, capability: int, itemsize: int) -> Tile
         tile = Tile(32, 64, 64, 4, 6, swap_ab=True)
     elif rows_per_expert <= 64:
         tile = Tile(64, 128, 64, 4, 4, swap_ab=True)
-    elif rows_per_expert <= 128 or capability < 90:
-        tile = Tile(64 if rows_per_expert <= 128 else 128, 128, 64, 4 if rows_per_expert <= 128 else 8, 3)
     else:
-        tile = Tile(128, 256, 64, 8, 3)
+        tile = Tile(128, 256 if capability >= 90 else 128, 64, 8, 3)
     return fit(tile, capability, itemsize)
 
 
 # Mean rows per expert at which the rule changes.
-ROW_BOUNDS = (16, 32, 64, 128, math.inf)
+ROW_BOUNDS = (16, 32, 64, math.inf)
 
 
 def invariant_tile(capability: int, itemsize: int) -> Tile:

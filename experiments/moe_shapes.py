@@ -1,0 +1,38 @@
+"""MoE layers of the models that the paper and its peers measure, and the work that such a layer cannot avoid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An MoE layer's sizes."""
+
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+
+    @property
+    def expert_bytes(self) -> int:
+        return 6 * self.hidden * self.intermediate
+
+    def touched(self, tokens: int) -> float:
+        """Experts that `tokens` reach on average when any expert is alike."""
+        return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
+
+    def work(self, tokens: int, touched: float) -> tuple[float, float]:
+        """(bytes, flops) that a layer cannot avoid: touched experts once, each activation written and read once."""
+        slots = tokens * self.top_k
+        activations = 2 * (3 * tokens * self.hidden + 2 * slots * self.intermediate + 2 * slots * self.hidden)
+        return touched * self.expert_bytes + activations, 6.0 * slots * self.hidden * self.intermediate
+
+
+SHAPES = {
+    "mixtral": Shape(4096, 14336, 8, 2),
+    "qwen3_30b": Shape(2048, 768, 128, 8),
+    "qwen3_next": Shape(2048, 512, 512, 10),
+    "olmoe": Shape(2048, 1024, 64, 8),
+}
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]

@@ -1,0 +1,102 @@
+"""What the MoE layer's time on an H100 should be, from bytes, flops and the compiled machine code; no GPU runs.
+
+A prediction is the slowest of the limits below, plus a fixed cost a kernel: a bound that real runs approach from
+above, not a measurement. Assumed of the GPU, an H100 SXM: the datasheet's rates, and the share that large copies and
+matmuls reach. What a model of limits cannot see (bank conflicts, uneven experts, clocks under load) is missing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from fluxmoe.kernels.audit import Report, audit, cases
+from fluxmoe.kernels.tiles import ROW_BOUNDS, Tile, default_tile
+
+from .gpu import ResultRows, Roofs, Timing
+from .moe_shapes import SHAPES, Shape
+
+# Datasheet: HBM3 and dense bf16 of an H100 SXM; of these, large copies and matmuls reach some 90 % and 80 %.
+ROOFS = Roofs(0.90 * 3.35e12, 0.80 * 989e12)
+SMS, CLOCK_HZ, ISSUES_PER_CLOCK = 132, 1.755e9, 4
+SHARED_BYTES = 227 << 10
+# Assumed: what SMs together read from L2 (half of 64 bytes a clock and SM), and the time of one load from HBM.
+L2_BYTES_PER_S = 7.5e12
+LATENCY_S = 0.8e-6
+# A kernel inside a graph: launch to launch, its index loads, its epilogue.
+FIXED_S = 4e-6
+
+
+def audited(arch: str) -> dict[tuple[str, Tile], Report]:
+    """The machine code of both GEMMs at each tile of the rule."""
+    by_name = {case.name: case for case in cases(arch)}
+    capability = int(arch.removeprefix("sm_"))
+    return {
+        (name, default_tile(bound, capability, 2)): audit(by_name[f"grouped_gemm {name}, {bound:.0f} rows"], arch)
+        for bound in ROW_BOUNDS
+        for name in ("gate_up", "down")
+    }
+
+
+def gemm_limits(n: int, k: int, blocks: float, slots: float, touched: float, tile: Tile, code: Report) -> dict:
+    """Seconds that each resource needs for one grouped GEMM [n, k] over `blocks` blocks of rows.
+
+    hbm: weights of touched experts and activations, once. matrix: flops of whole blocks. l2: tiles of both operands.
+    issue: instructions of the inner loop. latency: loads one after another, a pipeline's depth at a time.
+    """
+    tiles = blocks * math.ceil(n / tile.block_n)
+    steps = tiles * math.ceil(k / tile.block_k)
+    resident = SMS * max(
+        1, min(SHARED_BYTES // max(1, code.shared_bytes), 65536 // (code.registers * 32 * tile.num_warps))
+    )
+    waves = max(1.0, tiles / resident)
+    return {
+        "hbm": 2 * (touched * n * k + slots * (n + k)) / ROOFS.bytes_per_s,
+        "matrix": 2.0 * blocks * tile.block_m * n * k / ROOFS.flops_per_s,
+        "l2": steps * 2 * (tile.block_m + tile.block_n) * tile.block_k / L2_BYTES_PER_S,
+        "issue": steps * code.loop["all"] * tile.num_warps / (SMS * ISSUES_PER_CLOCK * CLOCK_HZ),
+        "latency": waves * math.ceil(k / tile.block_k) / max(1, tile.num_stages - 1) * LATENCY_S,
+    }
+
+
+def expected_blocks(tokens: int, probability: float, block_m: int) -> float:
+    """Mean of ceil(X / block_m), X the tokens that one expert gets: binomial."""
+    count = np.arange(tokens + 1)
+    factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, tokens + 1)))])
+    chance = factorials[-1] - factorials - factorials[::-1]
+    if probability < 1:
+        chance = chance + count * math.log(probability) + (tokens - count) * math.log1p(-probability)
+        return float((np.exp(chance) * np.ceil(count / block_m)).sum())
+    return float(math.ceil(tokens / block_m))
+
+
+def predict_layer(shape: Shape, tokens: int, codes: dict[tuple[str, Tile], Report]) -> tuple[float, dict[str, str]]:
+    """(seconds, limit of each GEMM) of a layer under uniform routing."""
+    slots = tokens * shape.top_k
+    touched = shape.touched(tokens)
+    tile = default_tile(slots / min(slots, shape.experts), 90, 2)
+    blocks = shape.experts * expected_blocks(tokens, shape.top_k / shape.experts, tile.block_m)
+    # Routing, two GEMMs, combine; the last reads slots, and reads and writes tokens.
+    total = 4 * FIXED_S + 2 * shape.hidden * (slots + 2 * tokens) / ROOFS.bytes_per_s
+    limits = {}
+    for name, n, k in (("gate_up", 2 * shape.intermediate, shape.hidden), ("down", shape.hidden, shape.intermediate)):
+        seconds = gemm_limits(n, k, blocks, slots, touched, tile, codes[name, tile])
+        limits[name] = max(seconds, key=seconds.get)
+        total += seconds[limits[name]]
+    return total, limits
+
+
+def predicted_layer_rows(shapes: list[str], tokens: list[int], arch: str, out: str) -> None:
+    """rows.csv and provenance.json of bench_grouped_gemm's predictions."""
+    from .bench_grouped_gemm import report
+
+    facts = {"kind": "predicted: no GPU ran", "gpu": "H100 SXM, datasheet", "arch": arch}
+    results = ResultRows(out, ROOFS, "cpu", **facts)
+    codes = audited(arch)
+    for name in shapes:
+        for count in tokens:
+            seconds, limits = predict_layer(SHAPES[name], count, codes)
+            timing = {"fluxmoe": Timing(seconds, seconds, seconds, "/".join(limits.values()))}
+            report(
+                name, SHAPES[name], count, SHAPES[name].touched(count), "uniform", timing, ROOFS, results, "predicted"
+            )

@@ -52,6 +52,15 @@ def add_engine_arguments(p: argparse.ArgumentParser, swept: bool = False) -> Non
     p.add_argument("--preemption", default="recompute", choices=["recompute", "swap"])
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     p.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    p.add_argument(
+        "--kernels", default="auto", choices=["auto", "triton", "torch"],
+        help="auto: triton on CUDA, numba on the CPU; torch: the slow reference",
+    )  # fmt: skip
+    p.add_argument(
+        "--batch-invariant", action="store_true",
+        help="CUDA: a request's tokens do not depend on who shares its batch, at some speed (on the CPU always so)",
+    )  # fmt: skip
+    p.add_argument("--no-cuda-graphs", action="store_true", help="launch decode steps kernel by kernel")
     p.add_argument("--poison", action="store_true", help="debug: fill recycled slots with NaN")
 
 
@@ -66,6 +75,9 @@ def engine_config(args: argparse.Namespace, max_context: int, **overrides) -> En
             "max_context": max_context,
             "device": args.device,
             "threads": args.threads,
+            "kernels": args.kernels,
+            "batch_invariant": args.batch_invariant,
+            "cuda_graphs": not args.no_cuda_graphs,
             "poison": args.poison,
             **overrides,
         }

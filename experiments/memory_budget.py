@@ -227,7 +227,10 @@ def sweep(args: argparse.Namespace) -> list[dict]:
         "seed": args.seed,
         "engine": {
             key: getattr(args, key)
-            for key in ("slots", "max_batch", "max_batched_tokens", "block_size", "preemption", "threads")
+            for key in (
+                "slots", "max_batch", "max_batched_tokens", "block_size", "preemption", "threads", "kernels",
+                "batch_invariant", "no_cuda_graphs",
+            )
         },
         "device": device.type,
     }

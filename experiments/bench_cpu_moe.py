@@ -98,9 +98,8 @@ def bench(shape: str, rows: list[int], bandwidth: float, flops_rate: float, peer
         moe.route(logits, 1, True, buffers)
 
         def ours(i: int) -> None:
-            addresses = layers[i].table.addresses
-            moe.gate_up(x, addresses, intermediate, torch.bfloat16, buffers, scratch)  # noqa: B023
-            moe.down(addresses, intermediate, torch.bfloat16, buffers, scratch)  # noqa: B023
+            moe.gate_up(x, layers[i].table, intermediate, torch.bfloat16, buffers, scratch)  # noqa: B023
+            moe.down(layers[i].table, intermediate, torch.bfloat16, buffers, scratch)  # noqa: B023
 
         def torch_loop(weights, inputs) -> None:
             for expert, (gate_up, down) in enumerate(weights):

@@ -12,6 +12,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from fluxmoe.kernels.expert_table import EXPERT_FORMATS
 from fluxmoe.models.config import load_config
 from fluxmoe.runtime.budget import parse_bytes
 from fluxmoe.runtime.engine import Engine, EngineConfig, resolve_device, summarise
@@ -45,6 +46,10 @@ def add_engine_arguments(p: argparse.ArgumentParser, swept: bool = False) -> Non
         p.add_argument("--budget", default="all", help="device bytes for everything, e.g. 512MiB; or all")
         p.add_argument("--placement", default="resident", choices=sorted(POLICIES))
         p.add_argument("--alpha", type=float, help="share of experts kept on the device")
+        p.add_argument(
+            "--expert-format", default="dense", choices=sorted(EXPERT_FORMATS),
+            help="planar12: bf16 experts in 12 bits, lossless, in every tier and slot; the GEMM reads them in place",
+        )  # fmt: skip
     p.add_argument("--slots", type=int, default=2, help="streaming slots, at least 2")
     p.add_argument("--max-batch", type=int, default=64, help="sequences in a batch")
     p.add_argument("--max-batched-tokens", type=int, default=256, help="tokens of one pass (prefill chunk)")
@@ -170,6 +175,7 @@ def run(args: argparse.Namespace) -> dict:
         budget_bytes=parse_bytes(args.budget),
         placement=args.placement,
         alpha=args.alpha,
+        expert_format=args.expert_format,
         min_kv_tokens=shortest,
         progress=sys.stderr.isatty(),
         timeline=bool(args.trace),
@@ -180,7 +186,9 @@ def run(args: argparse.Namespace) -> dict:
         if args.trace:
             engine.timeline.save(args.trace)
         memory = {**engine.budget.lines(), "budget": engine.budget.total}
-        placement = {"name": engine.placement.name, **engine.placement.counts()}
+        placement = {
+            "name": engine.placement.name, "expert_format": args.expert_format, **engine.placement.counts()
+        }  # fmt: skip
     ordered = [outputs[request.request_id] for request in requests]
     totals = summarise(steps)
     generated = sum(len(output.token_ids) for output in ordered)

@@ -18,6 +18,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fluxmoe.kernels.expert_table import EXPERT_FORMATS
 from fluxmoe.models.config import ModelConfig, load_config
 from fluxmoe.runtime.budget import BudgetError, format_bytes, parse_bytes
 from fluxmoe.runtime.engine import Engine, resolve_device, summarise
@@ -32,7 +33,7 @@ from .plots import plot_memory_budget
 from .workloads import Lengths, drawn_lengths, make_requests, trace_lengths
 
 # offload and balanced at one α, so that they differ only in how the streamed half is spread over the layers.
-DEFAULT_PLACEMENTS = ("resident", "offload:0.5", "balanced:0.5", "host")
+DEFAULT_PLACEMENTS = ("resident", "offload:0.5", "balanced:0.5", "host", "resident+planar12")
 COLUMNS = (
     "placement", "alpha", "budget_bytes", "repeat", "status", "reason", "least_budget", "tokens_per_s",
     "total_tokens_per_s",
@@ -90,8 +91,9 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--preset", choices=sorted(PRESETS), help="make a model and use a workload that suits it")
     p.add_argument("--budgets", nargs="+", metavar="BYTES", help="e.g. 256MiB 512MiB 1GiB")
     p.add_argument(
-        "--placements", nargs="+", metavar="NAME[:ALPHA]", default=list(DEFAULT_PLACEMENTS),
-        help=f"{', '.join(POLICIES)}; with a share of resident experts where it takes one (default: %(default)s)",
+        "--placements", nargs="+", metavar="NAME[:ALPHA][+FORMAT]", default=list(DEFAULT_PLACEMENTS),
+        help=f"{', '.join(POLICIES)}; with a share of resident experts where it takes one, and +planar12 for "
+        "compressed experts (default: %(default)s)",
     )  # fmt: skip
     p.add_argument("--requests", type=int, help="number of requests")
     p.add_argument("--context", type=int, help="longest prompt + output")
@@ -106,15 +108,18 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def split_placement(text: str) -> tuple[str, float | None]:
-    """'balanced:0.5' → ('balanced', 0.5); checked by trying it on a model of one layer."""
-    name, _, share = text.partition(":")
+def split_placement(text: str) -> tuple[str, float | None, str]:
+    """'balanced:0.5+planar12' → ('balanced', 0.5, 'planar12'); checked by trying it on a model of one layer."""
+    where, _, expert_format = text.partition("+")
+    name, _, share = where.partition(":")
     try:
         alpha = float(share) if share else None
     except ValueError:
         raise UsageError(f"placement {text!r}: {share!r} is no share; write for example balanced:0.5") from None
+    if (expert_format or "dense") not in EXPERT_FORMATS:
+        raise UsageError(f"placement {text!r}: unknown expert format; these are: {', '.join(EXPERT_FORMATS)}")
     place(name, 1, 1, alpha=alpha, bandwidths={Tier.RESIDENT: 1.0, Tier.HOST: 1.0})
-    return name, alpha
+    return name, alpha, expert_format or "dense"
 
 
 def preset_model(name: str, directory: Path, seed: int = 0) -> Path:
@@ -147,8 +152,16 @@ def run_point(
     """Serve the workload once; a point that cannot run comes back with its reason."""
     requests = make_requests(lengths, config.vocab_size, args.seed)
     longest = max(shape.prompt + shape.output for shape in lengths)
-    name, alpha = split_placement(placement)
-    settings = engine_config(args, longest, placement=name, alpha=alpha, budget_bytes=budget, min_kv_tokens=longest)
+    name, alpha, expert_format = split_placement(placement)
+    settings = engine_config(
+        args,
+        longest,
+        placement=name,
+        alpha=alpha,
+        expert_format=expert_format,
+        budget_bytes=budget,
+        min_kv_tokens=longest,
+    )
     row = {"status": "ok", "requests": len(requests), "max_batch": args.max_batch, "block_size": args.block_size}
     try:
         engine = Engine(model, settings)
@@ -228,8 +241,15 @@ def sweep(args: argparse.Namespace) -> list[dict]:
         "engine": {
             key: getattr(args, key)
             for key in (
-                "slots", "max_batch", "max_batched_tokens", "block_size", "preemption", "threads", "kernels",
-                "batch_invariant", "no_cuda_graphs",
+                "slots",
+                "max_batch",
+                "max_batched_tokens",
+                "block_size",
+                "preemption",
+                "threads",
+                "kernels",
+                "batch_invariant",
+                "no_cuda_graphs",
             )
         },
         "device": device.type,
@@ -290,11 +310,11 @@ def _warm_up(args, model, config, points, lengths) -> None:
 def print_table(rows: list[dict]) -> None:
     """Best of the repeats, a line a point, and whether all runs gave the same tokens."""
     print(
-        f"{'placement':>12} {'budget':>10} {'tokens/s':>9} {'batch':>6} {'KV blocks':>10} {'preempt.':>9} "
+        f"{'placement':>22} {'budget':>10} {'tokens/s':>9} {'batch':>6} {'KV blocks':>10} {'preempt.':>9} "
         f"{'stall s':>8} {'transfer s':>11}"
     )
     for row in sorted(rows, key=lambda r: (int(r["budget_bytes"]), r["placement"], int(r["repeat"]))):
-        head = f"{row['placement']:>12} {format_bytes(int(row['budget_bytes'])):>10}"
+        head = f"{row['placement']:>22} {format_bytes(int(row['budget_bytes'])):>10}"
         if row["status"] != "ok":
             print(f"{head} {'–':>9}  needs {format_bytes(int(row['least_budget']))}")
             continue

@@ -26,7 +26,7 @@ def plot_memory_budget(directory: Path) -> Path:
     """throughput_vs_budget.png beside points.csv: medians over repeats, range as a bar; returns its path.
 
     Hollow marks: requests were preempted (the KV cache thrashed). Crosses below the axis: the budget cannot hold
-    that placement.
+    that placement. Dashed: experts compressed.
     """
     points = pd.read_csv(directory / "points.csv")
     about = json.loads((directory / "provenance.json").read_text())
@@ -34,15 +34,20 @@ def plot_memory_budget(directory: Path) -> Path:
     ran = points[points.status == "ok"]
     top = ran.tokens_per_s.max() if len(ran) else 1.0
     for index, (placement, rows) in enumerate(points.groupby("placement", sort=False)):
-        name, _, share = placement.partition(":")
+        where, _, expert_format = placement.partition("+")
+        name, _, share = where.partition(":")
         colour, marker, label = STYLE.get(name, ("#56B4E9", "x", name))
         label += f", α = {share}" if share else ""
+        label += f", {expert_format}" if expert_format else ""
         ok = rows[rows.status == "ok"]
         grouped = ok.groupby("budget_bytes")
         speed = grouped.tokens_per_s.median()
         x = speed.index / MIB
         spread = [speed - grouped.tokens_per_s.min(), grouped.tokens_per_s.max() - speed]
-        axis.errorbar(x, speed, yerr=spread, color=colour, linewidth=1.6, capsize=2, label=label, zorder=2)
+        axis.errorbar(
+            x, speed, yerr=spread, color=colour, linewidth=1.6, capsize=2, label=label, zorder=2,
+            linestyle="--" if expert_format else "-",
+        )  # fmt: skip
         thrashed = grouped.preemptions.max() > 0
         for hollow in (False, True):
             chosen = thrashed.to_numpy() == hollow

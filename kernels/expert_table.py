@@ -4,7 +4,7 @@ One table serves one layer. Entry (expert, tensor type) holds the address of a p
 format, so the experts of one launch may lie in resident memory, in a streaming slot or in pinned host memory:
 
     addresses  int64 [E, 2]   address of block (expert, GATE_UP | DOWN)
-    formats    uint8 [E, 2]   how the block is encoded (FORMAT_DENSE: the backend's own layout of bf16/fp32)
+    formats    uint8 [E, 2]   how the block is encoded (EXPERT_FORMATS), each in the backend's own layout
 
 PagedTensor of the paper (arXiv 2604.02715 §4.1) keeps one virtual address an expert and remaps pages below it;
 here the kernels are ours, so the indirection is a table and no page is ever remapped.
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 GATE_UP, DOWN = 0, 1
-FORMAT_DENSE = 0
+FORMAT_DENSE, FORMAT_PLANAR12 = 0, 1
+# dense: bf16 or fp32 as it is. planar12: bf16 in 12 bits and rare escapes, lossless.
+EXPERT_FORMATS = {"dense": FORMAT_DENSE, "planar12": FORMAT_PLANAR12}
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,16 @@ class ExpertTable:
     formats: Tensor
 
     @classmethod
-    def from_blocks(cls, blocks: Sequence[tuple[Tensor, Tensor]], device: torch.device | str) -> ExpertTable:
-        """Table over contiguous uint8 `blocks`, all dense; `device` is where the kernels read the table."""
+    def from_blocks(
+        cls, blocks: Sequence[tuple[Tensor, Tensor]], device: torch.device | str, expert_format: int = FORMAT_DENSE
+    ) -> ExpertTable:
+        """Table over contiguous uint8 `blocks`, all of one format; `device` is where the kernels read the table."""
         for expert, pair in enumerate(blocks):
             for block in pair:
                 if block.dtype != torch.uint8 or not block.is_contiguous():
                     raise ValueError(f"expert {expert}: a block must be contiguous uint8, got {block.dtype}")
         addresses = torch.tensor([[b.data_ptr() for b in pair] for pair in blocks], dtype=torch.int64)
-        formats = torch.full((len(blocks), 2), FORMAT_DENSE, dtype=torch.uint8)
+        formats = torch.full((len(blocks), 2), expert_format, dtype=torch.uint8)
         return cls(tuple(blocks), addresses.reshape(-1, 2).to(device), formats.to(device))
 
     @property

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from fluxmoe.kernels.cpu.ops import CpuOps
+from fluxmoe.kernels.expert_table import EXPERT_FORMATS
 from fluxmoe.kernels.ops import AttentionMetadata, LayerDims, Limits, Ops
 from fluxmoe.kernels.torch_ops import TorchOps
 from fluxmoe.models.checkpoint import Checkpoint
@@ -71,6 +72,7 @@ class EngineConfig:
     budget_bytes: int | None = None
     placement: str = "resident"
     alpha: float | None = None
+    expert_format: str = "dense"
     slots: int = 2
     max_batch: int = 64
     max_batched_tokens: int = 256
@@ -94,6 +96,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingError(f"{name} must be at least 1, got {value}")
+        if self.expert_format not in EXPERT_FORMATS:
+            raise SettingError(f"expert_format must be {' or '.join(EXPERT_FORMATS)}, got {self.expert_format!r}")
         if self.preemption not in ("recompute", "swap"):
             raise SettingError(f"preemption must be recompute or swap, got {self.preemption!r}")
 
@@ -133,10 +137,12 @@ def resolve_device(name: str) -> torch.device:
 def _make_ops(config: EngineConfig, dims: LayerDims, limits: Limits, device: torch.device) -> Ops:
     if config.kernels not in ("auto", "torch", "triton"):
         raise DeviceError(f"unknown kernels {config.kernels!r}; choose auto, torch or triton")
+    if config.expert_format != "dense" and (device.type != "cpu" or config.kernels != "auto"):
+        raise DeviceError(f"expert format {config.expert_format} is read by the CPU kernels only, so far; use dense")
     if config.kernels == "torch":
         return TorchOps(dims, limits, device)
     if device.type == "cpu" and config.kernels == "auto":
-        return CpuOps(dims, limits, config.threads)
+        return CpuOps(dims, limits, config.threads, EXPERT_FORMATS[config.expert_format])
     # Imported where it is used: triton exists on few platforms, and the CPU kernels on all.
     from fluxmoe.kernels.triton_ops import TritonOps
 
@@ -165,7 +171,13 @@ class Engine:
         per_graph = (config.max_batch, -(-context // config.block_size), config.block_size)
         self._graph_bytes = DecodeGraphs.buffer_bytes(*per_graph) if graphs else 0
         self.budget, num_blocks = self._charge(limits)
-        self.store = ExpertStore(self.placement, self.ops.expert_bytes(), self.device, disk_dir=config.disk_dir)
+        self.store = ExpertStore(
+            self.placement,
+            self.ops.expert_bytes(),
+            self.device,
+            expert_format=EXPERT_FORMATS[config.expert_format],
+            disk_dir=config.disk_dir,
+        )
         try:
             self.decoder = self._load(checkpoint, context)
             self.kv, self.scheduler = self._cache_and_scheduler(num_blocks, limits)

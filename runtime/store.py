@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fluxmoe.kernels.cpu.copy import stream_copy
+from fluxmoe.kernels.expert_table import FORMAT_DENSE
 from torch import Tensor
 
 from .budget import format_bytes
@@ -56,8 +57,8 @@ def aligned_empty(nbytes: int, device: torch.device, pin: bool = False) -> Tenso
 class ExpertStore:
     """Holds every expert once. Fill with `put`, check with `seal`; use as a context manager, or call `close`.
 
-    tensor_bytes: bytes of one expert's packed (GATE_UP, DOWN) blocks. disk_dir: where the spill file of the DISK
-    tier goes (default: the system's temporary directory).
+    tensor_bytes: bytes of one expert's packed (GATE_UP, DOWN) blocks; expert_format: what they hold. disk_dir: where
+    the spill file of the DISK tier goes (default: the system's temporary directory).
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class ExpertStore:
         tensor_bytes: tuple[int, int],
         device: torch.device | str,
         *,
+        expert_format: int = FORMAT_DENSE,
         disk_dir: Path | str | None = None,
     ) -> None:
+        self.expert_format = expert_format
         self.placement, self.device = placement, torch.device(device)
         self.tensor_bytes, self.strides = tensor_bytes, strides(tensor_bytes)
         layers = range(len(placement.tiers))

@@ -124,7 +124,7 @@ class Streamer:
             if slot >= 0:
                 blocks |= self.store.slot_blocks(layer, self._slots[slot])
             ordered = [blocks[expert] for expert in sorted(blocks)]
-            self._tables[key] = ExpertTable.from_blocks(ordered, self.store.device)
+            self._tables[key] = ExpertTable.from_blocks(ordered, self.store.device, self.store.expert_format)
         return self._tables[key]
 
     @contextmanager

@@ -16,6 +16,8 @@ Packed layout of an expert, dtype bf16 or fp32:
 
     GATE_UP  [ceil(I/16), 2, H, 16]   gate panel j, then up panel j: one sequential read for a tile of SwiGLU
     DOWN     [ceil(H/16), I, 16]      as in `gemm`
+
+or the same panels compressed (`planar`), as the table says of each block.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ import torch
 from numba import njit, prange, types
 from torch import Tensor
 
+from ..expert_table import FORMAT_PLANAR12, ExpertTable
 from . import gemm
 from .gemm import LANES, Scratch, fill_rows, padded
+from .planar import planar_panel
 from .simd import exp_f32, fetch_add, gemm_panel
 
 _TASK_BYTES = 64 * 1024
@@ -111,9 +115,18 @@ def _route(logits, top_k, renormalise, topk_ids, topk_weights, row_of, row_token
     expert_start[0] = 0
 
 
+@njit(nogil=True, cache=True)
+def _expert_panel(block, planar, panel, panels, panel_bytes, bf16, x_rows, rows, depth, y, y_stride):
+    """gemm_panel on panel `panel` of `panels` of an expert's block, whatever its format."""
+    if planar:
+        planar_panel(block, panel, panels, x_rows, rows, depth, y, y_stride)
+    else:
+        gemm_panel(block + panel * panel_bytes, bf16, x_rows, rows, depth, y, y_stride)
+
+
 @njit(parallel=True, nogil=True, cache=True)
 def _gate_up(
-    table, bf16, hidden, panels, x, x_stride, row_token, expert_start, activation, row_table, tiles, counter,
+    table, formats, bf16, hidden, panels, x, x_stride, row_token, expert_start, activation, row_table, tiles, counter,
     task_bytes, threads,
 ):  # fmt: skip
     experts = expert_start.shape[0] - 1
@@ -137,13 +150,19 @@ def _gate_up(
             if first == last:
                 continue
             group = task % groups
+            planar = formats[expert, 0] == FORMAT_PLANAR12
             for p in range(group * per_task, min(panels, (group + 1) * per_task)):
-                block = table[expert, 0] + 2 * p * panel_bytes
                 for begin in range(first, last, chunk):
                     count = min(chunk, last - begin)
                     rows_at = rows_base + 8 * begin
-                    gemm_panel(block, bf16, rows_at, count, hidden, gate.ctypes.data, 64)
-                    gemm_panel(block + panel_bytes, bf16, rows_at, count, hidden, up.ctypes.data, 64)
+                    _expert_panel(
+                        table[expert, 0], planar, 2 * p, 2 * panels, panel_bytes, bf16, rows_at, count, hidden,
+                        gate.ctypes.data, 64,
+                    )  # fmt: skip
+                    _expert_panel(
+                        table[expert, 0], planar, 2 * p + 1, 2 * panels, panel_bytes, bf16, rows_at, count, hidden,
+                        up.ctypes.data, 64,
+                    )  # fmt: skip
                     for r in range(count):
                         for lane in range(16):
                             g = gate[r, lane]
@@ -152,7 +171,7 @@ def _gate_up(
 
 @njit(parallel=True, nogil=True, cache=True)
 def _down(
-    table, bf16, depth, panels, activation, act_stride, expert_start, out, out_stride, row_table, counter,
+    table, formats, bf16, depth, panels, activation, act_stride, expert_start, out, out_stride, row_table, counter,
     task_bytes, threads,
 ):  # fmt: skip
     experts = expert_start.shape[0] - 1
@@ -173,16 +192,12 @@ def _down(
             if first == last:
                 continue
             group = task % groups
+            planar = formats[expert, 1] == FORMAT_PLANAR12
             for p in range(group * per_task, min(panels, (group + 1) * per_task)):
-                gemm_panel(
-                    table[expert, 1] + p * panel_bytes,
-                    bf16,
-                    rows_base + 8 * first,
-                    last - first,
-                    depth,
-                    out + first * out_stride + p * 64,
-                    out_stride,
-                )
+                _expert_panel(
+                    table[expert, 1], planar, p, panels, panel_bytes, bf16, rows_base + 8 * first, last - first, depth,
+                    out + first * out_stride + p * 64, out_stride,
+                )  # fmt: skip
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -231,10 +246,11 @@ def route(logits: Tensor, top_k: int, renormalise: bool, buffers: MoeBuffers) ->
     )
 
 
-def gate_up(x: Tensor, addresses: Tensor, intermediate: int, dtype: torch.dtype, b: MoeBuffers, s: Scratch) -> None:
+def gate_up(x: Tensor, table: ExpertTable, intermediate: int, dtype: torch.dtype, b: MoeBuffers, s: Scratch) -> None:
     """activation[r] = silu(x[token of r] @ gate^T) * (x[token of r] @ up^T); x fp32 [T, H]."""
     _gate_up(
-        addresses.numpy(),
+        table.addresses.numpy(),
+        table.formats.numpy(),
         dtype == torch.bfloat16,
         x.shape[1],
         padded(intermediate) // LANES,
@@ -251,10 +267,11 @@ def gate_up(x: Tensor, addresses: Tensor, intermediate: int, dtype: torch.dtype,
     )
 
 
-def down(addresses: Tensor, intermediate: int, dtype: torch.dtype, b: MoeBuffers, s: Scratch) -> None:
+def down(table: ExpertTable, intermediate: int, dtype: torch.dtype, b: MoeBuffers, s: Scratch) -> None:
     """expert_out[r] = activation[r, :I] @ down^T."""
     _down(
-        addresses.numpy(),
+        table.addresses.numpy(),
+        table.formats.numpy(),
         dtype == torch.bfloat16,
         intermediate,
         b.expert_out.shape[1] // LANES,

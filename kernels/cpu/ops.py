@@ -13,10 +13,10 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from ..expert_table import DOWN, GATE_UP
+from ..expert_table import DOWN, FORMAT_DENSE, FORMAT_PLANAR12, GATE_UP
 from ..ops import AttentionMetadata, KernelError, LayerDims, LayerExperts, Limits, PackedLinear, RopeTable
 from . import attention as attn
-from . import gemm, moe
+from . import gemm, moe, planar
 from .norm import rms_norm
 
 _NORMS = {"none": attn.NO_NORM, "head": attn.HEAD_NORM, "full": attn.FULL_NORM}
@@ -44,10 +44,17 @@ class CpuOps:
     device = torch.device("cpu")
     act_dtype = torch.float32
 
-    def __init__(self, dims: LayerDims, limits: Limits, threads: int | None = None) -> None:
+    def __init__(
+        self, dims: LayerDims, limits: Limits, threads: int | None = None, expert_format: int = FORMAT_DENSE
+    ) -> None:
         if dims.dtype not in (torch.bfloat16, torch.float32):
             raise KernelError(f"CPU kernels take bfloat16 or float32 weights, got {dims.dtype}")
-        self.dims, self.limits = dims, limits
+        if expert_format == FORMAT_PLANAR12:
+            if dims.dtype != torch.bfloat16:
+                raise KernelError(f"expert format planar12 compresses bfloat16 weights, got {dims.dtype}; use dense")
+            if not (planar.fits(dims.hidden) and planar.fits(dims.intermediate)):
+                raise KernelError("expert format planar12 needs even hidden and intermediate sizes; use dense")
+        self.dims, self.limits, self.expert_format = dims, limits, expert_format
         self.threads = threads or default_threads()
         numba.set_num_threads(self.threads)
         tokens, pad = limits.tokens, gemm.padded
@@ -88,6 +95,9 @@ class CpuOps:
     def expert_bytes(self) -> tuple[int, int]:
         """Bytes of one expert's (gate/up, down) blocks."""
         d = self.dims
+        if self.expert_format == FORMAT_PLANAR12:
+            panels = (2 * gemm.padded(d.intermediate) // gemm.LANES, gemm.padded(d.hidden) // gemm.LANES)
+            return planar.block_bytes(panels[0], d.hidden), planar.block_bytes(panels[1], d.intermediate)
         return (
             moe.gate_up_bytes(d.intermediate, d.hidden, d.dtype),
             gemm.packed_bytes(d.hidden, d.intermediate, d.dtype),
@@ -95,11 +105,26 @@ class CpuOps:
 
     def pack_expert(self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor]) -> None:
         """gate_up [2I, H], down [H, I] → the two uint8 blocks of `expert_bytes`."""
-        moe.pack_gate_up(gate_up, out[GATE_UP])
-        gemm.pack(down, out[DOWN])
+        if self.expert_format == FORMAT_DENSE:
+            moe.pack_gate_up(gate_up, out[GATE_UP])
+            gemm.pack(down, out[DOWN])
+            return
+        for weight, pack, halves, block in (
+            (gate_up, moe.pack_gate_up, 2, out[GATE_UP]), (down, gemm.pack, 1, out[DOWN])
+        ):  # fmt: skip
+            rows, depth = weight.shape[0] // halves, weight.shape[1]
+            dense = torch.empty(halves * gemm.packed_bytes(rows, depth, weight.dtype), dtype=torch.uint8)
+            pack(weight, dense)
+            panels = dense.view(weight.dtype).view(-1, depth, gemm.LANES)
+            if rows % gemm.LANES:
+                # Lanes past the last row are read by nobody; zeros there would all be escapes.
+                panels[-halves:, :, rows % gemm.LANES :] = panels[-halves:, :, :1]
+            planar.encode(panels, block)
 
     def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         d = self.dims
+        if self.expert_format == FORMAT_PLANAR12:
+            blocks = tuple(planar.decode(block).view(-1).view(torch.uint8) for block in blocks)
         return (
             moe.unpack_gate_up(blocks[GATE_UP], d.intermediate, d.hidden, d.dtype),
             gemm.unpack(blocks[DOWN], d.hidden, d.intermediate, d.dtype),
@@ -183,11 +208,10 @@ class CpuOps:
         assert num_tokens is None, "padding is for captured graphs, which a CPU does not have"
         d = self.dims
         moe.route(self._linear(x, router, "router"), d.top_k, d.renormalise, self._moe)
-        addresses = experts.table.addresses
         experts.wait(GATE_UP)
-        moe.gate_up(x, addresses, d.intermediate, d.dtype, self._moe, self._scratch)
+        moe.gate_up(x, experts.table, d.intermediate, d.dtype, self._moe, self._scratch)
         experts.wait(DOWN)
-        moe.down(addresses, d.intermediate, d.dtype, self._moe, self._scratch)
+        moe.down(experts.table, d.intermediate, d.dtype, self._moe, self._scratch)
         return moe.combine(residual, residual, self._moe)
 
     def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:

@@ -178,3 +178,27 @@ def test_no_cuda_is_one_sentence(model_dir):
         pytest.skip("there is a CUDA device")
     with pytest.raises(DeviceError, match="--device cpu"):
         Engine(model_dir, EngineConfig(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("placement", "alpha"), [("resident", None), ("host", None), ("balanced", 0.5), ("offload", 0.6), ("disk", None)]
+)
+def test_compressed_experts_give_the_same_tokens_from_fewer_bytes(model_dir, expected, placement, alpha):
+    settings = dict(placement=placement, alpha=alpha, poison=True)
+    tokens, steps, packed = serve(model_dir, expert_format="planar12", **settings)
+    assert tokens == expected
+    _, dense_steps, dense = serve(model_dir, **settings)
+    for engine in (packed, dense):
+        assert engine.held_bytes() == engine.budget.lines()
+    # Blocks this small are mostly room for escapes; the share of large ones is tested with the format.
+    experts = ("resident_experts", "slots")
+    assert sum(packed.budget.lines()[e] for e in experts) < sum(dense.budget.lines()[e] for e in experts)
+    if placement != "resident":
+        assert sum(s.streamed_bytes for s in steps) < sum(s.streamed_bytes for s in dense_steps)
+
+
+def test_unknown_or_unreadable_expert_formats_are_refused(model_dir):
+    with pytest.raises(ValueError, match="expert_format must be dense or planar12"):
+        EngineConfig(expert_format="zip")
+    with pytest.raises(DeviceError, match="CPU kernels only"):
+        Engine(model_dir, EngineConfig(device="cpu", kernels="torch", expert_format="planar12"))

@@ -1,0 +1,143 @@
+"""Compressed panels: every bf16 pattern comes back, and the GEMM reads them with the bits of the uncompressed path."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fluxmoe.kernels.cpu import planar
+from fluxmoe.kernels.cpu.ops import CpuOps
+from fluxmoe.kernels.cpu.simd import gemm_panel
+from fluxmoe.kernels.expert_table import FORMAT_PLANAR12
+from fluxmoe.kernels.ops import KernelError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .test_cpu_ops import DIMS, LIMITS
+
+
+def encoded(panels: torch.Tensor) -> torch.Tensor:
+    block = torch.full((planar.block_bytes(*panels.shape[:2]),), 0xAB, dtype=torch.uint8)
+    planar.encode(panels, block)
+    return block
+
+
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.int16)
+
+
+def gaussian(count: int, depth: int, scale: float = 0.02) -> torch.Tensor:
+    return (torch.randn(count, depth, 16) * scale).bfloat16()
+
+
+@pytest.mark.parametrize(("count", "depth"), [(1, 2), (1, 64), (3, 30), (8, 512)])
+def test_gaussian_weights_come_back(count, depth):
+    panels = gaussian(count, depth)
+    assert torch.equal(bits_of(planar.decode(encoded(panels))), bits_of(panels))
+
+
+def test_blocks_of_trained_statistics_take_12_bits():
+    panels = gaussian(64, 512)
+    assert 8 * len(encoded(panels)) / panels.numel() < 12.1
+    assert encoded(panels)[24:32].view(torch.int64).item() < 0.001 * panels.numel()
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_every_pattern_comes_back(shuffled):
+    """All 65,536, NaN payloads, subnormals and zeros of both signs among them, a few to each block as escapes."""
+    patterns = torch.arange(65536, dtype=torch.int32)
+    patterns = patterns[torch.randperm(65536)] if shuffled else patterns
+    for part in patterns.to(torch.int16).view(torch.bfloat16).split(512):
+        panels = gaussian(64, 1024)
+        places = torch.randperm(panels.numel())[: len(part)]
+        panels.view(-1)[places] = part
+        assert torch.equal(bits_of(planar.decode(encoded(panels))), bits_of(panels))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, float("inf"), float("nan"), 1e-40, -3e38])
+def test_constant_panels_come_back(value):
+    panels = torch.full((2, 8, 16), value, dtype=torch.bfloat16)
+    assert torch.equal(bits_of(planar.decode(encoded(panels))), bits_of(panels))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31), depth=st.integers(1, 40), count=st.integers(1, 5), escapes=st.integers(0, 40),
+    exponent=st.integers(0, 255),
+)  # fmt: skip
+def test_any_window_and_any_escapes_come_back(seed, depth, count, escapes, exponent):
+    """Windows at both ends of the exponent's range, several escapes in one pair of rows."""
+    rng = np.random.default_rng(seed)
+    words = (rng.integers(0, 2, (count, 2 * depth, 16)) << 15) | rng.integers(0, 128, (count, 2 * depth, 16))
+    words |= np.clip(exponent + rng.integers(-6, 7, words.shape), 0, 255) << 7
+    flat = words.reshape(-1)
+    flat[rng.choice(flat.size, min(escapes, flat.size), replace=False)] = rng.integers(
+        0, 65536, min(escapes, flat.size)
+    )
+    panels = torch.from_numpy(words.astype(np.uint16).view(np.int16)).view(torch.bfloat16)
+    assert torch.equal(bits_of(planar.decode(encoded(panels))), bits_of(panels))
+
+
+def test_weights_without_a_window_are_refused():
+    panels = torch.randint(-(2**15), 2**15, (4, 64, 16), dtype=torch.int16).view(torch.bfloat16)
+    with pytest.raises(KernelError, match="use the dense format"):
+        encoded(panels)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 13, 32])
+@pytest.mark.parametrize("escapes", [0, 1, 30])
+def test_the_gemm_has_the_bits_of_the_uncompressed_one(rows, escapes):
+    depth = 96
+    panels = gaussian(3, depth)
+    places = torch.randperm(panels.numel())[:escapes]
+    # The first and last pairs of a panel, and two escapes in one pair.
+    places = torch.cat([places, torch.tensor([0, 1, 17, depth * 16 - 1, depth * 16])]) if escapes else places
+    panels.view(-1)[places] = torch.tensor(1e-30).bfloat16()
+    block, x = encoded(panels), torch.randn(rows, depth)
+    table = np.array([x[r].data_ptr() for r in range(rows)], dtype=np.int64)
+    for p in range(3):
+        expected, got = torch.empty(rows, 16), torch.full((rows, 16), float("nan"))
+        gemm_panel(panels[p].data_ptr(), True, table.ctypes.data, rows, depth, expected.data_ptr(), 64)
+        planar.planar_panel(block.data_ptr(), p, 3, table.ctypes.data, rows, depth, got.data_ptr(), 64)
+        assert torch.equal(got, expected)
+
+
+def test_portable_decoding_agrees_with_the_byte_shuffle(monkeypatch):
+    """What machines without AVX2 run: the same IR but for one lookup."""
+    from numba import njit
+
+    monkeypatch.setattr(planar, "_HAS_AVX2", False)
+    portable = planar._make_tile(0)
+    panels = gaussian(1, 64)
+    block, out = encoded(panels), torch.empty(64, 16, dtype=torch.bfloat16)
+
+    @njit
+    def decode(data, base, escapes, y):
+        portable(data, base, escapes, data, 64, y, 0)
+
+    base = block[:8].view(torch.int64).item()
+    index = planar.HEADER_BYTES + 32 * planar.PAIR_BYTES
+    escapes = block.data_ptr() + block[index : index + 8].view(torch.int64).item()
+    decode(block.data_ptr() + planar.HEADER_BYTES, base, escapes, out.data_ptr())
+    assert torch.equal(bits_of(out), bits_of(panels[0]))
+
+
+@pytest.mark.parametrize("intermediate", [40, 48])
+def test_experts_come_back_from_their_blocks(intermediate):
+    """Also where the last panel has lanes to spare."""
+    dims = replace(DIMS, dtype=torch.bfloat16, intermediate=intermediate)
+    ops = CpuOps(dims, LIMITS, expert_format=FORMAT_PLANAR12)
+    gate_up, down = (torch.randn(2 * intermediate, 48) * 0.02).bfloat16(), torch.randn(48, intermediate).bfloat16()
+    blocks = tuple(torch.zeros(n, dtype=torch.uint8) for n in ops.expert_bytes())
+    ops.pack_expert(gate_up, down, blocks)
+    for got, expected in zip(ops.unpack_expert(blocks), (gate_up, down), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_what_cannot_be_compressed_is_refused():
+    with pytest.raises(KernelError, match="bfloat16"):
+        CpuOps(DIMS, LIMITS, expert_format=FORMAT_PLANAR12)
+    with pytest.raises(KernelError, match="even"):
+        CpuOps(replace(DIMS, dtype=torch.bfloat16, intermediate=41), LIMITS, expert_format=FORMAT_PLANAR12)

@@ -2,9 +2,10 @@
 
     python -m fluxmoe.experiments.bench_cpu_moe --out results/<hardware>/bench_cpu_moe
 
-One MoE layer (gate/up, SwiGLU, down) with the same number of rows for every expert. Weights are cold: the layers
-that are rotated through exceed every cache. The floor is the larger of weight bytes over the read bandwidth and
-flops over the FMA rate, both measured in this run; torch loops over experts with bf16 and with fp32 weights.
+One MoE layer (gate/up, SwiGLU, down) with the same number of rows for every expert, uncompressed and in planar12.
+Weights are cold: the layers that are rotated through exceed every cache. The floor is the larger of weight bytes over
+the read bandwidth and flops over the FMA rate, both measured in this run; torch loops over experts with bf16 and with
+fp32 weights.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fluxmoe.kernels.cpu import gemm, moe
+from fluxmoe.kernels.cpu import gemm, moe, planar
 from fluxmoe.kernels.cpu.ops import default_threads
-from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.expert_table import FORMAT_PLANAR12, ExpertTable
 from fluxmoe.runtime.placement import Tier
 from fluxmoe.runtime.profile import measure_bandwidths
 
@@ -36,9 +37,10 @@ _SECONDS = 0.4
 
 @dataclass
 class Layer:
-    """One layer's experts: packed for us, as they are for torch."""
+    """One layer's experts: packed for us, dense and compressed, and as they are for torch."""
 
     table: ExpertTable
+    planar: ExpertTable
     bf16: list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -47,7 +49,7 @@ def make_layer(hidden: int, intermediate: int, experts: int) -> Layer:
         (torch.randn(2 * intermediate, hidden).bfloat16(), torch.randn(hidden, intermediate).bfloat16())
         for _ in range(experts)
     ]
-    blocks = []
+    blocks, compressed = [], []
     for gate_up, down in weights:
         sizes = (
             moe.gate_up_bytes(intermediate, hidden, torch.bfloat16),
@@ -57,7 +59,17 @@ def make_layer(hidden: int, intermediate: int, experts: int) -> Layer:
         moe.pack_gate_up(gate_up, pair[0])
         gemm.pack(down, pair[1])
         blocks.append(pair)
-    return Layer(ExpertTable.from_blocks(blocks, "cpu"), weights)
+        panels = [
+            block.view(torch.bfloat16).view(-1, depth, gemm.LANES)
+            for block, depth in zip(pair, (hidden, intermediate), strict=True)
+        ]
+        smaller = tuple(torch.empty(planar.block_bytes(*p.shape[:2]), dtype=torch.uint8) for p in panels)
+        for source, target in zip(panels, smaller, strict=True):
+            planar.encode(source, target)
+        compressed.append(smaller)
+    return Layer(
+        ExpertTable.from_blocks(blocks, "cpu"), ExpertTable.from_blocks(compressed, "cpu", FORMAT_PLANAR12), weights
+    )
 
 
 def median_seconds(work: Callable[[int], None], layers: int) -> tuple[float, float]:
@@ -97,16 +109,17 @@ def bench(shape: str, rows: list[int], bandwidth: float, flops_rate: float, peer
         logits = F.one_hot(torch.arange(tokens) % experts, experts).float()
         moe.route(logits, 1, True, buffers)
 
-        def ours(i: int) -> None:
-            moe.gate_up(x, layers[i].table, intermediate, torch.bfloat16, buffers, scratch)  # noqa: B023
-            moe.down(layers[i].table, intermediate, torch.bfloat16, buffers, scratch)  # noqa: B023
+        def run(table: ExpertTable) -> None:
+            moe.gate_up(x, table, intermediate, torch.bfloat16, buffers, scratch)  # noqa: B023
+            moe.down(table, intermediate, torch.bfloat16, buffers, scratch)  # noqa: B023
 
         def torch_loop(weights, inputs) -> None:
             for expert, (gate_up, down) in enumerate(weights):
                 gate, up = F.linear(inputs[expert::experts], gate_up).chunk(2, dim=-1)
                 F.linear(F.silu(gate) * up, down)
 
-        seconds, spread = median_seconds(ours, len(layers))
+        seconds, spread = median_seconds(lambda i: run(layers[i].table), len(layers))
+        packed, packed_spread = median_seconds(lambda i: run(layers[i].planar), len(layers))
         flops = 6 * hidden * intermediate * tokens
         floor = max(layer_bytes / bandwidth, flops / flops_rate)
         row = {
@@ -114,6 +127,9 @@ def bench(shape: str, rows: list[int], bandwidth: float, flops_rate: float, peer
             "rows_per_expert": count,
             "time_us": seconds * 1e6,
             "iqr_us": spread * 1e6,
+            "planar12_us": packed * 1e6,
+            "planar12_iqr_us": packed_spread * 1e6,
+            "dense_over_planar12": seconds / packed,
             "weight_gb_per_s": layer_bytes / seconds / 1e9,
             "gflop_per_s": flops / seconds / 1e9,
             "share_of_floor": floor / seconds,
@@ -130,6 +146,7 @@ def bench(shape: str, rows: list[int], bandwidth: float, flops_rate: float, peer
         print(
             f"{shape:>10} {count:>4} rows  {row['time_us']:9.0f} µs  {row['weight_gb_per_s']:6.1f} GB/s  "
             f"{row['gflop_per_s']:6.1f} GFLOP/s  {row['share_of_floor']:5.0%} of the {row['floor']} floor"
+            f"  planar12 {row['dense_over_planar12']:4.2f}x"
             + (f"  {row['over_torch_bf16']:5.1f}x bf16, {row['over_torch_fp32']:4.1f}x fp32 torch" if peers else "")
         )
     return results

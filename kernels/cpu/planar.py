@@ -39,8 +39,8 @@ _WINDOW = 8
 # Escapes that a block has room for: 0.1 % of its weights and a few. Trained weights have 0.01 to 0.05 %.
 _ESCAPE_SHARE, _ESCAPE_LEAST = 0.001, 64
 _END = (1 << 62) - 1
-# How far ahead panels are prefetched, in pairs of rows: 1.5 KB.
-_PREFETCH_PAIRS = 32
+# How far ahead panels are prefetched, in pairs of rows: 4.6 KB, some 0.3 µs of one thread.
+_PREFETCH_PAIRS = 96
 
 # Place of lane l of row k (byte of the first unpack's input): lanes 0-3, 8-11 | 4-7, 12-15 in the two halves.
 _LANE_PLACE = [0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23]

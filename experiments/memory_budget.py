@@ -71,8 +71,8 @@ PRESETS = {
     # The committed figure: 403 MB of experts, KV of a full batch 537 MB.
     "small": Preset(
         _SMALL_MOE, requests=64, context=512, output_tokens=128, max_batch=64,
-        budgets=("128MiB", "160MiB", "208MiB", "256MiB", "320MiB", "384MiB", "432MiB", "464MiB", "496MiB", "560MiB",
-                 "688MiB", "960MiB"),
+        budgets=("144MiB", "176MiB", "208MiB", "256MiB", "304MiB", "352MiB", "384MiB", "432MiB", "464MiB", "496MiB",
+                 "560MiB", "688MiB", "960MiB"),
     ),
     # Layers of Qwen3-30B-A3B's width on a GPU: 4.8 GB of experts, KV of a full batch 1.1 GB.
     "gpu": Preset(

@@ -1,0 +1,371 @@
+"""Lossless formats: every bit comes back, whatever the weight; sizes and files keep their promises."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from fluxmoe.kernels.packing import FORMATS, Packed, PackingError
+from fluxmoe.kernels.packing.huffman import MAX_LENGTH, canonical_codes, code_lengths
+from fluxmoe.kernels.packing.planar12 import window_base
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+GPU = torch.cuda.is_available()
+every_format = pytest.mark.parametrize("codec", FORMATS.values(), ids=FORMATS.keys())
+ALL_PATTERNS = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+
+
+def gaussian(*shape: int, scale: float = 0.02) -> torch.Tensor:
+    return (torch.randn(shape) * scale).bfloat16()
+
+
+def assert_same_bits(got: torch.Tensor, weight: torch.Tensor) -> None:
+    wrong = got.cpu().view(torch.int16) != weight.view(torch.int16)
+    assert not wrong.any(), f"first wrong at {wrong.nonzero()[0].tolist()} of {tuple(weight.shape)}"
+
+
+def round_trip(codec, weight: torch.Tensor, triton: bool = True) -> Packed:
+    """Encode, decode by numba and by Triton into dirty buffers, bound the size."""
+    packed = codec.encode(weight)
+    dirty = torch.full(weight.shape, float("nan"), dtype=torch.bfloat16)
+    assert codec.decode(packed, dirty) is dirty
+    assert_same_bits(dirty, weight)
+    if triton:
+        on_device = packed.to("cuda" if GPU else "cpu")
+        assert_same_bits(codec.decode_triton(on_device, torch.full_like(weight, 7.0, device=on_device.device)), weight)
+    assert packed.nbytes <= weight.nbytes
+    return packed
+
+
+def with_exponents(exponents: torch.Tensor) -> torch.Tensor:
+    """Random signs and mantissas under the given biased exponents."""
+    rest = torch.randint(0, 256, exponents.shape)
+    bits = (rest & 0x80) << 8 | rest & 0x7F | exponents << 7
+    return bits.to(torch.int16).view(torch.bfloat16)
+
+
+@every_format
+@pytest.mark.parametrize("order", ["ascending", "shuffled"])
+def test_all_patterns_alone(codec, order):
+    patterns = ALL_PATTERNS if order == "ascending" else ALL_PATTERNS[torch.randperm(65536)]
+    round_trip(codec, patterns.view(torch.bfloat16).view(64, 1024))
+
+
+@every_format
+def test_all_patterns_among_common_weights(codec):
+    """Few enough that nothing is stored raw: each pattern goes through the code for rare exponents."""
+    if codec.name == "planar12":
+        # 4 in each of 256 tiles at a time: a tile with more than 8 would be stored raw.
+        for patterns in ALL_PATTERNS[torch.randperm(65536)].view(torch.bfloat16).view(64, 16, 16, 4):
+            weight = gaussian(1024, 2048)
+            weight[weight.abs() < 1e-4] = 0.01
+            columns = torch.stack([torch.randperm(128)[:4] for _ in range(256)]).view(16, 1, 16, 4)
+            weight.view(16, 64, 16, 128)[:, 17:18].scatter_(3, columns, patterns[:, None])
+            packed = round_trip(codec, weight, triton=False)
+            assert not packed.is_raw
+            assert packed.planes["raw_tiles"].numel() == 0
+        return
+    weight = gaussian(3300, 1024)
+    places = torch.randperm(weight.numel())[:65536]
+    weight.view(-1)[places] = ALL_PATTERNS.view(torch.bfloat16)
+    assert not round_trip(codec, weight, triton=GPU).is_raw
+
+
+@every_format
+def test_rare_patterns_by_triton(codec):
+    """Every exponent and every NaN payload class, in a weight small enough for the interpreter."""
+    weight = gaussian(97, 512)
+    patterns = torch.cat([ALL_PATTERNS[::128], ALL_PATTERNS[-128:], ALL_PATTERNS[:64]]).view(torch.bfloat16)
+    patterns = patterns[torch.randperm(len(patterns))]
+    # planar12 stores this tile as it is, and codes what is in the next ones.
+    weight[:7, :100] = patterns[:700].view(7, 100)
+    weight[70:73, 130::128] = patterns[-9:].view(3, 3)
+    assert not round_trip(codec, weight).is_raw
+
+
+@every_format
+@pytest.mark.parametrize(
+    "shape", [(0, 8), (8, 0), (0, 8, 8), (1, 1), (1, 300), (300, 1), (64, 128), (65, 129), (2, 63, 128), (3, 100, 250)]
+)
+def test_shapes(codec, shape):
+    round_trip(codec, gaussian(*shape))
+
+
+@every_format
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 3), st.integers(1, 70), st.integers(1, 260), st.integers(0, 255), st.integers(0, 12),
+    st.floats(0, 0.05), st.integers(0, 2**31),
+)  # fmt: skip
+def test_any_distribution(codec, experts, rows, cols, centre, spread, outliers, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (experts, rows, cols) if experts > 1 else (rows, cols)
+    near = centre + torch.randint(-spread, spread + 1, shape, generator=generator)
+    far = torch.randint(0, 256, shape, generator=generator)
+    exponents = torch.where(torch.rand(shape, generator=generator) < outliers, far, near.clamp(0, 255))
+    round_trip(codec, with_exponents(exponents))
+
+
+@every_format
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("zero", 0), ("minus zero", 0x8000), ("one", 0x3F80), ("infinity", 0x7F80), ("NaN", 0x7FC1), ("largest", 0xFF7F)],
+)
+def test_constants_shrink(codec, name, bits):
+    weight = torch.full((128, 256), bits - 65536 if bits > 32767 else bits, dtype=torch.int16).view(torch.bfloat16)
+    assert codec.bits_per_weight(round_trip(codec, weight, triton=GPU or name in ("minus zero", "NaN"))) < 12.1
+
+
+@every_format
+@pytest.mark.parametrize("low", [0, 1, 240, 255], ids=lambda e: f"exponents from {e}")
+def test_window_does_not_wrap_at_the_ends_of_the_range(codec, low):
+    """Subnormals and zeros at 0, infinities and NaNs at 255."""
+    exponents = torch.randint(low, min(low + 8, 255) + 1, (66, 256))
+    # The interpreter takes a second for huffman, which has no window.
+    assert not round_trip(codec, with_exponents(exponents), triton=GPU or codec.name != "huffman").is_raw
+
+
+def test_window_base_stays_in_range():
+    histogram = np.zeros((3, 256), dtype=np.int64)
+    histogram[0, 0], histogram[1, 255], histogram[2, 100:116] = 5, 5, 1
+    assert window_base(histogram).tolist() == [0, 240, 100]
+
+
+@every_format
+def test_outliers_only_cost_no_more_than_raw(codec):
+    assert round_trip(codec, with_exponents(torch.randint(0, 256, (100, 256)))).is_raw
+
+
+@every_format
+def test_one_tile_of_outliers(codec):
+    """All the escapes in one place: more than a program patches at a time."""
+    weight = gaussian(120, 512)
+    weight[70:90, 128:178] = with_exponents(torch.randint(0, 256, (20, 50)))
+    assert not round_trip(codec, weight).is_raw
+
+
+@every_format
+def test_experts_of_different_scale(codec):
+    weight = torch.stack([gaussian(70, 256, scale=scale) for scale in (1e-30, 1.0, 1e30)])
+    packed = round_trip(codec, weight)
+    if codec.fused:
+        assert codec.bits_per_weight(packed) < 12.1
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("planar12", 12, 12.05), ("tiered", 10.6, 10.9), ("huffman", 10.5, 10.8)]
+)
+def test_bits_of_a_gaussian(name, low, high):
+    weight = gaussian(2048, 2048)
+    assert low <= FORMATS[name].bits_per_weight(round_trip(FORMATS[name], weight, triton=GPU)) <= high
+
+
+@every_format
+def test_views_of_a_larger_weight(codec):
+    whole = gaussian(256, 512)
+    for weight in (whole.t(), whole[:, 3:200], whole[::2]):
+        assert_same_bits(codec.decode(codec.encode(weight)), weight.contiguous())
+
+
+@every_format
+def test_one_block_of_bytes(codec):
+    weight = gaussian(128, 512)
+    packed = codec.encode(weight)
+    block = torch.full((packed.block_bytes + 64,), 0xAB, dtype=torch.uint8)
+    placed = packed.pack_into(block)
+    assert (block[packed.block_bytes :] == 0xAB).all()
+    moved = block.clone()
+    block.zero_()
+    assert_same_bits(codec.decode(packed.at(moved)), weight)
+    begin = moved.data_ptr()
+    assert all(begin <= p.data_ptr() < begin + moved.numel() for p in packed.at(moved).planes.values() if p.numel())
+    assert placed.nbytes == packed.nbytes <= packed.block_bytes < packed.nbytes + 256 * len(packed.planes)
+    with pytest.raises(PackingError, match=str(packed.block_bytes)):
+        packed.at(block[: packed.block_bytes - 1])
+
+
+def test_says_what_it_expected():
+    codec = FORMATS["planar12"]
+    packed = codec.encode(gaussian(64, 128))
+    for call, message in (
+        (lambda: codec.encode(torch.randn(4, 4)), "float32"),
+        (lambda: codec.encode(gaussian(4)), r"\(4,\)"),
+        (lambda: codec.decode(packed, torch.empty(64, 127, dtype=torch.bfloat16)), r"\(64, 127\)"),
+        (lambda: codec.decode(packed, torch.empty(64, 128)), "float32"),
+        (lambda: FORMATS["tiered"].decode(packed), "tiered cannot decode planar12"),
+        (lambda: codec.decode(Packed("planar12", (64, 256), packed.planes)), "'bytes'.*16384.*8192"),
+        (lambda: codec.decode(Packed("planar12", (64, 128), {})), "'bytes'"),
+        (lambda: Packed("planar12", (2, 2), {"raw": torch.zeros(2, 2)}), "'raw'.*1-D"),
+    ):
+        with pytest.raises(PackingError, match=message):
+            call()
+
+
+@every_format
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("shape", [(0, 4), (3, 5), (3, 64, 256)])
+def test_file_round_trip(codec, shape, mmap, tmp_path):
+    weight = gaussian(*shape)
+    codec.encode(weight).save(tmp_path / "w")
+    loaded = Packed.load(tmp_path / "w", mmap=mmap)
+    assert loaded.shape == shape
+    assert_same_bits(FORMATS[loaded.format].decode(loaded), weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]
+
+
+def test_mapped_planes_are_the_file_not_a_copy(tmp_path):
+    FORMATS["planar12"].encode(gaussian(128, 256)).save(tmp_path / "w")
+    planes = [plane for plane in Packed.load(tmp_path / "w", mmap=True).planes.values() if plane.numel()]
+    assert len({plane.untyped_storage().data_ptr() for plane in planes}) == 1
+    assert planes[0].untyped_storage().nbytes() == (tmp_path / "w").stat().st_size
+    assert all(plane.data_ptr() % 4096 == 0 for plane in planes)
+    before = (tmp_path / "w").read_bytes()
+    planes[0].zero_()
+    assert (tmp_path / "w").read_bytes() == before
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_every_truncation_is_noticed(mmap, tmp_path):
+    weight = gaussian(64, 256)
+    weight[0, 0] = 1e30
+    FORMATS["planar12"].encode(weight).save(tmp_path / "w")
+    whole = (tmp_path / "w").read_bytes()
+    for size in (0, 3, 8, 19, 20, 50, 4095, 4096, 5000, len(whole) - 1):
+        (tmp_path / "w").write_bytes(whole[:size])
+        with pytest.raises(PackingError, match=r"/w: (truncated|not a packed weight|corrupt header)") as caught:
+            Packed.load(tmp_path / "w", mmap=mmap)
+        assert size < 4096 or "plane" in str(caught.value)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_every_corruption_is_noticed(mmap, tmp_path):
+    packed = FORMATS["tiered"].encode(gaussian(64, 256))
+    packed.save(tmp_path / "w")
+    whole = (tmp_path / "w").read_bytes()
+    size = struct.unpack_from("<I", whole, 12)[0]
+    header = json.loads(whole[20 : 20 + size])
+    places = {30: "header"} | {entry["offset"] + entry["nbytes"] // 2: entry["name"] for entry in header["planes"]}
+    for place, name in places.items():
+        broken = bytearray(whole)
+        broken[place] ^= 1
+        (tmp_path / "w").write_bytes(broken)
+        with pytest.raises(PackingError, match=f"/w: corrupt.*{name}"):
+            Packed.load(tmp_path / "w", mmap=mmap)
+    assert Packed.load(tmp_path / "w", mmap=mmap, verify=False).shape == (64, 256)
+
+
+def test_foreign_files_and_versions_are_named(tmp_path):
+    FORMATS["huffman"].encode(gaussian(64, 256)).save(tmp_path / "w")
+    whole = (tmp_path / "w").read_bytes()
+    for content, message in (
+        (b"\x93NUMPY" + whole[6:], "does not begin with FLUXPACK"),
+        (whole[:8] + struct.pack("<I", 2) + whole[12:], "file version 2, this program reads version 1"),
+        (whole[:12] + struct.pack("<I", 2**31) + whole[16:], "corrupt header"),
+        (whole[:12] + struct.pack("<II", 2, zlib.crc32(b"[]")) + b"[]", "header lacks format"),
+    ):
+        (tmp_path / "w").write_bytes(content)
+        with pytest.raises(PackingError, match=message):
+            Packed.load(tmp_path / "w")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    old, new = (FORMATS["planar12"].encode(gaussian(64, 256)) for _ in range(2))
+    old.save(tmp_path / "w")
+    before = (tmp_path / "w").read_bytes()
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        new.save(tmp_path / "w")
+    assert (tmp_path / "w").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("counts", ["one", "two", "skewed", "uniform", "gaussian"])
+def test_code_lengths_make_a_complete_code(counts):
+    histogram = np.zeros(256, dtype=np.int64)
+    if counts == "gaussian":
+        exponents = (gaussian(256, 256).view(torch.int16).int() >> 7 & 255).view(-1)
+        histogram += np.bincount(exponents.numpy(), minlength=256)
+    elif counts == "skewed":
+        # Unlimited, these Fibonacci-like counts would give codes of 39 bits.
+        histogram[:40] = [2**i for i in range(40)]
+    else:
+        histogram[: {"one": 1, "two": 2, "uniform": 256}[counts]] = 3
+    lengths = code_lengths(histogram)
+    assert ((lengths > 0) == (histogram > 0)).all()
+    assert lengths.max() <= MAX_LENGTH
+    kraft = sum(2.0 ** -int(length) for length in lengths if length)
+    assert kraft == (0.5 if counts == "one" else 1.0)
+    codes, table = canonical_codes(lengths)
+    for symbol in np.flatnonzero(lengths):
+        assert table[codes[symbol]] == symbol | int(lengths[symbol]) << 8
+    if counts == "gaussian":
+        share = histogram / histogram.sum()
+        entropy = -(share[share > 0] * np.log2(share[share > 0])).sum()
+        assert entropy <= (share * lengths).sum() < entropy + 0.1
+
+
+def run_ptx(source: str, registers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The few instructions of `unpack_planar12`, on uint32 arrays: what a GPU would do, where there is none."""
+
+    def value(name):
+        return registers[name] if name in registers else np.uint32(int(name, 0))
+
+    def prmt(a, b, selector):
+        source_bytes = [(word >> np.uint32(8 * i)) & np.uint32(0xFF) for word in (a, b) for i in range(4)]
+        picked = [source_bytes[int(selector) >> 4 * i & 7] << np.uint32(8 * i) for i in range(4)]
+        return picked[0] | picked[1] | picked[2] | picked[3]
+
+    def lop3(a, b, c, table):
+        result = np.uint32(0)
+        for i in range(8):
+            if int(table) >> i & 1:
+                result = result | (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+        return result
+
+    operations = {
+        "mov.b32": lambda a: a,
+        "shr.u32": lambda a, n: a >> n,
+        "and.b32": lambda a, b: a & b,
+        "prmt.b32": prmt,
+        "mad.lo.u32": lambda a, b, c: a * b + c,
+        "lop3.b32": lop3,
+    }
+    for line in source.strip("{} \n").split(";"):
+        name, _, operands = line.strip().partition(" ")
+        if name and not name.startswith("."):
+            target, *arguments = (operand.strip() for operand in operands.split(","))
+            registers[target] = operations[name](*map(value, arguments))
+    return registers
+
+
+def test_machine_code_of_unpack_equals_the_definition():
+    pytest.importorskip("triton")
+    from fluxmoe.kernels.packing._planar12 import UNPACK_HIGH, UNPACK_LOW
+
+    # Every byte with every nibble; neighbours differ so that a wrong selector shows.
+    byte, code = (x.reshape(-1) for x in np.meshgrid(np.arange(256), np.arange(16)))
+    order = np.random.default_rng(0).permutation(4096)
+    byte, code = byte[order], code[order]
+    weights = (np.array([1, 256, 65536, 2**24]), np.uint32)
+    for base in (0, 1, 112, 240):
+        expected = (byte & 0x80) << 8 | byte & 0x7F | (base + code) << 7
+        for source, shift in ((UNPACK_LOW, 0), (UNPACK_HIGH, 4)):
+            # The other nibble is noise.
+            packed = code << shift | byte % 16 << (4 - shift)
+            registers = {
+                "$2": (byte.reshape(-1, 4) @ weights[0]).astype(weights[1]),
+                "$3": (packed.reshape(-1, 4) @ weights[0]).astype(weights[1]),
+                "$4": np.uint32(base * 0x00800080),
+            }
+            done = run_ptx(source.value, registers)
+            got = np.stack([done["$0"] & 0xFFFF, done["$0"] >> 16, done["$1"] & 0xFFFF, done["$1"] >> 16], axis=1)
+            assert (got.reshape(-1) == expected).all()

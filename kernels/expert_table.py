@@ -13,7 +13,7 @@ here the kernels are ours, so the indirection is a table and no page is ever rem
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,11 +30,13 @@ class ExpertTable:
 
     `blocks[e]` is (gate_up, down): uint8 tensors that keep the memory alive and let a kernel that cannot follow
     raw addresses (the torch reference) view it; `addresses` and `formats` live on the blocks' device.
+    `planar12`: whether any block is compressed so.
     """
 
     blocks: tuple[tuple[Tensor, Tensor], ...]
     addresses: Tensor
     formats: Tensor
+    planar12: bool = field(init=False)
 
     @classmethod
     def from_blocks(
@@ -48,6 +50,10 @@ class ExpertTable:
         addresses = torch.tensor([[b.data_ptr() for b in pair] for pair in blocks], dtype=torch.int64)
         formats = torch.full((len(blocks), 2), expert_format, dtype=torch.uint8)
         return cls(tuple(blocks), addresses.reshape(-1, 2).to(device), formats.to(device))
+
+    def __post_init__(self) -> None:
+        # Asked of the host once: a launch chooses its kernel by it without reading the device.
+        object.__setattr__(self, "planar12", bool((self.formats == FORMAT_PLANAR12).any()))
 
     @property
     def num_experts(self) -> int:

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from .expert_table import DOWN, GATE_UP, ExpertTable
 from .ops import KernelError
+from .planar12_gemm import planar12_times_rows
 from .portable import cast, dot
 from .routing import Routing
-from .tiles import ROW_BOUNDS, Tile, default_tile, invariant_tile
+from .tiles import ROW_BOUNDS, Tile, default_tile, invariant_tile, planar12_tile
 
 TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -71,6 +72,7 @@ def weight_times_rows(
 def _grouped_gemm_kernel(
     x_ptr,  # (T, K) tokens for gate_up, (S, K) sorted positions for down
     addresses_ptr,  # (E, 2) int64
+    formats_ptr,  # (E, 2) uint8
     y_ptr,  # (S, N / 2) by position for gate_up, (S, N) by slot for down
     order_ptr,  # (S,) int32
     slot_weights_ptr,  # (S,) fp32
@@ -80,7 +82,7 @@ def _grouped_gemm_kernel(
     TENSOR: tl.constexpr,  # GATE_UP or DOWN
     TOP_K: tl.constexpr, W_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SWAP_AB: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+    SWAP_AB: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, PLANAR12: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs,), each takes tiles pid, pid + programs, …; tiles = blocks in use x cdiv(N, BLOCK_N)."""
     num_blocks = tl.load(num_blocks_ptr)
@@ -104,14 +106,22 @@ def _grouped_gemm_kernel(
         else:
             rows = positions
         # 28672 x 4096 elements of a weight fit int32; a pool of experts does not, hence one address each.
-        w_ptr = tl.load(addresses_ptr + expert * 2 + TENSOR).to(tl.pointer_type(W_DTYPE))
-        # Without the hint, loads through an address that was loaded are 2 bytes wide.
-        w_ptr = tl.multiple_of(w_ptr, 16)
+        address = tl.load(addresses_ptr + expert * 2 + TENSOR)
         n = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1)
-        acc = weight_times_rows(
-            x_ptr, rows.to(tl.int64) * stride_x, w_ptr, n, N, K, n0,
-            BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, EVEN_K, TMA,
-        )  # fmt: skip
+        sources = rows.to(tl.int64) * stride_x
+        # Without the hints, loads through an address that was loaded are as narrow as one element.
+        if PLANAR12:
+            if tl.load(formats_ptr + expert * 2 + TENSOR) == 1:
+                block_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+                acc = planar12_times_rows(x_ptr, sources, block_ptr, n, n0, N, K, BLOCK_M, BLOCK_N, EVEN_K)
+            else:
+                w_ptr = tl.multiple_of(address.to(tl.pointer_type(W_DTYPE)), 16)
+                acc = weight_times_rows(
+                    x_ptr, sources, w_ptr, n, N, K, n0, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, EVEN_K, TMA
+                )
+        else:
+            w_ptr = tl.multiple_of(address.to(tl.pointer_type(W_DTYPE)), 16)
+            acc = weight_times_rows(x_ptr, sources, w_ptr, n, N, K, n0, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, EVEN_K, TMA)
         if TENSOR == 0:
             gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
             value = gate / (1.0 + tl.exp(-gate)) * up
@@ -178,10 +188,10 @@ def programs(tile: Tile, num_blocks: int, n: int, num_sms: int) -> int:
     return min(tiles, num_sms) if tile.persistent else tiles
 
 
-def _constants(tile: Tile, k: int) -> dict:
+def _constants(tile: Tile, k: int, planar12: bool = False) -> dict:
     return dict(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SWAP_AB=tile.swap_ab,
-        EVEN_K=k % tile.block_k == 0,
+        EVEN_K=k % (128 if planar12 else tile.block_k) == 0,
     )  # fmt: skip
 
 
@@ -205,10 +215,13 @@ def _launch(
         raise KernelError(f"a TMA tile of {tile.block_n} x {tile.block_k} must divide the weight {n} x {k}")
     if routing.max_blocks == 0:
         return y
+    if table.planar12 and (w_dtype != torch.bfloat16 or tile.block_n != 64 or not tile.swap_ab):
+        raise KernelError(f"planar12 experts need bf16 and a tile of 64 swapped weight rows, got {w_dtype} and {tile}")
     _grouped_gemm_kernel[(programs(tile, routing.max_blocks, n, num_sms),)](
-        x, table.addresses, y, routing.order, routing.weights, routing.block_map, routing.num_blocks,
+        x, table.addresses, table.formats, y, routing.order, routing.weights, routing.block_map, routing.num_blocks,
         n, k, x.stride(0), y.stride(0), TENSOR=tensor, TOP_K=routing.experts.shape[1], W_DTYPE=TL_DTYPES[w_dtype],
-        GROUP_M=tile.group_m, TMA=tile.tma, **_constants(tile, k), **_options(tile),
+        GROUP_M=tile.group_m, TMA=tile.tma, PLANAR12=table.planar12,
+        **_constants(tile, k, table.planar12), **_options(tile),
     )  # fmt: skip
     return y
 
@@ -289,12 +302,13 @@ def audit_cases(capability: int = 90) -> list[dict]:
     tiles = {f"{bound:.0f} rows": default_tile(bound, capability, 2) for bound in ROW_BOUNDS}
     tiles["invariant"] = invariant_tile(capability, 2)
     largest = tiles["inf rows"]
+    tiles |= {f"planar12, {rows} rows": planar12_tile(rows, capability) for rows in (16, 64)}
     tiles["persistent"] = replace(largest, persistent=True)
     tiles["tma"] = replace(largest, tma=True)
     pointers = {
-        "x_ptr": "*bf16", "addresses_ptr": "*i64", "y_ptr": "*bf16", "order_ptr": "*i32", "slot_weights_ptr": "*fp32",
-        "block_map_ptr": "*i32", "num_blocks_ptr": "*i32", "w_ptr": "*bf16", "residual_ptr": "*bf16",
-        "out_ptr": "*bf16", "num_tokens_ptr": "*i32",
+        "x_ptr": "*bf16", "addresses_ptr": "*i64", "formats_ptr": "*u8", "y_ptr": "*bf16", "order_ptr": "*i32",
+        "slot_weights_ptr": "*fp32", "block_map_ptr": "*i32", "num_blocks_ptr": "*i32", "w_ptr": "*bf16",
+        "residual_ptr": "*bf16", "out_ptr": "*bf16", "num_tokens_ptr": "*i32",
     }  # fmt: skip
     sizes = dict.fromkeys(("N", "K", "T", "H", "stride_x", "stride_y"), "i32")
     common = {"signature": pointers | sizes, "aligned": ("N", "K", "H", "stride_x", "stride_y")}
@@ -304,7 +318,7 @@ def audit_cases(capability: int = 90) -> list[dict]:
             "kernel": _grouped_gemm_kernel,
             "constexprs": {
                 "TENSOR": tensor, "TOP_K": 8, "W_DTYPE": tl.bfloat16, "GROUP_M": tile.group_m, "TMA": tile.tma,
-                **_constants(tile, tile.block_k),
+                "PLANAR12": "planar12" in label, **_constants(tile, 128),
             },
             "matrix": True, "wide_loads": True, **_options(tile), **common,
         }

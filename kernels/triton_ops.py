@@ -10,17 +10,20 @@ pass can be captured in a CUDA graph. Tokens beyond `AttentionMetadata.num_token
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 from torch import Tensor
 
 from . import grouped_gemm, paged_attention
-from .expert_table import DOWN, GATE_UP
+from .expert_table import DOWN, FORMAT_DENSE, FORMAT_PLANAR12, GATE_UP
 from .norm import rms_norm
 from .ops import AttentionMetadata, KernelError, LayerDims, LayerExperts, Limits, PackedLinear, RopeTable
+from .packing.blocks import decode_block, encode_block, planar12_block_bytes
 from .rope_kv import rope_and_cache
 from .routing import Router
-from .tiles import Tile, Tiles, capability_of, choose_tiles, fit, invariant_tile
+from .tiles import Tile, Tiles, capability_of, choose_tiles, fit, invariant_tile, planar12_tile
 
 # What torch gives cuBLAS on each stream (its default for Hopper, the largest): 32 MiB.
 _CUBLAS_BYTES = 32 << 20
@@ -34,14 +37,23 @@ class TritonOps:
     """
 
     def __init__(
-        self, dims: LayerDims, limits: Limits, device: torch.device | str, *, batch_invariant: bool = False
+        self,
+        dims: LayerDims,
+        limits: Limits,
+        device: torch.device | str,
+        *,
+        batch_invariant: bool = False,
+        expert_format: int = FORMAT_DENSE,
     ) -> None:
+        self.expert_format = expert_format
         self.dims, self.limits, self.device = dims, limits, torch.device(device)
         self.act_dtype, self.batch_invariant = dims.dtype, batch_invariant
         if self.device.type != "cuda" and not triton.knobs.runtime.interpret:
             raise KernelError("Triton kernels need a CUDA device, or TRITON_INTERPRET=1 to be interpreted (slowly)")
         if dims.dtype not in grouped_gemm.TL_DTYPES:
             raise KernelError(f"Triton kernels take bfloat16, float16 or float32 weights, got {dims.dtype}")
+        if expert_format == FORMAT_PLANAR12 and dims.dtype != torch.bfloat16:
+            raise KernelError(f"expert format planar12 compresses bfloat16 weights, got {dims.dtype}; use dense")
         if limits.block_size % 16:
             raise KernelError(f"the KV block size must be a multiple of 16, got {limits.block_size}")
         tokens, rows = limits.tokens, limits.tokens * dims.top_k
@@ -89,15 +101,25 @@ class TritonOps:
     def expert_bytes(self) -> tuple[int, int]:
         """Bytes of one expert's (gate/up, down) blocks."""
         d = self.dims
-        return self.packed_bytes(2 * d.intermediate, d.hidden), self.packed_bytes(d.hidden, d.intermediate)
+        sizes = ((2 * d.intermediate, d.hidden), (d.hidden, d.intermediate))
+        if self.expert_format == FORMAT_PLANAR12:
+            return tuple(planar12_block_bytes(n, k) for n, k in sizes)
+        return tuple(self.packed_bytes(n, k) for n, k in sizes)
 
     def pack_expert(self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor]) -> None:
         """gate_up [2I, H], down [H, I] → the two uint8 blocks of `expert_bytes`; gate and up rows in turns."""
+        if self.expert_format == FORMAT_PLANAR12:
+            encode_block(grouped_gemm.interleave(gate_up), out[GATE_UP])
+            encode_block(down, out[DOWN])
+            return
         grouped_gemm.interleave(gate_up, out[GATE_UP].view(self.dims.dtype).view(gate_up.shape))
         self.pack(down, out[DOWN])
 
     def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         d = self.dims
+        if self.expert_format == FORMAT_PLANAR12:
+            mixed, down = decode_block(blocks[GATE_UP], 2 * d.intermediate, d.hidden), blocks[DOWN]
+            return grouped_gemm.deinterleave(mixed), decode_block(down, d.hidden, d.intermediate)
         return (
             grouped_gemm.deinterleave(self.unpack(blocks[GATE_UP], 2 * d.intermediate, d.hidden)),
             self.unpack(blocks[DOWN], d.hidden, d.intermediate),
@@ -206,7 +228,11 @@ class TritonOps:
 
     def _tiles(self, slots: int) -> Tiles:
         d, itemsize = self.dims, self.act_dtype.itemsize
+        rows = slots / max(1, min(slots, d.experts))
+        if self.expert_format == FORMAT_PLANAR12:
+            # Batch-invariant: whatever the batch, the tile of the largest.
+            tile = planar12_tile(math.inf if self.batch_invariant else rows, self._capability)
+            return Tiles(tile, tile)
         if self.batch_invariant:
             return Tiles(self._fixed_tile, self._fixed_tile)
-        rows = slots / max(1, min(slots, d.experts))
         return choose_tiles(d.hidden, d.intermediate, rows, self._capability, itemsize, self._gpu)

@@ -137,8 +137,8 @@ def resolve_device(name: str) -> torch.device:
 def _make_ops(config: EngineConfig, dims: LayerDims, limits: Limits, device: torch.device) -> Ops:
     if config.kernels not in ("auto", "torch", "triton"):
         raise DeviceError(f"unknown kernels {config.kernels!r}; choose auto, torch or triton")
-    if config.expert_format != "dense" and (device.type != "cpu" or config.kernels != "auto"):
-        raise DeviceError(f"expert format {config.expert_format} is read by the CPU kernels only, so far; use dense")
+    if config.expert_format != "dense" and config.kernels == "torch":
+        raise DeviceError(f"the torch kernels cannot read expert format {config.expert_format}; use dense")
     if config.kernels == "torch":
         return TorchOps(dims, limits, device)
     if device.type == "cpu" and config.kernels == "auto":
@@ -146,7 +146,8 @@ def _make_ops(config: EngineConfig, dims: LayerDims, limits: Limits, device: tor
     # Imported where it is used: triton exists on few platforms, and the CPU kernels on all.
     from fluxmoe.kernels.triton_ops import TritonOps
 
-    return TritonOps(dims, limits, device, batch_invariant=config.batch_invariant)
+    expert_format = EXPERT_FORMATS[config.expert_format]
+    return TritonOps(dims, limits, device, batch_invariant=config.batch_invariant, expert_format=expert_format)
 
 
 class Engine:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.expert_table import FORMAT_PLANAR12, ExpertTable
 from fluxmoe.kernels.grouped_gemm import combine, deinterleave, down, gate_up, interleave, linear, moe_torch
 from fluxmoe.kernels.ops import KernelError
+from fluxmoe.kernels.packing import FORMATS
+from fluxmoe.kernels.packing.blocks import decode_block, encode_block, planar12_block_bytes
 from fluxmoe.kernels.routing import Router
 from fluxmoe.kernels.tiles import Tile, default_tile, invariant_tile
 
@@ -193,3 +195,60 @@ def test_what_does_not_fit_is_refused():
         down(h.t(), layer.table, routing, x, torch.bfloat16, TILES["swap"])
     with pytest.raises(KernelError, match="TMA"):
         gate_up(x, layer.table, routing, h, torch.bfloat16, Tile(16, 128, 32, 4, 2, tma=True))
+
+
+def planar12_layer(hidden: int, intermediate: int, crowded: bool = False) -> tuple[Layer, ExpertTable]:
+    """A layer, and a table of its experts of which every second one is compressed."""
+    layer = Layer(4, hidden, intermediate, torch.bfloat16)
+    rare = torch.tensor([3e-30, -0.0, 9.0, 1e-38, -2e-20]).bfloat16()
+    for expert, pair in enumerate(layer.weights):
+        for weight in pair:
+            weight[torch.randperm(len(weight))[:expert], 0] = rare[:expert]
+            if crowded:
+                weight[:16, 100] = 1e-30
+    layer.table = layer.make_table()
+    blocks, formats = [], torch.zeros(4, 2, dtype=torch.uint8)
+    for expert, (pair, (gate_up_weight, down_weight)) in enumerate(zip(layer.table.blocks, layer.weights, strict=True)):
+        if expert % 2:
+            weights = (interleave(gate_up_weight), down_weight)
+            pair = tuple(torch.zeros(planar12_block_bytes(*w.shape), dtype=torch.uint8) for w in weights)
+            for weight, block in zip(weights, pair, strict=True):
+                encode_block(weight, block)
+                assert torch.equal(decode_block(block, *weight.shape).view(torch.int16), weight.view(torch.int16))
+                assert FORMATS["planar12"].encode(weight).planes["raw_tiles"].numel() == (8192 if crowded else 0)
+            pair = tuple(block.to(DEVICE) for block in pair)
+            formats[expert] = FORMAT_PLANAR12
+        blocks.append(pair)
+    addresses = torch.tensor([[b.data_ptr() for b in pair] for pair in blocks], dtype=torch.int64, device=DEVICE)
+    return layer, ExpertTable(tuple(blocks), addresses, formats.to(DEVICE))
+
+
+@pytest.mark.parametrize("crowded", [False, True], ids=["few escapes", "raw tiles"])
+def test_compressed_and_dense_experts_of_one_launch_give_the_same_bits(crowded):
+    layer, mixed = planar12_layer(256, 256, crowded)
+    tile = Tile(16, 64, 64, 4, 2, swap_ab=True)
+    x, logits = torch.randn(9, 256).bfloat16(), torch.randn(9, 4)
+    dense, _ = layer.run(x, logits, 2, tile)
+    layer.table = mixed
+    assert mixed.planar12
+    compressed, _ = layer.run(x, logits, 2, tile)
+    assert torch.equal(compressed, dense)
+
+
+def test_compressed_experts_with_sizes_of_no_tile_are_right():
+    layer, mixed = planar12_layer(200, 112)
+    layer.table = mixed
+    layer.check(11, 2, Tile(16, 64, 64, 4, 2, swap_ab=True))
+
+
+def test_compressed_experts_need_their_tile():
+    layer, mixed = planar12_layer(128, 128)
+    layer.table = mixed
+    with pytest.raises(KernelError, match="64 swapped weight rows"):
+        layer.run(torch.randn(2, 128).bfloat16(), torch.randn(2, 4), 1, TILES["plain"])
+
+
+def test_incompressible_experts_are_refused():
+    weight = torch.randint(-(2**15), 2**15, (64, 128), dtype=torch.int16).view(torch.bfloat16)
+    with pytest.raises(KernelError, match="use the dense format"):
+        encode_block(weight, torch.zeros(planar12_block_bytes(64, 128), dtype=torch.uint8))

@@ -7,19 +7,21 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from fluxmoe.kernels.expert_table import EXPERT_FORMATS
 from fluxmoe.models.config import load_config
 from fluxmoe.runtime.budget import parse_bytes
-from fluxmoe.runtime.engine import Engine, EngineConfig, resolve_device, summarise
+from fluxmoe.runtime.engine import Engine, EngineConfig, StepMetrics, resolve_device, summarise
 from fluxmoe.runtime.placement import POLICIES
 from fluxmoe.runtime.request import Request, RequestOutput, SamplingParams
 
-from .common import Parser, UsageError, cli_main, provenance, write_json
+from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="request i samples with seed + i")
     p.add_argument("--ignore-eos", action="store_true")
     p.add_argument("--trace", metavar="FILE", help="save a Chrome trace of loads and compute")
+    p.add_argument("--steps", metavar="FILE", help="save a CSV with the metrics of every iteration")
     p.add_argument("--json", metavar="FILE", help="save outputs, metrics, memory, placement, provenance")
     return p
 
@@ -87,6 +90,15 @@ def engine_config(args: argparse.Namespace, max_context: int, **overrides) -> En
             **overrides,
         }
     )
+
+
+def steps_csv(steps: list[StepMetrics]) -> str:
+    """One row an iteration, columns of StepMetrics."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(StepMetrics)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(step) for step in steps)
+    return text.getvalue()
 
 
 class Tokenizer:
@@ -185,6 +197,8 @@ def run(args: argparse.Namespace) -> dict:
         steps = list(engine.steps(requests, outputs))
         if args.trace:
             engine.timeline.save(args.trace)
+        if args.steps:
+            write_atomically(args.steps, steps_csv(steps))
         memory = {**engine.budget.lines(), "budget": engine.budget.total}
         placement = {
             "name": engine.placement.name, "expert_format": args.expert_format, **engine.placement.counts()

@@ -82,3 +82,30 @@ def plot_memory_budget(directory: Path) -> Path:
     figure.savefig(path, dpi=160)
     plt.close(figure)
     return path
+
+
+def plot_exponents(directory: Path) -> Path:
+    """exponents.png beside histogram.csv and summary.json: shares of exponents and of mantissas; returns its path."""
+    counts = pd.read_csv(directory / "histogram.csv")
+    about = json.loads((directory / "summary.json").read_text())
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), layout="constrained")
+    for axis, field, entropy in zip(
+        axes, ("exponent", "mantissa"), ("exponent_entropy_bits", "mantissa_entropy_bits"), strict=True
+    ):
+        rows = counts[counts.field == field]
+        axis.bar(rows.value, rows["count"] / rows["count"].sum(), color="#0072B2", width=0.9)
+        axis.set_title(f"{field}: {about[entropy]:.2f} bits", fontsize=9)
+        axis.set_xlabel(f"{field} value")
+        axis.spines[["top", "right"]].set_visible(False)
+    common = counts[(counts.field == "exponent") & (counts["count"] > 1e-6 * about["weights"])].value
+    axes[0].set_xlim(common.min() - 1, common.max() + 1)
+    axes[0].set_ylabel("share of weights")
+    figure.suptitle(
+        f"{about['weights'] / 1e6:.0f} million bf16 expert weights, {about['model']['arch']}: "
+        f"at least {about['bits_per_weight_bound']:.2f} bits each",
+        fontsize=9,
+    )
+    path = directory / "exponents.png"
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    return path

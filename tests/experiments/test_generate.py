@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import struct
@@ -40,10 +41,11 @@ def error_of(capsys, *arguments) -> str:
 
 
 def test_writes_the_documented_json(model_dir, tmp_path, capsys):
-    out, trace = tmp_path / "out.json", tmp_path / "trace.json"
+    out, trace, steps = tmp_path / "out.json", tmp_path / "trace.json", tmp_path / "steps.csv"
     run(
         "--model", model_dir, "--prompt", "Beautiful is better", "than ugly.", "--max-new-tokens", 5, "--budget",
         "4MiB", "--placement", "host", "--device", "cpu", "--ignore-eos", "--json", out, "--trace", trace,
+        "--steps", steps,
     )  # fmt: skip
     result = json.loads(out.read_text())
     assert [len(o["token_ids"]) for o in result["outputs"]] == [5, 5]
@@ -55,6 +57,9 @@ def test_writes_the_documented_json(model_dir, tmp_path, capsys):
         "tokens_per_s", "decode_tokens_per_s", "wall_s", "peak_batch", "preemptions", "streamed_bytes", "stall_s"
     }  # fmt: skip
     assert wanted <= set(result["metrics"])
+    table = list(csv.DictReader(steps.open()))
+    assert len(table) == 5
+    assert sum(int(row["streamed_bytes"]) for row in table) == result["metrics"]["streamed_bytes"]
     memory = result["memory"]
     assert memory["budget"] == 4 << 20
     assert sum(v for k, v in memory.items() if k != "budget") <= memory["budget"]

@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from fluxmoe.kernels.expert_table import EXPERT_FORMATS
+from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.models.config import load_config
 from fluxmoe.runtime.budget import parse_bytes
 from fluxmoe.runtime.engine import Engine, EngineConfig, StepMetrics, resolve_device, summarise
@@ -49,10 +49,19 @@ def add_engine_arguments(p: argparse.ArgumentParser, swept: bool = False) -> Non
         p.add_argument("--budget", default="all", help="device bytes for everything, e.g. 512MiB; or all")
         p.add_argument("--placement", default="resident", choices=sorted(POLICIES))
         p.add_argument("--alpha", type=float, help="share of experts kept on the device")
+        p.add_argument("--dense-share", type=float, default=0.0, help="share of experts kept dense even so")
         p.add_argument(
-            "--expert-format", default="dense", choices=sorted(EXPERT_FORMATS),
-            help="planar12: bf16 experts in 12 bits, lossless, in every tier and slot; the GEMM reads them in place",
+            "--expert-format", choices=["dense", *FORMATS],
+            help="lossless format of experts (default: planar12 for packed and hybrid, dense for the others); the GEMM "
+            "reads planar12 in place, the others are decoded into slots",
         )  # fmt: skip
+    p.add_argument(
+        "--host-format", choices=["dense", *FORMATS], help="format in host memory and files (default: --expert-format)"
+    )
+    p.add_argument(
+        "--slot-format", choices=["packed", "decoded"], default="packed",
+        help="packed: the GEMM reads compressed experts in their slots; decoded: they are decoded into them",
+    )  # fmt: skip
     p.add_argument("--slots", type=int, default=2, help="streaming slots, at least 2")
     p.add_argument("--max-batch", type=int, default=64, help="sequences in a batch")
     p.add_argument("--max-batched-tokens", type=int, default=256, help="tokens of one pass (prefill chunk)")
@@ -75,6 +84,8 @@ def add_engine_arguments(p: argparse.ArgumentParser, swept: bool = False) -> Non
 def engine_config(args: argparse.Namespace, max_context: int, **overrides) -> EngineConfig:
     return EngineConfig(
         **{
+            "host_format": args.host_format,
+            "slot_format": args.slot_format,
             "slots": args.slots,
             "max_batch": args.max_batch,
             "max_batched_tokens": args.max_batched_tokens,
@@ -187,6 +198,7 @@ def run(args: argparse.Namespace) -> dict:
         budget_bytes=parse_bytes(args.budget),
         placement=args.placement,
         alpha=args.alpha,
+        dense_share=args.dense_share,
         expert_format=args.expert_format,
         min_kv_tokens=shortest,
         progress=sys.stderr.isatty(),
@@ -200,9 +212,8 @@ def run(args: argparse.Namespace) -> dict:
         if args.steps:
             write_atomically(args.steps, steps_csv(steps))
         memory = {**engine.budget.lines(), "budget": engine.budget.total}
-        placement = {
-            "name": engine.placement.name, "expert_format": args.expert_format, **engine.placement.counts()
-        }  # fmt: skip
+        formats = {"device_format": settings.device_format, "host_format": settings.formats.host}
+        placement = {"name": engine.placement.name, **formats, **engine.placement.counts()}
     ordered = [outputs[request.request_id] for request in requests]
     totals = summarise(steps)
     generated = sum(len(output.token_ids) for output in ordered)

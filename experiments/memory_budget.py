@@ -18,7 +18,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fluxmoe.kernels.expert_table import EXPERT_FORMATS
+from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.models.config import ModelConfig, load_config
 from fluxmoe.runtime.budget import BudgetError, format_bytes, parse_bytes
 from fluxmoe.runtime.engine import Engine, resolve_device, summarise
@@ -33,13 +33,15 @@ from .plots import plot_memory_budget
 from .workloads import Lengths, drawn_lengths, make_requests, trace_lengths
 
 # offload and balanced at one α, so that they differ only in how the streamed half is spread over the layers.
-DEFAULT_PLACEMENTS = ("resident", "offload:0.5", "balanced:0.5", "host", "resident+planar12")
+DEFAULT_PLACEMENTS = (
+    "resident", "offload:0.5", "balanced:0.5", "host", "packed", "balanced:0.5+planar12", "host+planar12",
+)  # fmt: skip
 COLUMNS = (
     "placement", "alpha", "budget_bytes", "repeat", "status", "reason", "least_budget", "tokens_per_s",
     "total_tokens_per_s",
     "decode_tokens_per_s", "wall_s", "iterations", "requests", "refused", "generated_tokens", "max_batch",
     "peak_batch", "preemptions", "swapped_blocks", "kv_blocks", "peak_kv_blocks", "block_size", "streamed_bytes",
-    "stall_s", "transfer_s", "hidden_share", "non_expert_weights", "resident_experts", "slots",
+    "stall_s", "transfer_s", "hidden_share", "non_expert_weights", "resident_experts", "packed_experts", "slots",
     "workspace", "kv_cache", "host_bytes", "disk_bytes", "tokens_sha256",
     "commit",
 )  # fmt: skip
@@ -92,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budgets", nargs="+", metavar="BYTES", help="e.g. 256MiB 512MiB 1GiB")
     p.add_argument(
         "--placements", nargs="+", metavar="NAME[:ALPHA][+FORMAT]", default=list(DEFAULT_PLACEMENTS),
-        help=f"{', '.join(POLICIES)}; with a share of resident experts where it takes one, and +planar12 for "
+        help=f"{', '.join(POLICIES)}; with a share of experts on the device where it takes one, and + a format for "
         "compressed experts (default: %(default)s)",
     )  # fmt: skip
     p.add_argument("--requests", type=int, help="number of requests")
@@ -108,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def split_placement(text: str) -> tuple[str, float | None, str]:
+def split_placement(text: str) -> tuple[str, float | None, str | None]:
     """'balanced:0.5+planar12' → ('balanced', 0.5, 'planar12'); checked by trying it on a model of one layer."""
     where, _, expert_format = text.partition("+")
     name, _, share = where.partition(":")
@@ -116,10 +118,10 @@ def split_placement(text: str) -> tuple[str, float | None, str]:
         alpha = float(share) if share else None
     except ValueError:
         raise UsageError(f"placement {text!r}: {share!r} is no share; write for example balanced:0.5") from None
-    if (expert_format or "dense") not in EXPERT_FORMATS:
-        raise UsageError(f"placement {text!r}: unknown expert format; these are: {', '.join(EXPERT_FORMATS)}")
+    if (expert_format or "dense") not in ("dense", *FORMATS):
+        raise UsageError(f"placement {text!r}: unknown expert format; these are: dense, {', '.join(FORMATS)}")
     place(name, 1, 1, alpha=alpha, bandwidths={Tier.RESIDENT: 1.0, Tier.HOST: 1.0})
-    return name, alpha, expert_format or "dense"
+    return name, alpha, expert_format or None
 
 
 def preset_model(name: str, directory: Path, seed: int = 0) -> Path:
@@ -186,7 +188,7 @@ def run_point(
             "hidden_share": hidden,
             "alpha": engine.placement.alpha,
             **engine.budget.lines(),
-            "host_bytes": engine.store.host_bytes,
+            "host_bytes": engine.store.tier_bytes(Tier.HOST),
             "disk_bytes": engine.store.disk_bytes,
             "tokens_sha256": digest.hexdigest()[:16],
         }
@@ -242,6 +244,8 @@ def sweep(args: argparse.Namespace) -> list[dict]:
             key: getattr(args, key)
             for key in (
                 "slots",
+                "host_format",
+                "slot_format",
                 "max_batch",
                 "max_batched_tokens",
                 "block_size",

@@ -10,11 +10,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
+from fluxmoe.runtime.placement import COMPRESSING
 
 MIB = 1 << 20
 # Okabe-Ito: told apart with any colour vision, and by marker.
 STYLE = {
     "resident": ("#000000", "o", "resident (all experts on the device)"),
+    "packed": ("#D55E00", "P", "packed (all experts on the device, compressed)"),
+    "hybrid": ("#F0E442", "X", "hybrid (last layers in host, the rest compressed)"),
     "offload": ("#E69F00", "s", "offload (last layers in host, vLLM-O)"),
     "balanced": ("#0072B2", "D", "balanced (same share of each layer streamed)"),
     "host": ("#009E73", "^", "host (all experts streamed)"),
@@ -46,7 +49,7 @@ def plot_memory_budget(directory: Path) -> Path:
         spread = [speed - grouped.tokens_per_s.min(), grouped.tokens_per_s.max() - speed]
         axis.errorbar(
             x, speed, yerr=spread, color=colour, linewidth=1.6, capsize=2, label=label, zorder=2,
-            linestyle="--" if expert_format else "-",
+            linestyle="--" if expert_format or name in COMPRESSING else "-",
         )  # fmt: skip
         thrashed = grouped.preemptions.max() > 0
         for hollow in (False, True):

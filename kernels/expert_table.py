@@ -4,7 +4,7 @@ One table serves one layer. Entry (expert, tensor type) holds the address of a p
 format, so the experts of one launch may lie in resident memory, in a streaming slot or in pinned host memory:
 
     addresses  int64 [E, 2]   address of block (expert, GATE_UP | DOWN)
-    formats    uint8 [E, 2]   how the block is encoded (EXPERT_FORMATS), each in the backend's own layout
+    formats    uint8 [E, 2]   how the block is encoded (TABLE_FORMATS), each in the backend's own layout
 
 PagedTensor of the paper (arXiv 2604.02715 §4.1) keeps one virtual address an expert and remaps pages below it;
 here the kernels are ours, so the indirection is a table and no page is ever remapped.
@@ -20,8 +20,8 @@ from torch import Tensor
 
 GATE_UP, DOWN = 0, 1
 FORMAT_DENSE, FORMAT_PLANAR12 = 0, 1
-# dense: bf16 or fp32 as it is. planar12: bf16 in 12 bits and rare escapes, lossless.
-EXPERT_FORMATS = {"dense": FORMAT_DENSE, "planar12": FORMAT_PLANAR12}
+# What a GEMM may find in a table. dense: bf16 or fp32 as it is. planar12: bf16 in 12 bits and rare escapes, lossless.
+TABLE_FORMATS = {"dense": FORMAT_DENSE, "planar12": FORMAT_PLANAR12}
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,23 @@ class ExpertTable:
 
     @classmethod
     def from_blocks(
-        cls, blocks: Sequence[tuple[Tensor, Tensor]], device: torch.device | str, expert_format: int = FORMAT_DENSE
+        cls,
+        blocks: Sequence[tuple[Tensor, Tensor]],
+        device: torch.device | str,
+        formats: int | Sequence[int] = FORMAT_DENSE,
     ) -> ExpertTable:
-        """Table over contiguous uint8 `blocks`, all of one format; `device` is where the kernels read the table."""
+        """Table over contiguous uint8 `blocks`; `device` is where the kernels read it. formats: one of each expert, or
+        one of all."""
         for expert, pair in enumerate(blocks):
             for block in pair:
                 if block.dtype != torch.uint8 or not block.is_contiguous():
                     raise ValueError(f"expert {expert}: a block must be contiguous uint8, got {block.dtype}")
         addresses = torch.tensor([[b.data_ptr() for b in pair] for pair in blocks], dtype=torch.int64)
-        formats = torch.full((len(blocks), 2), expert_format, dtype=torch.uint8)
-        return cls(tuple(blocks), addresses.reshape(-1, 2).to(device), formats.to(device))
+        each = [formats] * len(blocks) if isinstance(formats, int) else list(formats)
+        if len(each) != len(blocks):
+            raise ValueError(f"{len(blocks)} experts need as many formats, got {len(each)}")
+        pairs = torch.tensor([[f, f] for f in each], dtype=torch.uint8).reshape(-1, 2)
+        return cls(tuple(blocks), addresses.reshape(-1, 2).to(device), pairs.to(device))
 
     def __post_init__(self) -> None:
         # Asked of the host once: a launch chooses its kernel by it without reading the device.

@@ -18,6 +18,11 @@ import torch
 from torch import Tensor
 
 from .expert_table import ExpertTable
+from .packing.formats import Packed
+
+DENSE = "dense"
+# What `decode_expert` must be told beside the (gate/up, down) blocks; None where a block says it all.
+Recipes = tuple[Packed | None, Packed | None]
 
 
 class KernelError(ValueError):
@@ -108,18 +113,29 @@ class LayerExperts(Protocol):
 
 
 class Ops(Protocol):
-    """See CpuOps for shapes; activations are [T, …] in `act_dtype`."""
+    """See CpuOps for shapes; activations are [T, …] in `act_dtype`.
+
+    Experts come in formats: dense, or one of packing.FORMATS. `fused_formats` are those that `moe_add` reads in place;
+    blocks of others must go through `decode_expert` first, which makes dense blocks of them. It runs on the block's
+    device, on the current stream or the calling thread alone, so that it can work beside a forward pass.
+    """
 
     dims: LayerDims
     device: torch.device
     act_dtype: torch.dtype
     workspace_bytes: int
+    fused_formats: frozenset[str]
 
     def packed_bytes(self, n: int, k: int) -> int: ...
     def pack(self, weight: Tensor, out: Tensor) -> None: ...
     def unpack(self, block: Tensor, n: int, k: int) -> Tensor: ...
-    def expert_bytes(self) -> tuple[int, int]: ...
-    def pack_expert(self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor]) -> None: ...
+    def expert_bytes(self, expert_format: str = DENSE) -> tuple[int, int]: ...
+    def pack_expert(
+        self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = DENSE
+    ) -> Recipes: ...
+    def decode_expert(
+        self, expert_format: str, tensor_type: int, block: Tensor, out: Tensor, recipe: Packed | None
+    ) -> None: ...
     def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]: ...
     def kv_block_shape(
         self, block_size: int, kv_heads: int, head_dim: int

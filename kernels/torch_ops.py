@@ -13,7 +13,9 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from .expert_table import DOWN, GATE_UP
-from .ops import AttentionMetadata, LayerDims, LayerExperts, Limits, PackedLinear, RopeTable
+from .ops import DENSE, AttentionMetadata, LayerDims, LayerExperts, Limits, PackedLinear, Recipes, RopeTable
+from .packing.blocks import block_bytes, decode_block, encode_block
+from .packing.formats import Packed
 
 
 class TorchOps:
@@ -23,6 +25,9 @@ class TorchOps:
     computed from the limits, not memory held in advance.
     """
 
+    # Every format goes through `decode_expert`: nothing is read in place.
+    fused_formats: frozenset[str] = frozenset()
+
     def __init__(
         self,
         dims: LayerDims,
@@ -31,6 +36,7 @@ class TorchOps:
         act_dtype: torch.dtype | None = None,
     ) -> None:
         self.dims, self.limits, self.device = dims, limits, torch.device(device)
+        self._expert_shapes = ((2 * dims.intermediate, dims.hidden), (dims.hidden, dims.intermediate))
         self.act_dtype = act_dtype or (torch.float32 if self.device.type == "cpu" else dims.dtype)
         rows = limits.tokens * dims.top_k
         floats = limits.tokens * (3 * dims.hidden + 2 * dims.qkv_size + 2 * dims.heads * dims.head_dim)
@@ -48,20 +54,30 @@ class TorchOps:
     def unpack(self, block: Tensor, n: int, k: int) -> Tensor:
         return block.view(self.dims.dtype).view(n, k)
 
-    def expert_bytes(self) -> tuple[int, int]:
-        d = self.dims
-        return self.packed_bytes(2 * d.intermediate, d.hidden), self.packed_bytes(d.hidden, d.intermediate)
+    def expert_bytes(self, expert_format: str = DENSE) -> tuple[int, int]:
+        if expert_format == DENSE:
+            gate_up, down = (self.packed_bytes(n, k) for n, k in self._expert_shapes)
+        else:
+            gate_up, down = (block_bytes(expert_format, n, k, self.dims.dtype) for n, k in self._expert_shapes)
+        return gate_up, down
 
-    def pack_expert(self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor]) -> None:
+    def pack_expert(
+        self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = DENSE
+    ) -> Recipes:
+        if expert_format != DENSE:
+            return encode_block(expert_format, gate_up, out[GATE_UP]), encode_block(expert_format, down, out[DOWN])
         self.pack(gate_up, out[GATE_UP])
         self.pack(down, out[DOWN])
+        return None, None
+
+    def decode_expert(
+        self, expert_format: str, tensor_type: int, block: Tensor, out: Tensor, recipe: Packed | None
+    ) -> None:
+        decode_block(recipe, block, self.unpack(out, *self._expert_shapes[tensor_type]), parallel=False)
 
     def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        d = self.dims
-        return (
-            self.unpack(blocks[GATE_UP], 2 * d.intermediate, d.hidden),
-            self.unpack(blocks[DOWN], d.hidden, d.intermediate),
-        )
+        gate_up, down = (self.unpack(b, n, k) for b, (n, k) in zip(blocks, self._expert_shapes, strict=True))
+        return gate_up, down
 
     def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (block_size, kv_heads, head_dim), (block_size, kv_heads, head_dim)

@@ -17,10 +17,21 @@ import triton
 from torch import Tensor
 
 from . import grouped_gemm, paged_attention
-from .expert_table import DOWN, FORMAT_DENSE, FORMAT_PLANAR12, GATE_UP
+from .expert_table import DOWN, GATE_UP
 from .norm import rms_norm
-from .ops import AttentionMetadata, KernelError, LayerDims, LayerExperts, Limits, PackedLinear, RopeTable
-from .packing.blocks import decode_block, encode_block, planar12_block_bytes
+from .ops import (
+    DENSE,
+    AttentionMetadata,
+    KernelError,
+    LayerDims,
+    LayerExperts,
+    Limits,
+    PackedLinear,
+    Recipes,
+    RopeTable,
+)  # fmt: skip
+from .packing.blocks import block_bytes, decode_block, encode_block
+from .packing.formats import Packed
 from .rope_kv import rope_and_cache
 from .routing import Router
 from .tiles import Tile, Tiles, capability_of, choose_tiles, fit, invariant_tile, planar12_tile
@@ -33,8 +44,12 @@ class TritonOps:
     """Same contract as CpuOps; one engine owns one (not thread-safe). A result is valid until the same operation runs
     again; the residual stream is updated in place.
 
-    Raises KernelError for dtypes and sizes that the kernels cannot take, and without a GPU or interpreter.
+    planar12: launches may meet experts in that format, so they use its tiles, whatever the format of each expert: the
+    order of summation, and so the result, is the same for all. Raises KernelError for dtypes and sizes that the kernels
+    cannot take, and without a GPU or interpreter.
     """
+
+    fused_formats = frozenset({"planar12"})
 
     def __init__(
         self,
@@ -43,17 +58,16 @@ class TritonOps:
         device: torch.device | str,
         *,
         batch_invariant: bool = False,
-        expert_format: int = FORMAT_DENSE,
+        planar12: bool = False,
     ) -> None:
-        self.expert_format = expert_format
         self.dims, self.limits, self.device = dims, limits, torch.device(device)
         self.act_dtype, self.batch_invariant = dims.dtype, batch_invariant
+        self._planar12 = planar12
+        self._expert_shapes = ((2 * dims.intermediate, dims.hidden), (dims.hidden, dims.intermediate))
         if self.device.type != "cuda" and not triton.knobs.runtime.interpret:
             raise KernelError("Triton kernels need a CUDA device, or TRITON_INTERPRET=1 to be interpreted (slowly)")
         if dims.dtype not in grouped_gemm.TL_DTYPES:
             raise KernelError(f"Triton kernels take bfloat16, float16 or float32 weights, got {dims.dtype}")
-        if expert_format == FORMAT_PLANAR12 and dims.dtype != torch.bfloat16:
-            raise KernelError(f"expert format planar12 compresses bfloat16 weights, got {dims.dtype}; use dense")
         if limits.block_size % 16:
             raise KernelError(f"the KV block size must be a multiple of 16, got {limits.block_size}")
         tokens, rows = limits.tokens, limits.tokens * dims.top_k
@@ -98,32 +112,35 @@ class TritonOps:
     def unpack(self, block: Tensor, n: int, k: int) -> Tensor:
         return block.view(self.dims.dtype).view(n, k)
 
-    def expert_bytes(self) -> tuple[int, int]:
-        """Bytes of one expert's (gate/up, down) blocks."""
-        d = self.dims
-        sizes = ((2 * d.intermediate, d.hidden), (d.hidden, d.intermediate))
-        if self.expert_format == FORMAT_PLANAR12:
-            return tuple(planar12_block_bytes(n, k) for n, k in sizes)
-        return tuple(self.packed_bytes(n, k) for n, k in sizes)
+    def expert_bytes(self, expert_format: str = DENSE) -> tuple[int, int]:
+        """Bytes of one expert's (gate/up, down) blocks. KernelError for a format that does not exist or suit."""
+        if expert_format == DENSE:
+            gate_up, down = (self.packed_bytes(n, k) for n, k in self._expert_shapes)
+        else:
+            gate_up, down = (block_bytes(expert_format, n, k, self.dims.dtype) for n, k in self._expert_shapes)
+        return gate_up, down
 
-    def pack_expert(self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor]) -> None:
+    def pack_expert(
+        self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = DENSE
+    ) -> Recipes:
         """gate_up [2I, H], down [H, I] → the two uint8 blocks of `expert_bytes`; gate and up rows in turns."""
-        if self.expert_format == FORMAT_PLANAR12:
-            encode_block(grouped_gemm.interleave(gate_up), out[GATE_UP])
-            encode_block(down, out[DOWN])
-            return
-        grouped_gemm.interleave(gate_up, out[GATE_UP].view(self.dims.dtype).view(gate_up.shape))
-        self.pack(down, out[DOWN])
+        if expert_format == DENSE:
+            grouped_gemm.interleave(gate_up, out[GATE_UP].view(self.dims.dtype).view(gate_up.shape))
+            self.pack(down, out[DOWN])
+            return None, None
+        mixed = grouped_gemm.interleave(gate_up)
+        return encode_block(expert_format, mixed, out[GATE_UP]), encode_block(expert_format, down, out[DOWN])
+
+    def decode_expert(
+        self, expert_format: str, tensor_type: int, block: Tensor, out: Tensor, recipe: Packed | None
+    ) -> None:
+        """A compressed block → the dense block of the same weights; see Ops."""
+        decode_block(recipe, block, self.unpack(out, *self._expert_shapes[tensor_type]), parallel=False)
 
     def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        d = self.dims
-        if self.expert_format == FORMAT_PLANAR12:
-            mixed, down = decode_block(blocks[GATE_UP], 2 * d.intermediate, d.hidden), blocks[DOWN]
-            return grouped_gemm.deinterleave(mixed), decode_block(down, d.hidden, d.intermediate)
-        return (
-            grouped_gemm.deinterleave(self.unpack(blocks[GATE_UP], 2 * d.intermediate, d.hidden)),
-            self.unpack(blocks[DOWN], d.hidden, d.intermediate),
-        )
+        """Dense blocks → gate_up [2I, H], down [H, I]."""
+        mixed, down = (self.unpack(b, n, k) for b, (n, k) in zip(blocks, self._expert_shapes, strict=True))
+        return grouped_gemm.deinterleave(mixed), down
 
     def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (kv_heads, block_size, head_dim), (kv_heads, block_size, head_dim)
@@ -229,7 +246,7 @@ class TritonOps:
     def _tiles(self, slots: int) -> Tiles:
         d, itemsize = self.dims, self.act_dtype.itemsize
         rows = slots / max(1, min(slots, d.experts))
-        if self.expert_format == FORMAT_PLANAR12:
+        if self._planar12:
             # Batch-invariant: whatever the batch, the tile of the largest.
             tile = planar12_tile(math.inf if self.batch_invariant else rows, self._capability)
             return Tiles(tile, tile)

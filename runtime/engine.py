@@ -3,8 +3,8 @@
     Checkpoint ─► ExpertStore (tiers) ─► streamer (slots) ─► Decoder ─► sampling
     Scheduler ◄─► PagedKVCache            ▲ tables            ▲ batch
 
-Construction charges every device byte to a MemoryBudget in this order: non-expert weights, resident experts,
-slots, workspace; what is left is KV cache. Nothing big is loaded before the budget is known to suffice.
+Construction charges every device byte to a MemoryBudget in this order: non-expert weights, resident and packed
+experts, slots, workspace; what is left is KV cache. Nothing big is loaded before the budget is known to suffice.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from fluxmoe.kernels.cpu.ops import CpuOps
-from fluxmoe.kernels.expert_table import EXPERT_FORMATS
 from fluxmoe.kernels.ops import AttentionMetadata, LayerDims, Limits, Ops
+from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.kernels.torch_ops import TorchOps
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.decoder import Decoder, layer_dims, non_expert_bytes
@@ -28,7 +29,8 @@ from .batch import build_batch
 from .budget import MemoryBudget, available_bytes, format_bytes, require
 from .graphs import DecodeGraphs
 from .kv_cache import PagedKVCache
-from .placement import Placement, Tier, place
+from .layout import DENSE, ExpertFormats, ExpertLayout
+from .placement import COMPRESSING, Placement, Tier, place
 from .profile import measure_bandwidths
 from .request import Request, RequestOutput, Sequence
 from .sampling import sample
@@ -51,7 +53,11 @@ class EngineConfig:
     """How to serve a model.
 
     budget_bytes        device bytes for everything; None: all that is free
-    placement, alpha    see `placement.place`
+    placement, alpha    see `placement.place`; dense_share: its `dense`
+    expert_format       dense, or a name of packing.FORMATS: how balanced, host and disk hold experts, and packed and
+                        hybrid, for which None means planar12 (for the others: dense)
+    host_format         format in host memory and files, so of what crosses PCIe; None: expert_format
+    slot_format         packed: the GEMM reads compressed experts in their slots, where it can | decoded
     slots               streaming slots, S ≥ 2
     max_batch           sequences in a batch
     max_batched_tokens  tokens of one pass: the chunk size of prefill
@@ -72,7 +78,10 @@ class EngineConfig:
     budget_bytes: int | None = None
     placement: str = "resident"
     alpha: float | None = None
-    expert_format: str = "dense"
+    dense_share: float = 0.0
+    expert_format: str | None = None
+    host_format: str | None = None
+    slot_format: str = "packed"
     slots: int = 2
     max_batch: int = 64
     max_batched_tokens: int = 256
@@ -96,10 +105,31 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingError(f"{name} must be at least 1, got {value}")
-        if self.expert_format not in EXPERT_FORMATS:
-            raise SettingError(f"expert_format must be {' or '.join(EXPERT_FORMATS)}, got {self.expert_format!r}")
+        for name in ("expert_format", "host_format"):
+            value = getattr(self, name)
+            if value not in (None, DENSE, *FORMATS):
+                raise SettingError(f"{name} must be one of {DENSE}, {', '.join(FORMATS)}, got {value!r}")
+        if self.placement == "resident" and self.device_format != DENSE:
+            raise SettingError(
+                f"placement resident holds experts dense; placement packed holds them in {self.expert_format}"
+            )
+        if self.placement in COMPRESSING and self.device_format == DENSE:
+            raise SettingError(f"placement {self.placement} holds compressed experts: choose {', '.join(FORMATS)}")
+        if self.slot_format not in ("packed", "decoded"):
+            raise SettingError(f"slot_format must be packed or decoded, got {self.slot_format!r}")
         if self.preemption not in ("recompute", "swap"):
             raise SettingError(f"preemption must be recompute or swap, got {self.preemption!r}")
+
+    @property
+    def device_format(self) -> str:
+        """The format of experts that stay on the device, but for those that a placement keeps dense."""
+        return self.expert_format or ("planar12" if self.placement in COMPRESSING else DENSE)
+
+    @property
+    def formats(self) -> ExpertFormats:
+        """Formats of all tiers."""
+        packed = "planar12" if self.device_format == DENSE else self.device_format  # no policy will use it
+        return ExpertFormats(packed, self.host_format or self.device_format, self.slot_format)
 
 
 @dataclass(frozen=True)
@@ -137,17 +167,16 @@ def resolve_device(name: str) -> torch.device:
 def _make_ops(config: EngineConfig, dims: LayerDims, limits: Limits, device: torch.device) -> Ops:
     if config.kernels not in ("auto", "torch", "triton"):
         raise DeviceError(f"unknown kernels {config.kernels!r}; choose auto, torch or triton")
-    if config.expert_format != "dense" and config.kernels == "torch":
-        raise DeviceError(f"the torch kernels cannot read expert format {config.expert_format}; use dense")
     if config.kernels == "torch":
         return TorchOps(dims, limits, device)
     if device.type == "cpu" and config.kernels == "auto":
-        return CpuOps(dims, limits, config.threads, EXPERT_FORMATS[config.expert_format])
+        return CpuOps(dims, limits, config.threads)
     # Imported where it is used: triton exists on few platforms, and the CPU kernels on all.
     from fluxmoe.kernels.triton_ops import TritonOps
 
-    expert_format = EXPERT_FORMATS[config.expert_format]
-    return TritonOps(dims, limits, device, batch_invariant=config.batch_invariant, expert_format=expert_format)
+    formats = config.formats
+    planar12 = config.device_format == "planar12" or (formats.host == "planar12" and formats.slot == "packed")
+    return TritonOps(dims, limits, device, batch_invariant=config.batch_invariant, planar12=planar12)
 
 
 class Engine:
@@ -165,20 +194,15 @@ class Engine:
         context = min(config.max_context or model.max_position_embeddings, model.max_position_embeddings)
         limits = Limits(max(config.max_batched_tokens, config.max_batch), config.max_batch, context, config.block_size)
         self.ops = _make_ops(config, layer_dims(model), limits, self.device)
-        self.placement = self._place()
+        self.layout = self._lay_out()
+        self.placement = self.layout.placement
         self.timeline = Timeline(config.timeline)
         # Only where nothing waits for the device in mid-pass, as the plain torch path does.
         graphs = config.cuda_graphs and self.device.type == "cuda" and config.kernels != "torch"
         per_graph = (config.max_batch, -(-context // config.block_size), config.block_size)
         self._graph_bytes = DecodeGraphs.buffer_bytes(*per_graph) if graphs else 0
         self.budget, num_blocks = self._charge(limits)
-        self.store = ExpertStore(
-            self.placement,
-            self.ops.expert_bytes(),
-            self.device,
-            expert_format=EXPERT_FORMATS[config.expert_format],
-            disk_dir=config.disk_dir,
-        )
+        self.store = ExpertStore(self.layout, self.device, decode=self.ops.decode_expert, disk_dir=config.disk_dir)
         try:
             self.decoder = self._load(checkpoint, context)
             self.kv, self.scheduler = self._cache_and_scheduler(num_blocks, limits)
@@ -224,21 +248,43 @@ class Engine:
         )
         return cache, scheduler
 
+    def _lay_out(self) -> ExpertLayout:
+        config, ops, formats = self.config, self.ops, self.config.formats
+        placement = self._place()
+        used = {DENSE}
+        used |= {formats.packed} if (placement.tiers == Tier.PACKED).any() else set()
+        used |= {formats.host} if np.isin(placement.tiers, (Tier.HOST, Tier.DISK)).any() else set()
+        return ExpertLayout(
+            placement, {name: ops.expert_bytes(name) for name in used}, config.formats, ops.fused_formats
+        )
+
     def _place(self) -> Placement:
         config, model = self.config, self.model
+        device_tier = Tier.RESIDENT if config.device_format == DENSE else Tier.PACKED
         bandwidths: Mapping[Tier, float] | None = None
         if config.placement == "balanced" and config.alpha is None:
             bandwidths = measure_bandwidths(self.device)
-        return place(config.placement, model.num_layers, model.num_experts, alpha=config.alpha, bandwidths=bandwidths)
+            # A GEMM that decodes in its tile loop is bound by bytes, and both tiers deliver the same compressed ones.
+            bandwidths |= {Tier.PACKED: bandwidths[Tier.RESIDENT]}
+        return place(
+            config.placement,
+            model.num_layers,
+            model.num_experts,
+            alpha=config.alpha,
+            dense=config.dense_share,
+            device_tier=device_tier,
+            bandwidths=bandwidths,
+        )
 
     def _charge(self, limits: Limits) -> tuple[MemoryBudget, int]:
         """Fill the ledger; returns it with the number of KV blocks that fit."""
         config, model, ops = self.config, self.model, self.ops
-        expert = sum(ops.expert_bytes())
+        layout = self.layout
         lines = {
             "non_expert_weights": non_expert_bytes(model, ops, limits.context),
-            "resident_experts": ExpertStore.resident_bytes_of(self.placement, ops.expert_bytes()),
-            "slots": slot_bytes(self.placement, ops.expert_bytes(), config.slots),
+            "resident_experts": layout.tier_bytes(Tier.RESIDENT),
+            "packed_experts": layout.tier_bytes(Tier.PACKED),
+            "slots": slot_bytes(layout, config.slots, self.device),
             "workspace": ops.workspace_bytes + self._graph_bytes,
         }
         block = PagedKVCache.bytes_per_block(
@@ -246,7 +292,7 @@ class Engine:
         )
         total = available_bytes(self.device) if config.budget_bytes is None else config.budget_bytes
         least_blocks = -(-config.min_kv_tokens // config.block_size)
-        require(total, {**lines, "kv_cache": least_blocks * block}, hint=self._hint(expert))
+        require(total, {**lines, "kv_cache": least_blocks * block}, hint=self._hint())
         budget = MemoryBudget(total)
         for line, nbytes in lines.items():
             budget.reserve(line, nbytes)
@@ -256,24 +302,26 @@ class Engine:
         budget.reserve("kv_cache", num_blocks * block)
         return budget, num_blocks
 
-    def _hint(self, expert_bytes: int) -> str:
+    def _hint(self) -> str:
         if self.placement.alpha == 0:
             return "lower --max-batch, or serve a smaller model"
-        return f"--placement host keeps no expert resident ({format_bytes(expert_bytes)} each)"
+        return f"--placement host keeps no expert on the device ({format_bytes(self.layout.expert_bytes(DENSE))} each)"
 
     def _load(self, checkpoint: Checkpoint, context: int) -> Decoder:
         """Stream the checkpoint into decoder and store, one tensor at a time through one staging block."""
         decoder = Decoder(self.model, self.ops, context)
         for role, layer, weight in checkpoint.dense_tensors():
             decoder.load(role, layer, weight)
-        staging = tuple(torch.empty(n, dtype=torch.uint8) for n in self.ops.expert_bytes())
+        layout, ops = self.layout, self.ops
+        staging = {name: tuple(torch.empty(n, dtype=torch.uint8) for n in layout.sizes[name]) for name in layout.sizes}
         total = self.model.num_layers * self.model.num_experts
         experts = tqdm(
             checkpoint.experts(), "experts", total, disable=not self.config.progress, leave=False, unit="expert"
         )
         for layer, expert, gate_up, down in experts:
-            self.ops.pack_expert(gate_up, down, staging)
-            self.store.put(layer, expert, *staging)
+            stored = layout.stored(Tier(self.placement.tiers[layer, expert]))
+            recipes = ops.pack_expert(gate_up, down, staging[stored], stored)
+            self.store.put(layer, expert, staging[stored], recipes)
         self.store.seal()
         return decoder
 
@@ -369,7 +417,8 @@ class Engine:
         """What the parts really hold on the device, line by line, to be compared with the ledger."""
         return {
             "non_expert_weights": self.decoder.nbytes,
-            "resident_experts": self.store.resident_bytes,
+            "resident_experts": self.store.tier_bytes(Tier.RESIDENT),
+            "packed_experts": self.store.tier_bytes(Tier.PACKED),
             "slots": self.streamer.slot_bytes,
             "workspace": self.ops.workspace_bytes + self._graph_bytes,
             "kv_cache": self.kv.nbytes,

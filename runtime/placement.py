@@ -1,9 +1,11 @@
 """Placement: which tier holds each expert of each layer. Pure functions; experiments differ in one argument.
 
-    resident   every expert on the device                                   vLLM
-    offload    the last layers wholly in host memory                        vLLM-O (arXiv 2604.02715 §6.1)
-    balanced   the same share of every layer in host memory                 FluxMoE (§4.2)
-    host       every expert in host memory, all streamed                    α = 0
+    resident   every expert on the device, dense                                  vLLM
+    packed     every expert on the device, compressed                             FluxMoE with α = 1
+    offload    the last layers wholly in host memory, the rest dense              vLLM-O (arXiv 2604.02715 §6.1)
+    hybrid     the last layers wholly in host memory, the rest compressed         FluxMoE-H (§6.1)
+    balanced   the same share of every layer in host memory                       FluxMoE (§4.2)
+    host       every expert in host memory, all streamed                          α = 0
     disk       every expert in a file, all streamed
 
 α is the share of experts that stay on the device. Inside a layer the experts with the highest ids stream: a
@@ -25,11 +27,15 @@ class PlacementError(ValueError):
 
 
 class Tier(IntEnum):
-    """Where an expert's bytes lie. Packed tiers join here; everything that branches on a tier is in store.py."""
+    """Where an expert's bytes lie: dense on the device, in host memory, in a file, compressed on the device."""
 
     RESIDENT = 0
     HOST = 1
     DISK = 2
+    PACKED = 3
+
+
+DEVICE_TIERS = (Tier.RESIDENT, Tier.PACKED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,39 +48,41 @@ class Placement:
     @property
     def alpha(self) -> float:
         """Share of experts on the device."""
-        return float((self.tiers == Tier.RESIDENT).mean())
+        return float(np.isin(self.tiers, DEVICE_TIERS).mean())
 
     def counts(self) -> dict[str, int]:
         """Experts by tier name."""
         return {tier.name.lower(): int((self.tiers == tier).sum()) for tier in Tier}
 
-    def resident(self, layer: int) -> list[int]:
-        return np.flatnonzero(self.tiers[layer] == Tier.RESIDENT).tolist()
-
-    def streamed(self, layer: int) -> list[int]:
-        """Experts of a layer that must cross a link before the layer runs, ascending."""
-        return np.flatnonzero(self.tiers[layer] != Tier.RESIDENT).tolist()
-
-    @property
-    def streamed_layers(self) -> list[int]:
-        return [layer for layer in range(len(self.tiers)) if self.streamed(layer)]
-
-    @property
-    def max_streamed(self) -> int:
-        """Experts that stream in the layer where most do: the size of a slot."""
-        return int((self.tiers != Tier.RESIDENT).sum(axis=1).max(initial=0))
+    def members(self, layer: int, tier: Tier) -> list[int]:
+        """Experts of a layer in a tier, ascending."""
+        return np.flatnonzero(self.tiers[layer] == tier).tolist()
 
 
-def _spread(layers: int, experts: int, alpha: float, tier: Tier) -> np.ndarray:
-    """round(α·L·E) residents; layers differ by at most one expert, the odd ones spread over the depth.
+@dataclass(frozen=True)
+class _Request:
+    """What a policy is asked: sizes, α, the tier of experts that stay on the device, bytes/s by tier."""
+
+    layers: int
+    experts: int
+    alpha: float | None
+    device_tier: Tier
+    bandwidths: Mapping[Tier, float] | None
+
+    def all(self, tier: Tier) -> np.ndarray:
+        return np.full((self.layers, self.experts), tier, dtype=np.int8)
+
+
+def _spread(request: _Request, alpha: float, tier: Tier) -> np.ndarray:
+    """round(α·L·E) on the device; layers differ by at most one expert, the odd ones spread over the depth.
 
     Nested: what a share keeps, every greater share keeps too, so that a step of α moves no expert back and forth.
     """
-    each, odd = divmod(round(alpha * layers * experts), layers)
-    tiers = np.full((layers, experts), tier, dtype=np.int8)
-    tiers[:, :each] = Tier.RESIDENT
+    each, odd = divmod(round(alpha * request.layers * request.experts), request.layers)
+    tiers = request.all(tier)
+    tiers[:, :each] = request.device_tier
     if odd:
-        tiers[_scattered(layers)[:odd], each] = Tier.RESIDENT
+        tiers[_scattered(request.layers)[:odd], each] = request.device_tier
     return tiers
 
 
@@ -85,48 +93,52 @@ def _scattered(layers: int) -> list[int]:
     return [layer for layer in mirrored if layer < layers]
 
 
-def _resident(layers: int, experts: int, alpha: float | None, bandwidths: Mapping[Tier, float] | None) -> np.ndarray:
-    if alpha not in (None, 1.0):
-        raise PlacementError(f"placement resident keeps every expert (alpha 1), got alpha {alpha}")
-    return np.full((layers, experts), Tier.RESIDENT, dtype=np.int8)
+def _whole(name: str, tier: Tier) -> Policy:
+    def policy(request: _Request) -> np.ndarray:
+        if request.alpha not in (None, 1.0):
+            raise PlacementError(f"placement {name} keeps every expert (alpha 1), got alpha {request.alpha}")
+        return request.all(tier)
+
+    return policy
 
 
-def _offload(layers: int, experts: int, alpha: float | None, bandwidths: Mapping[Tier, float] | None) -> np.ndarray:
-    # The paper's vLLM-O offloads the last 12.5 % of layers.
-    alpha = 0.875 if alpha is None else alpha
-    keep = min(round(alpha * layers), layers - 1) if alpha < 1 else layers
-    tiers = np.full((layers, experts), Tier.RESIDENT, dtype=np.int8)
-    tiers[keep:] = Tier.HOST
-    return tiers
+def _last_layers(tier: Tier) -> Policy:
+    def policy(request: _Request) -> np.ndarray:
+        # The paper's baselines offload the last 12.5 % of layers.
+        alpha = 0.875 if request.alpha is None else request.alpha
+        keep = min(round(alpha * request.layers), request.layers - 1) if alpha < 1 else request.layers
+        tiers = request.all(tier)
+        tiers[keep:] = Tier.HOST
+        return tiers
+
+    return policy
 
 
-def _balanced(layers: int, experts: int, alpha: float | None, bandwidths: Mapping[Tier, float] | None) -> np.ndarray:
+def _balanced(request: _Request) -> np.ndarray:
+    alpha = request.alpha
     if alpha is None:
-        if not bandwidths:
+        if not request.bandwidths:
             raise PlacementError("placement balanced needs alpha, or bandwidths to derive it from")
-        if lacking := {Tier.RESIDENT, Tier.HOST} - bandwidths.keys():
+        if lacking := {request.device_tier, Tier.HOST} - request.bandwidths.keys():
             raise PlacementError(f"placement balanced needs a bandwidth of tier {min(lacking).name}, or alpha")
         # x_k = B_k / ΣB: all tiers are done with a layer at the same time (§4.2).
-        alpha = bandwidths[Tier.RESIDENT] / (bandwidths[Tier.RESIDENT] + bandwidths[Tier.HOST])
-    return _spread(layers, experts, alpha, Tier.HOST)
+        device, host = (request.bandwidths[tier] for tier in (request.device_tier, Tier.HOST))
+        alpha = device / (device + host)
+    return _spread(request, alpha, Tier.HOST)
 
 
-def _host(layers: int, experts: int, alpha: float | None, bandwidths: Mapping[Tier, float] | None) -> np.ndarray:
-    return _spread(layers, experts, alpha or 0.0, Tier.HOST)
-
-
-def _disk(layers: int, experts: int, alpha: float | None, bandwidths: Mapping[Tier, float] | None) -> np.ndarray:
-    return _spread(layers, experts, alpha or 0.0, Tier.DISK)
-
-
-Policy = Callable[[int, int, float | None, Mapping[Tier, float] | None], np.ndarray]
+Policy = Callable[[_Request], np.ndarray]
 POLICIES: dict[str, Policy] = {
-    "resident": _resident,
-    "offload": _offload,
+    "resident": _whole("resident", Tier.RESIDENT),
+    "packed": _whole("packed", Tier.PACKED),
+    "offload": _last_layers(Tier.RESIDENT),
+    "hybrid": _last_layers(Tier.PACKED),
     "balanced": _balanced,
-    "host": _host,
-    "disk": _disk,
+    "host": lambda request: _spread(request, request.alpha or 0.0, Tier.HOST),
+    "disk": lambda request: _spread(request, request.alpha or 0.0, Tier.DISK),
 }
+# Policies that hold compressed experts on the device, whatever they are asked.
+COMPRESSING = ("packed", "hybrid")
 
 
 def place(
@@ -135,21 +147,30 @@ def place(
     num_experts: int,
     *,
     alpha: float | None = None,
+    dense: float = 0.0,
+    device_tier: Tier = Tier.RESIDENT,
     bandwidths: Mapping[Tier, float] | None = None,
 ) -> Placement:
     """Tier of every expert under `policy`.
 
-    alpha: share of experts on the device, 0 to 1; None is the policy's own default. bandwidths: bytes/s at which
-    RESIDENT and HOST deliver a layer (for `balanced` without alpha). Raises PlacementError.
+    alpha: share of experts on the device, 0 to 1; None is the policy's own default. device_tier: RESIDENT or PACKED,
+    where balanced, host and disk keep that share; dense: the share of all experts that lies there dense even so (x of
+    the paper's x dense + y packed + z host, §4.3). bandwidths: bytes/s at which the tiers deliver a layer (for
+    `balanced` without alpha). Raises PlacementError.
     """
     if policy not in POLICIES:
         raise PlacementError(f"unknown placement {policy!r}; choose one of {', '.join(POLICIES)}")
     if num_layers < 1 or num_experts < 1:
         raise PlacementError(f"nothing to place: {num_layers} layers of {num_experts} experts")
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise PlacementError(f"alpha is the share of experts on the device, from 0 to 1; got {alpha}")
+    for name, share in (("alpha", alpha), ("dense", dense)):
+        if share is not None and not 0 <= share <= 1:
+            raise PlacementError(f"{name} is a share of experts on the device, from 0 to 1; got {share}")
     if bandwidths is not None and any(not (b > 0 and math.isfinite(b)) for b in bandwidths.values()):
         raise PlacementError(f"bandwidths must be positive, finite bytes per second, got {dict(bandwidths)}")
-    tiers = POLICIES[policy](num_layers, num_experts, alpha, bandwidths)
+    request = _Request(num_layers, num_experts, alpha, device_tier, bandwidths)
+    tiers = POLICIES[policy](request)
+    if dense:
+        keep = _spread(_Request(num_layers, num_experts, dense, Tier.RESIDENT, None), dense, Tier.HOST)
+        tiers[(keep == Tier.RESIDENT) & (tiers == Tier.PACKED)] = Tier.RESIDENT
     tiers.setflags(write=False)
     return Placement(policy, tiers)

@@ -1,12 +1,11 @@
 """ExpertStore: the bytes of every expert, in the tier that placement chose.
 
     RESIDENT  one device arena a layer and tensor type; kernels read it in place
+    PACKED    likewise, compressed
     HOST      one host arena a layer and tensor type (pinned for CUDA): a layer's load is one copy a type
     DISK      one spill file, unlinked as soon as it is open, so that nothing is left whatever happens
 
-Blocks are packed by the backend and opaque here. A block starts every `stride` bytes, a multiple of 64; the
-ledger counts strides. A streamed layer fills its slot with its HOST experts, then its DISK experts, ids ascending
-(`slot_order`). A packed tier would be one more arena here and one more format in the layer's table.
+Blocks are made by the backend and opaque here; where which block lies, and in which format, says `layout`.
 """
 
 from __future__ import annotations
@@ -14,20 +13,21 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from fluxmoe.kernels.cpu.copy import stream_copy
-from fluxmoe.kernels.expert_table import FORMAT_DENSE
+from fluxmoe.kernels.expert_table import TABLE_FORMATS
+from fluxmoe.kernels.ops import Recipes
 from torch import Tensor
 
 from .budget import format_bytes
-from .placement import Placement, Tier
+from .layout import ExpertLayout
+from .placement import DEVICE_TIERS, Tier
 
 TENSOR_NAMES = ("gate_up", "down")
-_ALIGNMENT = 64
 # O_DIRECT wants offsets, lengths and addresses in multiples of the logical block size; 4096 suits all devices.
 PAGE = 4096
 # Between chunks a load can be given up. 32 MiB are 2 ms of memory and 20 ms of a fast disk: quick enough to close,
@@ -39,12 +39,6 @@ class StoreError(ValueError):
     """Experts could not be stored or read back."""
 
 
-def strides(tensor_bytes: Sequence[int]) -> tuple[int, int]:
-    """Distance of blocks of each tensor type inside an arena or a slot."""
-    gate_up, down = (-(-n // _ALIGNMENT) * _ALIGNMENT for n in tensor_bytes)
-    return gate_up, down
-
-
 def aligned_empty(nbytes: int, device: torch.device, pin: bool = False) -> Tensor:
     """uint8 [nbytes]; on the CPU it starts at a page boundary, as direct reads need."""
     if device.type == "cuda":
@@ -54,55 +48,79 @@ def aligned_empty(nbytes: int, device: torch.device, pin: bool = False) -> Tenso
     return raw[skip : skip + nbytes]
 
 
+class Block(NamedTuple):
+    """A block as a kernel's table has it: uint8 [bytes] of both tensor types, number of its format."""
+
+    pair: tuple[Tensor, Tensor]
+    table_format: int
+
+
+class Decode(NamedTuple):
+    """A compressed block on its way into a slot: its format, its bytes, what its dense form fills in the buffer."""
+
+    expert_format: str
+    block: Tensor
+    begin: int
+    end: int
+    recipe: object
+
+
 class ExpertStore:
     """Holds every expert once. Fill with `put`, check with `seal`; use as a context manager, or call `close`.
 
-    tensor_bytes: bytes of one expert's packed (GATE_UP, DOWN) blocks; expert_format: what they hold. disk_dir: where
-    the spill file of the DISK tier goes (default: the system's temporary directory).
+    decode: `Ops.decode_expert`, for layouts that decode into slots. disk_dir: where the spill file of the DISK tier
+    goes (default: the system's temporary directory).
     """
 
     def __init__(
         self,
-        placement: Placement,
-        tensor_bytes: tuple[int, int],
+        layout: ExpertLayout,
         device: torch.device | str,
         *,
-        expert_format: int = FORMAT_DENSE,
+        decode: Callable[..., None] | None = None,
         disk_dir: Path | str | None = None,
     ) -> None:
-        self.expert_format = expert_format
-        self.placement, self.device = placement, torch.device(device)
-        self.tensor_bytes, self.strides = tensor_bytes, strides(tensor_bytes)
-        layers = range(len(placement.tiers))
-        self._members = {tier: [np.flatnonzero(row == tier).tolist() for row in placement.tiers] for tier in Tier}
+        self.layout, self.device, self.decode = layout, torch.device(device), decode
+        layers = range(layout.num_layers)
+        self._members = {tier: [layout.placement.members(i, tier) for i in layers] for tier in Tier}
+        self._places = [[layout.slot_places(i, d) for d in (0, 1)] for i in layers]
+        self._recipes: dict[tuple[int, int], Recipes] = {}
         pin = self.device.type == "cuda"
         if pin and any(self._members[Tier.DISK]):
             raise StoreError("the disk tier needs --device cpu for now; use placement host or balanced on CUDA")
-        self._resident = [self._arenas(len(self._members[Tier.RESIDENT][i]), self.device) for i in layers]
-        self._host = [self._arenas(len(self._members[Tier.HOST][i]), torch.device("cpu"), pin) for i in layers]
+        self._arenas = {tier: [self._arena(i, tier, self.device) for i in layers] for tier in DEVICE_TIERS}
+        self._arenas[Tier.HOST] = [self._arena(i, Tier.HOST, torch.device("cpu"), pin) for i in layers]
         # Where each (layer, type) begins in the spill file, on page boundaries.
         self._offsets: list[tuple[int, int]] = []
         end = 0
         for i in layers:
             begins = []
-            for stride in self.strides:
+            for d in (0, 1):
                 begins.append(end)
-                end += -(-len(self._members[Tier.DISK][i]) * stride // PAGE) * PAGE
+                end += -(-self._payload_bytes(i, Tier.DISK, d) // PAGE) * PAGE
             self._offsets.append((begins[0], begins[1]))
         self.disk_bytes = end
         self._file = self._direct = None
         self.direct_io = False
         if end:
             self._open_spill(Path(disk_dir or tempfile.gettempdir()))
-        self._missing = {(i, e) for i in layers for e in range(placement.tiers.shape[1])}
+        self._missing = {(i, e) for i in layers for e in range(layout.num_experts)}
 
-    def _arenas(self, experts: int, device: torch.device, pin: bool = False) -> tuple[Tensor, Tensor]:
+    def _stride(self, tier: Tier, tensor_type: int) -> int:
+        return self.layout.stride(self.layout.stored(tier), tensor_type)
+
+    def _payload_bytes(self, layer: int, tier: Tier, tensor_type: int) -> int:
+        members = self._members[tier][layer]
+        return len(members) * self._stride(tier, tensor_type) if members else 0
+
+    def _arena(self, layer: int, tier: Tier, device: torch.device, pin: bool = False) -> tuple[Tensor, Tensor]:
+        sizes = [self._payload_bytes(layer, tier, d) for d in (0, 1)]
         try:
-            gate_up, down = (aligned_empty(experts * stride, device, pin) for stride in self.strides)
+            gate_up, down = (aligned_empty(size, device, pin) for size in sizes)
         except RuntimeError:
-            need = format_bytes(experts * sum(self.strides))
             raise StoreError(
-                f"cannot allocate {need} of {'host' if pin or device.type == 'cpu' else device.type} memory for "
+                f"cannot allocate {format_bytes(sum(sizes))} of "
+                f"{'host' if pin or device.type == 'cpu' else device.type} memory for "
                 "the experts of a layer; another placement or alpha moves experts to another tier"
             ) from None
         return gate_up, down
@@ -129,36 +147,26 @@ class ExpertStore:
         finally:
             os.unlink(name)
 
-    @staticmethod
-    def resident_bytes_of(placement: Placement, tensor_bytes: tuple[int, int]) -> int:
-        """Device bytes of the resident experts, before anything is allocated."""
-        return int((placement.tiers == Tier.RESIDENT).sum()) * sum(strides(tensor_bytes))
+    def tier_bytes(self, tier: Tier) -> int:
+        """Bytes that a tier in memory holds."""
+        return sum(arena.nbytes for pair in self._arenas[tier] for arena in pair)
 
-    @property
-    def resident_bytes(self) -> int:
-        return sum(arena.nbytes for pair in self._resident for arena in pair)
-
-    @property
-    def host_bytes(self) -> int:
-        return sum(arena.nbytes for pair in self._host for arena in pair)
-
-    def slot_order(self, layer: int) -> list[int]:
-        """Streamed experts of a layer in the order in which they lie in a slot."""
-        return self._members[Tier.HOST][layer] + self._members[Tier.DISK][layer]
-
-    def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
-        """Store one expert: its packed uint8 blocks, in host memory. Each expert exactly once."""
+    def put(self, layer: int, expert: int, blocks: Sequence[Tensor], recipes: Recipes = (None, None)) -> None:
+        """Store one expert: its (gate/up, down) uint8 blocks, in host memory, in the format of its tier. Each once."""
         assert (layer, expert) in self._missing, f"expert {expert} of layer {layer} is stored already or does not exist"
-        tier = Tier(self.placement.tiers[layer, expert])
+        tier = Tier(self.layout.placement.tiers[layer, expert])
         place = self._members[tier][layer].index(expert)
-        for d, block in enumerate((gate_up, down)):
-            assert block.numel() == self.tensor_bytes[d], f"{block.numel()} bytes, expected {self.tensor_bytes[d]}"
-            begin = place * self.strides[d]
+        sizes = self.layout.sizes[self.layout.stored(tier)]
+        for d, block in enumerate(blocks):
+            assert block.numel() == sizes[d], f"{block.numel()} bytes, expected {sizes[d]}"
+            begin = place * self._stride(tier, d)
             if tier is Tier.DISK:
                 self._write(block, self._offsets[layer][d] + begin)
             else:
-                arena = (self._resident if tier is Tier.RESIDENT else self._host)[layer][d]
+                arena = self._arenas[tier][layer][d]
                 arena[begin : begin + block.numel()].copy_(block)
+        if self.layout.decodes(tier):
+            self._recipes[layer, expert] = recipes
         self._missing.remove((layer, expert))
 
     def _write(self, block: Tensor, offset: int) -> None:
@@ -183,44 +191,89 @@ class ExpertStore:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def resident_blocks(self, layer: int) -> dict[int, tuple[Tensor, Tensor]]:
-        """Blocks of the layer's resident experts, by expert."""
-        return self._blocks(self._members[Tier.RESIDENT][layer], self._resident[layer])
-
-    def slot_blocks(self, layer: int, slot: tuple[Tensor, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
-        """Blocks of the layer's streamed experts inside a slot's two buffers, by expert."""
-        return self._blocks(self.slot_order(layer), slot)
-
-    def _blocks(self, experts: list[int], arenas: tuple[Tensor, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+    def blocks_in_place(self, layer: int) -> dict[int, Block]:
+        """Blocks of the layer's experts that kernels read where they are stored, by expert."""
         blocks = {}
-        for place, expert in enumerate(experts):
-            gate_up, down = (
-                arena[place * stride : place * stride + n]
-                for arena, stride, n in zip(arenas, self.strides, self.tensor_bytes, strict=True)
-            )
-            blocks[expert] = (gate_up, down)
+        for tier in DEVICE_TIERS:
+            if not self.layout.streams(tier):
+                number = TABLE_FORMATS[self.layout.read(tier)] if self._members[tier][layer] else 0
+                arenas = [self._payload(layer, tier, d, self._arenas[tier][layer][d]) for d in (0, 1)]
+                for expert, pair in zip(self._members[tier][layer], zip(*arenas, strict=True), strict=True):
+                    blocks[expert] = Block(pair, number)
         return blocks
+
+    def slot_blocks(self, layer: int, slot: tuple[Tensor, Tensor]) -> dict[int, Block]:
+        """Blocks of the layer's streamed experts inside a slot's two buffers, by expert."""
+        blocks = {}
+        for expert, tier in self.layout.streamed(layer):
+            gate_up, down = (slot[d][slice(*self._places[layer][d][expert])] for d in (0, 1))
+            blocks[expert] = Block((gate_up, down), TABLE_FORMATS[self.layout.read(tier)])
+        return blocks
+
+    def _payload(self, layer: int, tier: Tier, tensor_type: int, source: Tensor) -> list[Tensor]:
+        """The blocks of a tier's experts as they lie in `source`."""
+        members = self._members[tier][layer]
+        if not members:
+            return []
+        stride, size = self._stride(tier, tensor_type), self.layout.sizes[self.layout.stored(tier)][tensor_type]
+        return [source[place * stride : place * stride + size] for place in range(len(members))]
 
     def host_arena(self, layer: int, tensor_type: int) -> Tensor:
         """All HOST blocks of a layer and tensor type, contiguous: the source of one copy."""
-        return self._host[layer][tensor_type]
+        return self._arenas[Tier.HOST][layer][tensor_type]
+
+    def slot_begin(self, layer: int, tensor_type: int, tier: Tier) -> int:
+        """Where the blocks of a tier begin in a slot's buffer."""
+        members = self._members[tier][layer]
+        return self._places[layer][tensor_type][members[0]][0] if members else 0
+
+    def decodes(self, layer: int, tensor_type: int, lie: Mapping[Tier, Tensor]) -> Iterator[Decode]:
+        """What must be decoded into a slot; `lie`: where the payload of HOST and DISK experts lies now."""
+        lie = {Tier.PACKED: self._arenas[Tier.PACKED][layer][tensor_type], **lie}
+        for tier in (Tier.PACKED, Tier.HOST, Tier.DISK):
+            if self.layout.decodes(tier):
+                blocks = self._payload(layer, tier, tensor_type, lie[tier]) if self._members[tier][layer] else []
+                for expert, block in zip(self._members[tier][layer], blocks, strict=True):
+                    begin, end = self._places[layer][tensor_type][expert]
+                    recipe = self._recipes[layer, expert][tensor_type]
+                    yield Decode(self.layout.stored(tier), block, begin, end, recipe)
 
     def read_into(
-        self, layer: int, tensor_type: int, slot: Tensor, cancelled: Callable[[], bool] = lambda: False
+        self,
+        layer: int,
+        tensor_type: int,
+        slot: Tensor,
+        staging: Tensor | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> int:
-        """Copy a layer's streamed blocks of one type into a slot buffer (uint8, host memory); returns the bytes.
+        """Bring a layer's streamed blocks of one type into a slot buffer (uint8, host memory); returns the bytes read
+        from HOST and DISK.
 
-        Releases the GIL. Asks `cancelled` before every chunk of 32 MiB and returns early, with fewer bytes, once it
-        says so. Raises StoreError naming file, layer and tensor type when the disk fails.
+        staging: where compressed blocks of the DISK tier go first, if they are decoded. Releases the GIL. Asks
+        `cancelled` before every chunk of 32 MiB and returns early, with fewer bytes, once it says so. Raises
+        StoreError naming file, layer and tensor type when the disk fails.
         """
-        host = self._host[layer][tensor_type]
-        for begin in range(0, host.numel(), _CHUNK):
+        host, copied = self.host_arena(layer, tensor_type), 0
+        if not self.layout.decodes(Tier.HOST):
+            at = self.slot_begin(layer, tensor_type, Tier.HOST)
+            for begin in range(0, host.numel(), _CHUNK):
+                if cancelled():
+                    return begin
+                end = min(begin + _CHUNK, host.numel())
+                stream_copy(slot[at + begin : at + end], host[begin:end])
+        copied += host.numel()
+        disk = self._payload_bytes(layer, Tier.DISK, tensor_type)
+        if self.layout.decodes(Tier.DISK) and disk:
+            lies = staging[:disk]
+        else:
+            at = self.slot_begin(layer, tensor_type, Tier.DISK)
+            lies = slot[at : at + disk]
+        copied += self._read(layer, tensor_type, lies, cancelled)
+        for step in self.decodes(layer, tensor_type, {Tier.HOST: host, Tier.DISK: lies}):
             if cancelled():
-                return begin
-            end = min(begin + _CHUNK, host.numel())
-            stream_copy(slot[begin:end], host[begin:end])
-        disk = len(self._members[Tier.DISK][layer]) * self.strides[tensor_type]
-        return host.numel() + self._read(layer, tensor_type, slot[host.numel() : host.numel() + disk], cancelled)
+                break
+            self.decode(step.expert_format, tensor_type, step.block, slot[step.begin : step.end], step.recipe)
+        return copied
 
     def _read(self, layer: int, tensor_type: int, target: Tensor, cancelled: Callable[[], bool]) -> int:
         if target.numel() == 0:

@@ -32,8 +32,9 @@ import torch
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP, ExpertTable
 from torch import Tensor
 
-from .placement import Placement
-from .store import TENSOR_NAMES, ExpertStore, StoreError, aligned_empty, strides
+from .layout import ExpertLayout
+from .placement import Tier
+from .store import TENSOR_NAMES, ExpertStore, StoreError, aligned_empty
 from .timeline import Timeline
 
 Delay = Callable[[int, int], float]
@@ -50,16 +51,21 @@ class Counters(NamedTuple):
     loads: int
 
 
-def slots_used(placement: Placement, slots: int) -> int:
-    """Slots that a placement needs: no more than it has streamed layers."""
+def slots_used(layout: ExpertLayout, slots: int) -> int:
+    """Slots that a layout needs: no more than it has streamed layers."""
     if slots < 2:
         raise StoreError(f"streaming needs at least 2 slots (one loads while one is read), got {slots} slots")
-    return min(slots, len(placement.streamed_layers))
+    return min(slots, len(layout.streamed_layers))
 
 
-def slot_bytes(placement: Placement, tensor_bytes: tuple[int, int], slots: int) -> int:
-    """Device bytes of all slots, for the ledger."""
-    return slots_used(placement, slots) * placement.max_streamed * sum(strides(tensor_bytes))
+# Tiers whose compressed blocks wait in device memory until they are decoded. A CPU decodes straight from its host tier.
+_STAGED = {"cpu": (Tier.DISK,), "cuda": (Tier.HOST,)}
+
+
+def slot_bytes(layout: ExpertLayout, slots: int, device: torch.device) -> int:
+    """Device bytes of all slots, and of what is staged beside them, for the ledger."""
+    used, staged = slots_used(layout, slots), _STAGED[device.type]
+    return sum(used * layout.slot_bytes(d) + layout.staging_bytes(d, staged) for d in (GATE_UP, DOWN))
 
 
 class LayerPage:
@@ -72,17 +78,22 @@ class LayerPage:
 class Streamer:
     """Jobs, slots and tables: what both kinds of streamer share. Layers must be visited in order."""
 
+    kind: str
+
     def __init__(self, store: ExpertStore, slots: int, poison: bool = False) -> None:
         self.store, self.poison = store, poison
-        placement = store.placement
-        self.order = placement.streamed_layers
-        self.num_slots = slots_used(placement, slots)
+        layout = store.layout
+        self.order = layout.streamed_layers
+        self.num_slots = slots_used(layout, slots)
         # Every streamed layer has a slot of its own: one load each, for ever.
         self.keeps_all = len(self.order) == self.num_slots
         self._slots = [
-            tuple(aligned_empty(placement.max_streamed * stride, store.device) for stride in store.strides)
+            tuple(aligned_empty(layout.slot_bytes(d), store.device) for d in (GATE_UP, DOWN))
             for _ in range(self.num_slots)
         ]
+        # One a tensor type for all loads: those of a type come one after the other.
+        staging = [layout.staging_bytes(d, _STAGED[self.kind]) for d in (GATE_UP, DOWN)]
+        self._staging = [aligned_empty(nbytes, store.device) for nbytes in staging]
         for slot in self._slots if poison else ():
             self._spoil(slot)
         self._tables: dict[tuple[int, int], ExpertTable] = {}
@@ -91,7 +102,7 @@ class Streamer:
 
     @property
     def slot_bytes(self) -> int:
-        return sum(buffer.nbytes for slot in self._slots for buffer in slot)
+        return sum(buffer.nbytes for pair in (*self._slots, self._staging) for buffer in pair)
 
     @staticmethod
     def _spoil(slot: tuple[Tensor, ...]) -> None:
@@ -120,11 +131,12 @@ class Streamer:
         """Addresses of the layer's experts while it is in `slot` (-1: no expert streams); made once."""
         key = (layer, slot)
         if key not in self._tables:
-            blocks = self.store.resident_blocks(layer)
+            blocks = self.store.blocks_in_place(layer)
             if slot >= 0:
                 blocks |= self.store.slot_blocks(layer, self._slots[slot])
             ordered = [blocks[expert] for expert in sorted(blocks)]
-            self._tables[key] = ExpertTable.from_blocks(ordered, self.store.device, self.store.expert_format)
+            pairs, formats = [block.pair for block in ordered], [block.table_format for block in ordered]
+            self._tables[key] = ExpertTable.from_blocks(pairs, self.store.device, formats)
         return self._tables[key]
 
     @contextmanager
@@ -156,6 +168,8 @@ def _no_wait(tensor_type: int) -> None:
 
 class ThreadStreamer(Streamer):
     """Loads on a copy thread. An error in the thread is raised by the reader that needs the load."""
+
+    kind = "cpu"
 
     def __init__(
         self,
@@ -198,7 +212,7 @@ class ThreadStreamer(Streamer):
             begin = time.perf_counter_ns()
             if self._delay is not None and self._closing.wait(self._delay(layer, d)):
                 return
-            copied = self.store.read_into(layer, d, slot[d], self._closing.is_set)
+            copied = self.store.read_into(layer, d, slot[d], self._staging[d], self._closing.is_set)
             if self._closing.is_set():
                 return  # perhaps cut short: never to be taken for loaded
             end = time.perf_counter_ns()
@@ -263,6 +277,8 @@ class CudaStreamer(Streamer):
     `cuda` is torch.cuda, or a recorder with the same Stream, Event and current_stream in tests. Stalls happen on
     the device and are not counted here.
     """
+
+    kind = "cuda"
 
     def __init__(self, store: ExpertStore, slots: int, poison: bool = False, cuda=torch.cuda) -> None:
         super().__init__(store, slots, poison)
@@ -354,14 +370,23 @@ class CudaStreamer(Streamer):
         layer, slot = self._layer_of(job), job % self.num_slots
         for d, stream in enumerate(self._streams):
             self._wait_event(stream, self._computed[slot])
-            source = self.store.host_arena(layer, d)
             with self._cuda.stream(stream):
-                self._copy(self._slots[slot][d], source)
+                self._load(layer, d, self._slots[slot][d])
             self._record(self._loaded[slot][d], stream)
-            self._bytes += source.numel()
+            self._bytes += self.store.host_arena(layer, d).numel()
 
-    def _copy(self, buffer: Tensor, source: Tensor) -> None:
-        buffer[: source.numel()].copy_(source, non_blocking=True)
+    def _load(self, layer: int, tensor_type: int, buffer: Tensor) -> None:
+        """Copies and decoders of one load, in the order of the current stream."""
+        store, source = self.store, self.store.host_arena(layer, tensor_type)
+        staged = store.layout.decodes(Tier.HOST)
+        at = 0 if staged else store.slot_begin(layer, tensor_type, Tier.HOST)
+        target = (self._staging[tensor_type] if staged else buffer)[at : at + source.numel()]
+        self._copy(target, source)
+        for step in store.decodes(layer, tensor_type, {Tier.HOST: target, Tier.DISK: target}):
+            store.decode(step.expert_format, tensor_type, step.block, buffer[step.begin : step.end], step.recipe)
+
+    def _copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
 
     def _wait(self, job: int, tensor_type: int) -> None:
         self._wait_event(self._cuda.current_stream(), self._loaded[job % self.num_slots][tensor_type])

@@ -13,12 +13,25 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from ..expert_table import DOWN, FORMAT_DENSE, FORMAT_PLANAR12, GATE_UP
-from ..ops import AttentionMetadata, KernelError, LayerDims, LayerExperts, Limits, PackedLinear, RopeTable
+from ..expert_table import DOWN, GATE_UP
+from ..ops import (
+    DENSE,
+    AttentionMetadata,
+    KernelError,
+    LayerDims,
+    LayerExperts,
+    Limits,
+    PackedLinear,
+    Recipes,
+    RopeTable,
+)  # fmt: skip
+from ..packing.blocks import block_bytes, decode_block, encode_block
+from ..packing.formats import Packed
 from . import attention as attn
 from . import gemm, moe, planar
 from .norm import rms_norm
 
+PLANAR12 = "planar12"
 _NORMS = {"none": attn.NO_NORM, "head": attn.HEAD_NORM, "full": attn.FULL_NORM}
 
 
@@ -43,18 +56,17 @@ class CpuOps:
 
     device = torch.device("cpu")
     act_dtype = torch.float32
+    fused_formats = frozenset({PLANAR12})
 
-    def __init__(
-        self, dims: LayerDims, limits: Limits, threads: int | None = None, expert_format: int = FORMAT_DENSE
-    ) -> None:
+    def __init__(self, dims: LayerDims, limits: Limits, threads: int | None = None) -> None:
         if dims.dtype not in (torch.bfloat16, torch.float32):
             raise KernelError(f"CPU kernels take bfloat16 or float32 weights, got {dims.dtype}")
-        if expert_format == FORMAT_PLANAR12:
-            if dims.dtype != torch.bfloat16:
-                raise KernelError(f"expert format planar12 compresses bfloat16 weights, got {dims.dtype}; use dense")
-            if not (planar.fits(dims.hidden) and planar.fits(dims.intermediate)):
-                raise KernelError("expert format planar12 needs even hidden and intermediate sizes; use dense")
-        self.dims, self.limits, self.expert_format = dims, limits, expert_format
+        self.dims, self.limits = dims, limits
+        # The dense blocks as matrices, a panel a row.
+        self._expert_shapes = (
+            (2 * gemm.padded(dims.intermediate) // gemm.LANES, dims.hidden * gemm.LANES),
+            (gemm.padded(dims.hidden) // gemm.LANES, dims.intermediate * gemm.LANES),
+        )
         self.threads = threads or default_threads()
         numba.set_num_threads(self.threads)
         tokens, pad = limits.tokens, gemm.padded
@@ -92,39 +104,60 @@ class CpuOps:
     def unpack(self, block: Tensor, n: int, k: int) -> Tensor:
         return gemm.unpack(block, n, k, self.dims.dtype)
 
-    def expert_bytes(self) -> tuple[int, int]:
-        """Bytes of one expert's (gate/up, down) blocks."""
-        d = self.dims
-        if self.expert_format == FORMAT_PLANAR12:
-            panels = (2 * gemm.padded(d.intermediate) // gemm.LANES, gemm.padded(d.hidden) // gemm.LANES)
-            return planar.block_bytes(panels[0], d.hidden), planar.block_bytes(panels[1], d.intermediate)
-        return (
-            moe.gate_up_bytes(d.intermediate, d.hidden, d.dtype),
-            gemm.packed_bytes(d.hidden, d.intermediate, d.dtype),
-        )
+    def expert_bytes(self, expert_format: str = DENSE) -> tuple[int, int]:
+        """Bytes of one expert's (gate/up, down) blocks. KernelError for a format that does not exist or suit."""
+        d, (gate_up, down) = self.dims, self._expert_shapes
+        if expert_format == DENSE:
+            return (
+                moe.gate_up_bytes(d.intermediate, d.hidden, d.dtype),
+                gemm.packed_bytes(d.hidden, d.intermediate, d.dtype),
+            )
+        sizes = block_bytes(expert_format, *gate_up, d.dtype), block_bytes(expert_format, *down, d.dtype)
+        if expert_format != PLANAR12:
+            return sizes
+        if not (planar.fits(d.hidden) and planar.fits(d.intermediate)):
+            raise KernelError("expert format planar12 needs even hidden and intermediate sizes; use dense")
+        return planar.block_bytes(gate_up[0], d.hidden), planar.block_bytes(down[0], d.intermediate)
 
-    def pack_expert(self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor]) -> None:
+    def pack_expert(
+        self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = DENSE
+    ) -> Recipes:
         """gate_up [2I, H], down [H, I] → the two uint8 blocks of `expert_bytes`."""
-        if self.expert_format == FORMAT_DENSE:
+        if expert_format == DENSE:
             moe.pack_gate_up(gate_up, out[GATE_UP])
             gemm.pack(down, out[DOWN])
-            return
-        for weight, pack, halves, block in (
-            (gate_up, moe.pack_gate_up, 2, out[GATE_UP]), (down, gemm.pack, 1, out[DOWN])
-        ):  # fmt: skip
-            rows, depth = weight.shape[0] // halves, weight.shape[1]
-            dense = torch.empty(halves * gemm.packed_bytes(rows, depth, weight.dtype), dtype=torch.uint8)
-            pack(weight, dense)
-            panels = dense.view(weight.dtype).view(-1, depth, gemm.LANES)
-            if rows % gemm.LANES:
-                # Lanes past the last row are read by nobody; zeros there would all be escapes.
-                panels[-halves:, :, rows % gemm.LANES :] = panels[-halves:, :, :1]
-            planar.encode(panels, block)
+            return None, None
+        return (
+            self._compress(expert_format, gate_up, moe.pack_gate_up, 2, out[GATE_UP]),
+            self._compress(expert_format, down, gemm.pack, 1, out[DOWN]),
+        )
+
+    def _compress(self, expert_format: str, weight: Tensor, pack, halves: int, out: Tensor) -> Packed | None:
+        """Panels of `weight`, compressed into `out`; halves: how many matrices it holds."""
+        rows, depth = weight.shape[0] // halves, weight.shape[1]
+        dense = torch.empty(halves * gemm.packed_bytes(rows, depth, weight.dtype), dtype=torch.uint8)
+        pack(weight, dense)
+        panels = dense.view(weight.dtype).view(-1, depth, gemm.LANES)
+        if rows % gemm.LANES:
+            # Lanes past the last row are read by nobody; zeros there would all be escapes.
+            panels[-halves:, :, rows % gemm.LANES :] = panels[-halves:, :, :1]
+        if expert_format == PLANAR12:
+            return planar.encode(panels, out)
+        return encode_block(expert_format, panels.view(len(panels), -1), out)
+
+    def decode_expert(
+        self, expert_format: str, tensor_type: int, block: Tensor, out: Tensor, recipe: Packed | None
+    ) -> None:
+        """A compressed block → the dense block of the same weights; see Ops."""
+        panels = out.view(self.dims.dtype).view(self._expert_shapes[tensor_type])
+        if expert_format == PLANAR12:
+            planar.decode(block, panels, parallel=False)
+        else:
+            decode_block(recipe, block, panels, parallel=False)
 
     def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Dense blocks → gate_up [2I, H], down [H, I]."""
         d = self.dims
-        if self.expert_format == FORMAT_PLANAR12:
-            blocks = tuple(planar.decode(block).view(-1).view(torch.uint8) for block in blocks)
         return (
             moe.unpack_gate_up(blocks[GATE_UP], d.intermediate, d.hidden, d.dtype),
             gemm.unpack(blocks[DOWN], d.hidden, d.intermediate, d.dtype),

@@ -147,16 +147,25 @@ def encode(panels: Tensor, out: Tensor) -> None:
     _list_escapes(words, base, raw[index_at:entries_at].view(np.int64), entries, entries_at)
 
 
-def decode(block: Tensor) -> Tensor:
-    """The bf16 panels [P, K, 16] of a block, bit for bit."""
+def decode(block: Tensor, out: Tensor | None = None, parallel: bool = True) -> Tensor:
+    """The bf16 panels [P, K, 16] of a block, bit for bit, in `out` if given (contiguous, P·K·16 of bf16).
+
+    parallel: by all threads of numba; without, by the calling thread alone.
+    """
     _, count, depth, _ = block[:32].view(torch.int64).tolist()
-    panels = torch.empty(count, depth, LANES, dtype=torch.bfloat16)
-    _decode_block(block.data_ptr(), count, depth, panels.data_ptr())
+    panels = torch.empty(count, depth, LANES, dtype=torch.bfloat16) if out is None else out.view(count, depth, LANES)
+    (_decode_parallel if parallel else _decode)(block.data_ptr(), count, depth, panels.data_ptr())
     return panels
 
 
+@njit(nogil=True, cache=True)
+def _decode(block, panels, depth, out):
+    for p in range(panels):
+        decode_panel(block, p, panels, depth, out + p * depth * 32)
+
+
 @njit(parallel=True, nogil=True, cache=True)
-def _decode_block(block, panels, depth, out):
+def _decode_parallel(block, panels, depth, out):
     for p in prange(panels):
         decode_panel(block, p, panels, depth, out + p * depth * 32)
 

@@ -1,8 +1,8 @@
-"""planar12 in blocks of one size, as an expert store keeps them: planes at places that the shape decides, escapes last.
+"""Weights in blocks of one size, as an expert store keeps them: planes at multiples of 256 bytes, room at the end.
 
-    bytes | nibbles | base | offsets | escapes | raw tiles      each on a multiple of 256 bytes
-
-A block has room for escapes and raw tiles: `_ROOM` of its weight's bytes, and two raw tiles.
+How many bytes a lossless format needs depends on the weights, but a ledger is filled before they are read. So a block
+has room for what trained weights need and a little more; weights that do not fit are refused. Which bytes of the block
+are which plane is in the `Packed` that `encode_block` returns, a recipe without data.
 """
 
 from __future__ import annotations
@@ -14,53 +14,45 @@ from ..ops import KernelError
 from . import FORMATS
 from .formats import BLOCK_ALIGNMENT, Packed
 
-_ROOM = 0.004
-_ROOM_LEAST = 2 * 2 * 64 * 128
-_PLANES = {
-    "bytes": torch.uint8, "nibbles": torch.uint8, "base": torch.int32, "offsets": torch.int32, "escapes": torch.int32,
-    "raw_tiles": torch.int16,
-}  # fmt: skip
+# Bits a weight, a third of a bit more than Gaussian weights take, and bytes for tables.
+_ROOM = {"tiered": (11.2, 4096), "huffman": (11.0, 8192)}
+# planar12: beside the planes whose size the shape fixes, room for escapes (bytes a weight) and a raw tile.
+_ESCAPES, _RAW_TILES = 0.003, 2 * 64 * 128
 
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
 
 
-def _fixed_bytes(n: int, k: int) -> tuple[int, int, int, int]:
-    """Bytes of the planes whose size follows from the shape."""
-    sizes = FORMATS["planar12"]._plane_sizes((n, k))
-    return sizes["bytes"], sizes["nibbles"], 4 * sizes["base"], 4 * sizes["offsets"]
+def block_bytes(name: str, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of the block of a weight [n, k] in format `name`. KernelError if there is no such format of this dtype."""
+    if name not in FORMATS:
+        raise KernelError(f"unknown expert format {name!r}; choose dense, {', '.join(FORMATS)}")
+    if dtype != torch.bfloat16:
+        raise KernelError(f"expert format {name} compresses bfloat16 weights, got {dtype}; use dense")
+    if name == "planar12":
+        sizes = FORMATS[name]._plane_sizes((n, k))
+        fixed = [sizes["bytes"], sizes["nibbles"], 4 * sizes["base"], 4 * sizes["offsets"]]
+        return sum(map(_aligned, fixed)) + _aligned(int(_ESCAPES * n * k) + _RAW_TILES)
+    bits, tables = _ROOM[name]
+    return _aligned(int(n * k * bits / 8) + tables)
 
 
-def planar12_block_bytes(n: int, k: int) -> int:
-    """Bytes of the block of a weight [n, k]."""
-    fixed = sum(_aligned(nbytes) for nbytes in _fixed_bytes(n, k))
-    return fixed + _aligned(int(2 * n * k * _ROOM) + _ROOM_LEAST)
+def encode_block(name: str, weight: Tensor, out: Tensor) -> Packed:
+    """bf16 [n, k] → uint8 [block_bytes(name, n, k)]; returns the recipe that `decode_block` needs.
 
-
-def encode_block(weight: Tensor, out: Tensor) -> None:
-    """bf16 [n, k] → uint8 [planar12_block_bytes(n, k)].
-
-    KernelError when the weight's exponents spread so far that it would not fit.
+    KernelError when the weight does not fit.
     """
-    packed = FORMATS["planar12"].encode(weight)
+    packed = FORMATS[name].encode(weight)
     if packed.is_raw or packed.block_bytes > out.numel():
         raise KernelError(
-            f"expert weights of shape {list(weight.shape)} do not fit format planar12: they are too small, or too many "
-            "exponents lie outside any 16 neighbours; use the dense format"
+            f"expert weights of shape {list(weight.shape)} do not fit format {name}: they are too small, or their "
+            "exponents spread wider than those of trained weights; use the dense format"
         )
     packed.pack_into(out[: packed.block_bytes])
+    return packed.to("meta")
 
 
-def decode_block(block: Tensor, n: int, k: int) -> Tensor:
-    """The weight bf16 [n, k] of a block in host memory."""
-    planes, at = {}, 0
-    for name, nbytes in zip(("bytes", "nibbles", "base", "offsets"), _fixed_bytes(n, k), strict=True):
-        planes[name] = block[at : at + nbytes].view(_PLANES[name])
-        at += _aligned(nbytes)
-    escapes = 4 * int(planes["offsets"][-1])
-    planes["escapes"] = block[at : at + escapes].view(torch.int32)
-    at += _aligned(escapes)
-    numbers = planes["escapes"][(planes["escapes"] >> 16) & 0xFFFF == 0xFFFF]
-    planes["raw_tiles"] = block[at : at + 2 * 8192 * len(numbers)].view(torch.int16)
-    return FORMATS["planar12"].decode(Packed("planar12", (n, k), planes))
+def decode_block(recipe: Packed, block: Tensor, out: Tensor | None = None, parallel: bool = True) -> Tensor:
+    """The weight bf16 [n, k] of a block, on the block's device; see `PackedFormat.decode`."""
+    return FORMATS[recipe.format].decode(recipe.at(block), out, parallel)

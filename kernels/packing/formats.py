@@ -143,13 +143,16 @@ class PackedFormat(ABC):
                     return packed
         return Packed(self.name, shape, {RAW: source.reshape(-1).clone()})
 
-    def decode(self, packed: Packed, out: Tensor | None = None) -> Tensor:
-        """The weight, bit for bit, on the device of `packed`, in `out` (contiguous, bf16, same shape) if given."""
+    def decode(self, packed: Packed, out: Tensor | None = None, parallel: bool = True) -> Tensor:
+        """The weight, bit for bit, on the device of `packed`, in `out` (contiguous, bf16, same shape) if given.
+
+        parallel: on the CPU, by all threads of numba; without, by the calling thread alone.
+        """
         out, bits = self._output(packed, out)
         if not packed.is_raw and bits.numel():
             if packed.device.type == "cpu":
                 arrays = {name: _array(plane) for name, plane in packed.planes.items()}
-                self._decode_cpu(arrays, bits.numpy().view(np.uint16).reshape(-1, *packed.shape[-2:]))
+                self._decode_cpu(arrays, bits.numpy().view(np.uint16).reshape(-1, *packed.shape[-2:]), parallel)
             else:
                 self._decode_triton(packed.planes, bits)
         return out
@@ -196,7 +199,7 @@ class PackedFormat(ABC):
         """uint16 [E, rows, cols], not empty → planes; None to store it raw."""
 
     @abstractmethod
-    def _decode_cpu(self, planes: dict[str, np.ndarray], out: np.ndarray) -> None:
+    def _decode_cpu(self, planes: dict[str, np.ndarray], out: np.ndarray, parallel: bool) -> None:
         """planes → out uint16 [E, rows, cols]."""
 
     @abstractmethod

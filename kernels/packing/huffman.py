@@ -132,28 +132,39 @@ def _eight(stream, end, table, word, buffer, filled, out, place):
     return word, buffer, filled
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@njit(nogil=True, cache=True)
+def _decode_group(group, bytes_in, table, offsets, stream, out):
+    exponents = np.empty(16384, dtype=np.uint8)
+    for lane in range(0, 32, 4):
+        # Four lanes at once: within one, each lookup waits for the one before.
+        at = group * 32 + lane
+        w0, w1, w2, w3 = _u64(offsets[at]), _u64(offsets[at + 1]), _u64(offsets[at + 2]), _u64(offsets[at + 3])
+        e0, e1, e2, e3 = w1, w2, w3, _u64(offsets[at + 4])
+        b0 = b1 = b2 = b3 = _u64(0)
+        f0 = f1 = f2 = f3 = _u64(0)
+        for step in range(64):
+            place = _u64(step * 256 + lane * 8)
+            w0, b0, f0 = _eight(stream, e0, table, w0, b0, f0, exponents, place)
+            w1, b1, f1 = _eight(stream, e1, table, w1, b1, f1, exponents, place + _u64(8))
+            w2, b2, f2 = _eight(stream, e2, table, w2, b2, f2, exponents, place + _u64(16))
+            w3, b3, f3 = _eight(stream, e3, table, w3, b3, f3, exponents, place + _u64(24))
+    first = group * 16384
+    weights, split = out[first : first + 16384], bytes_in[first : first + 16384]
+    for i in range(weights.shape[0]):
+        b = _u16(split[i])
+        weights[i] = _u16(((b << 8) & 0x8000) | (b & 0x7F)) | _u16(_u16(exponents[i]) << 7)
+
+
+@njit(nogil=True, cache=True)
 def _decode(bytes_in, table, offsets, stream, out):
+    for group in range((offsets.shape[0] - 1) // 32):
+        _decode_group(group, bytes_in, table, offsets, stream, out)
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _decode_parallel(bytes_in, table, offsets, stream, out):
     for group in prange((offsets.shape[0] - 1) // 32):
-        exponents = np.empty(16384, dtype=np.uint8)
-        for lane in range(0, 32, 4):
-            # Four lanes at once: within one, each lookup waits for the one before.
-            at = group * 32 + lane
-            w0, w1, w2, w3 = _u64(offsets[at]), _u64(offsets[at + 1]), _u64(offsets[at + 2]), _u64(offsets[at + 3])
-            e0, e1, e2, e3 = w1, w2, w3, _u64(offsets[at + 4])
-            b0 = b1 = b2 = b3 = _u64(0)
-            f0 = f1 = f2 = f3 = _u64(0)
-            for step in range(64):
-                place = _u64(step * 256 + lane * 8)
-                w0, b0, f0 = _eight(stream, e0, table, w0, b0, f0, exponents, place)
-                w1, b1, f1 = _eight(stream, e1, table, w1, b1, f1, exponents, place + _u64(8))
-                w2, b2, f2 = _eight(stream, e2, table, w2, b2, f2, exponents, place + _u64(16))
-                w3, b3, f3 = _eight(stream, e3, table, w3, b3, f3, exponents, place + _u64(24))
-        first = group * 16384
-        weights, split = out[first : first + 16384], bytes_in[first : first + 16384]
-        for i in range(weights.shape[0]):
-            b = _u16(split[i])
-            weights[i] = _u16(((b << 8) & 0x8000) | (b & 0x7F)) | _u16(_u16(exponents[i]) << 7)
+        _decode_group(group, bytes_in, table, offsets, stream, out)
 
 
 class Huffman(PackedFormat):
@@ -182,8 +193,9 @@ class Huffman(PackedFormat):
         _encode(bits, lengths, codes, offsets, stream)
         return {"bytes": split, "table": table, "offsets": offsets, "stream": stream}
 
-    def _decode_cpu(self, planes: dict[str, np.ndarray], out: np.ndarray) -> None:
-        _decode(*(planes[name] for name in ("bytes", "table", "offsets", "stream")), out.reshape(-1))
+    def _decode_cpu(self, planes: dict[str, np.ndarray], out: np.ndarray, parallel: bool) -> None:
+        decode = _decode_parallel if parallel else _decode
+        decode(*(planes[name] for name in ("bytes", "table", "offsets", "stream")), out.reshape(-1))
 
     def _decode_triton(self, planes: dict[str, Tensor], out: Tensor) -> None:
         from ._huffman import decode

@@ -108,44 +108,55 @@ def _encode_escapes(bits, rows_each, bases, row_escapes, offsets, escapes, raw_o
                         place += 1
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _decode(bytes_in, nibbles_in, bases, offsets, escapes, raw_tiles, rows_each, out):
-    """Planes [rows, P] and [rows, P/2] → out uint16 [rows, cols]; a task is a row of tiles."""
+@njit(nogil=True, cache=True)
+def _decode_tiles(task, bytes_in, nibbles_in, bases, offsets, escapes, raw_tiles, rows_each, out):
+    """One row of tiles of planes [rows, P] and [rows, P/2] → out uint16 [rows, cols]."""
     cols, col_tiles = out.shape[1], bytes_in.shape[1] // 128
     row_tiles = (rows_each + 63) // 64
-    for task in prange(bases.shape[0] * row_tiles):
-        expert = task // row_tiles
-        first = expert * rows_each + task % row_tiles * 64
-        base = _u16(bases[expert] << 7)
-        for row in range(first, min(first + 64, (expert + 1) * rows_each)):
-            for block in range(col_tiles):
-                start = block * 128
-                low, high = bytes_in[row, start : start + 64], bytes_in[row, start + 64 : start + 128]
-                nibbles = nibbles_in[row, block * 64 : block * 64 + 64]
-                if start + 128 <= cols:
-                    out_low, out_high = out[row, start : start + 64], out[row, start + 64 : start + 128]
-                    for j in range(64):
-                        b, n = _u16(low[j]), _u16(nibbles[j])
-                        out_low[j] = _u16(((b << 8) & 0x8000) | (b & 0x7F)) | _u16(((n & 15) << 7) + base)
-                    for j in range(64):
-                        b, n = _u16(high[j]), _u16(nibbles[j])
-                        out_high[j] = _u16(((b << 8) & 0x8000) | (b & 0x7F)) | _u16(((n >> 4) << 7) + base)
-                else:
-                    for j in range(cols - start):
-                        b = _u16(bytes_in[row, start + j])
-                        n = _u16(nibbles[j] & 15 if j < 64 else nibbles[j - 64] >> 4)
-                        out[row, start + j] = _u16(((b << 8) & 0x8000) | (b & 0x7F)) | _u16((n << 7) + base)
+    expert = task // row_tiles
+    first = expert * rows_each + task % row_tiles * 64
+    base = _u16(bases[expert] << 7)
+    for row in range(first, min(first + 64, (expert + 1) * rows_each)):
         for block in range(col_tiles):
-            tile = task * col_tiles + block
-            for i in range(offsets[tile], offsets[tile + 1]):
-                position = escapes[i] >> _u32(16)
-                if position == 0xFFFF:
-                    raw = raw_tiles[escapes[i] & _u32(0xFFFF)]
-                    for row in range(first, min(first + 64, (expert + 1) * rows_each)):
-                        for col in range(block * 128, min(block * 128 + 128, cols)):
-                            out[row, col] = raw[row - first, col - block * 128]
-                    continue
-                out[first + (position >> _u32(7)), block * 128 + (position & _u32(127))] = _u16(escapes[i])
+            start = block * 128
+            low, high = bytes_in[row, start : start + 64], bytes_in[row, start + 64 : start + 128]
+            nibbles = nibbles_in[row, block * 64 : block * 64 + 64]
+            if start + 128 <= cols:
+                out_low, out_high = out[row, start : start + 64], out[row, start + 64 : start + 128]
+                for j in range(64):
+                    b, n = _u16(low[j]), _u16(nibbles[j])
+                    out_low[j] = _u16(((b << 8) & 0x8000) | (b & 0x7F)) | _u16(((n & 15) << 7) + base)
+                for j in range(64):
+                    b, n = _u16(high[j]), _u16(nibbles[j])
+                    out_high[j] = _u16(((b << 8) & 0x8000) | (b & 0x7F)) | _u16(((n >> 4) << 7) + base)
+            else:
+                for j in range(cols - start):
+                    b = _u16(bytes_in[row, start + j])
+                    n = _u16(nibbles[j] & 15 if j < 64 else nibbles[j - 64] >> 4)
+                    out[row, start + j] = _u16(((b << 8) & 0x8000) | (b & 0x7F)) | _u16((n << 7) + base)
+    for block in range(col_tiles):
+        tile = task * col_tiles + block
+        for i in range(offsets[tile], offsets[tile + 1]):
+            position = escapes[i] >> _u32(16)
+            if position == 0xFFFF:
+                raw = raw_tiles[escapes[i] & _u32(0xFFFF)]
+                for row in range(first, min(first + 64, (expert + 1) * rows_each)):
+                    for col in range(block * 128, min(block * 128 + 128, cols)):
+                        out[row, col] = raw[row - first, col - block * 128]
+                continue
+            out[first + (position >> _u32(7)), block * 128 + (position & _u32(127))] = _u16(escapes[i])
+
+
+@njit(nogil=True, cache=True)
+def _decode(bytes_in, nibbles_in, bases, offsets, escapes, raw_tiles, rows_each, out):
+    for task in range(bases.shape[0] * ((rows_each + 63) // 64)):
+        _decode_tiles(task, bytes_in, nibbles_in, bases, offsets, escapes, raw_tiles, rows_each, out)
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _decode_parallel(bytes_in, nibbles_in, bases, offsets, escapes, raw_tiles, rows_each, out):
+    for task in prange(bases.shape[0] * ((rows_each + 63) // 64)):
+        _decode_tiles(task, bytes_in, nibbles_in, bases, offsets, escapes, raw_tiles, rows_each, out)
 
 
 class Planar12(PackedFormat):
@@ -196,10 +207,11 @@ class Planar12(PackedFormat):
             "raw_tiles": raw_tiles.reshape(-1),
         }
 
-    def _decode_cpu(self, planes: dict[str, np.ndarray], out: np.ndarray) -> None:
+    def _decode_cpu(self, planes: dict[str, np.ndarray], out: np.ndarray, parallel: bool) -> None:
         experts, rows, cols = out.shape
         padded = padded_cols(cols)
-        _decode(
+        decode = _decode_parallel if parallel else _decode
+        decode(
             planes["bytes"].reshape(-1, padded),
             planes["nibbles"].reshape(-1, padded // 2),
             planes["base"],

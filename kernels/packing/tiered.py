@@ -101,41 +101,52 @@ def _encode(bits, kinds, offsets, first, second, third):
             second[word] = _u32(buffer)
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _decode(bytes_in, first, table, offsets, second, third, counts, out):
+@njit(nogil=True, cache=True)
+def _decode_tile(tile, bytes_in, first, table, offsets, second, third, counts, out):
     """counts uint8 [256]: how many of a byte's four codes are 3."""
+    codes = first[tile * 1024 : tile * 1024 + 1024]
+    total = 0
+    for k in range(1024):
+        total += counts[_u64(codes[k])]
+    # Three exponents of the first tier, then those of all others in order: a weight's exponent is one load, from
+    # its own code or from the count of others so far.
+    known = np.empty(4112, dtype=np.uint8)
+    known[:4] = table[:4]
+    word, escape = offsets[tile, 0], offsets[tile, 1]
+    for group in range((total + 7) // 8):
+        bit = group * 24
+        at = _u64(word + (bit >> 5))
+        window = (_u64(second[at]) | (_u64(second[at + _u64(1)]) << _u64(32))) >> _u64(bit & 31)
+        for i in range(8):
+            code = (window >> _u64(3 * i)) & _u64(7)
+            known[_u64(3 + group * 8 + i)] = table[_u64(4) + code]
+            if code == 7 and group * 8 + i < total:
+                known[3 + group * 8 + i] = third[escape]
+                escape += 1
+    exponents = np.empty(4096, dtype=np.uint8)
+    rank = _u64(3)
+    for k in range(1024):
+        c = _u64(codes[k])
+        for quarter in range(4):
+            code = (c >> _u64(2 * quarter)) & _u64(3)
+            exponents[_u64(quarter * 1024 + k)] = known[rank if code == 3 else code]
+            rank += _u64(code == 3)
+    weights, split = out[tile * 4096 : tile * 4096 + 4096], bytes_in[tile * 4096 : tile * 4096 + 4096]
+    for i in range(weights.shape[0]):
+        b = _u16(split[i])
+        weights[i] = _u16(((b << 8) & 0x8000) | (b & 0x7F)) | _u16(_u16(exponents[i]) << 7)
+
+
+@njit(nogil=True, cache=True)
+def _decode(bytes_in, first, table, offsets, second, third, counts, out):
+    for tile in range(offsets.shape[0] - 1):
+        _decode_tile(tile, bytes_in, first, table, offsets, second, third, counts, out)
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _decode_parallel(bytes_in, first, table, offsets, second, third, counts, out):
     for tile in prange(offsets.shape[0] - 1):
-        codes = first[tile * 1024 : tile * 1024 + 1024]
-        total = 0
-        for k in range(1024):
-            total += counts[_u64(codes[k])]
-        # Three exponents of the first tier, then those of all others in order: a weight's exponent is one load, from
-        # its own code or from the count of others so far.
-        known = np.empty(4112, dtype=np.uint8)
-        known[:4] = table[:4]
-        word, escape = offsets[tile, 0], offsets[tile, 1]
-        for group in range((total + 7) // 8):
-            bit = group * 24
-            at = _u64(word + (bit >> 5))
-            window = (_u64(second[at]) | (_u64(second[at + _u64(1)]) << _u64(32))) >> _u64(bit & 31)
-            for i in range(8):
-                code = (window >> _u64(3 * i)) & _u64(7)
-                known[_u64(3 + group * 8 + i)] = table[_u64(4) + code]
-                if code == 7 and group * 8 + i < total:
-                    known[3 + group * 8 + i] = third[escape]
-                    escape += 1
-        exponents = np.empty(4096, dtype=np.uint8)
-        rank = _u64(3)
-        for k in range(1024):
-            c = _u64(codes[k])
-            for quarter in range(4):
-                code = (c >> _u64(2 * quarter)) & _u64(3)
-                exponents[_u64(quarter * 1024 + k)] = known[rank if code == 3 else code]
-                rank += _u64(code == 3)
-        weights, split = out[tile * 4096 : tile * 4096 + 4096], bytes_in[tile * 4096 : tile * 4096 + 4096]
-        for i in range(weights.shape[0]):
-            b = _u16(split[i])
-            weights[i] = _u16(((b << 8) & 0x8000) | (b & 0x7F)) | _u16(_u16(exponents[i]) << 7)
+        _decode_tile(tile, bytes_in, first, table, offsets, second, third, counts, out)
 
 
 _OTHERS = np.array([sum((byte >> shift) & 3 == 3 for shift in (0, 2, 4, 6)) for byte in range(256)], dtype=np.uint8)
@@ -176,10 +187,11 @@ class Tiered(PackedFormat):
         _encode(bits, kinds, offsets, planes["first"], planes["second"], planes["third"])
         return planes
 
-    def _decode_cpu(self, planes: dict[str, np.ndarray], out: np.ndarray) -> None:
+    def _decode_cpu(self, planes: dict[str, np.ndarray], out: np.ndarray, parallel: bool) -> None:
         args = [planes[name] for name in ("bytes", "first", "table")]
         offsets = planes["offsets"].view(np.int32).reshape(-1, 2)
-        _decode(*args, offsets, planes["second"], planes["third"], _OTHERS, out.reshape(-1))
+        decode = _decode_parallel if parallel else _decode
+        decode(*args, offsets, planes["second"], planes["third"], _OTHERS, out.reshape(-1))
 
     def _decode_triton(self, planes: dict[str, Tensor], out: Tensor) -> None:
         from ._tiered import decode

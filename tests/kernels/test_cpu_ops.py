@@ -54,16 +54,6 @@ def test_packing_is_bit_exact(n, k, dtype):
     assert torch.equal(gemm.unpack(block, n, k, dtype).view(bits), weight.view(bits))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_expert_packing_is_bit_exact(dtype):
-    for ops in pair(replace(DIMS, dtype=dtype)):
-        gate_up, down = torch.randn(80, 48).to(dtype), torch.randn(48, 40).to(dtype)
-        blocks = tuple(torch.zeros(n, dtype=torch.uint8) for n in ops.expert_bytes())
-        ops.pack_expert(gate_up, down, blocks)
-        for got, expected in zip(ops.unpack_expert(blocks), (gate_up, down), strict=True):
-            assert torch.equal(got, expected)
-
-
 def test_rows_do_not_depend_on_their_batch():
     """The property that makes tokens independent of batch, budget and placement: same bits alone or together."""
     ops = CpuOps(replace(DIMS, dtype=torch.bfloat16), LIMITS)

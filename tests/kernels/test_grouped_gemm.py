@@ -8,7 +8,7 @@ from fluxmoe.kernels.expert_table import FORMAT_PLANAR12, ExpertTable
 from fluxmoe.kernels.grouped_gemm import combine, deinterleave, down, gate_up, interleave, linear, moe_torch
 from fluxmoe.kernels.ops import KernelError
 from fluxmoe.kernels.packing import FORMATS
-from fluxmoe.kernels.packing.blocks import decode_block, encode_block, planar12_block_bytes
+from fluxmoe.kernels.packing.blocks import block_bytes, decode_block, encode_block
 from fluxmoe.kernels.routing import Router
 from fluxmoe.kernels.tiles import Tile, default_tile, invariant_tile
 
@@ -211,10 +211,10 @@ def planar12_layer(hidden: int, intermediate: int, crowded: bool = False) -> tup
     for expert, (pair, (gate_up_weight, down_weight)) in enumerate(zip(layer.table.blocks, layer.weights, strict=True)):
         if expert % 2:
             weights = (interleave(gate_up_weight), down_weight)
-            pair = tuple(torch.zeros(planar12_block_bytes(*w.shape), dtype=torch.uint8) for w in weights)
+            pair = tuple(torch.zeros(block_bytes("planar12", *w.shape), dtype=torch.uint8) for w in weights)
             for weight, block in zip(weights, pair, strict=True):
-                encode_block(weight, block)
-                assert torch.equal(decode_block(block, *weight.shape).view(torch.int16), weight.view(torch.int16))
+                recipe = encode_block("planar12", weight, block)
+                assert torch.equal(decode_block(recipe, block).view(torch.int16), weight.view(torch.int16))
                 assert FORMATS["planar12"].encode(weight).planes["raw_tiles"].numel() == (8192 if crowded else 0)
             pair = tuple(block.to(DEVICE) for block in pair)
             formats[expert] = FORMAT_PLANAR12
@@ -251,4 +251,4 @@ def test_compressed_experts_need_their_tile():
 def test_incompressible_experts_are_refused():
     weight = torch.randint(-(2**15), 2**15, (64, 128), dtype=torch.int16).view(torch.bfloat16)
     with pytest.raises(KernelError, match="use the dense format"):
-        encode_block(weight, torch.zeros(planar12_block_bytes(64, 128), dtype=torch.uint8))
+        encode_block("planar12", weight, torch.zeros(block_bytes("planar12", 64, 128), dtype=torch.uint8))

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from fluxmoe.kernels.cpu import planar
-from fluxmoe.kernels.cpu.ops import CpuOps
 from fluxmoe.kernels.cpu.simd import gemm_panel
-from fluxmoe.kernels.expert_table import FORMAT_PLANAR12
 from fluxmoe.kernels.ops import KernelError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from .test_cpu_ops import DIMS, LIMITS
 
 
 def encoded(panels: torch.Tensor) -> torch.Tensor:
@@ -122,22 +116,3 @@ def test_portable_decoding_agrees_with_the_byte_shuffle(monkeypatch):
     escapes = block.data_ptr() + block[index : index + 8].view(torch.int64).item()
     decode(block.data_ptr() + planar.HEADER_BYTES, base, escapes, out.data_ptr())
     assert torch.equal(bits_of(out), bits_of(panels[0]))
-
-
-@pytest.mark.parametrize("intermediate", [40, 48])
-def test_experts_come_back_from_their_blocks(intermediate):
-    """Also where the last panel has lanes to spare."""
-    dims = replace(DIMS, dtype=torch.bfloat16, intermediate=intermediate)
-    ops = CpuOps(dims, LIMITS, expert_format=FORMAT_PLANAR12)
-    gate_up, down = (torch.randn(2 * intermediate, 48) * 0.02).bfloat16(), torch.randn(48, intermediate).bfloat16()
-    blocks = tuple(torch.zeros(n, dtype=torch.uint8) for n in ops.expert_bytes())
-    ops.pack_expert(gate_up, down, blocks)
-    for got, expected in zip(ops.unpack_expert(blocks), (gate_up, down), strict=True):
-        assert torch.equal(got, expected)
-
-
-def test_what_cannot_be_compressed_is_refused():
-    with pytest.raises(KernelError, match="bfloat16"):
-        CpuOps(DIMS, LIMITS, expert_format=FORMAT_PLANAR12)
-    with pytest.raises(KernelError, match="even"):
-        CpuOps(replace(DIMS, dtype=torch.bfloat16, intermediate=41), LIMITS, expert_format=FORMAT_PLANAR12)

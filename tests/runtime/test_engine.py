@@ -101,7 +101,7 @@ def test_tokens_do_not_depend_on_batching(model_dir, expected, settings):
     assert serve(model_dir, **settings)[0] == expected
 
 
-@pytest.mark.parametrize("placement", ["resident", "offload", "balanced", "host", "disk"])
+@pytest.mark.parametrize("placement", ["resident", "packed", "offload", "balanced", "host", "disk"])
 def test_ledger_is_what_is_held(model_dir, placement):
     budget = 3_000_000
     _, _, engine = serve(model_dir, placement=placement, budget_bytes=budget, alpha=None)
@@ -180,25 +180,73 @@ def test_no_cuda_is_one_sentence(model_dir):
         Engine(model_dir, EngineConfig(device="cuda"))
 
 
+FORMAT_CASES = {
+    "packed": dict(placement="packed"),
+    "packed, not fused": dict(placement="packed", expert_format="huffman"),
+    "tri-state": dict(placement="balanced", alpha=0.7, dense_share=0.3, expert_format="planar12"),
+    "hybrid": dict(placement="hybrid", alpha=0.6),
+    "hybrid, dense in host": dict(placement="hybrid", alpha=0.6, host_format="dense"),
+    "host": dict(placement="host", expert_format="planar12"),
+    "host, decoded": dict(placement="host", expert_format="planar12", slot_format="decoded"),
+    "host, not fused": dict(placement="host", expert_format="tiered"),
+    "offload": dict(placement="offload", alpha=0.6, host_format="tiered"),
+    "disk": dict(placement="disk", expert_format="planar12"),
+    "disk, not fused": dict(placement="disk", alpha=0.4, expert_format="huffman"),
+}
+
+
+@pytest.fixture(scope="module")
+def wide_model_dir(tmp_path_factory):
+    """Experts large enough that every format saves something."""
+    out = tmp_path_factory.mktemp("models") / "wide"
+    make_checkpoint(
+        arch="olmoe", out=out, layers=4, experts=4, top_k=2, hidden=128, moe_intermediate=120, heads=4, vocab=512,
+        dtype="bfloat16", seed=0, max_positions=256,
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("settings", FORMAT_CASES.values(), ids=FORMAT_CASES)
+def test_compressed_experts_give_the_same_tokens_from_fewer_bytes(wide_model_dir, settings):
+    model_dir, work = wide_model_dir, requests(3)
+    tokens, steps, engine = serve(model_dir, work, poison=True, **settings)
+    assert tokens == serve(model_dir, work)[0]
+    assert engine.held_bytes() == engine.budget.lines()
+    plain = {key: settings[key] for key in ("placement", "alpha") if key in settings}
+    plain["placement"] = {"packed": "resident", "hybrid": "offload"}.get(plain["placement"], plain["placement"])
+    _, dense_steps, dense = serve(model_dir, work, **plain)
+    moved = sum(s.streamed_bytes for s in steps)
+    if settings.get("host_format") == "dense":
+        assert moved > 0
+    elif plain["placement"] != "resident":
+        assert 0 < moved < sum(s.streamed_bytes for s in dense_steps)
+    if engine.layout.fused.issuperset({engine.layout.formats.packed}) and settings.get("slot_format") != "decoded":
+        lines, dense_lines = engine.budget.lines(), dense.budget.lines()
+        experts = ("resident_experts", "packed_experts", "slots")
+        assert sum(lines[e] for e in experts) <= sum(dense_lines[e] for e in experts)
+
+
+@pytest.mark.parametrize("expert_format", ["planar12", "huffman"])
+def test_the_reference_kernels_read_compressed_experts_from_decoded_slots(wide_model_dir, expert_format):
+    work = [Request(0, tuple(range(20)), SamplingParams(max_new_tokens=4, ignore_eos=True))]
+    plain = serve(wide_model_dir, work, kernels="torch")[0]
+    packed = dict(kernels="torch", placement="packed", expert_format=expert_format, poison=True)
+    tokens, _, engine = serve(wide_model_dir, work, **packed)
+    assert tokens == plain
+    assert engine.held_bytes() == engine.budget.lines()
+    assert engine.budget.lines()["slots"] > 0
+
+
 @pytest.mark.parametrize(
-    ("placement", "alpha"), [("resident", None), ("host", None), ("balanced", 0.5), ("offload", 0.6), ("disk", None)]
+    ("settings", "match"),
+    [
+        (dict(expert_format="zip"), "expert_format must be one of dense, planar12"),
+        (dict(host_format="zip"), "host_format must be one of dense, planar12"),
+        (dict(slot_format="zip"), "slot_format must be packed or decoded"),
+        (dict(expert_format="planar12"), "placement packed holds them in planar12"),
+        (dict(placement="packed", expert_format="dense"), "choose planar12, tiered"),
+    ],
 )
-def test_compressed_experts_give_the_same_tokens_from_fewer_bytes(model_dir, expected, placement, alpha):
-    settings = dict(placement=placement, alpha=alpha, poison=True)
-    tokens, steps, packed = serve(model_dir, expert_format="planar12", **settings)
-    assert tokens == expected
-    _, dense_steps, dense = serve(model_dir, **settings)
-    for engine in (packed, dense):
-        assert engine.held_bytes() == engine.budget.lines()
-    # Blocks this small are mostly room for escapes; the share of large ones is tested with the format.
-    experts = ("resident_experts", "slots")
-    assert sum(packed.budget.lines()[e] for e in experts) < sum(dense.budget.lines()[e] for e in experts)
-    if placement != "resident":
-        assert sum(s.streamed_bytes for s in steps) < sum(s.streamed_bytes for s in dense_steps)
-
-
-def test_unknown_or_unreadable_expert_formats_are_refused(model_dir):
-    with pytest.raises(ValueError, match="expert_format must be dense or planar12"):
-        EngineConfig(expert_format="zip")
-    with pytest.raises(DeviceError, match="torch kernels cannot read"):
-        Engine(model_dir, EngineConfig(device="cpu", kernels="torch", expert_format="planar12"))
+def test_formats_that_cannot_be_meant(settings, match):
+    with pytest.raises(ValueError, match=match):
+        EngineConfig(**settings)

@@ -15,6 +15,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from fluxmoe.runtime.engine import Engine, EngineConfig
+from fluxmoe.runtime.placement import Tier
 
 def status(key):
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -28,14 +29,14 @@ Engine(tiny, EngineConfig(**settings)).close()
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
 engine = Engine(model, EngineConfig(**settings))
-placed = sum(v for k, v in engine.budget.lines().items() if k != "kv_cache") + engine.store.host_bytes
+placed = sum(v for k, v in engine.budget.lines().items() if k != "kv_cache") + engine.store.tier_bytes(Tier.HOST)
 print(status("VmHWM") - before, placed)
 engine.close()
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to measure peak memory")
-@pytest.mark.parametrize("placement", ["resident", "host", "disk"])
+@pytest.mark.parametrize("placement", ["resident", "packed", "host", "disk"])
 def test_peak_is_placed_size_plus_a_shard(placement, tmp_path):
     model = make_checkpoint(
         "mixtral", tmp_path / "m", layers=12, experts=8, hidden=512, moe_intermediate=512, heads=4, vocab=1024,

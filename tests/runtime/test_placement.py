@@ -18,7 +18,6 @@ def test_balanced_is_exact_and_even(layers, experts, alpha):
     resident = (placement.tiers == Tier.RESIDENT).sum(axis=1)
     assert resident.sum() == round(alpha * layers * experts)
     assert resident.max() - resident.min() <= 1
-    assert placement.max_streamed == experts - resident.min()
 
 
 @given(LAYERS, EXPERTS, SHARES, SHARES, st.sampled_from(["offload", "balanced", "host", "disk"]))
@@ -44,17 +43,31 @@ def test_counts_and_lists_agree(layers, experts, policy):
     assert placement.tiers.shape == (layers, experts)
     assert sum(placement.counts().values()) == layers * experts
     for layer in range(layers):
-        assert sorted(placement.resident(layer) + placement.streamed(layer)) == list(range(experts))
-    assert placement.streamed_layers == [i for i in range(layers) if placement.streamed(i)]
+        members = [expert for tier in Tier for expert in placement.members(layer, tier)]
+        assert sorted(members) == list(range(experts))
+
+
+@given(LAYERS, EXPERTS, SHARES, SHARES, st.sampled_from(["balanced", "host", "disk"]))
+def test_the_dense_share_is_taken_from_the_device(layers, experts, alpha, dense, policy):
+    """x dense + y packed + z host = 1 (arXiv 2604.02715 §4.3): z does not depend on x."""
+    packed = place(policy, layers, experts, alpha=alpha, device_tier=Tier.PACKED)
+    mixed = place(policy, layers, experts, alpha=alpha, dense=dense, device_tier=Tier.PACKED)
+    assert mixed.alpha == packed.alpha
+    wanted = min(round(dense * layers * experts), round(alpha * layers * experts))
+    assert mixed.counts()["resident"] == wanted
 
 
 def test_policies_do_what_they_say():
-    assert place("resident", 4, 8).alpha == 1
-    assert place("host", 4, 8).counts() == {"resident": 0, "host": 32, "disk": 0}
+    assert place("resident", 4, 8).alpha == place("packed", 4, 8).alpha == 1
+    assert place("packed", 4, 8).counts()["packed"] == 32
+    assert place("host", 4, 8).counts() == {"resident": 0, "host": 32, "disk": 0, "packed": 0}
     assert place("disk", 4, 8).counts()["disk"] == 32
-    assert place("offload", 16, 8).streamed_layers == [14, 15]  # the paper's 12.5 %
-    assert place("offload", 4, 8).streamed_layers == [3]  # at least one layer
-    assert place("offload", 4, 8, alpha=1.0).streamed_layers == []
+    for policy, kept in (("offload", Tier.RESIDENT), ("hybrid", Tier.PACKED)):
+        sixteen, four = place(policy, 16, 8).tiers, place(policy, 4, 8).tiers
+        assert (sixteen[:14] == kept).all()
+        assert (sixteen[14:] == Tier.HOST).all()  # the paper's 12.5 %
+        assert (four[3] == Tier.HOST).all()  # at least one layer
+        assert place(policy, 4, 8, alpha=1.0).alpha == 1
 
 
 def test_balanced_follows_bandwidth():
@@ -62,6 +75,9 @@ def test_balanced_follows_bandwidth():
     placement = place("balanced", 6, 40, bandwidths={Tier.RESIDENT: 30e9, Tier.HOST: 10e9})
     assert placement.alpha == 0.75
     assert np.unique((placement.tiers == Tier.HOST).sum(axis=1)).tolist() == [10]
+    bandwidths = {Tier.RESIDENT: 30e9, Tier.HOST: 10e9, Tier.PACKED: 30e9}
+    packed = place("balanced", 6, 40, device_tier=Tier.PACKED, bandwidths=bandwidths)
+    assert packed.counts() == {"resident": 0, "host": 60, "disk": 0, "packed": 180}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +91,8 @@ def test_balanced_follows_bandwidth():
         ("balanced", {"bandwidths": {Tier.RESIDENT: float("inf"), Tier.HOST: 1.0}}, "finite"),
         ("balanced", {"bandwidths": {Tier.RESIDENT: 1.0}}, "tier HOST"),
         ("resident", {"alpha": 0.5}, "every expert"),
+        ("packed", {"alpha": 0.5}, "every expert"),
+        ("host", {"dense": -0.1}, "dense is a share"),
     ],
 )
 def test_errors(policy, settings, match):

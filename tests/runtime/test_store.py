@@ -10,15 +10,27 @@ import numpy as np
 import pytest
 import torch
 from fluxmoe.runtime import store as store_module
-from fluxmoe.runtime.placement import Placement, place
+from fluxmoe.runtime.layout import ExpertFormats, ExpertLayout
+from fluxmoe.runtime.placement import Placement, Tier, place
 from fluxmoe.runtime.store import PAGE, ExpertStore, StoreError, aligned_empty
 
-SIZES = (1000, 515)  # no multiple of the alignment
+# Sizes that are no multiple of the alignment. A stand-in for compression: `tiered` holds the lower half of every byte,
+# and can only be decoded; `planar12` likewise, and is what the GEMM would read.
+SIZES = {"dense": (1000, 516), "tiered": (500, 258), "planar12": (500, 258)}
+FUSED = frozenset({"planar12"})
+CPU = torch.device("cpu")
+DENSE_HOST = ExpertFormats("planar12", "dense")
 
 
-def block_of(layer: int, expert: int, d: int) -> torch.Tensor:
+def block_of(layer: int, expert: int, d: int, expert_format: str = "dense") -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 * layer + 10 * expert + d)
-    return torch.randint(0, 256, (SIZES[d],), dtype=torch.uint8, generator=generator)
+    dense = torch.randint(0, 16, (SIZES["dense"][d],), dtype=torch.uint8, generator=generator)
+    return dense if expert_format == "dense" else dense[0::2] | (dense[1::2] << 4)
+
+
+def decode(expert_format, tensor_type, block, out, recipe) -> None:
+    assert recipe == f"recipe {tensor_type}"
+    out[0::2], out[1::2] = block & 15, block >> 4
 
 
 @pytest.fixture
@@ -28,44 +40,71 @@ def small_chunks(monkeypatch):
 
 
 def read_all(store: ExpertStore, layer: int, d: int, **settings) -> tuple[int, torch.Tensor]:
-    slot = aligned_empty(store.placement.max_streamed * store.strides[d], torch.device("cpu"))
-    slot.fill_(0xFF)
-    return store.read_into(layer, d, slot, **settings), slot
+    slot = aligned_empty(store.layout.slot_bytes(d), CPU).fill_(0xFF)
+    staging = aligned_empty(store.layout.staging_bytes(d, (Tier.DISK,)), CPU).fill_(0xFF)
+    return store.read_into(layer, d, slot, staging, **settings), slot
 
 
-def filled(placement: Placement, **settings) -> ExpertStore:
-    store = ExpertStore(placement, SIZES, "cpu", **settings)
+def layout_of(placement: Placement, formats: ExpertFormats = DENSE_HOST) -> ExpertLayout:
+    return ExpertLayout(placement, SIZES, formats, FUSED)
+
+
+def filled(placement: Placement, formats: ExpertFormats = DENSE_HOST, **settings) -> ExpertStore:
+    layout = layout_of(placement, formats)
+    store = ExpertStore(layout, "cpu", decode=decode, **settings)
     for layer, row in enumerate(placement.tiers):
-        for expert in range(len(row)):
-            store.put(layer, expert, block_of(layer, expert, 0), block_of(layer, expert, 1))
+        for expert, tier in enumerate(row):
+            blocks = [block_of(layer, expert, d, layout.stored(Tier(tier))) for d in (0, 1)]
+            store.put(layer, expert, blocks, ("recipe 0", "recipe 1"))
     store.seal()
     return store
 
 
 def mixed(layers=3, experts=9) -> Placement:
-    tiers = np.random.default_rng(0).integers(0, 3, size=(layers, experts)).astype(np.int8)
+    tiers = np.random.default_rng(0).integers(0, 4, size=(layers, experts)).astype(np.int8)
     return Placement("mixed", tiers)
 
 
-@pytest.mark.parametrize(
-    "placement",
-    [place("resident", 3, 5), place("host", 3, 5), place("disk", 3, 5), place("balanced", 3, 5, alpha=0.5), mixed()],
-    ids=lambda p: p.name,
-)
-def test_reads_back_what_was_put(placement, tmp_path):
-    with filled(placement, disk_dir=tmp_path) as store:
+FORMATS = {
+    "dense": DENSE_HOST,
+    "in place": ExpertFormats("planar12", "planar12"),
+    "host decoded": ExpertFormats("planar12", "planar12", slot="decoded"),
+    "all decoded": ExpertFormats("tiered", "tiered"),
+}
+PLACEMENTS = [
+    place("resident", 3, 5),
+    place("packed", 3, 5),
+    place("hybrid", 3, 5),
+    place("host", 3, 5),
+    place("disk", 3, 5),
+    place("balanced", 3, 5, alpha=0.5),
+    place("balanced", 3, 5, alpha=0.7, device_tier=Tier.PACKED, dense=0.2),
+    mixed(),
+]
+
+
+@pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda p: p.name)
+def test_reads_back_what_was_put(placement, formats, tmp_path):
+    with filled(placement, formats, disk_dir=tmp_path) as store:
+        layout = store.layout
         for layer in range(3):
-            slot = tuple(aligned_empty(placement.max_streamed * s, torch.device("cpu")) for s in store.strides)
+            payload = len(placement.members(layer, Tier.HOST)) + len(placement.members(layer, Tier.DISK))
+            slot = []
             for d in (0, 1):
-                copied = store.read_into(layer, d, slot[d])
-                assert copied == len(placement.streamed(layer)) * store.strides[d]
-            blocks = store.resident_blocks(layer) | store.slot_blocks(layer, slot)
+                copied, buffer = read_all(store, layer, d)
+                assert copied == payload * layout.stride(formats.host, d)
+                slot.append(buffer)
+            blocks = store.blocks_in_place(layer) | store.slot_blocks(layer, tuple(slot))
             assert sorted(blocks) == list(range(placement.tiers.shape[1]))
-            for expert, pair in blocks.items():
+            for expert, block in blocks.items():
+                read = layout.read(Tier(placement.tiers[layer, expert]))
+                assert block.table_format == (read == "planar12")
                 for d in (0, 1):
-                    assert torch.equal(pair[d], block_of(layer, expert, d))
-                    assert pair[d].data_ptr() % 64 == 0
-        assert store.resident_bytes == ExpertStore.resident_bytes_of(placement, SIZES)
+                    assert torch.equal(block.pair[d], block_of(layer, expert, d, read)), (layer, expert, d)
+                    assert block.pair[d].data_ptr() % 64 == 0
+        for tier in (Tier.RESIDENT, Tier.PACKED, Tier.HOST):
+            assert store.tier_bytes(tier) == layout.tier_bytes(tier)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -79,21 +118,20 @@ def test_nothing_is_left_on_disk_even_without_close(tmp_path):
 def test_truncated_spill_file_is_named(tmp_path):
     with filled(place("disk", 2, 3), disk_dir=tmp_path) as store:
         os.ftruncate(store._file, 100)
-        slot = aligned_empty(3 * store.strides[1], torch.device("cpu"))
         with pytest.raises(StoreError, match=r"down experts of layer 1 from .*fluxmoe-experts.*early"):
-            store.read_into(1, 1, slot)
+            read_all(store, 1, 1)
 
 
 def test_directory_that_does_not_exist(tmp_path):
     with pytest.raises(StoreError, match="nowhere"):
-        ExpertStore(place("disk", 1, 1), SIZES, "cpu", disk_dir=tmp_path / "nowhere")
+        ExpertStore(layout_of(place("disk", 1, 1)), "cpu", disk_dir=tmp_path / "nowhere")
 
 
 def test_missing_and_doubled_experts():
-    store = ExpertStore(place("host", 1, 2), SIZES, "cpu")
-    store.put(0, 0, block_of(0, 0, 0), block_of(0, 0, 1))
+    store = ExpertStore(layout_of(place("host", 1, 2)), "cpu")
+    store.put(0, 0, [block_of(0, 0, d) for d in (0, 1)])
     with pytest.raises(AssertionError, match="already"):
-        store.put(0, 0, block_of(0, 0, 0), block_of(0, 0, 1))
+        store.put(0, 0, [block_of(0, 0, d) for d in (0, 1)])
     with pytest.raises(StoreError, match="lacks expert 1 of layer 0"):
         store.seal()
 
@@ -112,9 +150,9 @@ def test_a_cancelled_load_stops_at_the_next_chunk(policy, tmp_path):
         assert copied == 2 * PAGE
         assert (slot[copied:] == 0xFF).all()
         copied, slot = read_all(store, 0, 0)
-        assert copied == 20 * store.strides[0]
-        for expert, (gate_up, _) in store.slot_blocks(0, (slot, slot)).items():
-            assert torch.equal(gate_up, block_of(0, expert, 0))
+        assert copied == 20 * store.layout.stride("dense", 0)
+        for expert, block in store.slot_blocks(0, (slot, slot)).items():
+            assert torch.equal(block.pair[0], block_of(0, expert, 0))
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -133,7 +171,7 @@ def test_a_file_system_that_refuses_direct_reads_is_read_buffered(tmp_path, monk
         monkeypatch.setattr(os, "preadv", preadv)
         _, slot = read_all(store, 0, 0)
         assert not store.direct_io
-        assert torch.equal(store.slot_blocks(0, (slot, slot))[19][0], block_of(0, 19, 0))
+        assert torch.equal(store.slot_blocks(0, (slot, slot))[19].pair[0], block_of(0, 19, 0))
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
@@ -155,4 +193,4 @@ def test_the_spill_file_goes_to_the_temporary_directory_by_default(tmp_path, mon
 
 def test_host_memory_that_cannot_be_had_is_one_sentence():
     with pytest.raises(StoreError, match="cannot allocate 1024 TiB of host memory"):
-        ExpertStore(place("host", 1, 1), (1 << 50, 64), "cpu")
+        ExpertStore(ExpertLayout(place("host", 1, 1), {"dense": (1 << 50, 64)}), "cpu")

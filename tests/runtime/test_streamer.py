@@ -11,15 +11,16 @@ from contextlib import nullcontext, suppress
 import pytest
 import torch
 from fluxmoe.runtime import store as store_module
-from fluxmoe.runtime.placement import place
+from fluxmoe.runtime.placement import Placement, Tier, place
 from fluxmoe.runtime.store import StoreError
 from fluxmoe.runtime.streamer import CudaStreamer, ThreadStreamer, slot_bytes, slots_used
 from fluxmoe.runtime.timeline import Timeline
 
-from .test_store import SIZES, block_of, filled, mixed
+from .test_store import CPU, FORMATS, block_of, filled, layout_of, mixed
 
 PLACEMENTS = [
     place("resident", 5, 4),
+    place("packed", 5, 4),
     place("host", 5, 4),
     place("offload", 5, 4, alpha=0.5),
     place("balanced", 5, 4, alpha=0.4),
@@ -32,16 +33,18 @@ def check_layer(page, layer: int) -> None:
     for d in (0, 1):
         page.wait(d)
         for expert, pair in enumerate(page.table.blocks):
-            assert torch.equal(pair[d], block_of(layer, expert, d)), (layer, expert, d)
+            expert_format = "planar12" if page.table.formats[expert, d] else "dense"
+            assert torch.equal(pair[d], block_of(layer, expert, d, expert_format)), (layer, expert, d)
             assert page.table.addresses[expert, d].item() == pair[d].data_ptr()
 
 
 @pytest.mark.parametrize("slots", [2, 3, 4])
+@pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda p: p.name)
-def test_reader_sees_every_layer(placement, slots):
+def test_reader_sees_every_layer(placement, formats, slots):
     rng = random.Random(0)
     delay = lambda layer, d: rng.choice([0, 0, 0.001])  # noqa: E731
-    with filled(placement) as store:
+    with filled(placement, formats) as store:
         streamer = ThreadStreamer(store, slots, poison=True, delay=delay)
         for _ in range(6):
             for layer in range(len(placement.tiers)):
@@ -52,8 +55,8 @@ def test_reader_sees_every_layer(placement, slots):
                         check_layer(page, layer)
         loads = streamer.counters().loads
         streamer.close()
-        assert streamer.slot_bytes == slot_bytes(placement, SIZES, slots)
-    layers = len(placement.streamed_layers)
+        assert streamer.slot_bytes == slot_bytes(store.layout, slots, CPU)
+    layers = len(store.layout.streamed_layers)
     if layers <= slots:
         assert loads == 2 * layers  # each layer keeps its slot
     else:
@@ -227,7 +230,7 @@ def test_all_resident_starts_no_thread():
 
 def test_one_slot_is_refused():
     with pytest.raises(StoreError, match="at least 2"):
-        slots_used(place("host", 4, 2), 1)
+        slots_used(layout_of(place("host", 4, 2)), 1)
 
 
 def test_tables_are_made_once():
@@ -332,6 +335,20 @@ def test_cuda_streamer_orders_every_dependency(layers, slots, poison, interrupte
     copies = sum(entry[0] == "copy" for entry in cuda.log)
     # Prefetch: when a layer begins, loads are enqueued for the slots - 1 layers after it.
     assert copies == 2 * (layers if layers <= slots else 3 * layers + slots - 1)
+
+
+@pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("placement", [p for p in PLACEMENTS if p.name != "disk"], ids=lambda p: p.name)
+def test_cuda_streamer_loads_what_was_stored(placement, formats):
+    """With streams that run at once: what is copied, staged and decoded is right, whatever its order."""
+    tiers = placement.tiers.copy()
+    tiers[tiers == Tier.DISK] = Tier.HOST
+    with filled(Placement(placement.name, tiers), formats) as store:
+        streamer = CudaStreamer(store, 2, cuda=Recorder())
+        for _ in range(3):
+            for layer in range(len(tiers)):
+                with streamer.layer(layer) as page:
+                    check_layer(page, layer)
 
 
 def check_order(log, arenas) -> None:

@@ -44,6 +44,16 @@ def test_same_tokens_wherever_experts_live(tmp_path):
     assert tokens_of(tmp_path, placement="balanced", alpha=0.5, poison=True) == resident
 
 
+def test_same_tokens_from_compressed_experts(tmp_path):
+    """In place, in slots, decoded into slots; all with the tiles of planar12, so with the same order of summation."""
+    sizes = dict(hidden_size=128, moe_intermediate_size=128, num_hidden_layers=2)
+    save_random_model("qwen3_moe", tmp_path, 2, dtype=torch.bfloat16, **sizes)
+    packed = tokens_of(tmp_path, placement="packed")
+    assert tokens_of(tmp_path, placement="host", expert_format="planar12", poison=True) == packed
+    decoded = dict(placement="packed", expert_format="huffman", poison=True)
+    assert tokens_of(tmp_path, **decoded) == tokens_of(tmp_path)
+
+
 def test_batch_invariant_engine_gives_the_same_tokens_alone(tmp_path):
     save_random_model("qwen3_moe", tmp_path, 3, dtype=torch.bfloat16, num_hidden_layers=1)
     request = Request(0, (5, 6, 7), SamplingParams(max_new_tokens=4, ignore_eos=True))
@@ -65,12 +75,3 @@ def test_what_the_kernels_cannot_take_is_refused():
         TritonOps(DIMS, Limits(8, 4, 64, 24), DEVICE)
     with pytest.raises(KernelError, match="bfloat16, float16 or float32"):
         TritonOps(LayerDims(**{**DIMS.__dict__, "dtype": torch.float64}), Limits(8, 4, 64, 16), DEVICE)
-
-
-def test_expert_packing_is_undone():
-    ops = TritonOps(DIMS, Limits(8, 4, 64, 16), DEVICE)
-    gate_up, down = torch.randn(32, 32).bfloat16(), torch.randn(32, 16).bfloat16()
-    blocks = tuple(torch.zeros(n, dtype=torch.uint8) for n in ops.expert_bytes())
-    ops.pack_expert(gate_up, down, blocks)
-    for got, expected in zip(ops.unpack_expert(blocks), (gate_up, down), strict=True):
-        assert torch.equal(got, expected)

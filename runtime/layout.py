@@ -1,0 +1,131 @@
+"""ExpertLayout: what a placement means in bytes. Pure arithmetic, shared by ledger, store, streamer and simulator.
+
+Each tier stores experts in one format; a kernel reads them in place, or from a slot, dense or still compressed:
+
+    tier      stored as         read by the kernels
+    RESIDENT  dense             in place
+    PACKED    formats.packed    in place where the GEMM can decode it, else decoded into a slot (the paper's way)
+    HOST      formats.host      in a slot: as it is where the GEMM can decode it and formats.slot says so, else dense
+    DISK      formats.host      likewise
+
+A slot holds a layer's streamed experts, PACKED before HOST before DISK, ids ascending, one buffer a tensor type.
+Blocks begin every `stride` bytes, a multiple of 64; the ledger counts strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from fluxmoe.kernels.expert_table import DOWN, GATE_UP
+
+from .placement import Placement, Tier
+
+DENSE = "dense"
+_ALIGNMENT = 64
+TensorBytes = tuple[int, int]
+
+
+class LayoutError(ValueError):
+    """Formats that cannot be combined."""
+
+
+@dataclass(frozen=True)
+class ExpertFormats:
+    """How experts are stored (a name of packing.FORMATS, or dense): compressed on the device, in host memory and files.
+
+    slot: packed (the GEMM reads compressed experts in their slot, if it can) or decoded.
+    """
+
+    packed: str = "planar12"
+    host: str = DENSE
+    slot: str = "packed"
+
+    def __post_init__(self) -> None:
+        if self.packed == DENSE:
+            raise LayoutError("the packed tier holds compressed experts: choose a format other than dense")
+        if self.slot not in ("packed", "decoded"):
+            raise LayoutError(f"slots hold experts packed or decoded, got {self.slot!r}")
+
+
+class ExpertLayout:
+    """Formats, order and sizes of every tier and slot of one placement.
+
+    sizes: bytes of an expert's (GATE_UP, DOWN) blocks by format; fused: the formats that kernels read in place.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        sizes: Mapping[str, TensorBytes],
+        formats: ExpertFormats = ExpertFormats(),
+        fused: frozenset[str] = frozenset(),
+    ) -> None:
+        self.placement, self.formats, self.sizes, self.fused = placement, formats, dict(sizes), fused
+        self.num_layers, self.num_experts = placement.tiers.shape
+
+    def stored(self, tier: Tier) -> str:
+        """The format in which a tier holds its experts."""
+        if tier is Tier.RESIDENT:
+            return DENSE
+        return self.formats.packed if tier is Tier.PACKED else self.formats.host
+
+    def streams(self, tier: Tier) -> bool:
+        """Whether kernels read a tier's experts from a slot."""
+        return tier in (Tier.HOST, Tier.DISK) or (tier is Tier.PACKED and self.stored(tier) not in self.fused)
+
+    def read(self, tier: Tier) -> str:
+        """The format in which kernels meet a tier's experts."""
+        stored = self.stored(tier)
+        if stored in self.fused and (tier is Tier.PACKED or self.formats.slot == "packed"):
+            return stored
+        return DENSE
+
+    def decodes(self, tier: Tier) -> bool:
+        """Whether a tier's experts are decoded on their way into a slot."""
+        return self.streams(tier) and self.stored(tier) != self.read(tier)
+
+    def stride(self, expert_format: str, tensor_type: int) -> int:
+        """Distance of blocks in bytes."""
+        return -(-self.sizes[expert_format][tensor_type] // _ALIGNMENT) * _ALIGNMENT
+
+    def expert_bytes(self, expert_format: str) -> int:
+        """Bytes of one expert, both tensor types, as the ledger counts them."""
+        return self.stride(expert_format, GATE_UP) + self.stride(expert_format, DOWN)
+
+    def streamed(self, layer: int) -> list[tuple[int, Tier]]:
+        """Experts of a layer that pass through a slot, with their tiers, in the order of the slot."""
+        tiers = [tier for tier in (Tier.PACKED, Tier.HOST, Tier.DISK) if self.streams(tier)]
+        return [(expert, tier) for tier in tiers for expert in self.placement.members(layer, tier)]
+
+    def slot_places(self, layer: int, tensor_type: int) -> dict[int, tuple[int, int]]:
+        """Begin and end of each streamed expert's block in a slot's buffer."""
+        places, begin = {}, 0
+        for expert, tier in self.streamed(layer):
+            expert_format = self.read(tier)
+            places[expert] = (begin, begin + self.sizes[expert_format][tensor_type])
+            begin += self.stride(expert_format, tensor_type)
+        return places
+
+    @cached_property
+    def streamed_layers(self) -> list[int]:
+        return [layer for layer in range(self.num_layers) if self.streamed(layer)]
+
+    def slot_bytes(self, tensor_type: int) -> int:
+        """Bytes of one slot's buffer: what the layer that streams most needs."""
+        return max((self._bytes(layer, tensor_type, self.read) for layer in self.streamed_layers), default=0)
+
+    def staging_bytes(self, tensor_type: int, tiers: tuple[Tier, ...]) -> int:
+        """Bytes in which the experts of `tiers` that are decoded wait for it, of one layer."""
+        decoded = tuple(tier for tier in tiers if self.decodes(tier))
+        layers = self.streamed_layers if decoded else []
+        return max((self._bytes(layer, tensor_type, self.stored, decoded) for layer in layers), default=0)
+
+    def _bytes(self, layer: int, tensor_type: int, expert_format, tiers: tuple[Tier, ...] = tuple(Tier)) -> int:
+        return sum(self.stride(expert_format(tier), tensor_type) for _, tier in self.streamed(layer) if tier in tiers)
+
+    def tier_bytes(self, tier: Tier) -> int:
+        """Bytes of all experts of a tier."""
+        experts = int((self.placement.tiers == tier).sum())
+        return experts * self.expert_bytes(self.stored(tier)) if experts else 0

@@ -11,7 +11,7 @@ import json
 import math
 import struct
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from . import ARCHITECTURES
 from .config import ConfigError, ModelConfig, load_config
 from .naming import Role
+from .packed import CheckpointError, PackedExperts
 
 _DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 _DTYPE_BYTES = {"BF16": 2, "F32": 4}
@@ -30,10 +31,6 @@ _DTYPE_BYTES = {"BF16": 2, "F32": 4}
 _HARMLESS = ("rotary_emb.inv_freq",)
 # The format's own limit (100 MB): anything larger is no header.
 _MAX_HEADER = 100_000_000
-
-
-class CheckpointError(ValueError):
-    """A checkpoint whose files are missing, damaged or not what its config says."""
 
 
 def read_header(path: Path) -> dict[str, dict]:
@@ -110,11 +107,16 @@ def _checked_span(path: Path, name: str, entry: Any) -> tuple[int, int]:
 
 
 class Checkpoint:
-    """One checkpoint directory, checked. Raises ConfigError, CheckpointError."""
+    """One checkpoint directory, checked; `packed`: its experts, where they are compressed (see `packed`).
+
+    Raises ConfigError, CheckpointError.
+    """
 
     def __init__(self, model_dir: Path | str) -> None:
         self.directory = Path(model_dir)
+        packed = PackedExperts.in_directory(self.directory)
         self.config: ModelConfig = load_config(self.directory)
+        self.packed = PackedExperts(self.directory, self.config) if packed else None
         shards = self._shards()
         self._roles: dict[Path, dict[str, Role]] = {}
         where: dict[str, Path] = {}
@@ -166,6 +168,8 @@ class Checkpoint:
         for ways in roles.expert_schemes:
             # The scheme that is most nearly complete is the one meant; what it lacks is what is missing.
             found |= max(ways, key=lambda way: len(way.keys() & names) / len(way))
+        if self.packed:
+            found = {name: role for name, role in found.items() if not role.is_expert}
         missing = sorted(found.keys() - names)
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -189,18 +193,27 @@ class Checkpoint:
 
     def dense_tensors(self) -> Iterator[tuple[str, int | None, Tensor]]:
         """(role, layer, tensor) of every non-expert tensor, shard by shard."""
+        roles = {name: role for table in self._roles.values() for name, role in table.items()}
+        for name, tensor in self.named_dense_tensors():
+            # Whoever keeps a view keeps the file mapped. Matrices are packed, but an fp32 vector is placed as it is on
+            # a CPU.
+            yield roles[name].kind, roles[name].layer, tensor.clone() if tensor.dim() == 1 else tensor
+
+    def named_dense_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every non-expert tensor, shard by shard; tensors are views of a file."""
         for path, roles in self._roles.items():
-            wanted = {n: r for n, r in roles.items() if r.expert is None and not r.kind.startswith("fused")}
+            wanted = [name for name, role in roles.items() if not role.is_expert]
             if wanted:
                 with self._open(path) as file:
-                    for name, role in wanted.items():
-                        tensor = file.get_tensor(name)
-                        # Whoever keeps a view keeps the file mapped. Matrices are packed, but an fp32 vector is
-                        # placed as it is on a CPU.
-                        yield role.kind, role.layer, tensor.clone() if tensor.dim() == 1 else tensor
+                    for name in wanted:
+                        yield name, file.get_tensor(name)
 
-    def experts(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """(layer, expert, gate_up [2I, H], down [H, I]) of every expert, as soon as its parts have been read."""
+    def experts(self, layers: Collection[int] | None = None) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """(layer, expert, gate_up [2I, H], down [H, I]) of every expert, as soon as its parts have been read; layers:
+        only of these."""
+        if self.packed:
+            yield from self.packed.experts(layers)
+            return
         parts: dict[tuple[int, int], dict[str, Tensor]] = defaultdict(dict)
         self.pending = 0  # an earlier pass may have been given up half-way
 
@@ -217,7 +230,9 @@ class Checkpoint:
                 yield layer, expert, have["gate_up"], have["down"]
 
         for path, roles in self._roles.items():
-            wanted = {n: r for n, r in roles.items() if r.expert is not None or r.kind.startswith("fused")}
+            wanted = {n: r for n, r in roles.items() if r.is_expert and (layers is None or r.layer in layers)}
+            if not wanted:
+                continue
             # By expert, so that partners meet early whatever the order of the file.
             ordered = sorted(wanted.items(), key=lambda item: (item[1].layer, item[1].expert or 0))
             with self._open(path) as file:

@@ -23,6 +23,10 @@ class Role:
     expert: int | None
     shape: Shape
 
+    @property
+    def is_expert(self) -> bool:
+        return self.expert is not None or self.kind.startswith("fused")
+
 
 @dataclass(frozen=True)
 class TensorRoles:

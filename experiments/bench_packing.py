@@ -2,10 +2,12 @@
 
     python -m fluxmoe.experiments.bench_packing --model DIR --out results/<hardware>/bench_packing
 
-A row is one format on one tensor type: bits a weight, the bound that the entropies of its sign, exponent and mantissa
-set, and GB/s of bf16 put in and got out, median of three. Every decode is compared bit for bit before it counts. On a
-GPU decoding to a buffer is timed too, on weights larger than L2, beside a copy of as many bytes.
-The GEMMs that read compressed experts in place are timed by bench_cpu_moe.
+A row of rows.csv is one format on one tensor type: bits a weight, the bound that the entropies of its sign, exponent
+and mantissa set, and GB/s of bf16 put in and got out, median of three. Every decode is compared bit for bit before it
+counts. On a GPU decoding to a buffer is timed too, on weights larger than L2, beside a copy of as many bytes.
+
+A row of gemm.csv is one MoE layer at one number of tokens, uncompressed and in planar12, timed in turns over layers
+that together exceed the caches; the results of both are compared bit for bit first.
 """
 
 from __future__ import annotations
@@ -20,15 +22,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fluxmoe.kernels.cpu.ops import CpuOps
+from fluxmoe.kernels.expert_table import FORMAT_DENSE, FORMAT_PLANAR12, ExpertTable
+from fluxmoe.kernels.ops import Limits, Ops, PackedLinear
 from fluxmoe.kernels.packing import FORMATS, Packed, PackedFormat
 from fluxmoe.kernels.packing.histogram import exponent_histogram
 from fluxmoe.models.checkpoint import Checkpoint
+from fluxmoe.models.decoder import layer_dims
+from fluxmoe.runtime.streamer import LayerPage
 from torch import Tensor
+from tqdm import tqdm
 
 from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
 from .fig5_exponents import entropy
+from .memory_budget import PRESETS, preset_model
 
 _REPEATS = 3
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+# More than the last-level cache of any CPU that this is likely to run on.
+_COLD_BYTES = 384 << 20
+# Pairs of timings a point, and seconds after which a point has enough of them.
+_PAIRS, _SECONDS = 30, 4.0
 
 
 def bound_of(weight: Tensor) -> float:
@@ -85,9 +99,94 @@ def bench_format(packed_format: PackedFormat, tensor: str, weight: Tensor) -> di
     return row
 
 
+class FusedGemm:
+    """The layers of a checkpoint, dense and in planar12, behind the kernels of the device."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, most_tokens: int) -> None:
+        config, self.device = checkpoint.config, device
+        dims, limits = layer_dims(config), Limits(most_tokens, 1, 16, 16)
+        if device.type == "cuda":
+            from fluxmoe.kernels.triton_ops import TritonOps
+
+            from .gpu import cold_copies
+
+            self.dense_ops: Ops = TritonOps(dims, limits, device)
+            self.ops: Ops = TritonOps(dims, limits, device, planar12=True)
+            wanted = cold_copies(config.expert_bytes_total // config.num_layers)
+        else:
+            self.dense_ops = self.ops = CpuOps(dims, limits)
+            wanted = -(-_COLD_BYTES * config.num_layers // config.expert_bytes_total)
+        self.hidden = config.hidden_size
+        layers = range(min(config.num_layers, wanted))
+        self.pages = {
+            name: [self._page(checkpoint, i, name) for i in tqdm(layers, name)] for name in ("dense", "planar12")
+        }
+        router = torch.randn(config.num_experts, config.hidden_size).mul_(config.hidden_size**-0.5).to(config.dtype)
+        block = torch.empty(self.ops.packed_bytes(*router.shape), dtype=torch.uint8)
+        self.ops.pack(router, block)
+        self.router = PackedLinear(block.to(device), *router.shape, config.dtype)
+
+    def _page(self, checkpoint: Checkpoint, layer: int, name: str) -> LayerPage:
+        pairs: list = [None] * checkpoint.config.num_experts
+        for _, expert, gate_up, down in checkpoint.experts(layers={layer}):
+            blocks = tuple(torch.empty(n, dtype=torch.uint8) for n in self.ops.expert_bytes(name))
+            self.ops.pack_expert(gate_up, down, blocks, name)
+            pairs[expert] = tuple(block.to(self.device) for block in blocks)
+        number = FORMAT_PLANAR12 if name == "planar12" else FORMAT_DENSE
+        return LayerPage(ExpertTable.from_blocks(pairs, self.device, number), lambda tensor_type: None)
+
+    def run(self, ops: Ops, x: Tensor, page: LayerPage, out: Tensor) -> Tensor:
+        return ops.moe_add(x, self.router, page, out)
+
+    def bench(self, tokens: int) -> dict:
+        """One row: µs of the layer in both formats, and their ratio pair by pair."""
+        x = torch.randn(tokens, self.hidden, device=self.device).to(self.ops.act_dtype)
+        zero = torch.zeros_like(x)
+        dense, packed = self.pages["dense"], self.pages["planar12"]
+        results = [self.run(self.ops, x, pages[0], zero.clone()).clone() for pages in (dense, packed)]
+        assert torch.equal(*results), f"{tokens} tokens: compressed and dense experts differ"
+        out = zero.clone()
+        if self.device.type == "cuda":
+            from .gpu import time_calls
+
+            times = [
+                time_calls([lambda ops=ops, page=page: self.run(ops, x, page, out) for page in pages])
+                for ops, pages in ((self.dense_ops, dense), (self.ops, packed))
+            ]
+            medians, ratios = [t.p50 for t in times], [times[0].p50 / times[1].p50]
+        else:
+            pairs = self._cpu_pairs(x, out)
+            medians, ratios = np.median(pairs, axis=0), pairs[:, 0] / pairs[:, 1]
+        low, middle, high = np.percentile(ratios, [20, 50, 80])
+        return {
+            "tokens": tokens,
+            "dense_us": medians[0] * 1e6,
+            "planar12_us": medians[1] * 1e6,
+            "dense_over_planar12": middle,
+            "ratio_p20": low,
+            "ratio_p80": high,
+        }
+
+    def _cpu_pairs(self, x: Tensor, out: Tensor) -> np.ndarray:
+        """Seconds [pairs, 2], each pair on the same layer, its order alternating."""
+        times, begin, names = [], time.perf_counter(), ("dense", "planar12")
+        while len(times) < _PAIRS and (len(times) < 3 or time.perf_counter() - begin < _SECONDS):
+            layer, pair = len(times) % len(self.pages["dense"]), [0.0, 0.0]
+            for which in (0, 1) if len(times) % 2 else (1, 0):
+                start = time.perf_counter()
+                self.run(self.ops, x, self.pages[names[which]][layer], out)
+                pair[which] = time.perf_counter() - start
+            times.append(pair)
+        return np.array(times)
+
+
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="fluxmoe.experiments.bench_packing", description=__doc__.splitlines()[0])
-    p.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint in bf16")
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint in bf16")
+    source.add_argument("--preset", choices=sorted(PRESETS), help="the model of a memory_budget preset, made if needed")
+    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
+    p.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS), help="tokens of the GEMM's points")
     p.add_argument("--experts", type=int, default=64, help="experts to take, from the first layer on")
     p.add_argument("--formats", nargs="+", choices=sorted(FORMATS), default=list(FORMATS))
     p.add_argument("--out", required=True, metavar="DIR")
@@ -98,6 +197,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.experts < 1:
         raise UsageError("--experts must be at least 1")
+    if any(tokens < 1 for tokens in args.tokens):
+        raise UsageError("--tokens must be at least 1 each")
+    args.model = args.model or preset_model(args.preset, Path(args.checkpoints))
     checkpoint = Checkpoint(args.model)
     if checkpoint.config.dtype != torch.bfloat16:
         raise UsageError(f"{args.model} holds {checkpoint.config.dtype} weights; the formats compress bfloat16")
@@ -118,13 +220,30 @@ def main(argv: list[str] | None = None) -> None:
                 f"copy {row['copy_gb_per_s']:.1f}",
                 flush=True,
             )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = {**provenance(device.type), "experts": len(experts)}
+    _write(Path(args.out) / "rows.csv", rows)
+    write_json(Path(args.out) / "provenance.json", about)
+    if not args.tokens:
+        return
+    fused, points = FusedGemm(checkpoint, device, max(args.tokens)), []
+    for tokens in args.tokens:
+        point = fused.bench(tokens)
+        points.append(point)
+        print(
+            f"{tokens:>5} tokens  dense {point['dense_us']:9.0f} µs, planar12 {point['planar12_us']:9.0f} µs: "
+            f"{point['dense_over_planar12']:.2f}x ({point['ratio_p20']:.2f} … {point['ratio_p80']:.2f})",
+            flush=True,
+        )
+        _write(Path(args.out) / "gemm.csv", points)
+
+
+def _write(path: Path, rows: list[dict]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    write_atomically(Path(args.out) / "rows.csv", text.getvalue())
-    write_json(Path(args.out) / "provenance.json", {**provenance(device), "experts": len(experts)})
+    write_atomically(path, text.getvalue())
 
 
 if __name__ == "__main__":

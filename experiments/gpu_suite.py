@@ -63,6 +63,9 @@ STEPS = (
     Step("memory_budget", script(
         "memory_budget", "--preset", "gpu", "--device", "cuda", "--out", "{out}/memory_budget"),
         6, (*_ENGINE, "pandas", "matplotlib")),
+    Step("bench_packing", script(
+        "bench_packing", "--preset", "gpu", "--out", "{out}/bench_packing"),
+        5, (*_ENGINE, "pandas", "matplotlib")),
     Step("tune_grouped_gemm", script(
         "tune_grouped_gemm", "--minutes", "5", "--shapes", "qwen3_30b", "mixtral"), 6),
     Step("bench_grouped_gemm", script(

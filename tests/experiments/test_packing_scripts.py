@@ -40,7 +40,7 @@ def test_exponents_are_those_of_trained_weights(model_dir, tmp_path, capsys):
 
 
 def test_formats_are_between_the_bound_and_16_bits(model_dir, tmp_path):
-    bench_packing.main(["--model", str(model_dir), "--experts", "3", "--out", str(tmp_path)])
+    bench_packing.main(["--model", str(model_dir), "--experts", "3", "--tokens", "1", "5", "--out", str(tmp_path)])
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
     assert {(row["format"], row["tensor"]) for row in rows} == {
         (name, tensor) for name in ("planar12", "tiered", "huffman") for tensor in ("gate_up", "down")
@@ -48,6 +48,9 @@ def test_formats_are_between_the_bound_and_16_bits(model_dir, tmp_path):
     for row in rows:
         assert int(row["weights"]) == 3 * 128 * 128 * (2 if row["tensor"] == "gate_up" else 1)
         assert float(row["bound_bits"]) < float(row["bits_per_weight"]) < 12.2
+    points = list(csv.DictReader((tmp_path / "gemm.csv").open()))
+    assert [int(point["tokens"]) for point in points] == [1, 5]
+    assert all(float(point[c]) > 0 for point in points for c in ("dense_us", "planar12_us", "dense_over_planar12"))
 
 
 @pytest.mark.parametrize("module", [bench_packing, fig5_exponents])

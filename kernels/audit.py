@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -34,12 +35,16 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 _MATRIX = {"HGMMA": "wgmma", "HMMA": "mma", "UTCHMMA": "tcgen05"}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _FULL_WIDTH = 16
+# At the full rate of HBM an H100 has 6.6 integer operations for each 12-bit weight.
+_MOST_INTEGER = 6.0
 
 
 @dataclass(frozen=True)
 class Case:
     """One kernel at one tile. signature: argument → triton type; integers are taken as multiples of 16 when named in
-    `aligned`, pointers always. matrix: must use matrix instructions; wide_loads: must load 16 bytes a thread.
+    `aligned`, pointers always. matrix: must use matrix instructions; wide_loads: must load 16 bytes a thread;
+    weights_per_step: weights that a thread decodes in a step of the tile loop, for kernels with such a loop beside the
+    dense one, which may take `_MOST_INTEGER` integer operations each.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Case:
     matrix: bool = False
     wide_loads: bool = False
     aligned: tuple[str, ...] = ()
+    weights_per_step: int = 0
 
 
 @dataclass
@@ -68,6 +74,8 @@ class Report:
     matrix: dict[str, int] = field(default_factory=dict)
     instructions: int = 0
     loop: dict[str, int] = field(default_factory=dict)
+    decode_loop: dict[str, int] = field(default_factory=dict)
+    integer_per_weight: float | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -104,7 +112,7 @@ def audit(case: Case, arch: str) -> Report:
         usage = _tool("cuobjdump", "-res-usage", file.name)
         code = _instructions(_tool("nvdisasm", "-c", file.name))
     report.registers = int(re.search(r"REG:(\d+)", usage)[1])
-    opcodes = [op for op, _ in code]
+    opcodes = [line.opcode for line in code if line.opcode != "label"]
     # Local memory is where spills go; STACK alone may be an array that the source asked for, ours ask for none.
     report.spill_bytes = int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1])
     report.instructions = len(opcodes)
@@ -113,7 +121,11 @@ def audit(case: Case, arch: str) -> Report:
     report.async_copies = sum(op.startswith("LDGSTS.") for op in opcodes)
     report.tma_loads = sum(op.startswith("UTMALDG") for op in opcodes)
     report.load_bytes = max((_width(op) for op in loads), default=0)
-    report.loop = dict(_matrix_loop(code))
+    loops = _matrix_loops(code)
+    report.loop = loops[0] if loops else {}
+    if case.weights_per_step:
+        report.decode_loop = loops[-1] if len(loops) > 1 else {}
+        report.integer_per_weight = round(loops[-1]["integer"] / case.weights_per_step, 2)
     report.problems = list(_problems(case, report))
     return report
 
@@ -130,6 +142,10 @@ def _problems(case: Case, report: Report) -> Iterator[str]:
         yield "no matrix instructions"
     if case.wide_loads and report.load_bytes < _FULL_WIDTH and not report.tma_loads:
         yield f"loads are {report.load_bytes} bytes wide, not {_FULL_WIDTH}"
+    if report.integer_per_weight is not None and report.integer_per_weight > _MOST_INTEGER:
+        yield f"{report.integer_per_weight} integer operations a weight, more than {_MOST_INTEGER}"
+    if case.weights_per_step and not report.decode_loop:
+        yield "the loop that decodes weights was not found"
     limit = shared_limit(int(report.arch.removeprefix("sm_")))
     if report.shared_bytes > limit:
         yield f"{report.shared_bytes} bytes of shared memory exceed {limit}"
@@ -139,14 +155,23 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _instructions(sass: str) -> list[tuple[str, str]]:
-    """(opcode, rest of the line) in order; a label is the opcode "label"."""
+class Instruction(NamedTuple):
+    """One line of SASS; a label has the opcode "label" and its name as target."""
+
+    opcode: str
+    target: str | None = None
+    predicated: bool = False
+
+
+def _instructions(sass: str) -> list[Instruction]:
+    """In order of the code."""
     code = []
     for line in sass.splitlines():
         if label := re.match(r"^(\.L_x_\d+):", line):
-            code.append(("label", label[1]))
-        elif found := re.match(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line):
-            code.append((found[1], found[2]))
+            code.append(Instruction("label", label[1]))
+        elif found := re.match(r"^\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line):
+            target = re.search(r"`\((\.L_x_\d+)\)", found[3]) if found[2].startswith("BRA") else None
+            code.append(Instruction(found[2], target and target[1], bool(found[1])))
     return code
 
 
@@ -156,24 +181,58 @@ def _width(opcode: str) -> int:
     return int(bits[1]) // 8 if bits else 4
 
 
-def _matrix_loop(code: list[tuple[str, str]]) -> Counter:
-    """Instructions of the shortest loop that holds a matrix instruction: all, matrix, global loads, integer."""
-    place = {rest: i for i, (op, rest) in enumerate(code) if op == "label"}
-    bodies = []
-    for i, (op, rest) in enumerate(code):
-        target = re.search(r"`\((\.L_x_\d+)\)", rest) if op.startswith("BRA") else None
-        if target and place.get(target[1], i) < i:
-            body = [op for op, _ in code[place[target[1]] : i + 1] if op != "label"]
-            if any(op.split(".")[0] in _MATRIX for op in body):
-                bodies.append(body)
-    counts = Counter()
-    for op in min(bodies, key=len, default=[]):
-        name = op.split(".")[0]
-        counts["all"] += 1
-        counts["matrix"] += name in _MATRIX
-        counts["loads"] += name in ("LDG", "LDGSTS", "UTMALDG")
-        counts["integer"] += name in ("IMAD", "IADD3", "LOP3", "SHF", "PRMT", "LEA", "ISETP", "VIADD", "IADD", "SEL")
-    return counts
+_INTEGER = ("IMAD", "IADD3", "LOP3", "SHF", "PRMT", "LEA", "ISETP", "VIADD", "IADD", "SEL")
+
+
+def _matrix_loops(code: list[Instruction]) -> list[dict[str, int]]:
+    """Instructions of each innermost loop that holds a matrix instruction: all, matrix, global loads, integer.
+
+    Counted along the shortest way round: what is behind a branch that can be skipped (escapes of compressed weights,
+    masked edges) is not on it.
+    """
+    place = {line.target: i for i, line in enumerate(code) if line.opcode == "label"}
+    spans = []
+    for i, line in enumerate(code):
+        begin = place.get(line.target, i + 1) if line.opcode.startswith("BRA") else i + 1
+        if begin <= i and any(other.opcode.split(".")[0] in _MATRIX for other in code[begin : i + 1]):
+            spans.append((begin, i))
+    inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
+    loops = []
+    for begin, end in inner:
+        opcodes = [code[i].opcode.split(".")[0] for i in _shortest_way(code, place, begin, end)]
+        opcodes = [opcode for opcode in opcodes if opcode != "label"]
+        loops.append(
+            {
+                "all": len(opcodes),
+                "matrix": sum(opcode in _MATRIX for opcode in opcodes),
+                "loads": sum(opcode in ("LDG", "LDGSTS", "UTMALDG") for opcode in opcodes),
+                "integer": sum(opcode in _INTEGER for opcode in opcodes),
+            }
+        )
+    return sorted(loops, key=lambda loop: loop["all"])
+
+
+def _shortest_way(code: list[Instruction], place: dict[str | None, int], begin: int, end: int) -> list[int]:
+    """Indices of the instructions on the way from `begin` to `end` with the fewest of them (breadth first)."""
+    came, frontier = {begin: begin}, [begin]
+    while end not in came:
+        following = []
+        for i in frontier:
+            line = code[i]
+            branch = line.opcode.startswith("BRA")
+            targets = [place[line.target]] if branch and line.target in place else []
+            if not branch or line.predicated:
+                targets.append(i + 1)
+            for target in targets:
+                if begin < target <= end and target not in came:
+                    came[target] = i
+                    following.append(target)
+        assert following, "a loop whose end cannot be reached"
+        frontier = following
+    way = [end]
+    while way[-1] != begin:
+        way.append(came[way[-1]])
+    return way[::-1]
 
 
 def print_table(reports: list[Report]) -> None:
@@ -188,6 +247,9 @@ def print_table(reports: list[Report]) -> None:
             f"{r.name:<{width}} {r.arch:>6} {r.registers:>5} {r.spill_bytes:>6} {r.shared_bytes:>7} {loads:>5}  "
             f"{matrix}{loop}"
         )
+        if r.decode_loop:
+            loop = f"loop of {r.decode_loop['all']}, {r.integer_per_weight} integer operations a weight"
+            print(f"{'':<{width}}        decoding: {loop}")
         for problem in r.problems:
             print(f"{'':<{width}}        PROBLEM: {problem}")
 

@@ -321,6 +321,7 @@ def audit_cases(capability: int = 90) -> list[dict]:
                 "PLANAR12": "planar12" in label, **_constants(tile, 128),
             },
             "matrix": True, "wide_loads": True, **_options(tile), **common,
+            "weights_per_step": 64 * 128 // (32 * tile.num_warps) if "planar12" in label else 0,
         }
         for label, tile in tiles.items()
         for name, tensor in (("gate_up", GATE_UP), ("down", DOWN))

@@ -35,6 +35,11 @@ def test_every_kernel_keeps_the_rules(arch, only, tmp_path):
         decode = next(report for report in gemms if report["name"] == "grouped_gemm gate_up, 16 rows")
         assert "wgmma" in decode["matrix"], "swap AB is there to feed wgmma at 16 tokens"
         assert decode["async_copies"] > 0, "weights are not pipelined"
+        packed = [report for report in gemms if "planar12" in report["name"]]
+        assert len(packed) == 4
+        for report in packed:
+            assert 1 < report["integer_per_weight"] <= 6
+            assert report["decode_loop"]["loads"] > 0
 
 
 def test_an_interpreted_audit_is_refused():

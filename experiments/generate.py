@@ -18,6 +18,7 @@ from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.models.config import load_config
 from fluxmoe.runtime.budget import parse_bytes
 from fluxmoe.runtime.engine import Engine, EngineConfig, StepMetrics, resolve_device, summarise
+from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.placement import POLICIES
 from fluxmoe.runtime.request import Request, RequestOutput, SamplingParams
 
@@ -62,6 +63,9 @@ def add_engine_arguments(p: argparse.ArgumentParser, swept: bool = False) -> Non
         "--slot-format", choices=["packed", "decoded"], default="packed",
         help="packed: the GEMM reads compressed experts in their slots; decoded: they are decoded into them",
     )  # fmt: skip
+    p.add_argument(
+        "--profile", metavar="NAME|FILE", help="rates for balanced without a share (default: measured, roughly)"
+    )
     p.add_argument("--slots", type=int, default=2, help="streaming slots, at least 2")
     p.add_argument("--max-batch", type=int, default=64, help="sequences in a batch")
     p.add_argument("--max-batched-tokens", type=int, default=256, help="tokens of one pass (prefill chunk)")
@@ -86,6 +90,7 @@ def engine_config(args: argparse.Namespace, max_context: int, **overrides) -> En
         **{
             "host_format": args.host_format,
             "slot_format": args.slot_format,
+            "profile": HardwareProfile.load(args.profile) if args.profile else None,
             "slots": args.slots,
             "max_batch": args.max_batch,
             "max_batched_tokens": args.max_batched_tokens,

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 from fluxmoe.kernels.audit import Report, audit, cases
-from fluxmoe.kernels.tiles import ROW_BOUNDS, Tile, default_tile
+from fluxmoe.kernels.tiles import ROW_BOUNDS, Tile, default_tile, planar12_tile
 
 from .gpu import ResultRows, Roofs, Timing
 from .moe_shapes import SHAPES, Shape
@@ -31,19 +31,25 @@ def audited(arch: str) -> dict[tuple[str, Tile], Report]:
     """The machine code of both GEMMs at each tile of the rule."""
     by_name = {case.name: case for case in cases(arch)}
     capability = int(arch.removeprefix("sm_"))
+    tiles = {f"{bound:.0f} rows": default_tile(bound, capability, 2) for bound in ROW_BOUNDS}
+    tiles |= {f"planar12, {rows} rows": planar12_tile(rows, capability) for rows in (16, 32, 64)}
     return {
-        (name, default_tile(bound, capability, 2)): audit(by_name[f"grouped_gemm {name}, {bound:.0f} rows"], arch)
-        for bound in ROW_BOUNDS
+        (name, tile): audit(by_name[f"grouped_gemm {name}, {label}"], arch)
+        for label, tile in tiles.items()
         for name in ("gate_up", "down")
     }
 
 
-def gemm_limits(n: int, k: int, blocks: float, slots: float, touched: float, tile: Tile, code: Report) -> dict:
+def gemm_limits(
+    n: int, k: int, blocks: float, slots: float, touched: float, tile: Tile, code: Report, weight_bytes: float = 2.0
+) -> dict:
     """Seconds that each resource needs for one grouped GEMM [n, k] over `blocks` blocks of rows.
 
     hbm: weights of touched experts and activations, once. matrix: flops of whole blocks. l2: tiles of both operands.
-    issue: instructions of the inner loop. latency: loads one after another, a pipeline's depth at a time.
+    issue: instructions of the inner loop. integer: those of them that run on half of the lanes. latency: loads one
+    after another, a pipeline's depth at a time.
     """
+    loop = code.decode_loop if weight_bytes < 2 else code.loop
     tiles = blocks * math.ceil(n / tile.block_n)
     steps = tiles * math.ceil(k / tile.block_k)
     resident = SMS * max(
@@ -51,10 +57,11 @@ def gemm_limits(n: int, k: int, blocks: float, slots: float, touched: float, til
     )
     waves = max(1.0, tiles / resident)
     return {
-        "hbm": 2 * (touched * n * k + slots * (n + k)) / ROOFS.bytes_per_s,
+        "hbm": (weight_bytes * touched * n * k + 2 * slots * (n + k)) / ROOFS.bytes_per_s,
         "matrix": 2.0 * blocks * tile.block_m * n * k / ROOFS.flops_per_s,
-        "l2": steps * 2 * (tile.block_m + tile.block_n) * tile.block_k / L2_BYTES_PER_S,
-        "issue": steps * code.loop["all"] * tile.num_warps / (SMS * ISSUES_PER_CLOCK * CLOCK_HZ),
+        "l2": steps * (2 * tile.block_m + weight_bytes * tile.block_n) * tile.block_k / L2_BYTES_PER_S,
+        "issue": steps * loop["all"] * tile.num_warps / (SMS * ISSUES_PER_CLOCK * CLOCK_HZ),
+        "integer": steps * loop["integer"] * tile.num_warps / (SMS * ISSUES_PER_CLOCK / 2 * CLOCK_HZ),
         "latency": waves * math.ceil(k / tile.block_k) / max(1, tile.num_stages - 1) * LATENCY_S,
     }
 
@@ -70,17 +77,20 @@ def expected_blocks(tokens: int, probability: float, block_m: int) -> float:
     return float(math.ceil(tokens / block_m))
 
 
-def predict_layer(shape: Shape, tokens: int, codes: dict[tuple[str, Tile], Report]) -> tuple[float, dict[str, str]]:
-    """(seconds, limit of each GEMM) of a layer under uniform routing."""
+def predict_layer(
+    shape: Shape, tokens: int, codes: dict[tuple[str, Tile], Report], planar12: bool = False
+) -> tuple[float, dict[str, str]]:
+    """(seconds, limit of each GEMM) of a layer under uniform routing; planar12: of compressed experts."""
     slots = tokens * shape.top_k
     touched = shape.touched(tokens)
-    tile = default_tile(slots / min(slots, shape.experts), 90, 2)
+    rows = slots / min(slots, shape.experts)
+    tile = planar12_tile(rows, 90) if planar12 else default_tile(rows, 90, 2)
     blocks = shape.experts * expected_blocks(tokens, shape.top_k / shape.experts, tile.block_m)
     # Routing, two GEMMs, combine; the last reads slots, and reads and writes tokens.
     total = 4 * FIXED_S + 2 * shape.hidden * (slots + 2 * tokens) / ROOFS.bytes_per_s
     limits = {}
     for name, n, k in (("gate_up", 2 * shape.intermediate, shape.hidden), ("down", shape.hidden, shape.intermediate)):
-        seconds = gemm_limits(n, k, blocks, slots, touched, tile, codes[name, tile])
+        seconds = gemm_limits(n, k, blocks, slots, touched, tile, codes[name, tile], 12.01 / 8 if planar12 else 2.0)
         limits[name] = max(seconds, key=seconds.get)
         total += seconds[limits[name]]
     return total, limits
@@ -95,8 +105,10 @@ def predicted_layer_rows(shapes: list[str], tokens: list[int], arch: str, out: s
     codes = audited(arch)
     for name in shapes:
         for count in tokens:
-            seconds, limits = predict_layer(SHAPES[name], count, codes)
-            timing = {"fluxmoe": Timing(seconds, seconds, seconds, "/".join(limits.values()))}
+            timing = {}
+            for provider, planar12 in (("fluxmoe", False), ("fluxmoe planar12", True)):
+                seconds, limits = predict_layer(SHAPES[name], count, codes, planar12)
+                timing[provider] = Timing(seconds, seconds, seconds, "/".join(limits.values()))
             report(
                 name, SHAPES[name], count, SHAPES[name].touched(count), "uniform", timing, ROOFS, results, "predicted"
             )

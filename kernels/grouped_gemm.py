@@ -302,7 +302,7 @@ def audit_cases(capability: int = 90) -> list[dict]:
     tiles = {f"{bound:.0f} rows": default_tile(bound, capability, 2) for bound in ROW_BOUNDS}
     tiles["invariant"] = invariant_tile(capability, 2)
     largest = tiles["inf rows"]
-    tiles |= {f"planar12, {rows} rows": planar12_tile(rows, capability) for rows in (16, 64)}
+    tiles |= {f"planar12, {rows} rows": planar12_tile(rows, capability) for rows in (16, 32, 64)}
     tiles["persistent"] = replace(largest, persistent=True)
     tiles["tma"] = replace(largest, tma=True)
     pointers = {

@@ -28,10 +28,10 @@ from tqdm import tqdm
 from .batch import build_batch
 from .budget import MemoryBudget, available_bytes, format_bytes, require
 from .graphs import DecodeGraphs
+from .hardware import HardwareProfile, measure_bandwidths
 from .kv_cache import PagedKVCache
 from .layout import DENSE, ExpertFormats, ExpertLayout
 from .placement import COMPRESSING, Placement, Tier, place
-from .profile import measure_bandwidths
 from .request import Request, RequestOutput, Sequence
 from .sampling import sample
 from .scheduler import Scheduler
@@ -58,6 +58,7 @@ class EngineConfig:
                         hybrid, for which None means planar12 (for the others: dense)
     host_format         format in host memory and files, so of what crosses PCIe; None: expert_format
     slot_format         packed: the GEMM reads compressed experts in their slots, where it can | decoded
+    profile             the machine's rates, for balanced without alpha; None: measured in a fraction of a second
     slots               streaming slots, S ≥ 2
     max_batch           sequences in a batch
     max_batched_tokens  tokens of one pass: the chunk size of prefill
@@ -82,6 +83,7 @@ class EngineConfig:
     expert_format: str | None = None
     host_format: str | None = None
     slot_format: str = "packed"
+    profile: HardwareProfile | None = None
     slots: int = 2
     max_batch: int = 64
     max_batched_tokens: int = 256
@@ -263,9 +265,13 @@ class Engine:
         device_tier = Tier.RESIDENT if config.device_format == DENSE else Tier.PACKED
         bandwidths: Mapping[Tier, float] | None = None
         if config.placement == "balanced" and config.alpha is None:
-            bandwidths = measure_bandwidths(self.device)
-            # A GEMM that decodes in its tile loop is bound by bytes, and both tiers deliver the same compressed ones.
-            bandwidths |= {Tier.PACKED: bandwidths[Tier.RESIDENT]}
+            if config.profile is not None:
+                fused = config.device_format in self.ops.fused_formats
+                bandwidths = config.profile.bandwidths(None if fused else config.device_format)
+            else:
+                # A GEMM that decodes in its loop is bound by bytes, and both tiers deliver the same compressed ones.
+                bandwidths = measure_bandwidths(self.device)
+                bandwidths |= {Tier.PACKED: bandwidths[Tier.RESIDENT]}
         return place(
             config.placement,
             model.num_layers,

@@ -13,6 +13,7 @@ import pytest
 from fluxmoe.experiments.common import cli_main
 from fluxmoe.experiments.generate import main
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.runtime.hardware import HardwareProfile
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +176,16 @@ def test_module_runs_as_a_command(model_dir, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_profile_sets_the_balanced_share(model_dir, tmp_path):
+    """Host copies at a third of the memory's bandwidth: a quarter of each layer streams."""
+    rates = HardwareProfile.load("laptop").to_json() | {"memory_bandwidth": 30e9, "host_bandwidth": 10e9}
+    profile, out = tmp_path / "p.json", tmp_path / "o.json"
+    profile.write_text(json.dumps(rates))
+    run(
+        "--model", model_dir, "--prompt", "hello", "--max-new-tokens", 2, "--device", "cpu", "--placement", "balanced",
+        "--profile", profile, "--json", out,
+    )  # fmt: skip
+    counts = json.loads(out.read_text())["placement"]
+    assert (counts["host"], counts["resident"]) == (2, 6)

@@ -1,0 +1,181 @@
+"""Measure what a machine can move and compute, as placements, planner and simulator need it.
+
+    python -m fluxmoe.experiments.profile_hardware --out my-machine.json
+
+Everything is measured in under a minute: reads of device memory, dense products, copies from host memory by size and
+by number of streams, decoders of each lossless format to a buffer, reads of a file past the page cache, launches. What
+one device cannot tell (links between devices) is left at 0, and `sources` says how each number came about.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from dataclasses import asdict
+
+import torch
+from fluxmoe.kernels.packing import FORMATS
+from fluxmoe.runtime.engine import resolve_device
+from fluxmoe.runtime.hardware import HardwareProfile, best_seconds, measure_bandwidths
+from fluxmoe.runtime.placement import Tier
+from fluxmoe.runtime.store import PAGE, aligned_empty
+from tqdm import tqdm
+
+from .common import Parser, cli_main, provenance, write_json
+
+_SIZES = (64 << 10, 1 << 20, 16 << 20, 128 << 20)
+_FILE_BYTES = 256 << 20
+
+
+def matmul_flops(device: torch.device) -> float:
+    """Dense bf16 products on a GPU, our fp32-accumulating bf16 kernel on the CPU, FLOP/s."""
+    if device.type == "cpu":
+        from fluxmoe.kernels.cpu.ops import default_threads
+
+        from .bench_cpu_moe import peak_flops
+
+        return peak_flops(default_threads())
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * 8192**3 / best_seconds(lambda: torch.mm(a, b, out=out), device, 10)
+
+
+def host_copies(device: torch.device) -> dict[str, float]:
+    """Bytes/s of copies from (pinned) host memory, by size, and of the largest on two streams at once."""
+    rates = {}
+    for size in _SIZES:
+        host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        target = torch.empty(size, dtype=torch.uint8, device=device)
+        rates[str(size)] = size / best_seconds(lambda: target.copy_(host, non_blocking=True), device, 10)  # noqa: B023
+    if device.type == "cuda":
+        half, streams = _SIZES[-1] // 2, [torch.cuda.Stream() for _ in range(2)]
+
+        def both() -> None:
+            for i, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    target[i * half : (i + 1) * half].copy_(host[i * half : (i + 1) * half], non_blocking=True)
+
+        rates[f"{_SIZES[-1]} on 2 streams"] = _SIZES[-1] / best_seconds(both, device, 10)
+    return rates
+
+
+def kernel_host_reads(device: torch.device) -> float:
+    """Bytes/s of a kernel that reads pinned memory in place; on the CPU any read is one."""
+    if device.type == "cpu":
+        return measure_bandwidths(device)[Tier.RESIDENT]
+    from fluxmoe.kernels.host_read import read_bandwidth
+
+    return read_bandwidth(128 << 20)
+
+
+def decoders(device: torch.device) -> dict[str, float]:
+    """Format → bytes/s of bf16 put out."""
+    weight = (torch.randn(4096, 4096) * 0.02).bfloat16()
+    out = torch.empty(4096, 4096, dtype=torch.bfloat16, device=device)
+    rates = {}
+    for name, codec in FORMATS.items():
+        packed = codec.encode(weight).to(device)
+        rates[name] = weight.nbytes / best_seconds(lambda: codec.decode(packed, out), device)  # noqa: B023
+    return rates
+
+
+def disk_reads(directory: str) -> float:
+    """Bytes/s of a file read past the page cache (where the file system allows that), in chunks of 32 MiB."""
+    with tempfile.NamedTemporaryFile(dir=directory, prefix="fluxmoe-profile-") as file:
+        chunk = aligned_empty(32 << 20, torch.device("cpu")).random_()
+        for _ in range(_FILE_BYTES // chunk.numel()):
+            file.write(memoryview(chunk.numpy()))
+        file.flush()
+        os.fsync(file.fileno())
+        try:
+            handle = os.open(file.name, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        except OSError:
+            handle = os.open(file.name, os.O_RDONLY)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            begin, read = time.perf_counter(), 0
+            while got := os.preadv(handle, [chunk.numpy()], read):
+                read += got
+                assert read % PAGE == 0, "a direct read of an odd length"
+            return read / (time.perf_counter() - begin)
+        finally:
+            os.close(handle)
+
+
+def launch_seconds(device: torch.device) -> float:
+    """One tiny operation after another: in a CUDA graph, or a numba kernel over all threads."""
+    if device.type == "cpu":
+        from fluxmoe.kernels.cpu.ops import _add
+
+        x = torch.zeros(1, 16).numpy()
+        return best_seconds(lambda: [_add(x, x, x) for _ in range(200)], device) / 200
+    x = torch.zeros(16, device=device)
+    x.add_(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(200):
+            x.add_(1)
+    return best_seconds(graph.replay, device, 10) / 200
+
+
+def measure(device: torch.device, disk_dir: str) -> HardwareProfile:
+    """The profile of this machine."""
+    made_by = provenance(device.type)
+    bar = tqdm(total=7, desc="profile", leave=False)
+
+    def step(name: str, work):
+        bar.set_postfix_str(name)
+        result = work()
+        bar.update()
+        return result
+
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rates = step("memory", lambda: measure_bandwidths(device))
+    copies = step("copies", lambda: host_copies(device))
+    profile = HardwareProfile(
+        name=made_by["hardware"],
+        device=device.type,
+        num_devices=1,
+        memory_bytes=pages if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory,
+        host_memory_bytes=pages,
+        memory_bandwidth=rates[Tier.RESIDENT],
+        matmul_flops=step("products", lambda: matmul_flops(device)),
+        host_bandwidth=max(copies.values()),
+        host_latency_s=_SIZES[0] / copies[str(_SIZES[0])],
+        kernel_host_bandwidth=step("reads of host memory", lambda: kernel_host_reads(device)),
+        decode_bandwidth=step("decoders", lambda: decoders(device)),
+        disk_bandwidth=step("disk", lambda: disk_reads(disk_dir)),
+        launch_s=step("launches", lambda: launch_seconds(device)),
+        measured=True,
+        sources={"host_copies_bytes_per_s": ", ".join(f"{size}: {rate:.3g}" for size, rate in copies.items())},
+        provenance=made_by,
+    )
+    bar.close()
+    return profile
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="fluxmoe.experiments.profile_hardware", description=__doc__.splitlines()[0])
+    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    p.add_argument("--disk-dir", default=tempfile.gettempdir(), metavar="DIR", help="where the disk tier would spill")
+    p.add_argument("--out", required=True, metavar="FILE")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    profile = measure(resolve_device(args.device), args.disk_dir)
+    write_json(args.out, asdict(profile))
+    rates = {"reads": profile.memory_bandwidth, "host copies": profile.host_bandwidth, "disk": profile.disk_bandwidth}
+    listed = ", ".join(f"{name} {rate / 1e9:.2f} GB/s" for name, rate in rates.items())
+    products = f"products {profile.matmul_flops / 1e9:.0f} GFLOP/s"
+    print(f"{profile.name}: {listed}, {products}, launch {profile.launch_s * 1e6:.1f} µs")
+    for name, rate in profile.decode_bandwidth.items():
+        print(f"  decodes {name:>9} at {rate / 1e9:.1f} GB/s of output")
+
+
+if __name__ == "__main__":
+    cli_main(main)

@@ -1,0 +1,176 @@
+"""HardwareProfile: what a machine can move and compute, as placements, planner and simulator need it.
+
+A profile is a JSON file, measured (`python -m fluxmoe.experiments.profile_hardware`) or put together from datasheets;
+`sources` says of every number which. Rates are bytes/s and FLOP/s of one device, GB = 1e9.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .placement import Tier
+
+_SHIPPED = Path(__file__).resolve().parent / "profiles"
+_PROBE_BYTES = 128 << 20
+_REPEATS = 3
+
+
+class ProfileError(ValueError):
+    """A hardware profile that is missing or not valid."""
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """One machine: `num_devices` equal devices behind one host.
+
+    name, device            what it is; cpu or cuda
+    measured                by profile_hardware on the machine itself; else `sources` says from where each number is
+    memory_bytes            of one device; host_memory_bytes: of the host
+    memory_bandwidth        reads of device memory
+    matmul_flops            dense products in the weights' dtype
+    host_bandwidth          copies from (pinned) host memory to one device; host_latency_s: of one copy
+    host_link_shared        bytes/s that all devices together get from the host, 0: as many as their links add up to
+    kernel_host_bandwidth   kernels that read pinned memory in place
+    decode_bandwidth        format → bytes/s of bf16 put out, decoding compressed experts to a buffer
+    disk_bandwidth          reads of a large file
+    launch_s                one kernel inside a graph, launch to launch; iteration_s: scheduler, sampling, batch
+    link_bandwidth          all-reduce between devices, bytes/s of payload; link_latency_s: of one all-reduce
+    """
+
+    name: str
+    device: str
+    num_devices: int
+    memory_bytes: float
+    host_memory_bytes: float
+    memory_bandwidth: float
+    matmul_flops: float
+    host_bandwidth: float
+    kernel_host_bandwidth: float
+    disk_bandwidth: float
+    decode_bandwidth: Mapping[str, float] = field(default_factory=dict)
+    host_latency_s: float = 0.0
+    host_link_shared: float = 0.0
+    launch_s: float = 0.0
+    iteration_s: float = 0.0
+    link_bandwidth: float = 0.0
+    link_latency_s: float = 0.0
+    measured: bool = False
+    sources: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise ProfileError(f"profile {self.name}: device must be cpu or cuda, got {self.device!r}")
+        positive = ("num_devices", "memory_bytes", "host_memory_bytes", "memory_bandwidth", "matmul_flops")
+        positive += ("host_bandwidth", "kernel_host_bandwidth", "disk_bandwidth")
+        for name in positive:
+            if not _number(getattr(self, name)) or getattr(self, name) <= 0:
+                raise ProfileError(f"profile {self.name}: {name} must be positive, got {getattr(self, name)!r}")
+        rest = ("host_latency_s", "host_link_shared", "launch_s", "iteration_s", "link_bandwidth", "link_latency_s")
+        for name, value in [*((n, getattr(self, n)) for n in rest), *self.decode_bandwidth.items()]:
+            if not _number(value) or value < 0:
+                raise ProfileError(f"profile {self.name}: {name} must not be negative, got {value!r}")
+
+    @property
+    def host_bandwidth_each(self) -> float:
+        """Bytes/s from the host to one device while all of them copy."""
+        shared = self.host_link_shared / self.num_devices if self.host_link_shared else self.host_bandwidth
+        return min(self.host_bandwidth, shared)
+
+    def bandwidths(self, packed: str | None = None) -> dict[Tier, float]:
+        """For `placement.place`: bytes/s of bf16 at which each tier delivers a layer.
+
+        packed: the format of the PACKED tier, if it is decoded to a buffer; None: the GEMM reads it in place, at the
+        bandwidth of memory.
+        """
+        device = self.memory_bandwidth
+        return {
+            Tier.RESIDENT: device,
+            Tier.PACKED: self.decode_bandwidth.get(packed, device) if packed else device,
+            Tier.HOST: self.host_bandwidth_each,
+            Tier.DISK: self.disk_bandwidth,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str = "profile") -> HardwareProfile:
+        """ProfileError for fields that are missing, unknown or not valid."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise ProfileError(f"{where}: unknown field {unknown[0]!r}")
+        try:
+            return cls(**values)
+        except TypeError:
+            needed = {f.name for f in fields(cls)} - {f.name for f in fields(cls) if _has_default(f)}
+            raise ProfileError(f"{where}: field {min(needed - values.keys())!r} is missing") from None
+
+    @classmethod
+    def load(cls, name: str | Path) -> HardwareProfile:
+        """A shipped profile by name (see `list_profiles`), or a file."""
+        path = _SHIPPED / f"{name}.json"
+        if not path.exists():
+            path = Path(name)
+        try:
+            values = json.loads(path.read_text())
+        except OSError:
+            raise ProfileError(
+                f"no hardware profile {str(name)!r}: give a file, or one of {', '.join(list_profiles())}"
+            ) from None
+        except ValueError as error:
+            raise ProfileError(f"{path} is no JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ProfileError(f"{path} holds no profile")
+        return cls.from_json(values, str(path))
+
+
+def _number(value: object) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+    )
+
+
+def _has_default(f: Field) -> bool:
+    return f.default is not MISSING or f.default_factory is not MISSING
+
+
+def list_profiles() -> list[str]:
+    """Names of the profiles that come with the project."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.json"))
+
+
+def measure_bandwidths(device: torch.device) -> dict[Tier, float]:
+    """Bytes per second at which a layer's experts reach the compute units from each tier (best of 3), in a fraction of
+    a second.
+
+    RESIDENT: reads of device memory. HOST: copies from host memory to the device (pinned on CUDA). The balanced
+    placement gives each tier a share proportional to its bandwidth (arXiv 2604.02715 §4.2).
+    """
+    source = torch.ones(_PROBE_BYTES // 8, dtype=torch.int64, device=device)
+    host = torch.ones(_PROBE_BYTES // 8, dtype=torch.int64, pin_memory=device.type == "cuda")
+    target = torch.empty_like(source)
+    return {
+        Tier.RESIDENT: _PROBE_BYTES / best_seconds(lambda: source.sum(), device),
+        Tier.HOST: _PROBE_BYTES / best_seconds(lambda: target.copy_(host, non_blocking=True), device),
+    }
+
+
+def best_seconds(work, device: torch.device, repeats: int = _REPEATS) -> float:
+    """Least time of `repeats` calls after one that is not counted, until the device is done."""
+    best = float("inf")
+    for i in range(repeats + 1):
+        begin = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if i:
+            best = min(best, time.perf_counter() - begin)
+    return best

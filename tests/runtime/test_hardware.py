@@ -1,0 +1,79 @@
+"""Profiles: the shipped ones are whole and say where their numbers are from; bad ones are refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from fluxmoe.runtime.hardware import HardwareProfile, ProfileError, list_profiles, measure_bandwidths
+from fluxmoe.runtime.placement import Tier, place
+
+
+@pytest.mark.parametrize("name", list_profiles())
+def test_shipped_profiles_say_where_their_numbers_are_from(name):
+    profile = HardwareProfile.load(name)
+    assert profile.name == name
+    assert not profile.measured
+    assert "memory_bandwidth" in profile.sources
+    assert profile.decode_bandwidth.keys() == {"planar12", "tiered", "huffman"}
+    assert profile.host_bandwidth < profile.memory_bandwidth
+
+
+def test_round_trip(tmp_path):
+    profile = HardwareProfile.load("4xL40")
+    (tmp_path / "mine.json").write_text(json.dumps(profile.to_json()))
+    assert HardwareProfile.load(tmp_path / "mine.json") == profile
+
+
+def test_placement_reads_it():
+    profile = HardwareProfile.load("H100-SXM")
+    fused, decoded = profile.bandwidths(), profile.bandwidths("huffman")
+    assert fused[Tier.PACKED] == fused[Tier.RESIDENT] > decoded[Tier.PACKED] > decoded[Tier.HOST]
+    shares = [place("balanced", 4, 100, device_tier=Tier.PACKED, bandwidths=b).alpha for b in (fused, decoded)]
+    assert 1 > shares[0] > shares[1] > 0.8
+
+
+def test_devices_share_the_host():
+    values = HardwareProfile.load("4xL40").to_json()
+    assert HardwareProfile.from_json(values).host_bandwidth_each == values["host_bandwidth"]
+    assert HardwareProfile.from_json(values | {"host_link_shared": 40e9}).host_bandwidth_each == 10e9
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"memory_bandwidth": -1}, "memory_bandwidth must be positive, got -1"),
+        ({"matmul_flops": float("nan")}, "matmul_flops must be positive"),
+        ({"matmul_flops": "fast"}, "matmul_flops must be positive, got 'fast'"),
+        ({"num_devices": 0}, "num_devices must be positive"),
+        ({"decode_bandwidth": {"huffman": -2}}, "huffman must not be negative"),
+        ({"device": "tpu"}, "cpu or cuda"),
+        ({"colour": 1}, "unknown field 'colour'"),
+    ],
+)
+def test_invalid_values_are_refused(change, match):
+    values = HardwareProfile.load("laptop").to_json() | change
+    with pytest.raises(ProfileError, match=match):
+        HardwareProfile.from_json(values)
+
+
+def test_missing_fields_and_files_are_refused(tmp_path):
+    values = HardwareProfile.load("laptop").to_json()
+    values.pop("disk_bandwidth")
+    with pytest.raises(ProfileError, match="'disk_bandwidth' is missing"):
+        HardwareProfile.from_json(values)
+    with pytest.raises(ProfileError, match=r"no hardware profile 'B9000': .*4xL40"):
+        HardwareProfile.load("B9000")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ProfileError, match="no JSON"):
+        HardwareProfile.load(tmp_path / "broken.json")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ProfileError, match="holds no profile"):
+        HardwareProfile.load(tmp_path / "list.json")
+
+
+def test_quick_measurement_covers_both_tiers():
+    rates = measure_bandwidths(torch.device("cpu"))
+    assert rates.keys() == {Tier.RESIDENT, Tier.HOST}
+    assert all(1e8 < rate < 1e13 for rate in rates.values())

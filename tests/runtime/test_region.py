@@ -1,0 +1,283 @@
+"""Regions: addresses stay, memory comes and goes, and what makes no sense is refused. Both kinds, one set of tests.
+
+Where there is no GPU, the CUDA kind runs on a stand-in for the driver that keeps its rules: what is mapped must exist
+and be mapped once, addresses must be reserved, memory is released once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fluxmoe.runtime.region import BLOCK_BYTES, GrowableRegion, MemfdPool, RegionError, make_pool
+from fluxmoe.runtime.region_cuda import VmmPool
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+MIB = 1 << 20
+
+
+class FakeDriver:
+    """The part of cuda.bindings.driver that regions use."""
+
+    CUresult = SimpleNamespace(CUDA_SUCCESS=0)
+    CUmemAllocationType = SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED=1)
+    CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE=1)
+    CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_RECOMMENDED=1)
+    CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE=3)
+
+    def __init__(self, memory_blocks: int = 1 << 30) -> None:
+        self.left, self.next_handle, self.next_address = memory_blocks, 1, 1 << 40
+        self.handles, self.ranges, self.mapped, self.open = set(), {}, {}, set()
+        self.refuse: str | None = None
+
+    @staticmethod
+    def CUmemAllocationProp():
+        return SimpleNamespace(type=None, location=SimpleNamespace(type=None, id=None))
+
+    @staticmethod
+    def CUmemAccessDesc():
+        return SimpleNamespace(location=None, flags=None)
+
+    def _refused(self, name: str):
+        return (SimpleNamespace(name=f"CUDA_ERROR_{name}"),) if self.refuse == name else None
+
+    def cuMemGetAllocationGranularity(self, properties, flag):
+        assert (properties.type, properties.location.type, flag) == (1, 1, 1)
+        return 0, 2 * MIB
+
+    def cuMemAddressReserve(self, size, alignment, address, flags):
+        assert size % (2 * MIB) == 0
+        self.next_address += 1 << 36
+        self.ranges[self.next_address] = size
+        return 0, self.next_address
+
+    def cuMemAddressFree(self, address, size):
+        assert self.ranges.pop(address) == size
+        assert not any(address <= a < address + size for a in self.mapped), "addresses are freed under a mapping"
+        return (0,)
+
+    def cuMemCreate(self, size, properties, flags):
+        assert size == 2 * MIB
+        if refused := self._refused("cuMemCreate"):
+            return (*refused, None)
+        if not self.left:
+            return SimpleNamespace(name="CUDA_ERROR_OUT_OF_MEMORY"), None
+        self.left -= 1
+        self.next_handle += 1
+        self.handles.add(self.next_handle)
+        return 0, self.next_handle
+
+    def cuMemRelease(self, handle):
+        assert handle not in self.mapped.values(), "a block is released under a mapping"
+        self.handles.remove(handle)
+        self.left += 1
+        return (0,)
+
+    def cuMemMap(self, address, size, offset, handle, flags):
+        if refused := self._refused("cuMemMap"):
+            return refused
+        assert any(a <= address and address + size <= a + n for a, n in self.ranges.items())
+        assert address not in self.mapped
+        assert handle in self.handles
+        self.mapped[address] = handle
+        return (0,)
+
+    def cuMemSetAccess(self, address, size, access, count):
+        if refused := self._refused("cuMemSetAccess"):
+            return refused
+        assert address in self.mapped
+        assert (access[0].flags, count) == (3, 1)
+        self.open.add(address)
+        return (0,)
+
+    def cuMemUnmap(self, address, size):
+        del self.mapped[address]
+        self.open.discard(address)
+        return (0,)
+
+
+def pool_of(kind: str, blocks: int = 16):
+    if kind == "memfd":
+        return MemfdPool(blocks * BLOCK_BYTES)
+    return VmmPool(blocks * 2 * MIB, driver=FakeDriver())
+
+
+KINDS = ["memfd", "vmm"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_are_conserved_and_addresses_stay(kind):
+    with pool_of(kind, 4) as pool:
+        region = pool.reserve(6 * pool.block_bytes)
+        address = region.address
+        assert region.num_pages == 6
+        for page in (5, 0, 3):
+            region.map(page)
+        assert (pool.free_blocks, pool.used_bytes, region.mapped_bytes) == (
+            1,
+            3 * pool.block_bytes,
+            3 * pool.block_bytes,
+        )
+        block = region.unmap(0, keep=True)
+        assert pool.free_blocks == 1
+        assert region.map(1, block) == block
+        region.map(0)
+        with pytest.raises(RegionError, match="all 4 blocks"):
+            region.map(2)
+        assert not region.is_mapped(2)
+        assert region.address == address
+        region.close()
+        region.close()
+        assert (pool.free_blocks, pool.used_bytes) == (4, 0)
+        if kind == "vmm":
+            driver = pool.driver
+            assert [len(left) for left in (driver.handles, driver.ranges, driver.mapped)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_makes_no_sense_is_refused(kind):
+    with pool_of(kind) as pool:
+        region = pool.reserve(4 * pool.block_bytes)
+        region.map(1)
+        for work, match in (
+            (lambda: region.map(1), "page 1 is mapped already"),
+            (lambda: region.unmap(0), "page 0 is not mapped"),
+            (lambda: region.map(4), "outside a region of 4"),
+            (lambda: region.unmap(-1), "outside"),
+            (lambda: pool.free(9), "not handed out"),
+            (lambda: region.check(0, 1), "page 0 is used, and is not mapped"),
+            (lambda: region.check(pool.block_bytes, pool.block_bytes + 1), "page 2 is used"),
+            (lambda: region.check(0, region.nbytes + 1), "outside a region"),
+            (lambda: region.tensor(1, (2,), torch.float32), "does not lie"),
+            (lambda: region.tensor(0, (region.nbytes + 1,), torch.uint8), "does not lie"),
+        ):
+            with pytest.raises(RegionError, match=match):
+                work()
+        region.check(pool.block_bytes, pool.block_bytes)
+        region.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 7)), max_size=40))
+def test_any_order_of_maps_and_unmaps(kind, steps):
+    with pool_of(kind, 5) as pool:
+        region, model = pool.reserve(8 * pool.block_bytes), set()
+        for up, page in steps:
+            allowed = (page not in model and len(model) < 5) if up else page in model
+            try:
+                (region.map if up else region.unmap)(page)
+                assert allowed
+                model ^= {page}
+            except RegionError:
+                assert not allowed
+            assert {p for p in range(8) if region.is_mapped(p)} == model
+            assert pool.used_bytes == len(model) * pool.block_bytes
+        region.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_growing_is_all_or_nothing(kind):
+    with pool_of(kind, 6) as pool:
+        region = GrowableRegion(pool.reserve(9 * pool.block_bytes))
+        region.resize(3 * pool.block_bytes - 5)
+        assert region.nbytes == 3 * pool.block_bytes
+        with pytest.raises(RegionError):
+            region.resize(8 * pool.block_bytes)
+        assert region.nbytes == region.region.mapped_bytes == 3 * pool.block_bytes
+        region.resize(pool.block_bytes)
+        assert pool.free_blocks == 5
+        region.resize(0)
+        region.region.close()
+
+
+def test_refused_by_the_driver_nothing_changes():
+    with pool_of("vmm") as pool:
+        region = pool.reserve(2 * pool.block_bytes)
+        for call in ("cuMemCreate", "cuMemMap", "cuMemSetAccess"):
+            pool.driver.refuse = call
+            with pytest.raises(RegionError, match=f"refused {call}: CUDA_ERROR"):
+                region.map(0)
+            assert pool.used_bytes == region.mapped_bytes == 0
+            assert not pool.driver.handles | pool.driver.mapped.keys()
+        region.close()
+
+
+# With memory behind it.
+
+
+def test_content_follows_the_block_and_new_blocks_are_zero():
+    with pool_of("memfd") as pool:
+        region = pool.reserve(4 * pool.block_bytes)
+        size = pool.block_bytes
+        region.map_range([0, 1])
+        first = region.tensor(0, (size // 4,), torch.int32)
+        first.copy_(torch.arange(size // 4))
+        block = region.unmap(0, keep=True)
+        region.map(3, block)
+        moved = region.tensor(3 * size, (size // 4,), torch.int32)
+        assert torch.equal(moved, torch.arange(size // 4, dtype=torch.int32))
+        region.map(0)
+        assert int(first.abs().max()) == 0  # the same tensor, another block
+        region.close()
+
+
+def test_strided_views_share_the_memory():
+    with pool_of("memfd") as pool:
+        region = pool.reserve(2 * pool.block_bytes)
+        region.map_range([0, 1])
+        per_page = pool.block_bytes // 2
+        view = region.tensor(0, (2, 3, 5), torch.bfloat16, (per_page, 5, 1))
+        view.copy_(torch.arange(30).view(2, 3, 5))
+        assert region.tensor(pool.block_bytes, (15,), torch.bfloat16).tolist() == list(range(15, 30))
+        region.close()
+
+
+def resident_kib() -> int:
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(r"^Rss:\s+(\d+)", text, re.M)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc to see resident memory")
+def test_freed_memory_returns_to_the_system():
+    with MemfdPool(64 * MIB) as pool:
+        region = GrowableRegion(pool.reserve(64 * MIB))
+        before = resident_kib()
+        region.resize(64 * MIB)
+        region.region.tensor(0, (64 * MIB,), torch.uint8).fill_(7)
+        full, held = resident_kib(), os.fstat(pool.file).st_blocks
+        region.resize(16 * MIB)
+        assert full - before > 60 * 1024
+        assert full - resident_kib() > 44 * 1024
+        assert os.fstat(pool.file).st_blocks * 512 == 16 * MIB < held * 512
+        assert int(region.region.tensor(0, (16 * MIB,), torch.uint8).min()) == 7
+        region.region.close()
+
+
+def test_a_touched_unmapped_page_is_no_silent_read(tmp_path):
+    """In a process of its own, which it ends."""
+    import subprocess
+    import sys
+
+    code = (
+        "import torch; from fluxmoe.runtime.region import MemfdPool; r = MemfdPool(1 << 20).reserve(1 << 20); "
+        "t = r.tensor(0, (4,), torch.uint8); r.map(0); print(int(t[0]), flush=True); r.unmap(0); print(int(t[0]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode < 0
+    assert done.stdout == "0\n"
+
+
+def test_pools_for_devices():
+    with make_pool(torch.device("cpu"), MIB) as pool:
+        assert isinstance(pool, MemfdPool)
+    if not torch.cuda.is_available():
+        with pytest.raises(RegionError, match="pip install cuda-bindings"):
+            make_pool(torch.device("cuda"), MIB)
+    with pytest.raises(RegionError, match="multiple of"):
+        MemfdPool(MIB, block_bytes=1000)

@@ -66,6 +66,11 @@ STEPS = (
     Step("bench_packing", script(
         "bench_packing", "--preset", "gpu", "--out", "{out}/bench_packing"),
         5, (*_ENGINE, "pandas", "matplotlib")),
+    Step("exp4_overhead", script(
+        "exp4_overhead", "--device", "cuda", "--hidden", "2048", "--moe-intermediate", "768", "--experts", "64",
+        "--top-k", "8", "--out", "{out}/exp4_overhead"), 3, ("cuda", "numba", "pandas", "matplotlib", "tqdm")),
+    Step("profile_hardware", script(
+        "profile_hardware", "--device", "cuda", "--out", "{out}/profile.json"), 2, _ENGINE),
     Step("tune_grouped_gemm", script(
         "tune_grouped_gemm", "--minutes", "5", "--shapes", "qwen3_30b", "mixtral"), 6),
     Step("bench_grouped_gemm", script(

@@ -112,3 +112,34 @@ def plot_exponents(directory: Path) -> Path:
     figure.savefig(path, dpi=160)
     plt.close(figure)
     return path
+
+
+def plot_overhead(directory: Path) -> Path:
+    """overhead.png beside rows.csv of exp4_overhead: overhead against batch, 5th to 95th percentile as a bar."""
+    rows = pd.read_csv(directory / "rows.csv")
+    about = json.loads((directory / "provenance.json").read_text())
+    rows = rows[rows.memory != "stacked"]
+    figure, axis = plt.subplots(figsize=(6.0, 3.4), layout="constrained")
+    styles = {
+        ("table", "apart"): ("#000000", "o", "our kernel, a table over separate tensors"),
+        ("table", "paged"): ("#0072B2", "D", "our kernel, a table over paged memory"),
+        ("torch", "paged"): ("#D55E00", "s", "torch, PagedTensor's views (no table)"),
+    }
+    for index, ((kernel, memory), (colour, marker, label)) in enumerate(styles.items()):
+        chosen = rows[(rows.kernel == kernel) & (rows.memory == memory)]
+        x = [i + 0.14 * (index - 1) for i in range(len(chosen))]
+        spread = [chosen.overhead_percent - chosen.overhead_p5, chosen.overhead_p95 - chosen.overhead_percent]
+        axis.errorbar(x, chosen.overhead_percent, yerr=spread, color=colour, fmt=marker, capsize=2, label=label)
+    batches = sorted(rows.batch.unique())
+    axis.axhline(0, color="0.6", linewidth=0.6)
+    axis.axhline(3.0, color="0.4", linewidth=0.8, linestyle=":", label="the paper's largest, 3.0 %")
+    axis.set_xticks(range(len(batches)), [str(b) for b in batches])
+    axis.set_xlabel("tokens in the batch")
+    axis.set_ylabel("time over one stacked tensor (%)")
+    axis.set_title(f"paging, everything resident; measured on {about['hardware']} ({about['cpus']} cores)", fontsize=9)
+    axis.legend(fontsize=7.5, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    path = directory / "overhead.png"
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    return path

@@ -64,6 +64,10 @@ def add_engine_arguments(p: argparse.ArgumentParser, swept: bool = False) -> Non
         help="packed: the GEMM reads compressed experts in their slots; decoded: they are decoded into them",
     )  # fmt: skip
     p.add_argument(
+        "--transfer", choices=["whole", "on_demand"], default="whole",
+        help="whole: the host's share of a layer is copied ahead; on_demand: kernels read routed experts in the host",
+    )  # fmt: skip
+    p.add_argument(
         "--profile", metavar="NAME|FILE", help="rates for balanced without a share (default: measured, roughly)"
     )
     p.add_argument("--slots", type=int, default=2, help="streaming slots, at least 2")
@@ -90,6 +94,7 @@ def engine_config(args: argparse.Namespace, max_context: int, **overrides) -> En
         **{
             "host_format": args.host_format,
             "slot_format": args.slot_format,
+            "transfer": args.transfer,
             "profile": HardwareProfile.load(args.profile) if args.profile else None,
             "slots": args.slots,
             "max_batch": args.max_batch,

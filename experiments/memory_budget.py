@@ -246,6 +246,7 @@ def sweep(args: argparse.Namespace) -> list[dict]:
                 "slots",
                 "host_format",
                 "slot_format",
+                "transfer",
                 "max_batch",
                 "max_batched_tokens",
                 "block_size",

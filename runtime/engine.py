@@ -58,6 +58,8 @@ class EngineConfig:
                         hybrid, for which None means planar12 (for the others: dense)
     host_format         format in host memory and files, so of what crosses PCIe; None: expert_format
     slot_format         packed: the GEMM reads compressed experts in their slots, where it can | decoded
+    transfer            whole: the host's share of each layer is copied ahead of time | on_demand: kernels read the
+                        experts that were routed to in host memory
     profile             the machine's rates, for balanced without alpha; None: measured in a fraction of a second
     slots               streaming slots, S ≥ 2
     max_batch           sequences in a batch
@@ -83,6 +85,7 @@ class EngineConfig:
     expert_format: str | None = None
     host_format: str | None = None
     slot_format: str = "packed"
+    transfer: str = "whole"
     profile: HardwareProfile | None = None
     slots: int = 2
     max_batch: int = 64
@@ -119,6 +122,8 @@ class EngineConfig:
             raise SettingError(f"placement {self.placement} holds compressed experts: choose {', '.join(FORMATS)}")
         if self.slot_format not in ("packed", "decoded"):
             raise SettingError(f"slot_format must be packed or decoded, got {self.slot_format!r}")
+        if self.transfer not in ("whole", "on_demand"):
+            raise SettingError(f"transfer must be whole or on_demand, got {self.transfer!r}")
         if self.preemption not in ("recompute", "swap"):
             raise SettingError(f"preemption must be recompute or swap, got {self.preemption!r}")
 
@@ -131,7 +136,7 @@ class EngineConfig:
     def formats(self) -> ExpertFormats:
         """Formats of all tiers."""
         packed = "planar12" if self.device_format == DENSE else self.device_format  # no policy will use it
-        return ExpertFormats(packed, self.host_format or self.device_format, self.slot_format)
+        return ExpertFormats(packed, self.host_format or self.device_format, self.slot_format, self.transfer)
 
 
 @dataclass(frozen=True)

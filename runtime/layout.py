@@ -5,8 +5,9 @@ Each tier stores experts in one format; a kernel reads them in place, or from a 
     tier      stored as         read by the kernels
     RESIDENT  dense             in place
     PACKED    formats.packed    in place where the GEMM can decode it, else decoded into a slot (the paper's way)
-    HOST      formats.host      in a slot: as it is where the GEMM can decode it and formats.slot says so, else dense
-    DISK      formats.host      likewise
+    HOST      formats.host      in a slot: as it is where the GEMM can decode it and formats.slot says so, else dense;
+                                with formats.transfer on_demand in place, through the link
+    DISK      formats.host      in a slot
 
 A slot holds a layer's streamed experts, PACKED before HOST before DISK, ids ascending, one buffer a tensor type.
 Blocks begin every `stride` bytes, a multiple of 64; the ledger counts strides.
@@ -36,17 +37,22 @@ class ExpertFormats:
     """How experts are stored (a name of packing.FORMATS, or dense): compressed on the device, in host memory and files.
 
     slot: packed (the GEMM reads compressed experts in their slot, if it can) or decoded.
+    transfer: whole (all HOST experts of a layer are copied into its slot ahead of time) or on_demand (kernels read
+    those that a token was routed to where they are, in pinned memory; nothing is prefetched, so nothing is in vain).
     """
 
     packed: str = "planar12"
     host: str = DENSE
     slot: str = "packed"
+    transfer: str = "whole"
 
     def __post_init__(self) -> None:
         if self.packed == DENSE:
             raise LayoutError("the packed tier holds compressed experts: choose a format other than dense")
         if self.slot not in ("packed", "decoded"):
             raise LayoutError(f"slots hold experts packed or decoded, got {self.slot!r}")
+        if self.transfer not in ("whole", "on_demand"):
+            raise LayoutError(f"transfer must be whole or on_demand, got {self.transfer!r}")
 
 
 class ExpertLayout:
@@ -64,6 +70,12 @@ class ExpertLayout:
     ) -> None:
         self.placement, self.formats, self.sizes, self.fused = placement, formats, dict(sizes), fused
         self.num_layers, self.num_experts = placement.tiers.shape
+        on_demand = formats.transfer == "on_demand" and (placement.tiers == Tier.HOST).any()
+        if on_demand and formats.host not in (DENSE, *fused):
+            raise LayoutError(
+                f"these kernels cannot read format {formats.host} in host memory; transfer it whole, or choose "
+                f"{' or '.join((DENSE, *sorted(fused)))}"
+            )
 
     def stored(self, tier: Tier) -> str:
         """The format in which a tier holds its experts."""
@@ -73,12 +85,14 @@ class ExpertLayout:
 
     def streams(self, tier: Tier) -> bool:
         """Whether kernels read a tier's experts from a slot."""
-        return tier in (Tier.HOST, Tier.DISK) or (tier is Tier.PACKED and self.stored(tier) not in self.fused)
+        if tier is Tier.HOST:
+            return self.formats.transfer == "whole"
+        return tier is Tier.DISK or (tier is Tier.PACKED and self.stored(tier) not in self.fused)
 
     def read(self, tier: Tier) -> str:
         """The format in which kernels meet a tier's experts."""
         stored = self.stored(tier)
-        if stored in self.fused and (tier is Tier.PACKED or self.formats.slot == "packed"):
+        if stored in self.fused and (not self.streams(tier) or self.formats.slot == "packed"):
             return stored
         return DENSE
 

@@ -194,7 +194,7 @@ class ExpertStore:
     def blocks_in_place(self, layer: int) -> dict[int, Block]:
         """Blocks of the layer's experts that kernels read where they are stored, by expert."""
         blocks = {}
-        for tier in DEVICE_TIERS:
+        for tier in (*DEVICE_TIERS, Tier.HOST):
             if not self.layout.streams(tier):
                 number = TABLE_FORMATS[self.layout.read(tier)] if self._members[tier][layer] else 0
                 arenas = [self._payload(layer, tier, d, self._arenas[tier][layer][d]) for d in (0, 1)]
@@ -219,12 +219,13 @@ class ExpertStore:
         return [source[place * stride : place * stride + size] for place in range(len(members))]
 
     def host_arena(self, layer: int, tensor_type: int) -> Tensor:
-        """All HOST blocks of a layer and tensor type, contiguous: the source of one copy."""
-        return self._arenas[Tier.HOST][layer][tensor_type]
+        """All HOST blocks of a layer and tensor type that are copied, contiguous: the source of one copy."""
+        arena = self._arenas[Tier.HOST][layer][tensor_type]
+        return arena if self.layout.streams(Tier.HOST) else arena[:0]
 
     def slot_begin(self, layer: int, tensor_type: int, tier: Tier) -> int:
         """Where the blocks of a tier begin in a slot's buffer."""
-        members = self._members[tier][layer]
+        members = self._members[tier][layer] if self.layout.streams(tier) else []
         return self._places[layer][tensor_type][members[0]][0] if members else 0
 
     def decodes(self, layer: int, tensor_type: int, lie: Mapping[Tier, Tensor]) -> Iterator[Decode]:

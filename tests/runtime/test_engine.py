@@ -190,6 +190,8 @@ FORMAT_CASES = {
     "host, decoded": dict(placement="host", expert_format="planar12", slot_format="decoded"),
     "host, not fused": dict(placement="host", expert_format="tiered"),
     "offload": dict(placement="offload", alpha=0.6, host_format="tiered"),
+    "on demand": dict(placement="host", expert_format="planar12", transfer="on_demand"),
+    "on demand, dense": dict(placement="balanced", alpha=0.4, transfer="on_demand"),
     "disk": dict(placement="disk", expert_format="planar12"),
     "disk, not fused": dict(placement="disk", alpha=0.4, expert_format="huffman"),
 }
@@ -218,6 +220,8 @@ def test_compressed_experts_give_the_same_tokens_from_fewer_bytes(wide_model_dir
     moved = sum(s.streamed_bytes for s in steps)
     if settings.get("host_format") == "dense":
         assert moved > 0
+    elif settings.get("transfer") == "on_demand":
+        assert moved == 0
     elif plain["placement"] != "resident":
         assert 0 < moved < sum(s.streamed_bytes for s in dense_steps)
     if engine.layout.fused.issuperset({engine.layout.formats.packed}) and settings.get("slot_format") != "decoded":
@@ -242,6 +246,7 @@ def test_the_reference_kernels_read_compressed_experts_from_decoded_slots(wide_m
     [
         (dict(expert_format="zip"), "expert_format must be one of dense, planar12"),
         (dict(host_format="zip"), "host_format must be one of dense, planar12"),
+        (dict(transfer="zip"), "transfer must be whole or on_demand"),
         (dict(slot_format="zip"), "slot_format must be packed or decoded"),
         (dict(expert_format="planar12"), "placement packed holds them in planar12"),
         (dict(placement="packed", expert_format="dense"), "choose planar12, tiered"),
@@ -250,3 +255,9 @@ def test_the_reference_kernels_read_compressed_experts_from_decoded_slots(wide_m
 def test_formats_that_cannot_be_meant(settings, match):
     with pytest.raises(ValueError, match=match):
         EngineConfig(**settings)
+
+
+def test_kernels_that_cannot_read_a_format_do_not_read_it_on_demand(wide_model_dir):
+    settings = dict(device="cpu", placement="host", expert_format="huffman", transfer="on_demand", max_context=64)
+    with pytest.raises(ValueError, match="cannot read format huffman in host memory"):
+        Engine(wide_model_dir, EngineConfig(**settings))

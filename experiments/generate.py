@@ -17,8 +17,9 @@ from pathlib import Path
 from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.models.config import load_config
 from fluxmoe.runtime.budget import parse_bytes
-from fluxmoe.runtime.engine import Engine, EngineConfig, StepMetrics, resolve_device, summarise
+from fluxmoe.runtime.engine import Engine, EngineConfig, resolve_device
 from fluxmoe.runtime.hardware import HardwareProfile
+from fluxmoe.runtime.metrics import StepMetrics, summarise
 from fluxmoe.runtime.placement import POLICIES
 from fluxmoe.runtime.request import Request, RequestOutput, SamplingParams
 

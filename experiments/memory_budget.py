@@ -21,7 +21,8 @@ from pathlib import Path
 from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.models.config import ModelConfig, load_config
 from fluxmoe.runtime.budget import BudgetError, format_bytes, parse_bytes
-from fluxmoe.runtime.engine import Engine, resolve_device, summarise
+from fluxmoe.runtime.engine import Engine, resolve_device
+from fluxmoe.runtime.metrics import summarise
 from fluxmoe.runtime.placement import POLICIES, Tier, place
 from fluxmoe.runtime.request import RequestOutput
 from tqdm import tqdm

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 from fluxmoe.models.config import load_config
-from fluxmoe.runtime.engine import Engine, summarise
+from fluxmoe.runtime.engine import Engine
+from fluxmoe.runtime.metrics import summarise
 from tqdm import tqdm
 
 from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json

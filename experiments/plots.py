@@ -143,3 +143,40 @@ def plot_overhead(directory: Path) -> Path:
     figure.savefig(path, dpi=160)
     plt.close(figure)
     return path
+
+
+def plot_adaptation(directory: Path, window: int = 40) -> Path:
+    """adaptation.png beside steps.csv of exp3_adaptation: tokens/s in windows of iterations, and bytes by owner."""
+    steps = pd.read_csv(directory / "steps.csv")
+    about = json.loads((directory / "provenance.json").read_text())
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(7.0, 5.0), sharex=True, layout="constrained", height_ratios=(3, 2)
+    )
+    styles = {
+        "static": ("#000000", "-", "static: nothing moves"),
+        "hold": ("#E69F00", "--", "experts leave, nobody takes the memory"),
+        "grow": ("#0072B2", "-", "experts leave, KV grows"),
+        "unspread": ("#D55E00", ":", "not spread over layers, KV grows"),
+    }
+    for variant, (colour, line, label) in styles.items():
+        rows = steps[steps.variant == variant]
+        if not len(rows):
+            continue
+        groups = rows.groupby(rows.iteration // window)
+        rate = groups.decode_tokens.sum() / groups.duration_s.sum()
+        top.plot(rate.index * window, rate, line, color=colour, label=label, linewidth=1.5)
+        bottom.plot(rows.iteration, rows.kv_bytes / 1e6, line, color=colour, linewidth=1.5)
+    top.set_ylabel("decoded tokens/s")
+    top.set_ylim(bottom=0)
+    top.legend(fontsize=7.5, frameon=False)
+    top.set_title(f"measured on {about['hardware']} ({about['cpus']} cores), budget {about['budget']}", fontsize=9)
+    bottom.set_ylabel("KV cache (MB)")
+    bottom.set_xlabel("iteration")
+    for axis in (top, bottom):
+        for k in range(about["times"]):
+            axis.axvline(about["start"] + k * about["every"], color="0.8", linewidth=0.6, zorder=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    path = directory / "adaptation.png"
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    return path

@@ -9,16 +9,15 @@ experts, slots, workspace; what is left is KV cache. Nothing big is loaded befor
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from fluxmoe.kernels.cpu.ops import CpuOps
 from fluxmoe.kernels.ops import AttentionMetadata, LayerDims, Limits, Ops
-from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.kernels.torch_ops import TorchOps
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.decoder import Decoder, layer_dims, non_expert_bytes
@@ -26,138 +25,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .batch import build_batch
-from .budget import MemoryBudget, available_bytes, format_bytes, require
+from .budget import BudgetError, MemoryBudget, available_bytes, format_bytes, require
+from .config import EngineConfig
 from .graphs import DecodeGraphs
-from .hardware import HardwareProfile, measure_bandwidths
-from .kv_cache import PagedKVCache
-from .layout import DENSE, ExpertFormats, ExpertLayout
-from .placement import COMPRESSING, Placement, Tier, place
+from .hardware import measure_bandwidths
+from .kv_cache import GrowableKVCache, PagedKVCache
+from .layout import DENSE, ExpertLayout
+from .metrics import StepMetrics
+from .placement import DEVICE_TIERS, Placement, Tier, place
+from .planner import Planner, PlannerConfig
+from .region import BlockPool, make_pool
 from .request import Request, RequestOutput, Sequence
+from .residency import MovingStore, Residency
 from .sampling import sample
 from .scheduler import Scheduler
 from .store import ExpertStore
-from .streamer import Counters, Delay, make_streamer, slot_bytes
+from .streamer import Counters, make_streamer, slot_bytes
 from .timeline import Timeline
 
 
 class DeviceError(ValueError):
     """A device was asked for that this machine lacks."""
-
-
-class SettingError(ValueError):
-    """An engine setting that cannot be meant."""
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How to serve a model.
-
-    budget_bytes        device bytes for everything; None: all that is free
-    placement, alpha    see `placement.place`; dense_share: its `dense`
-    expert_format       dense, or a name of packing.FORMATS: how balanced, host and disk hold experts, and packed and
-                        hybrid, for which None means planar12 (for the others: dense)
-    host_format         format in host memory and files, so of what crosses PCIe; None: expert_format
-    slot_format         packed: the GEMM reads compressed experts in their slots, where it can | decoded
-    transfer            whole: the host's share of each layer is copied ahead of time | on_demand: kernels read the
-                        experts that were routed to in host memory
-    profile             the machine's rates, for balanced without alpha; None: measured in a fraction of a second
-    slots               streaming slots, S ≥ 2
-    max_batch           sequences in a batch
-    max_batched_tokens  tokens of one pass: the chunk size of prefill
-    block_size          tokens of a KV block
-    preemption          recompute | swap
-    max_context         longest prompt + output served; None: the model's limit
-    min_kv_tokens       the budget must hold at least this many tokens of KV
-    kernels             auto (Triton on CUDA, numba on the CPU) | triton | torch (the slow reference)
-    batch_invariant     Triton: a request's tokens do not depend on who shares its batch; on the CPU always so
-    cuda_graphs         CUDA: decode steps are launched as graphs
-    threads             CPU threads; None: all
-    disk_dir            where the disk tier spills; None: the system's temporary directory
-    poison              debug: fill recycled slots with NaN
-    timeline            record loads and compute
-    load_delay          tests: seconds to wait before a load of (layer, tensor type)
-    """
-
-    budget_bytes: int | None = None
-    placement: str = "resident"
-    alpha: float | None = None
-    dense_share: float = 0.0
-    expert_format: str | None = None
-    host_format: str | None = None
-    slot_format: str = "packed"
-    transfer: str = "whole"
-    profile: HardwareProfile | None = None
-    slots: int = 2
-    max_batch: int = 64
-    max_batched_tokens: int = 256
-    block_size: int = 32
-    preemption: str = "recompute"
-    max_context: int | None = None
-    min_kv_tokens: int = 1
-    device: str = "auto"
-    kernels: str = "auto"
-    batch_invariant: bool = False
-    cuda_graphs: bool = True
-    threads: int | None = None
-    disk_dir: Path | None = None
-    poison: bool = False
-    timeline: bool = False
-    progress: bool = False
-    load_delay: Delay | None = field(default=None, compare=False)
-
-    def __post_init__(self) -> None:
-        for name in ("max_batch", "max_batched_tokens", "block_size", "max_context", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingError(f"{name} must be at least 1, got {value}")
-        for name in ("expert_format", "host_format"):
-            value = getattr(self, name)
-            if value not in (None, DENSE, *FORMATS):
-                raise SettingError(f"{name} must be one of {DENSE}, {', '.join(FORMATS)}, got {value!r}")
-        if self.placement == "resident" and self.device_format != DENSE:
-            raise SettingError(
-                f"placement resident holds experts dense; placement packed holds them in {self.expert_format}"
-            )
-        if self.placement in COMPRESSING and self.device_format == DENSE:
-            raise SettingError(f"placement {self.placement} holds compressed experts: choose {', '.join(FORMATS)}")
-        if self.slot_format not in ("packed", "decoded"):
-            raise SettingError(f"slot_format must be packed or decoded, got {self.slot_format!r}")
-        if self.transfer not in ("whole", "on_demand"):
-            raise SettingError(f"transfer must be whole or on_demand, got {self.transfer!r}")
-        if self.preemption not in ("recompute", "swap"):
-            raise SettingError(f"preemption must be recompute or swap, got {self.preemption!r}")
-
-    @property
-    def device_format(self) -> str:
-        """The format of experts that stay on the device, but for those that a placement keeps dense."""
-        return self.expert_format or ("planar12" if self.placement in COMPRESSING else DENSE)
-
-    @property
-    def formats(self) -> ExpertFormats:
-        """Formats of all tiers."""
-        packed = "planar12" if self.device_format == DENSE else self.device_format  # no policy will use it
-        return ExpertFormats(packed, self.host_format or self.device_format, self.slot_format, self.transfer)
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """One iteration. Times in seconds, `time_s` since the run began; blocks as they stood during the pass."""
-
-    iteration: int
-    time_s: float
-    duration_s: float
-    batch: int
-    prefill_tokens: int
-    decode_tokens: int
-    kv_blocks_used: int
-    kv_blocks: int
-    waiting: int
-    streamed_bytes: int
-    stall_s: float
-    transfer_s: float
-    preemptions: int
-    swapped_blocks: int
-    finished: int
 
 
 def resolve_device(name: str) -> torch.device:
@@ -193,8 +81,8 @@ class Engine:
     and one KV block, DeviceError, PlacementError.
     """
 
-    def __init__(self, model_dir: Path | str, config: EngineConfig = EngineConfig()) -> None:
-        self.config = config
+    def __init__(self, model_dir: Path | str, config: EngineConfig | None = None) -> None:
+        self.config = config = config or EngineConfig()
         self.device = resolve_device(config.device)
         checkpoint = Checkpoint(model_dir)
         self.model = model = checkpoint.config
@@ -208,8 +96,10 @@ class Engine:
         graphs = config.cuda_graphs and self.device.type == "cuda" and config.kernels != "torch"
         per_graph = (config.max_batch, -(-context // config.block_size), config.block_size)
         self._graph_bytes = DecodeGraphs.buffer_bytes(*per_graph) if graphs else 0
+        self.pool: BlockPool | None = None
+        self.residency: Residency | None = None
         self.budget, num_blocks = self._charge(limits)
-        self.store = ExpertStore(self.layout, self.device, decode=self.ops.decode_expert, disk_dir=config.disk_dir)
+        self.store = self._make_store()
         try:
             self.decoder = self._load(checkpoint, context)
             self.kv, self.scheduler = self._cache_and_scheduler(num_blocks, limits)
@@ -225,24 +115,32 @@ class Engine:
             self.store.close()
             raise
         self.graphs = DecodeGraphs(self._forward, self.streamer, *per_graph, self.device) if graphs else None
+        if self.pool is not None:
+            self.residency = self._make_residency(self.pool)
         self._iteration = 0
         self._counted = Counters(0, 0, 0, 0)
 
     def _cache_and_scheduler(self, num_blocks: int, limits: Limits) -> tuple[PagedKVCache, Scheduler]:
         config, model = self.config, self.model
         host_blocks = num_blocks if config.preemption == "swap" else 0
-        cache = PagedKVCache(
-            self.ops,
-            model.num_layers,
-            num_blocks,
-            config.block_size,
-            model.num_kv_heads,
-            model.head_dim,
-            model.dtype,
-            self.device,
-            host_blocks=host_blocks,
-            pin=host_blocks > 0 and self.device.type == "cuda",
-        )
+        sizes = (config.block_size, model.num_kv_heads, model.head_dim, model.dtype, self.device)
+        pin = host_blocks > 0 and self.device.type == "cuda"
+        if self.pool is None:
+            cache = PagedKVCache(self.ops, model.num_layers, num_blocks, *sizes, host_blocks=host_blocks, pin=pin)
+        else:
+            most = self._useful_blocks(limits)
+            cache = GrowableKVCache(
+                self.ops, model.num_layers, most, *sizes, pool=self.pool, host_blocks=host_blocks, pin=pin
+            )
+            num_blocks = num_blocks // cache.quantum * cache.quantum
+            if not num_blocks:
+                cache.close()
+                raise BudgetError(
+                    f"a budget of {format_bytes(self.budget.total)} leaves less than "
+                    f"{format_bytes(cache.quantum_bytes)} for KV, the least that can be mapped at a time; give more"
+                )
+            cache.resize(num_blocks)
+            self.budget.release("kv_cache", self.budget.lines()["kv_cache"] - cache.nbytes)
         scheduler = Scheduler(
             num_blocks,
             config.block_size,
@@ -301,17 +199,80 @@ class Engine:
         block = PagedKVCache.bytes_per_block(
             ops, model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, model.dtype
         )
+        if config.adaptive:
+            lines["slots"] = config.slots * self._most_streamed * layout.expert_bytes(self._moving_format)
         total = available_bytes(self.device) if config.budget_bytes is None else config.budget_bytes
         least_blocks = -(-config.min_kv_tokens // config.block_size)
         require(total, {**lines, "kv_cache": least_blocks * block}, hint=self._hint())
         budget = MemoryBudget(total)
         for line, nbytes in lines.items():
             budget.reserve(line, nbytes)
-        # More blocks than a full batch at full context can never be used.
-        useful = config.max_batch * -(-limits.context // config.block_size)
-        num_blocks = min(budget.free // block, useful)
+        if config.adaptive:
+            self._open_pool(budget, lines, self._useful_blocks(limits) * block)
+        num_blocks = min(budget.free // block, self._useful_blocks(limits))
         budget.reserve("kv_cache", num_blocks * block)
         return budget, num_blocks
+
+    def _useful_blocks(self, limits: Limits) -> int:
+        """More KV blocks than a full batch at full context can never be used."""
+        return self.config.max_batch * -(-limits.context // self.config.block_size)
+
+    # Experts that move.
+
+    @property
+    def _moving_format(self) -> str:
+        return self.config.device_format
+
+    @property
+    def _most_streamed(self) -> int:
+        """Experts of a layer that a slot must hold."""
+        experts = self.model.num_experts
+        placed = int((self.placement.tiers == Tier.HOST).sum(axis=1).max(initial=0))
+        return max(1, placed, experts - math.ceil(self.config.least_alpha * experts))
+
+    def _open_pool(self, budget: MemoryBudget, lines: Mapping[str, int], most_kv_bytes: int) -> None:
+        """One pool of physical blocks for experts and KV; what its rounding costs experts is charged to them."""
+        line = "packed_experts" if self._moving_format != DENSE else "resident_experts"
+        experts = self.placement.tiers.size * self.layout.expert_bytes(self._moving_format)
+        # All experts and all KV that can be used, and whole blocks of both: more would only make blocks larger.
+        useful = experts + most_kv_bytes + (experts + most_kv_bytes) // 64 + (16 << 20)
+        self.pool = make_pool(self.device, min(budget.free + lines[line], useful))
+        rounded = self.pool.pages(lines[line]) * self.pool.block_bytes
+        budget.reserve(line, rounded - lines[line])
+
+    def _make_store(self) -> ExpertStore:
+        if self.pool is None:
+            return ExpertStore(self.layout, self.device, decode=self.ops.decode_expert, disk_dir=self.config.disk_dir)
+        return MovingStore(self.layout, self.device, self.pool, self._most_streamed)
+
+    def _make_residency(self, pool: BlockPool) -> Residency:
+        config, store = self.config, self.store
+        planner = None
+        if config.planning:
+            expert_bytes = dict.fromkeys(DEVICE_TIERS, store.unit_bytes)
+            planner = Planner(
+                PlannerConfig(
+                    expert_bytes=expert_bytes,
+                    budget_bytes=pool.max_blocks * pool.block_bytes,
+                    theta=config.theta,
+                    eager=config.eager,
+                    spread=config.spread,
+                    least_alpha=config.least_alpha,
+                    reserve_bytes=self.kv.quantum_bytes,
+                )
+            )
+        return Residency(
+            store,
+            self.kv,
+            self.scheduler,
+            self.budget,
+            pool,
+            self.streamer.pending_plans,
+            on_change=self.graphs.forget if self.graphs is not None else lambda: None,
+            planner=planner,
+            every=config.plan_every,
+            grow_kv=config.grow_kv,
+        )
 
     def _hint(self) -> str:
         if self.placement.alpha == 0:
@@ -402,6 +363,10 @@ class Engine:
             outputs[sequence.request.request_id] = sequence.output()
         before, after = self._counted, self.streamer.counters()
         self._counted = after
+        if self.residency is not None:
+            stall, load = (after.stall_ns - before.stall_ns) / 1e9, (after.transfer_ns - before.transfer_ns) / 1e9
+            times = (time.perf_counter() - started - stall, load)
+            self.residency.between_iterations(None if step.prefill_tokens else times)
         self._iteration += 1
         return StepMetrics(
             iteration=self._iteration - 1,
@@ -419,6 +384,7 @@ class Engine:
             preemptions=step.num_preempted,
             swapped_blocks=len(step.swap_out) + len(step.swap_in),
             finished=len(finished),
+            device_experts=int(np.isin(self.store.layout.placement.tiers, DEVICE_TIERS).sum()),
         )
 
     def _forward(self, token_ids: Tensor, metadata: AttentionMetadata, logit_rows: Tensor) -> Tensor:
@@ -438,32 +404,15 @@ class Engine:
     def close(self) -> None:
         """Stop the copy thread, remove the spill file. The engine cannot be used afterwards."""
         self.streamer.close()
+        if self.residency is not None:
+            self.residency.settle()
         self.store.close()
+        if self.pool is not None:
+            self.kv.close()
+            self.pool.close()
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def summarise(steps: list[StepMetrics]) -> dict[str, float | int]:
-    """Totals of a run: tokens per second over wall time, stalls, preemptions (keys of `generate --json`)."""
-    wall = steps[-1].time_s if steps else 0.0
-    decode_only = [s for s in steps if s.prefill_tokens == 0]
-    decode_s = sum(s.duration_s for s in decode_only)
-    generated = sum(s.decode_tokens for s in steps)
-    return {
-        "wall_s": wall,
-        "iterations": len(steps),
-        "prefill_tokens": sum(s.prefill_tokens for s in steps),
-        "decode_tokens_per_s": sum(s.decode_tokens for s in decode_only) / decode_s if decode_s else 0.0,
-        "generated_by_decode": generated,
-        "peak_batch": max((s.batch for s in steps), default=0),
-        "peak_kv_blocks": max((s.kv_blocks_used for s in steps), default=0),
-        "preemptions": sum(s.preemptions for s in steps),
-        "swapped_blocks": sum(s.swapped_blocks for s in steps),
-        "streamed_bytes": sum(s.streamed_bytes for s in steps),
-        "stall_s": sum(s.stall_s for s in steps),
-        "transfer_s": sum(s.transfer_s for s in steps),
-    }

@@ -144,6 +144,10 @@ class DecodeGraphs:
         cpu = torch.device("cpu")
         return sum(StepBuffers(batch, max_blocks, block_size, cpu).nbytes for batch in batch_sizes(max_batch))
 
+    def forget(self) -> None:
+        """Drop all graphs, whose addresses have changed; each kind of step is captured again."""
+        self._graphs.clear()
+
     def run(self, step: Batch) -> Tensor:
         """Logits fp32 [B, vocab] of a decode step, whose tensors are on the host; valid until the next step."""
         count = len(step.token_ids)

@@ -12,13 +12,14 @@ The layout inside one layer's share of a block belongs to the backend: `ops.kv_b
 from __future__ import annotations
 
 from collections.abc import Iterable
-from heapq import heappop, heappush
-from math import prod
+from heapq import heapify, heappop, heappush
+from math import gcd, lcm, prod
 
 import torch
 from torch import Tensor
 
 from ..kernels.ops import Ops
+from .region import BlockPool, GrowableRegion, RegionError
 
 
 class BlockAllocator:
@@ -67,6 +68,17 @@ class BlockAllocator:
         # Larger than every number in the heap, hence still a heap when appended in order.
         self._free.extend(range(len(self._owned), len(self._owned) + n))
         self._owned.extend(bytes(n))
+
+    def shrink(self, n: int) -> bool:
+        """Drop the `n` last blocks, if all of them are free; whether it did."""
+        assert 0 <= n <= len(self._owned), f"cannot shrink {len(self._owned)} blocks by {n}"
+        left = len(self._owned) - n
+        if any(self._owned[left:]):
+            return False
+        self._free = [block for block in self._free if block < left]
+        heapify(self._free)
+        del self._owned[left:]
+        return True
 
     def check_integrity(self, owned: Iterable[int]) -> None:
         """AssertionError unless `owned` and the free blocks are exactly all blocks, each once."""
@@ -163,3 +175,71 @@ class PagedKVCache:
         # A negative number would silently count from the end.
         assert 0 <= device_block < self.num_blocks, f"no device block {device_block} of {self.num_blocks}"
         assert 0 <= host_block < self.host_blocks, f"no host block {host_block} of {self.host_blocks}"
+
+
+class GrowableKVCache(PagedKVCache):
+    """A PagedKVCache of at most `most_blocks`, whose memory is mapped from a pool, `quantum` blocks at a time."""
+
+    def __init__(
+        self, ops: Ops, num_layers: int, most_blocks: int, block_size: int, kv_heads: int, head_dim: int,
+        dtype: torch.dtype, device: torch.device, pool: BlockPool, host_blocks: int = 0, pin: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(ops, num_layers, 1, block_size, kv_heads, head_dim, dtype, device, host_blocks, pin)
+        sizes = [t[0, 0].numel() * dtype.itemsize for t in (self.k, self.v)]
+        shapes = [tuple(t.shape[2:]) for t in (self.k, self.v)]
+        # The fewest blocks whose K and whose V fill whole pages.
+        self.quantum = lcm(*(pool.block_bytes // gcd(pool.block_bytes, size) for size in sizes))
+        self.most_blocks = -(-most_blocks // self.quantum) * self.quantum
+        self._layers: list[tuple[GrowableRegion, int]] = []
+        tensors = []
+        for size, shape in zip(sizes, shapes, strict=True):
+            region = [pool.reserve(self.most_blocks * size) for _ in range(num_layers)]
+            self._layers += [(GrowableRegion(each), size) for each in region]
+            tensors.append([each.tensor(0, (self.most_blocks, *shape), dtype) for each in region])
+        self.k, self.v = tensors
+        self.num_blocks = 0
+        self.quantum_bytes = self.quantum * num_layers * sum(sizes)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(region.nbytes for region, _ in self._layers)
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.k[layer], self.v[layer]
+
+    def resize(self, num_blocks: int) -> None:
+        """Hold `num_blocks`, whole quanta. RegionError when memory runs out; the cache is then as it was."""
+        assert num_blocks % self.quantum == 0, f"{num_blocks} blocks are not whole quanta of {self.quantum}"
+        done: list[tuple[GrowableRegion, int]] = []
+        try:
+            for region, size in self._layers:
+                before = region.nbytes
+                region.resize(num_blocks * size)
+                done.append((region, before))
+        except RegionError:
+            for region, before in done:
+                region.resize(before)
+            raise
+        if self.device.type == "cuda" and num_blocks > self.num_blocks:
+            for tensors in (self.k, self.v):
+                for tensor in tensors:
+                    tensor[self.num_blocks : num_blocks].zero_()
+        self.num_blocks = num_blocks
+
+    def swap_out(self, pairs) -> None:
+        for device_block, host_block in pairs:
+            self._check(device_block, host_block)
+            for layer in range(self.num_layers):
+                self.host_k[host_block, layer].copy_(self.k[layer][device_block])
+                self.host_v[host_block, layer].copy_(self.v[layer][device_block])
+
+    def swap_in(self, pairs) -> None:
+        for host_block, device_block in pairs:
+            self._check(device_block, host_block)
+            for layer in range(self.num_layers):
+                self.k[layer][device_block].copy_(self.host_k[host_block, layer])
+                self.v[layer][device_block].copy_(self.host_v[host_block, layer])
+
+    def close(self) -> None:
+        for region, _ in self._layers:
+            region.region.close()

@@ -27,9 +27,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Of the CPU's pools: a multiple of any page size in use, small enough for small models, and large enough that the
-# kernel's limit of 65,530 mappings a process allows 4 GiB.
-BLOCK_BYTES = 64 << 10
+# Of the CPU's pools: a multiple of any page size in use, small enough for small models. Larger pools have larger
+# blocks, for a process may have no more than 65,530 mappings.
+BLOCK_BYTES, _MOST_BLOCKS = 64 << 10, 32_768
 
 
 class RegionError(ValueError):
@@ -214,7 +214,10 @@ def make_pool(device: torch.device, max_bytes: int) -> BlockPool:
         from .region_cuda import VmmPool
 
         return VmmPool(max_bytes)
-    return MemfdPool(max_bytes)
+    block_bytes = BLOCK_BYTES
+    while max_bytes // block_bytes > _MOST_BLOCKS:
+        block_bytes *= 2
+    return MemfdPool(max_bytes, block_bytes)
 
 
 class GrowableRegion:

@@ -163,6 +163,24 @@ class Scheduler:
         """Add device blocks at the end of the cache; the next step may use them."""
         self._device.grow(num_blocks)
 
+    def shrink(self, num_blocks: int) -> bool:
+        """Drop the last device blocks of the cache; False, and nothing is done, if one of them is in use, or if what is
+        left would not hold the longest of the accepted requests."""
+        left = self._device.num_blocks - num_blocks
+        return left >= self._longest() and self._device.shrink(num_blocks)
+
+    def _longest(self) -> int:
+        """Blocks of the accepted request that needs most."""
+        live = (*self._running, *self._swapped, *self._waiting)
+        return max((self._blocks(s.prompt_len + s.request.params.max_new_tokens - 1) for s in live), default=1)
+
+    @property
+    def blocks_wanted(self) -> int:
+        """Blocks that the known tokens of all who wait would take, as many sequences as still fit the batch."""
+        room = max(0, self.max_batch - len(self._running))
+        queue = [*self._swapped, *self._waiting][:room]
+        return sum(self._blocks(len(s.token_ids)) for s in queue)
+
     def add(self, request: Request) -> Sequence | str:
         """Queue `request`; or, without a trace, refuse it: the sentence that says why and what would do."""
         prompt, new = len(request.prompt_ids), request.params.max_new_tokens

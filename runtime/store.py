@@ -65,12 +65,31 @@ class Decode(NamedTuple):
     recipe: object
 
 
+class LayerPlan(NamedTuple):
+    """What a load of one layer brings, and where: fixed when the load begins, whatever moves meanwhile.
+
+    streamed: experts with their tiers, in the order of the slot; places: begin and end of each in the two buffers;
+    host_runs: (source, begin in the buffer) of every contiguous copy from host memory, by tensor type.
+    """
+
+    layer: int
+    streamed: tuple[tuple[int, Tier], ...]
+    places: tuple[dict[int, tuple[int, int]], dict[int, tuple[int, int]]]
+    host_runs: tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]
+
+    def host_bytes(self, tensor_type: int) -> int:
+        return sum(source.numel() for source, _ in self.host_runs[tensor_type])
+
+
 class ExpertStore:
     """Holds every expert once. Fill with `put`, check with `seal`; use as a context manager, or call `close`.
 
     decode: `Ops.decode_expert`, for layouts that decode into slots. disk_dir: where the spill file of the DISK tier
     goes (default: the system's temporary directory).
     """
+
+    # Whether experts may change tier while serving (residency.MovingStore).
+    moves = False
 
     def __init__(
         self,
@@ -83,7 +102,6 @@ class ExpertStore:
         self.layout, self.device, self.decode = layout, torch.device(device), decode
         layers = range(layout.num_layers)
         self._members = {tier: [layout.placement.members(i, tier) for i in layers] for tier in Tier}
-        self._places = [[layout.slot_places(i, d) for d in (0, 1)] for i in layers]
         self._recipes: dict[tuple[int, int], Recipes] = {}
         pin = self.device.type == "cuda"
         if pin and any(self._members[Tier.DISK]):
@@ -105,6 +123,18 @@ class ExpertStore:
         if end:
             self._open_spill(Path(disk_dir or tempfile.gettempdir()))
         self._missing = {(i, e) for i in layers for e in range(layout.num_experts)}
+        self.plans = [self._plan(i) for i in layers]
+        # Counts changes of addresses or plans: tables of an older epoch are made again.
+        self.epoch = 0
+
+    def _plan(self, layer: int) -> LayerPlan:
+        places = (self.layout.slot_places(layer, 0), self.layout.slot_places(layer, 1))
+        runs: tuple[list, list] = ([], [])
+        if self.layout.streams(Tier.HOST) and self._members[Tier.HOST][layer]:
+            for d in (0, 1):
+                begin = places[d][self._members[Tier.HOST][layer][0]][0]
+                runs[d].append((self._arenas[Tier.HOST][layer][d], begin))
+        return LayerPlan(layer, tuple(self.layout.streamed(layer)), places, runs)
 
     def _stride(self, tier: Tier, tensor_type: int) -> int:
         return self.layout.stride(self.layout.stored(tier), tensor_type)
@@ -146,6 +176,10 @@ class ExpertStore:
             ) from None
         finally:
             os.unlink(name)
+
+    def slot_bytes(self, tensor_type: int) -> int:
+        """Bytes of one slot's buffer."""
+        return self.layout.slot_bytes(tensor_type)
 
     def tier_bytes(self, tier: Tier) -> int:
         """Bytes that a tier in memory holds."""
@@ -202,11 +236,11 @@ class ExpertStore:
                     blocks[expert] = Block(pair, number)
         return blocks
 
-    def slot_blocks(self, layer: int, slot: tuple[Tensor, Tensor]) -> dict[int, Block]:
-        """Blocks of the layer's streamed experts inside a slot's two buffers, by expert."""
+    def slot_blocks(self, plan: LayerPlan, slot: tuple[Tensor, Tensor]) -> dict[int, Block]:
+        """Blocks of a plan's streamed experts inside a slot's two buffers, by expert."""
         blocks = {}
-        for expert, tier in self.layout.streamed(layer):
-            gate_up, down = (slot[d][slice(*self._places[layer][d][expert])] for d in (0, 1))
+        for expert, tier in plan.streamed:
+            gate_up, down = (slot[d][slice(*plan.places[d][expert])] for d in (0, 1))
             blocks[expert] = Block((gate_up, down), TABLE_FORMATS[self.layout.read(tier)])
         return blocks
 
@@ -218,30 +252,21 @@ class ExpertStore:
         stride, size = self._stride(tier, tensor_type), self.layout.sizes[self.layout.stored(tier)][tensor_type]
         return [source[place * stride : place * stride + size] for place in range(len(members))]
 
-    def host_arena(self, layer: int, tensor_type: int) -> Tensor:
-        """All HOST blocks of a layer and tensor type that are copied, contiguous: the source of one copy."""
-        arena = self._arenas[Tier.HOST][layer][tensor_type]
-        return arena if self.layout.streams(Tier.HOST) else arena[:0]
-
-    def slot_begin(self, layer: int, tensor_type: int, tier: Tier) -> int:
-        """Where the blocks of a tier begin in a slot's buffer."""
-        members = self._members[tier][layer] if self.layout.streams(tier) else []
-        return self._places[layer][tensor_type][members[0]][0] if members else 0
-
-    def decodes(self, layer: int, tensor_type: int, lie: Mapping[Tier, Tensor]) -> Iterator[Decode]:
+    def decodes(self, plan: LayerPlan, tensor_type: int, lie: Mapping[Tier, Tensor]) -> Iterator[Decode]:
         """What must be decoded into a slot; `lie`: where the payload of HOST and DISK experts lies now."""
+        layer = plan.layer
         lie = {Tier.PACKED: self._arenas[Tier.PACKED][layer][tensor_type], **lie}
         for tier in (Tier.PACKED, Tier.HOST, Tier.DISK):
             if self.layout.decodes(tier):
                 blocks = self._payload(layer, tier, tensor_type, lie[tier]) if self._members[tier][layer] else []
                 for expert, block in zip(self._members[tier][layer], blocks, strict=True):
-                    begin, end = self._places[layer][tensor_type][expert]
+                    begin, end = plan.places[tensor_type][expert]
                     recipe = self._recipes[layer, expert][tensor_type]
                     yield Decode(self.layout.stored(tier), block, begin, end, recipe)
 
     def read_into(
         self,
-        layer: int,
+        plan: LayerPlan,
         tensor_type: int,
         slot: Tensor,
         staging: Tensor | None = None,
@@ -254,23 +279,27 @@ class ExpertStore:
         `cancelled` before every chunk of 32 MiB and returns early, with fewer bytes, once it says so. Raises
         StoreError naming file, layer and tensor type when the disk fails.
         """
-        host, copied = self.host_arena(layer, tensor_type), 0
-        if not self.layout.decodes(Tier.HOST):
-            at = self.slot_begin(layer, tensor_type, Tier.HOST)
+        layer, copied = plan.layer, 0
+        staged_host = None
+        for host, at in plan.host_runs[tensor_type]:
+            if self.layout.decodes(Tier.HOST):
+                staged_host = host  # decoded from where it lies
+                copied += host.numel()
+                continue
             for begin in range(0, host.numel(), _CHUNK):
                 if cancelled():
-                    return begin
+                    return copied
                 end = min(begin + _CHUNK, host.numel())
                 stream_copy(slot[at + begin : at + end], host[begin:end])
-        copied += host.numel()
-        disk = self._payload_bytes(layer, Tier.DISK, tensor_type)
-        if self.layout.decodes(Tier.DISK) and disk:
-            lies = staging[:disk]
-        else:
-            at = self.slot_begin(layer, tensor_type, Tier.DISK)
-            lies = slot[at : at + disk]
-        copied += self._read(layer, tensor_type, lies, cancelled)
-        for step in self.decodes(layer, tensor_type, {Tier.HOST: host, Tier.DISK: lies}):
+                copied += end - begin
+        lies = {Tier.HOST: staged_host}
+        if disk := self._payload_bytes(layer, Tier.DISK, tensor_type):
+            lies[Tier.DISK] = staging[:disk]
+            if not self.layout.decodes(Tier.DISK):
+                at = plan.places[tensor_type][self._members[Tier.DISK][layer][0]][0]
+                lies[Tier.DISK] = slot[at : at + disk]
+            copied += self._read(layer, tensor_type, lies[Tier.DISK], cancelled)
+        for step in self.decodes(plan, tensor_type, lies):
             if cancelled():
                 break
             self.decode(step.expert_format, tensor_type, step.block, slot[step.begin : step.end], step.recipe)

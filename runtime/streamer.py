@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .layout import ExpertLayout
 from .placement import Tier
-from .store import TENSOR_NAMES, ExpertStore, StoreError, aligned_empty
+from .store import TENSOR_NAMES, ExpertStore, LayerPlan, StoreError, aligned_empty
 from .timeline import Timeline
 
 Delay = Callable[[int, int], float]
@@ -83,12 +83,13 @@ class Streamer:
     def __init__(self, store: ExpertStore, slots: int, poison: bool = False) -> None:
         self.store, self.poison = store, poison
         layout = store.layout
-        self.order = layout.streamed_layers
-        self.num_slots = slots_used(layout, slots)
+        # Where experts move, any layer may come to stream.
+        self.order = list(range(layout.num_layers)) if store.moves else layout.streamed_layers
+        self.num_slots = slots if store.moves else slots_used(layout, slots)
         # Every streamed layer has a slot of its own: one load each, for ever.
-        self.keeps_all = len(self.order) == self.num_slots
+        self.keeps_all = not store.moves and len(self.order) == self.num_slots
         self._slots = [
-            tuple(aligned_empty(layout.slot_bytes(d), store.device) for d in (GATE_UP, DOWN))
+            tuple(aligned_empty(store.slot_bytes(d), store.device) for d in (GATE_UP, DOWN))
             for _ in range(self.num_slots)
         ]
         # One a tensor type for all loads: those of a type come one after the other.
@@ -96,7 +97,10 @@ class Streamer:
         self._staging = [aligned_empty(nbytes, store.device) for nbytes in staging]
         for slot in self._slots if poison else ():
             self._spoil(slot)
-        self._tables: dict[tuple[int, int], ExpertTable] = {}
+        self._tables: dict[tuple[int, int], tuple[LayerPlan, int, ExpertTable]] = {}
+        # What each load brings that was begun or is read; settled by whoever of loader and reader comes first.
+        self._plans: dict[int, LayerPlan] = {}
+        self._planning = threading.Lock()
         self._rank = {layer: rank for rank, layer in enumerate(self.order)}
         self._next_job = 0
 
@@ -127,32 +131,50 @@ class Streamer:
     def _layer_of(self, job: int) -> int:
         return self.order[job % len(self.order)]
 
-    def _table(self, layer: int, slot: int) -> ExpertTable:
-        """Addresses of the layer's experts while it is in `slot` (-1: no expert streams); made once."""
-        key = (layer, slot)
-        if key not in self._tables:
-            blocks = self.store.blocks_in_place(layer)
+    def _plan_of(self, job: int) -> LayerPlan:
+        with self._planning:
+            return self._plans.setdefault(job, self.store.plans[self._layer_of(job)])
+
+    def _forget(self, job: int) -> None:
+        """Drop the plans of `job` and of those before it, which nobody reads any more."""
+        if not self.keeps_all:
+            with self._planning:
+                self._plans = {j: plan for j, plan in self._plans.items() if j > job}
+
+    def pending_plans(self, layer: int) -> list[LayerPlan]:
+        """Plans of loads of `layer` that were begun and are not read to the end."""
+        with self._planning:
+            return [plan for plan in self._plans.values() if plan.layer == layer]
+
+    def _table(self, plan: LayerPlan, slot: int) -> ExpertTable:
+        """Addresses of the layer's experts while it is in `slot` (-1: no expert streams); made again when they move."""
+        key = (plan.layer, slot)
+        known = self._tables.get(key)
+        if known is None or known[0] is not plan or known[1] != self.store.epoch:
+            blocks = self.store.blocks_in_place(plan.layer)
             if slot >= 0:
-                blocks |= self.store.slot_blocks(layer, self._slots[slot])
+                blocks |= self.store.slot_blocks(plan, self._slots[slot])
             ordered = [blocks[expert] for expert in sorted(blocks)]
             pairs, formats = [block.pair for block in ordered], [block.table_format for block in ordered]
-            self._tables[key] = ExpertTable.from_blocks(pairs, self.store.device, formats)
-        return self._tables[key]
+            known = plan, self.store.epoch, ExpertTable.from_blocks(pairs, self.store.device, formats)
+            self._tables[key] = known
+        return known[2]
 
     @contextmanager
     def layer(self, index: int) -> Iterator[LayerPage]:
         """Experts of layer `index`; leaving the context lets its slot be recycled."""
         if index not in self._rank:
-            yield LayerPage(self._table(index, -1), _no_wait)
+            yield LayerPage(self._table(self.store.plans[index], -1), _no_wait)
             return
         job = self._job_of(index)
         self._begin(job)
         try:
-            yield LayerPage(self._table(index, job % self.num_slots), lambda d: self._wait(job, d))
+            yield LayerPage(self._table(self._plan_of(job), job % self.num_slots), lambda d: self._wait(job, d))
         finally:
             if self.poison and not self.keeps_all:
                 self._spoil(self._slots[job % self.num_slots])
             self._finish(job)
+            self._forget(job)
             self._next_job = job + 1
 
     def _begin(self, job: int) -> None: ...
@@ -207,12 +229,12 @@ class ThreadStreamer(Streamer):
                 self._changed.notify_all()
 
     def _load(self, job: int) -> None:
-        layer, slot = self._layer_of(job), self._slots[job % self.num_slots]
+        layer, slot, plan = self._layer_of(job), self._slots[job % self.num_slots], self._plan_of(job)
         for d in (GATE_UP, DOWN):
             begin = time.perf_counter_ns()
             if self._delay is not None and self._closing.wait(self._delay(layer, d)):
                 return
-            copied = self.store.read_into(layer, d, slot[d], self._staging[d], self._closing.is_set)
+            copied = self.store.read_into(plan, d, slot[d], self._staging[d], self._closing.is_set)
             if self._closing.is_set():
                 return  # perhaps cut short: never to be taken for loaded
             end = time.perf_counter_ns()
@@ -336,8 +358,12 @@ class CudaStreamer(Streamer):
         if not self.keeps_all:
             begin = self._first_job()
             self._next_job = begin + len(self.order)
+            for job in range(self._issued, self._issued + len(self.order)):
+                self._plan_of(job)
             self._issued += len(self.order)
-            self._bytes += sum(self.store.host_arena(layer, d).numel() for layer in self.order for d in (GATE_UP, DOWN))
+            self._forget(self._next_job - 1)
+            plans = [self.store.plans[layer] for layer in self.order]
+            self._bytes += sum(plan.host_bytes(d) for plan in plans for d in (GATE_UP, DOWN))
 
     def _fork(self) -> None:
         event = self._cuda.Event()
@@ -367,22 +393,22 @@ class CudaStreamer(Streamer):
             self._issued += 1
 
     def _issue(self, job: int) -> None:
-        layer, slot = self._layer_of(job), job % self.num_slots
+        plan, slot = self._plan_of(job), job % self.num_slots
         for d, stream in enumerate(self._streams):
             self._wait_event(stream, self._computed[slot])
             with self._cuda.stream(stream):
-                self._load(layer, d, self._slots[slot][d])
+                self._load(plan, d, self._slots[slot][d])
             self._record(self._loaded[slot][d], stream)
-            self._bytes += self.store.host_arena(layer, d).numel()
+            self._bytes += plan.host_bytes(d)
 
-    def _load(self, layer: int, tensor_type: int, buffer: Tensor) -> None:
+    def _load(self, plan: LayerPlan, tensor_type: int, buffer: Tensor) -> None:
         """Copies and decoders of one load, in the order of the current stream."""
-        store, source = self.store, self.store.host_arena(layer, tensor_type)
+        store, staging = self.store, self._staging[tensor_type]
         staged = store.layout.decodes(Tier.HOST)
-        at = 0 if staged else store.slot_begin(layer, tensor_type, Tier.HOST)
-        target = (self._staging[tensor_type] if staged else buffer)[at : at + source.numel()]
-        self._copy(target, source)
-        for step in store.decodes(layer, tensor_type, {Tier.HOST: target, Tier.DISK: target}):
+        for source, at in plan.host_runs[tensor_type]:
+            target = staging[: source.numel()] if staged else buffer[at : at + source.numel()]
+            self._copy(target, source)
+        for step in store.decodes(plan, tensor_type, {Tier.HOST: staging}):
             store.decode(step.expert_format, tensor_type, step.block, buffer[step.begin : step.end], step.recipe)
 
     def _copy(self, target: Tensor, source: Tensor) -> None:

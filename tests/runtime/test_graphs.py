@@ -188,7 +188,9 @@ def test_replays_and_eager_passes_mix_in_order(layers, slots, poison):
             loads = 0 if streamer.keeps_all else 2 * layers
             assert streamer.counters().loads - before.loads == loads
             assert sum(entry[0] == "copy" for entry in graphs[phase]) == loads
-        arenas = {store.host_arena(layer, d).data_ptr(): (layer, d) for layer in range(layers) for d in (0, 1)}
+        arenas = {
+            store.plans[layer].host_runs[d][0][0].data_ptr(): (layer, d) for layer in range(layers) for d in (0, 1)
+        }
         copied = sum(entry[0] == "copy" for entry in cuda.log)
         assert copied == streamer.counters().loads
     check_order(cuda.log, arenas)

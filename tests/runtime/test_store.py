@@ -42,7 +42,7 @@ def small_chunks(monkeypatch):
 def read_all(store: ExpertStore, layer: int, d: int, **settings) -> tuple[int, torch.Tensor]:
     slot = aligned_empty(store.layout.slot_bytes(d), CPU).fill_(0xFF)
     staging = aligned_empty(store.layout.staging_bytes(d, (Tier.DISK,)), CPU).fill_(0xFF)
-    return store.read_into(layer, d, slot, staging, **settings), slot
+    return store.read_into(store.plans[layer], d, slot, staging, **settings), slot
 
 
 def layout_of(placement: Placement, formats: ExpertFormats = DENSE_HOST) -> ExpertLayout:
@@ -97,7 +97,7 @@ def test_reads_back_what_was_put(placement, formats, tmp_path):
                 copied, buffer = read_all(store, layer, d)
                 assert copied == payload * layout.stride(formats.host, d)
                 slot.append(buffer)
-            blocks = store.blocks_in_place(layer) | store.slot_blocks(layer, tuple(slot))
+            blocks = store.blocks_in_place(layer) | store.slot_blocks(store.plans[layer], tuple(slot))
             assert sorted(blocks) == list(range(placement.tiers.shape[1]))
             for expert, block in blocks.items():
                 read = layout.read(Tier(placement.tiers[layer, expert]))
@@ -153,7 +153,7 @@ def test_a_cancelled_load_stops_at_the_next_chunk(policy, tmp_path):
         assert (slot[copied:] == 0xFF).all()
         copied, slot = read_all(store, 0, 0)
         assert copied == 20 * store.layout.stride("dense", 0)
-        for expert, block in store.slot_blocks(0, (slot, slot)).items():
+        for expert, block in store.slot_blocks(store.plans[0], (slot, slot)).items():
             assert torch.equal(block.pair[0], block_of(0, expert, 0))
 
 
@@ -173,7 +173,7 @@ def test_a_file_system_that_refuses_direct_reads_is_read_buffered(tmp_path, monk
         monkeypatch.setattr(os, "preadv", preadv)
         _, slot = read_all(store, 0, 0)
         assert not store.direct_io
-        assert torch.equal(store.slot_blocks(0, (slot, slot))[19].pair[0], block_of(0, 19, 0))
+        assert torch.equal(store.slot_blocks(store.plans[0], (slot, slot))[19].pair[0], block_of(0, 19, 0))
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])

@@ -330,7 +330,9 @@ def test_cuda_streamer_orders_every_dependency(layers, slots, poison, interrupte
             with suppress(KeyboardInterrupt):
                 for layer in range(layers):
                     visit(iteration, layer)
-        arenas = {store.host_arena(layer, d).data_ptr(): (layer, d) for layer in range(layers) for d in (0, 1)}
+        arenas = {
+            store.plans[layer].host_runs[d][0][0].data_ptr(): (layer, d) for layer in range(layers) for d in (0, 1)
+        }
     check_order(cuda.log, arenas)
     copies = sum(entry[0] == "copy" for entry in cuda.log)
     # Prefetch: when a layer begins, loads are enqueued for the slots - 1 layers after it.
@@ -349,6 +351,11 @@ def test_cuda_streamer_loads_what_was_stored(placement, formats):
             for layer in range(len(tiers)):
                 with streamer.layer(layer) as page:
                     check_layer(page, layer)
+
+
+def arenas_of(store) -> dict[int, tuple[int, int]]:
+    """(layer, tensor type) by the address of what its load copies from host memory."""
+    return {plan.host_runs[d][0][0].data_ptr(): (plan.layer, d) for plan in store.plans for d in (0, 1)}
 
 
 def check_order(log, arenas) -> None:
@@ -387,7 +394,9 @@ def test_cuda_order_check_sees_missing_waits():
                     for d in (0, 1):
                         page.wait(d)
                         cuda.log.append(("use", page.table.blocks[0][d].data_ptr(), (layer, d)))
-            arenas = {store.host_arena(layer, d).data_ptr(): (layer, d) for layer in range(4) for d in (0, 1)}
+            arenas = {
+                store.plans[layer].host_runs[d][0][0].data_ptr(): (layer, d) for layer in range(4) for d in (0, 1)
+            }
         check_order(cuda.log, arenas)
         with pytest.raises(AssertionError, match="overwrites" if dropped != "compute" else "before the load"):
             check_order([entry for entry in cuda.log if entry[:2] != ("wait", dropped)], arenas)

@@ -1,0 +1,121 @@
+"""EngineConfig: how to serve a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fluxmoe.kernels.packing import FORMATS
+
+from .hardware import HardwareProfile
+from .layout import DENSE, ExpertFormats
+from .placement import COMPRESSING
+from .streamer import Delay
+
+
+class SettingError(ValueError):
+    """An engine setting that cannot be meant."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to serve a model.
+
+    budget_bytes        device bytes for everything; None: all that is free
+    placement, alpha    see `placement.place`; dense_share: its `dense`
+    expert_format       dense, or a name of packing.FORMATS: how balanced, host and disk hold experts, and packed and
+                        hybrid, for which None means planar12 (for the others: dense)
+    host_format         format in host memory and files, so of what crosses PCIe; None: expert_format
+    slot_format         packed: the GEMM reads compressed experts in their slots, where it can | decoded
+    transfer            whole: the host's share of each layer is copied ahead of time | on_demand: kernels read the
+                        experts that were routed to in host memory
+    profile             the machine's rates, for balanced without alpha; None: measured in a fraction of a second
+    slots               streaming slots, S ≥ 2
+    max_batch           sequences in a batch
+    max_batched_tokens  tokens of one pass: the chunk size of prefill
+    block_size          tokens of a KV block
+    preemption          recompute | swap
+    max_context         longest prompt + output served; None: the model's limit
+    min_kv_tokens       the budget must hold at least this many tokens of KV
+    kernels             auto (Triton on CUDA, numba on the CPU) | triton | torch (the slow reference)
+    batch_invariant     Triton: a request's tokens do not depend on who shares its batch; on the CPU always so
+    cuda_graphs         CUDA: decode steps are launched as graphs
+    threads             CPU threads; None: all
+    adaptive            experts move between device and host while serving, KV blocks take and give the memory
+    planning            with adaptive: the planner decides; False: only `engine.residency.request` moves experts
+    least_alpha         with adaptive: the least share of each layer on the device (sizes the slots)
+    grow_kv             with adaptive: whether KV takes what experts leave
+    theta, eager, spread, plan_every    of the planner and of `Residency`
+    disk_dir            where the disk tier spills; None: the system's temporary directory
+    poison              debug: fill recycled slots with NaN
+    timeline            record loads and compute
+    load_delay          tests: seconds to wait before a load of (layer, tensor type)
+    """
+
+    budget_bytes: int | None = None
+    placement: str = "resident"
+    alpha: float | None = None
+    dense_share: float = 0.0
+    expert_format: str | None = None
+    host_format: str | None = None
+    slot_format: str = "packed"
+    transfer: str = "whole"
+    profile: HardwareProfile | None = None
+    slots: int = 2
+    max_batch: int = 64
+    max_batched_tokens: int = 256
+    block_size: int = 32
+    preemption: str = "recompute"
+    max_context: int | None = None
+    min_kv_tokens: int = 1
+    device: str = "auto"
+    kernels: str = "auto"
+    batch_invariant: bool = False
+    cuda_graphs: bool = True
+    threads: int | None = None
+    adaptive: bool = False
+    planning: bool = True
+    least_alpha: float = 0.5
+    grow_kv: bool = True
+    theta: float = 0.9
+    eager: bool = False
+    spread: bool = True
+    plan_every: int = 8
+    disk_dir: Path | None = None
+    poison: bool = False
+    timeline: bool = False
+    progress: bool = False
+    load_delay: Delay | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_batched_tokens", "block_size", "max_context", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(f"{name} must be at least 1, got {value}")
+        for name in ("expert_format", "host_format"):
+            value = getattr(self, name)
+            if value not in (None, DENSE, *FORMATS):
+                raise SettingError(f"{name} must be one of {DENSE}, {', '.join(FORMATS)}, got {value!r}")
+        if self.placement == "resident" and self.device_format != DENSE:
+            raise SettingError(
+                f"placement resident holds experts dense; placement packed holds them in {self.expert_format}"
+            )
+        if self.placement in COMPRESSING and self.device_format == DENSE:
+            raise SettingError(f"placement {self.placement} holds compressed experts: choose {', '.join(FORMATS)}")
+        if self.slot_format not in ("packed", "decoded"):
+            raise SettingError(f"slot_format must be packed or decoded, got {self.slot_format!r}")
+        if self.transfer not in ("whole", "on_demand"):
+            raise SettingError(f"transfer must be whole or on_demand, got {self.transfer!r}")
+        if self.preemption not in ("recompute", "swap"):
+            raise SettingError(f"preemption must be recompute or swap, got {self.preemption!r}")
+
+    @property
+    def device_format(self) -> str:
+        """The format of experts that stay on the device, but for those that a placement keeps dense."""
+        return self.expert_format or ("planar12" if self.placement in COMPRESSING else DENSE)
+
+    @property
+    def formats(self) -> ExpertFormats:
+        """Formats of all tiers."""
+        packed = "planar12" if self.device_format == DENSE else self.device_format  # no policy will use it
+        return ExpertFormats(packed, self.host_format or self.device_format, self.slot_format, self.transfer)

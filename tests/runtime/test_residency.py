@@ -1,0 +1,256 @@
+"""Experts that move while serving: same tokens, no byte unaccounted for, and what fails leaves the old state."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.runtime.budget import BudgetError
+from fluxmoe.runtime.engine import Engine, EngineConfig
+from fluxmoe.runtime.layout import ExpertFormats, ExpertLayout
+from fluxmoe.runtime.placement import Tier, place
+from fluxmoe.runtime.planner import Move
+from fluxmoe.runtime.region import MemfdPool, RegionError
+from fluxmoe.runtime.request import Request, SamplingParams
+from fluxmoe.runtime.residency import MovingStore
+from fluxmoe.runtime.store import StoreError
+from fluxmoe.runtime.streamer import ThreadStreamer
+
+from .test_store import CPU, FUSED, SIZES, block_of
+
+LAYERS, EXPERTS = 5, 6
+PACKED = ExpertFormats("planar12", "planar12")
+
+
+def moving_store(placement, most_streamed=EXPERTS, pool=None) -> MovingStore:
+    layout = ExpertLayout(placement, SIZES, PACKED, FUSED)
+    store = MovingStore(layout, CPU, pool or MemfdPool(8 << 20), most_streamed)
+    for layer in range(len(placement.tiers)):
+        for expert in range(placement.tiers.shape[1]):
+            store.put(layer, expert, [block_of(layer, expert, d, "planar12") for d in (0, 1)])
+    store.seal()
+    return store
+
+
+def check_pass(streamer, layers=LAYERS) -> None:
+    for layer in range(layers):
+        with streamer.layer(layer) as page:
+            for d in (0, 1):
+                page.wait(d)
+                for expert, pair in enumerate(page.table.blocks):
+                    assert torch.equal(pair[d], block_of(layer, expert, d, "planar12")), (layer, expert, d)
+                    assert page.table.addresses[expert, d].item() == pair[d].data_ptr()
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_kernels_find_every_expert_after_any_moves(slots):
+    rng = random.Random(0)
+    store = moving_store(place("packed", LAYERS, EXPERTS))
+    streamer = ThreadStreamer(store, slots, poison=True, delay=lambda layer, d: rng.choice([0, 0, 0.001]))
+    retired = []
+    for _ in range(40):
+        check_pass(streamer)
+        for where in list(retired):
+            plans = streamer.pending_plans(where[0])
+            if all(any(e == where[1] for e, _ in plan.streamed) for plan in plans):
+                store.release(*where)
+                retired.remove(where)
+        for _ in range(rng.randrange(4)):
+            where = rng.randrange(LAYERS), rng.randrange(EXPERTS)
+            tier = store.layout.placement.tiers[where]
+            if tier == Tier.PACKED:
+                store.leave(*where)
+                retired.append(where)
+            elif where not in retired:
+                unit = store.reserve_unit()
+                if rng.random() < 0.3:
+                    store.cancel_unit(unit)
+                    continue
+                for target, source in store.copies(*where, unit):
+                    target.copy_(source)
+                store.arrived(*where, unit)
+        store.check_integrity()
+    streamer.close()
+    store.close()
+
+
+def test_stores_that_cannot_move_are_refused():
+    with pytest.raises(StoreError, match="no disk"):
+        moving_store(place("disk", 2, 3))
+    with pytest.raises(StoreError, match="no disk, no dense share"):
+        moving_store(place("balanced", 2, 4, alpha=0.5, dense=0.25, device_tier=Tier.PACKED))
+    with pytest.raises(StoreError, match="give slots more room"):
+        moving_store(place("host", 2, 4), most_streamed=3)
+    layout = ExpertLayout(place("packed", 2, 3), SIZES, ExpertFormats("tiered", "tiered"), FUSED)
+    with pytest.raises(StoreError, match="one format that the GEMM reads"):
+        MovingStore(layout, CPU, MemfdPool(1 << 20), 3)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    out = tmp_path_factory.mktemp("models") / "moe"
+    return make_checkpoint(
+        arch="olmoe", out=out, layers=LAYERS, experts=EXPERTS, top_k=2, hidden=128, moe_intermediate=120, heads=4,
+        vocab=512, dtype="bfloat16", seed=0, max_positions=512,
+    )  # fmt: skip
+
+
+def requests(count=12) -> list[Request]:
+    rng = np.random.default_rng(3)
+    return [
+        Request(
+            i,
+            tuple(rng.integers(0, 512, rng.integers(1, 90)).tolist()),
+            SamplingParams(max_new_tokens=int(rng.integers(20, 90)), ignore_eos=True),
+        )
+        for i in range(count)
+    ]
+
+
+COMMON = dict(device="cpu", max_batch=8, max_batched_tokens=48, max_context=192, poison=True)
+
+
+def tight_budget(model_dir, extra=0, **settings) -> int:
+    """Room for the experts on the device and KV of about two requests."""
+    with Engine(model_dir, EngineConfig(**COMMON, adaptive=True, planning=False, **settings)) as engine:
+        lines, quantum = engine.budget.lines(), engine.kv.quantum_bytes
+        per_block = quantum // engine.kv.quantum
+    blocks = max(engine.kv.quantum, 10)
+    return sum(v for k, v in lines.items() if k != "kv_cache") + blocks * per_block + (1 << 16) + extra
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir):
+    with Engine(model_dir, EngineConfig(**COMMON)) as engine:
+        return [output.token_ids for output in engine.generate(requests())]
+
+
+def serve(engine, each_step=lambda engine, step: None) -> tuple[list, list]:
+    outputs: dict = {}
+    steps = []
+    for step in engine.steps(requests(), outputs):
+        steps.append(step)
+        assert engine.held_bytes() == engine.budget.lines()
+        assert sum(engine.held_bytes().values()) <= engine.budget.total
+        assert engine.kv.num_blocks == engine.scheduler.num_blocks
+        engine.scheduler.check_integrity()
+        each_step(engine, step)
+    return [outputs[i].token_ids for i in sorted(outputs)], steps
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_kv_grows_into_what_experts_leave(model_dir, expected, preemption):
+    """One expert a layer leaves at a time: fewer expert bytes, more KV blocks, larger batches, the same tokens."""
+    budget = tight_budget(model_dir, placement="packed")
+    config = EngineConfig(
+        **COMMON, placement="packed", budget_bytes=budget, adaptive=True, planning=False, preemption=preemption
+    )
+
+    def one_a_layer(engine, step):
+        if step.iteration % 10 == 9 and step.iteration < 30:
+            expert = EXPERTS - 1 - step.iteration // 10
+            moves = [Move(layer, expert, Tier.PACKED, Tier.HOST) for layer in range(LAYERS)]
+            engine.residency.request(moves)
+
+    with Engine(model_dir, config) as engine:
+        before = engine.budget.lines()
+        tokens, steps = serve(engine, one_a_layer)
+        after = engine.budget.lines()
+        assert engine.residency.refused == []
+        assert engine.residency.applied["to host"] == 3 * LAYERS
+    assert tokens == expected
+    assert after["packed_experts"] < before["packed_experts"]
+    assert after["kv_cache"] > before["kv_cache"]
+    assert steps[-1].device_experts == LAYERS * (EXPERTS - 3)
+    assert max(s.batch for s in steps[35:]) > max(s.batch for s in steps[:9])
+
+
+def test_thousands_of_random_moves_under_load_with_failures(model_dir, expected):
+    rng = random.Random(5)
+
+    def random_moves(engine, step):
+        store, moves = engine.residency.store, []
+        for _ in range(rng.randrange(12)):
+            layer, expert = rng.randrange(LAYERS), rng.randrange(EXPERTS)
+            tier = Tier(store.layout.placement.tiers[layer, expert])
+            moves.append(Move(layer, expert, tier, Tier.HOST if tier is Tier.PACKED else Tier.PACKED))
+        engine.residency.request(moves)
+        store.check_integrity()
+
+    def flaky(target, source):
+        time.sleep(rng.choice([0, 0, 0.002]))
+        if rng.random() < 0.1:
+            raise OSError("injected")
+        target.copy_(source)
+
+    requested = done = 0
+    for seed in range(3):
+        shape = dict(placement="packed", least_alpha=0.0, slots=2 + seed % 2)
+        config = EngineConfig(
+            **COMMON, **shape, budget_bytes=tight_budget(model_dir, **shape), adaptive=True, planning=False,
+            preemption=("recompute", "swap", "recompute")[seed],
+            load_delay=lambda layer, d: rng.choice([0.0, 0.0, 0.0, 0.001]),
+        )  # fmt: skip
+        with Engine(model_dir, config) as engine:
+            engine.residency._copy = flaky
+            tokens, steps = serve(engine, random_moves)
+            assert tokens == expected
+            requested += 6 * len(steps)
+            done += sum(engine.residency.applied.values())
+            assert any("injected" in reason for reason in engine.residency.refused)
+    assert done > 200
+
+
+def test_the_planner_gives_memory_to_kv_and_takes_it_back(model_dir, expected):
+    """Short of KV it sends experts away; once the queue is empty and blocks are free, they come back."""
+    shape = dict(placement="packed", least_alpha=0.0)
+    budget = tight_budget(model_dir, **shape)
+    config = EngineConfig(**COMMON, **shape, budget_bytes=budget, adaptive=True, plan_every=2, theta=0.01)
+    with Engine(model_dir, config) as engine:
+        tokens, steps = serve(engine)
+        reasons = engine.residency.last_reason
+    assert tokens == expected
+    alphas = [step.device_experts for step in steps]
+    assert min(alphas) < LAYERS * EXPERTS
+    assert alphas[-1] > min(alphas), reasons
+
+
+def test_moves_that_cannot_be_made_leave_the_state(model_dir):
+    budget = tight_budget(model_dir, placement="packed")
+    config = EngineConfig(**COMMON, placement="packed", budget_bytes=budget, adaptive=True, planning=False)
+    with Engine(model_dir, config) as engine:
+        residency, tiers = engine.residency, engine.store.layout.placement.tiers
+        residency.request(
+            [
+                Move(0, 0, Tier.HOST, Tier.PACKED),
+                Move(0, 1, Tier.PACKED, Tier.DISK),
+                *[Move(1, e, Tier.PACKED, Tier.HOST) for e in range(4)],
+                Move(1, 0, Tier.PACKED, Tier.HOST),
+            ]
+        )
+        residency.between_iterations()
+        assert [reason.split(" is ")[0] for reason in residency.refused[:1]] == ["expert 0 of layer 0"]
+        assert "become DISK" in residency.refused[1]
+        assert "all that a slot holds" in residency.refused[2]
+        assert len(residency.refused) == 4
+        assert (engine.store.layout.placement.tiers != tiers).sum() == 3
+        # Memory that the pool refuses: an expert that left stays away.
+        serve(engine)
+        assert not residency.busy
+        engine.pool.alloc = lambda: (_ for _ in ()).throw(RegionError("no memory today"))
+        residency.request([Move(1, 0, Tier.HOST, Tier.PACKED)])
+        residency.between_iterations()
+        assert "stays in host memory" in residency.refused[-1]
+        engine.store.check_integrity()
+
+
+def test_a_budget_without_room_for_kv_is_one_sentence(model_dir):
+    with Engine(model_dir, EngineConfig(**COMMON, placement="packed", adaptive=True)) as engine:
+        lines = engine.budget.lines()
+    least = sum(v for k, v in lines.items() if k != "kv_cache")
+    with pytest.raises(BudgetError, match=r"for KV|too small"):
+        Engine(model_dir, EngineConfig(**COMMON, placement="packed", adaptive=True, budget_bytes=least + 1000))

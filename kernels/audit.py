@@ -191,15 +191,17 @@ def _matrix_loops(code: list[Instruction]) -> list[dict[str, int]]:
     masked edges) is not on it.
     """
     place = {line.target: i for i, line in enumerate(code) if line.opcode == "label"}
-    spans = []
+    ways = {}
     for i, line in enumerate(code):
         begin = place.get(line.target, i + 1) if line.opcode.startswith("BRA") else i + 1
-        if begin <= i and any(other.opcode.split(".")[0] in _MATRIX for other in code[begin : i + 1]):
-            spans.append((begin, i))
-    inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
+        holds_matrix = any(other.opcode.split(".")[0] in _MATRIX for other in code[begin : i + 1])
+        # A jump back from code that was moved out of line has no way round: it is no loop.
+        if begin <= i and holds_matrix and (way := _shortest_way(code, place, begin, i)):
+            ways[begin, i] = way
+    inner = [(a, b) for a, b in ways if not any((a, b) != (c, d) and a <= c and d <= b for c, d in ways)]
     loops = []
-    for begin, end in inner:
-        opcodes = [code[i].opcode.split(".")[0] for i in _shortest_way(code, place, begin, end)]
+    for span in inner:
+        opcodes = [code[i].opcode.split(".")[0] for i in ways[span]]
         opcodes = [opcode for opcode in opcodes if opcode != "label"]
         loops.append(
             {
@@ -213,7 +215,7 @@ def _matrix_loops(code: list[Instruction]) -> list[dict[str, int]]:
 
 
 def _shortest_way(code: list[Instruction], place: dict[str | None, int], begin: int, end: int) -> list[int]:
-    """Indices of the instructions on the way from `begin` to `end` with the fewest of them (breadth first)."""
+    """Indices of the instructions on the way from `begin` to `end` with the fewest of them; [] if there is none."""
     came, frontier = {begin: begin}, [begin]
     while end not in came:
         following = []
@@ -227,7 +229,8 @@ def _shortest_way(code: list[Instruction], place: dict[str | None, int], begin: 
                 if begin < target <= end and target not in came:
                     came[target] = i
                     following.append(target)
-        assert following, "a loop whose end cannot be reached"
+        if not following:
+            return []
         frontier = following
     way = [end]
     while way[-1] != begin:

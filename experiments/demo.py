@@ -7,7 +7,8 @@ from .memory_budget import main as memory_budget
 
 
 def main() -> None:
-    memory_budget(["--preset", "demo", "--out", "scratch/demo"])
+    placements = ["resident", "balanced:0.5", "host", "packed", "host+planar12"]
+    memory_budget(["--preset", "demo", "--placements", *placements, "--out", "scratch/demo"])
 
 
 if __name__ == "__main__":

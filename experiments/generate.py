@@ -39,6 +39,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, default=1.0)
     p.add_argument("--seed", type=int, default=0, help="request i samples with seed + i")
     p.add_argument("--ignore-eos", action="store_true")
+    p.add_argument(
+        "--adaptive", action="store_true",
+        help="experts move between device and host memory while serving, and KV takes and gives the memory",
+    )  # fmt: skip
     p.add_argument("--trace", metavar="FILE", help="save a Chrome trace of loads and compute")
     p.add_argument("--steps", metavar="FILE", help="save a CSV with the metrics of every iteration")
     p.add_argument("--json", metavar="FILE", help="save outputs, metrics, memory, placement, provenance")
@@ -211,6 +215,7 @@ def run(args: argparse.Namespace) -> dict:
         alpha=args.alpha,
         dense_share=args.dense_share,
         expert_format=args.expert_format,
+        adaptive=args.adaptive,
         min_kv_tokens=shortest,
         progress=sys.stderr.isatty(),
         timeline=bool(args.trace),
@@ -224,7 +229,7 @@ def run(args: argparse.Namespace) -> dict:
             write_atomically(args.steps, steps_csv(steps))
         memory = {**engine.budget.lines(), "budget": engine.budget.total}
         formats = {"device_format": settings.device_format, "host_format": settings.formats.host}
-        placement = {"name": engine.placement.name, **formats, **engine.placement.counts()}
+        placement = {"name": engine.placement.name, **formats, **engine.store.layout.placement.counts()}
     ordered = [outputs[request.request_id] for request in requests]
     totals = summarise(steps)
     generated = sum(len(output.token_ids) for output in ordered)

@@ -189,3 +189,25 @@ def test_a_profile_sets_the_balanced_share(model_dir, tmp_path):
     )  # fmt: skip
     counts = json.loads(out.read_text())["placement"]
     assert (counts["host"], counts["resident"]) == (2, 6)
+
+
+def test_adaptive_serving_gives_the_same_tokens(tmp_path):
+    model = make_checkpoint(
+        arch="olmoe", out=tmp_path / "m", layers=3, experts=4, top_k=2, hidden=128, moe_intermediate=120, heads=4,
+        vocab=512, seed=0, max_positions=64,
+    )  # fmt: skip
+    tokens = []
+    for extra in ([], ["--adaptive"]):
+        out = tmp_path / f"{len(tokens)}.json"
+        common = ("--model", model, "--prompt", "ab", "cdef", "--max-new-tokens", 9, "--device", "cpu", "--ignore-eos")
+        run(*common, "--placement", "packed", "--json", out, *extra)
+        tokens.append([output["token_ids"] for output in json.loads(out.read_text())["outputs"]])
+    assert tokens[0] == tokens[1]
+
+
+def test_formats_that_cannot_move_are_one_line(model_dir, capsys):
+    message = error_of(
+        capsys, "--model", model_dir, "--prompt", "x", "--max-new-tokens", 2, "--device", "cpu", "--placement",
+        "disk", "--adaptive",
+    )  # fmt: skip
+    assert "no disk" in message

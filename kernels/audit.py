@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import grouped_gemm, norm, packing, paged_attention, rope_kv, routing
+from . import delta_net, grouped_gemm, norm, packing, paged_attention, rope_kv, routing
 from .tiles import shared_limit
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
@@ -82,7 +82,7 @@ class Report:
 def cases(tile_arch: str) -> Iterator[Case]:
     """Every case of every module, with the tiles that this architecture would launch."""
     capability = int(tile_arch.removeprefix("sm_"))
-    for module in (routing, grouped_gemm, norm, rope_kv, paged_attention, packing):
+    for module in (routing, grouped_gemm, norm, rope_kv, paged_attention, delta_net, packing):
         for fields in module.audit_cases(capability):
             yield Case(**fields)
 

@@ -30,8 +30,39 @@ class KernelError(ValueError):
 
 
 @dataclass(frozen=True)
+class DeltaNetDims:
+    """Sizes of Gated DeltaNet layers (see `delta_net`): heads of queries and keys, heads of values, their dims, taps of
+    the convolution."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+    @property
+    def key_size(self) -> int:
+        return self.key_heads * self.key_dim
+
+    @property
+    def value_size(self) -> int:
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """q | k | v of a token, which pass through the convolution."""
+        return 2 * self.key_size + self.value_size
+
+    @property
+    def projected(self) -> int:
+        """q | k | v | z | b | a of a token."""
+        return self.channels + self.value_size + 2 * self.value_heads
+
+
+@dataclass(frozen=True)
 class LayerDims:
-    """Sizes that kernels and workspace depend on; `qk_norm` is none | head | full, `window` 0 means none."""
+    """Sizes that kernels and workspace depend on; `qk_norm` is none | head | full, `window` 0 means none, `shared` is
+    the intermediate size of an expert that every token uses, 0 for none."""
 
     hidden: int
     heads: int
@@ -47,6 +78,9 @@ class LayerDims:
     clip_qkv: float = 0.0
     window: int = 0
     eps: float = 1e-6
+    attention_gate: bool = False
+    shared: int = 0
+    delta: DeltaNetDims | None = None
 
     @property
     def qkv_size(self) -> int:
@@ -78,7 +112,8 @@ class AttentionMetadata:
     query_start int32 [B+1]; context_lens int32 [B], cached tokens including this pass's; block_table int32
     [B, max_blocks]; positions int32 [T]; slot_mapping int64 [T], block·block_size + offset.
     Example: prompts of 3 and 2 tokens, block_size 16, blocks (7) and (4): query_start 0 3 5, context_lens 3 2,
-    positions 0 1 2 0 1, slot_mapping 112 113 114 64 65.
+    positions 0 1 2 0 1, slot_mapping 112 113 114 64 65. state_slots int32 [B]: where layers with a recurrent state keep
+    that of each sequence.
 
     A captured graph has a fixed T and pads: num_tokens int32 [1] on the device says how many are real. Padding is a
     sequence of context_len 0 whose token has slot -1.
@@ -91,6 +126,7 @@ class AttentionMetadata:
     slot_mapping: Tensor
     block_size: int
     num_tokens: Tensor | None = None
+    state_slots: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +138,27 @@ class PackedLinear:
     k: int
     dtype: torch.dtype
     bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DeltaNetWeights:
+    """A Gated DeltaNet layer up to its output projection. in_proj: rows q | k | v | z | b | a; fp32: conv
+    [channels, taps], rate = exp(A_log) [value_heads], dt_bias [value_heads], norm [value_dim]."""
+
+    in_proj: PackedLinear
+    conv: Tensor
+    rate: Tensor
+    dt_bias: Tensor
+    norm: Tensor
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """The expert of every token: gate_up [2I, H] (gate rows, then up rows), down [H, I], gate [1, H]."""
+
+    gate_up: PackedLinear
+    down: PackedLinear
+    gate: PackedLinear
 
 
 class LayerExperts(Protocol):
@@ -153,7 +210,12 @@ class Ops(Protocol):
         k_cache: Tensor,
         v_cache: Tensor,
     ) -> Tensor: ...
+    def gate_attention(self, attended: Tensor, x: Tensor, weight: PackedLinear) -> Tensor: ...
+    def delta_net(
+        self, x: Tensor, weights: DeltaNetWeights, metadata: AttentionMetadata, conv_state: Tensor, state: Tensor
+    ) -> Tensor: ...
     def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor: ...
+    def shared_add(self, x: Tensor, shared: SharedExpert, residual: Tensor) -> Tensor: ...
     def moe_add(
         self,
         x: Tensor,
@@ -162,4 +224,5 @@ class Ops(Protocol):
         residual: Tensor,
         num_tokens: Tensor | None = None,
     ) -> Tensor: ...
+    def count_routed(self, counts: Tensor) -> None: ...
     def logits(self, x: Tensor, weight: PackedLinear) -> Tensor: ...

@@ -284,7 +284,7 @@ def paged_attention_torch(
 
 
 def audit_cases(capability: int = 90) -> list[dict]:
-    """What a compiler check builds: the kernels as launched on this GPU for Qwen3-30B-A3B and Mixtral-8x7B."""
+    """What a compiler check builds: the kernels as launched on this GPU for three models."""
     inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16")
     inputs |= dict.fromkeys(("block_table_ptr", "context_lens_ptr", "query_start_ptr"), "*i32") | {"out_ptr": "*bf16"}
     partials = dict.fromkeys(("acc_ptr", "largest_ptr", "total_ptr"), "*fp32")
@@ -310,6 +310,7 @@ def audit_cases(capability: int = 90) -> list[dict]:
     for model, heads, kv_heads, dim, block_size in (
         ("qwen3-30b-a3b", 32, 4, 128, 32),
         ("mixtral-8x7b", 32, 8, 128, 16),
+        ("qwen3-next", 16, 2, 256, 32),
     ):
         group = heads // kv_heads
         for name, queries in (("decode", 1), ("prefill", 512), ("invariant", INVARIANT_ROWS // group)):

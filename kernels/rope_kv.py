@@ -274,14 +274,19 @@ def rope_and_cache_torch(
 
 
 def audit_cases(capability: int = 90) -> list[dict]:
-    """What a compiler check builds on any GPU: the kernel as launched for Qwen3-30B-A3B and Mixtral-8x7B."""
+    """What a compiler check builds on any GPU: the kernel as launched for three models."""
     floats = ("q_norm_ptr", "k_norm_ptr", "cos_ptr", "sin_ptr")
     signature = {"qkv_ptr": "*bf16", **dict.fromkeys(floats, "*fp32")}
     signature |= {"positions_ptr": "*i32", "slot_mapping_ptr": "*i64"}
     signature |= dict.fromkeys(("k_cache_ptr", "v_cache_ptr", "q_out_ptr"), "*bf16") | {"eps": "fp32", "clip": "fp32"}
     cases = []
-    for model, kv_heads, qk_norm in (("qwen3-30b-a3b", 4, "head"), ("mixtral-8x7b", 8, "none")):
-        constexprs, num_warps = _launch(32, kv_heads, 128, 16, qk_norm, 0.0)
+    shapes = (
+        ("qwen3-30b-a3b", 32, 4, 128, "head"),
+        ("mixtral-8x7b", 32, 8, 128, "none"),
+        ("qwen3-next", 16, 2, 256, "head"),
+    )
+    for model, heads, kv_heads, dim, qk_norm in shapes:
+        constexprs, num_warps = _launch(heads, kv_heads, dim, 16, qk_norm, 0.0)
         cases.append(
             {
                 "name": f"rope_and_cache/{model}",

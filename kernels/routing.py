@@ -271,7 +271,7 @@ class Router:
 
         self._experts, self._order = ints(slots), ints(slots)
         self._weights = torch.zeros(slots, dtype=torch.float32, device=device)
-        self._expert_start, self._num_blocks = ints(num_experts + 1), ints(1)
+        self.expert_start, self._num_blocks = ints(num_experts + 1), ints(1)
         # Blocks hold at least one slot: the bound for any block_m that a launch may choose.
         self._block_map = ints(max_blocks(slots, num_experts, 16) + 1, 4)
         self._chunk_counts = ints(max(1, triton.cdiv(max_tokens, self._block_t)), num_experts)
@@ -294,10 +294,10 @@ class Router:
         blocks = max_blocks(slots, experts, block_m)
         routing = Routing(
             self._experts[:slots].view(tokens, self.top_k), self._weights[:slots].view(tokens, self.top_k),
-            self._order[:slots], self._expert_start, self._block_map[:blocks], self._num_blocks, block_m,
+            self._order[:slots], self.expert_start, self._block_map[:blocks], self._num_blocks, block_m,
         )  # fmt: skip
         if tokens == 0:
-            self._expert_start.zero_()
+            self.expert_start.zero_()
             self._num_blocks.zero_()
             return routing
         sizes = launch_sizes(experts, self.top_k, tokens)
@@ -306,7 +306,7 @@ class Router:
         padding = self._num_blocks if num_tokens is None else num_tokens  # any pointer: unread unless PADDED
         block_e, rows = sizes["BLOCK_E"], sizes["BLOCK_T"]
         outputs = (routing.experts, routing.weights)
-        layout = (self._expert_start, routing.block_map, self._num_blocks)
+        layout = (self.expert_start, routing.block_map, self._num_blocks)
         if tokens <= self._block_t:
             _route_kernel[(1,)](
                 logits, padding, *outputs, routing.order, *layout, tokens, experts, blocks, logits.stride(0),

@@ -12,8 +12,20 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
+from .delta_net_torch import gated_delta_net_torch
 from .expert_table import DOWN, GATE_UP
-from .ops import DENSE, AttentionMetadata, LayerDims, LayerExperts, Limits, PackedLinear, Recipes, RopeTable
+from .ops import (
+    DENSE,
+    AttentionMetadata,
+    DeltaNetWeights,
+    LayerDims,
+    LayerExperts,
+    Limits,
+    PackedLinear,
+    Recipes,
+    RopeTable,
+    SharedExpert,
+)  # fmt: skip
 from .packing.blocks import block_bytes, decode_block, encode_block
 from .packing.formats import Packed
 
@@ -43,6 +55,11 @@ class TorchOps:
         floats += 4 * limits.tokens * dims.experts + rows * (3 * dims.intermediate + 2 * dims.hidden)
         floats += dims.heads * limits.context * (2 * limits.tokens + 4 * dims.head_dim)
         floats += 2 * limits.sequences * dims.vocab
+        floats += limits.tokens * (4 * dims.shared + 2 * dims.heads * dims.head_dim * dims.attention_gate)
+        if dims.delta is not None:
+            floats += 6 * limits.tokens * dims.delta.projected + 4 * dims.delta.value_heads * (
+                dims.delta.key_dim * dims.delta.value_dim
+            )
         self.workspace_bytes = 4 * floats
 
     def packed_bytes(self, n: int, k: int) -> int:
@@ -126,6 +143,22 @@ class TorchOps:
             outputs.append(self._attend(q[starts[b] : starts[b + 1]], keys, values))
         return torch.cat(outputs) if outputs else q.reshape(0, d.heads * d.head_dim)
 
+    def gate_attention(self, attended: Tensor, x: Tensor, weight: PackedLinear) -> Tensor:
+        return attended * self._linear(x, weight).sigmoid()
+
+    def delta_net(
+        self, x: Tensor, weights: DeltaNetWeights, metadata: AttentionMetadata, conv_state: Tensor, state: Tensor
+    ) -> Tensor:
+        return gated_delta_net_torch(
+            self._linear(x, weights.in_proj), weights, self.dims.delta, metadata, conv_state, state, self.dims.eps,
+            torch.float32,
+        ).to(x.dtype)  # fmt: skip
+
+    def shared_add(self, x: Tensor, shared: SharedExpert, residual: Tensor) -> Tensor:
+        gate, up = self._linear(x, shared.gate_up).chunk(2, dim=-1)
+        y = self._linear(F.silu(gate) * up, shared.down)
+        return residual + self._linear(x, shared.gate).sigmoid() * y
+
     def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
         return residual + self._linear(x, weight)
 
@@ -143,6 +176,7 @@ class TorchOps:
         weights, chosen = probabilities.topk(d.top_k, dim=-1)
         if d.renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
+        self._chosen = chosen
         experts.wait(GATE_UP)
         experts.wait(DOWN)
         out = residual.clone()
@@ -154,6 +188,9 @@ class TorchOps:
                 y = F.linear(F.silu(gate) * up, down.to(x.dtype))
                 out.index_add_(0, token, y * weights[token, choice, None].to(y.dtype))
         return out
+
+    def count_routed(self, counts: Tensor) -> None:
+        counts += torch.bincount(self._chosen.flatten(), minlength=self.dims.experts)
 
     def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
         return self._linear(x, weight).float()

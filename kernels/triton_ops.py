@@ -17,11 +17,13 @@ import triton
 from torch import Tensor
 
 from . import grouped_gemm, paged_attention
+from .delta_net import gated_delta_net
 from .expert_table import DOWN, GATE_UP
 from .norm import rms_norm
 from .ops import (
     DENSE,
     AttentionMetadata,
+    DeltaNetWeights,
     KernelError,
     LayerDims,
     LayerExperts,
@@ -29,6 +31,7 @@ from .ops import (
     PackedLinear,
     Recipes,
     RopeTable,
+    SharedExpert,
 )  # fmt: skip
 from .packing.blocks import block_bytes, decode_block, encode_block
 from .packing.formats import Packed
@@ -94,6 +97,19 @@ class TritonOps:
                 dtype=torch.uint8,
             ),
         }  # fmt: skip
+        if dims.attention_gate:
+            self._buffers["gate"] = self._empty(tokens, dims.heads * dims.head_dim)
+        if dims.shared:
+            self._buffers |= {
+                "shared_gate": self._empty(tokens, dims.shared), "shared_up": self._empty(tokens, dims.shared),
+                "shared_score": self._empty(tokens, 1), "shared_out": self._empty(tokens, dims.hidden),
+            }  # fmt: skip
+        if dims.delta is not None:
+            self._buffers |= {
+                "delta_in": self._empty(tokens, dims.delta.projected),
+                "delta_mixed": self._empty(tokens, dims.delta.channels, dtype=torch.float32),
+                "delta_out": self._empty(tokens, dims.delta.value_size),
+            }
         # Rows that are sampled from, gathered by the decoder.
         transient = limits.sequences * dims.hidden * dims.dtype.itemsize + (_CUBLAS_BYTES if on_gpu else 0)
         self.workspace_bytes = transient + self._router.nbytes + sum(b.nbytes for b in self._buffers.values())
@@ -157,12 +173,7 @@ class TritonOps:
 
     def qkv(self, x: Tensor, weight: PackedLinear) -> Tensor:
         """[T, H] → [T, (heads + 2·kv_heads)·D]: q, k, v side by side."""
-        out, w = self._buffers["qkv"][: len(x)], self.unpack(weight.block, weight.n, weight.k)
-        if self.batch_invariant:
-            grouped_gemm.linear(x, w, out, self._fixed_tile)
-        else:
-            torch.mm(x, w.t(), out=out)
-        return out if weight.bias is None else out.add_(weight.bias)
+        return self._linear(x, weight, "qkv")
 
     def attention(
         self,
@@ -190,6 +201,28 @@ class TritonOps:
             workspace=self._buffers["attention"], batch_invariant=self.batch_invariant,
         )  # fmt: skip
         return out.view(tokens, d.heads * d.head_dim)
+
+    def gate_attention(self, attended: Tensor, x: Tensor, weight: PackedLinear) -> Tensor:
+        """attended [T, heads·D] *= sigmoid(x @ W^T); returns attended."""
+        return attended.mul_(self._linear(x, weight, "gate").sigmoid_())
+
+    def delta_net(
+        self, x: Tensor, weights: DeltaNetWeights, metadata: AttentionMetadata, conv_state: Tensor, state: Tensor
+    ) -> Tensor:
+        """Gated DeltaNet of x [T, H] without its output projection: [T, value_heads·DV]."""
+        mixed, out = (self._buffers[f"delta_{name}"][: len(x)] for name in ("mixed", "out"))
+        return gated_delta_net(
+            self._linear(x, weights.in_proj, "delta_in"), weights, self.dims.delta, metadata, conv_state, state, mixed,
+            out, self.dims.eps,
+        )  # fmt: skip
+
+    def shared_add(self, x: Tensor, shared: SharedExpert, residual: Tensor) -> Tensor:
+        """residual += sigmoid(x·g) · SwiGLU expert of x [T, H]; returns residual."""
+        halves = self.unpack(shared.gate_up.block, shared.gate_up.n, shared.gate_up.k).chunk(2)
+        gate, up = (self._matmul(x, w, f"shared_{name}") for w, name in zip(halves, ("gate", "up"), strict=True))
+        torch.nn.functional.silu(gate, inplace=True).mul_(up)
+        y, score = self._linear(gate, shared.down, "shared_out"), self._linear(x, shared.gate, "shared_score")
+        return residual.addcmul_(y, score.sigmoid_())
 
     def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
         """residual += x @ W^T; returns residual."""
@@ -222,6 +255,11 @@ class TritonOps:
         grouped_gemm.down(h, experts.table, routing, y, d.dtype, tiles.down, self._num_sms)
         return grouped_gemm.combine(y, residual, d.top_k, num_tokens)
 
+    def count_routed(self, counts: Tensor) -> None:
+        """counts fp32 [E] += how many tokens each expert got in the last `moe_add`."""
+        start = self._router.expert_start
+        counts.add_(start[1:]).sub_(start[:-1])
+
     def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
         """[B, H] → fp32 [B, vocab]."""
         out, w = self._buffers["logits"][: len(x)], self.unpack(weight.block, weight.n, weight.k)
@@ -230,6 +268,17 @@ class TritonOps:
         if self.act_dtype == torch.float32:
             return torch.mm(x, w.t(), out=out)
         return torch.mm(x, w.t(), out_dtype=torch.float32, out=out)
+
+    def _linear(self, x: Tensor, weight: PackedLinear, name: str) -> Tensor:
+        out = self._matmul(x, self.unpack(weight.block, weight.n, weight.k), name)
+        return out if weight.bias is None else out.add_(weight.bias)
+
+    def _matmul(self, x: Tensor, w: Tensor, name: str) -> Tensor:
+        """x @ w^T into a buffer."""
+        out = self._buffers[name][: len(x)]
+        if self.batch_invariant:
+            return grouped_gemm.linear(x, w, out, self._fixed_tile)
+        return torch.mm(x, w.t(), out=out)
 
     # Tiles.
 

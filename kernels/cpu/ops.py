@@ -17,6 +17,7 @@ from ..expert_table import DOWN, GATE_UP
 from ..ops import (
     DENSE,
     AttentionMetadata,
+    DeltaNetWeights,
     KernelError,
     LayerDims,
     LayerExperts,
@@ -24,11 +25,12 @@ from ..ops import (
     PackedLinear,
     Recipes,
     RopeTable,
+    SharedExpert,
 )  # fmt: skip
 from ..packing.blocks import block_bytes, decode_block, encode_block
 from ..packing.formats import Packed
 from . import attention as attn
-from . import gemm, moe, planar
+from . import delta_net, gemm, moe, planar
 from .norm import rms_norm
 
 PLANAR12 = "planar12"
@@ -82,9 +84,19 @@ class CpuOps:
             "router": torch.zeros(tokens, pad(dims.experts)),
             "logits": torch.zeros(limits.sequences, pad(dims.vocab)),
         }
+        if dims.attention_gate:
+            self._buffers["gate"] = torch.zeros(tokens, pad(dims.heads * dims.head_dim))
+        if dims.shared:
+            self._buffers["shared"] = torch.zeros(tokens, pad(2 * dims.shared))
+            self._buffers["shared_gate"] = torch.zeros(tokens, pad(1))
+        if dims.delta is not None:
+            self._buffers["delta_in"] = torch.zeros(tokens, pad(dims.delta.projected))
+            self._buffers["delta_mixed"] = torch.zeros(tokens, dims.delta.channels)
+            self._buffers["delta_out"] = torch.zeros(tokens, dims.delta.value_size)
         self._no_norm = torch.zeros(0)
         # Temporaries of torch's own: embedded tokens before they are upcast, the rows that are sampled from.
         transient = tokens * dims.hidden * dims.dtype.itemsize + limits.sequences * dims.hidden * 4
+        transient += 4 * tokens * (2 * dims.shared + dims.hidden if dims.shared else 0)
         self.workspace_bytes = (
             transient
             + sum(b.nbytes for b in self._buffers.values())
@@ -223,6 +235,27 @@ class CpuOps:
             self._scratch,
         )
 
+    def gate_attention(self, attended: Tensor, x: Tensor, weight: PackedLinear) -> Tensor:
+        """attended [T, heads·D] *= sigmoid(x @ W^T); returns attended."""
+        return attended.mul_(self._linear(x, weight, "gate").sigmoid_())
+
+    def delta_net(
+        self, x: Tensor, weights: DeltaNetWeights, metadata: AttentionMetadata, conv_state: Tensor, state: Tensor
+    ) -> Tensor:
+        """Gated DeltaNet of x [T, H] without its output projection: [T, value_heads·DV]."""
+        tokens = len(x)
+        self._linear(x, weights.in_proj, "delta_in")
+        projected, mixed, out = (self._buffers[f"delta_{name}"][:tokens] for name in ("in", "mixed", "out"))
+        return delta_net.gated_delta_net(
+            projected, weights, self.dims.delta, metadata, conv_state, state, mixed, out, self.dims.eps
+        )
+
+    def shared_add(self, x: Tensor, shared: SharedExpert, residual: Tensor) -> Tensor:
+        """residual += sigmoid(x·g) · SwiGLU expert of x [T, H]; returns residual."""
+        gate, up = self._linear(x, shared.gate_up, "shared").chunk(2, dim=-1)
+        y = self._linear(torch.nn.functional.silu(gate).mul_(up), shared.down, "projected")
+        return residual.addcmul_(y, self._linear(x, shared.gate, "shared_gate").sigmoid_())
+
     def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
         """residual += x @ W^T; returns residual."""
         projected = self._linear(x, weight, "projected")
@@ -246,6 +279,10 @@ class CpuOps:
         experts.wait(DOWN)
         moe.down(experts.table, d.intermediate, d.dtype, self._moe, self._scratch)
         return moe.combine(residual, residual, self._moe)
+
+    def count_routed(self, counts: Tensor) -> None:
+        """counts fp32 [E] += how many tokens each expert got in the last `moe_add`."""
+        counts += torch.diff(self._moe.expert_start)
 
     def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
         """[B, H] → fp32 [B, vocab]."""

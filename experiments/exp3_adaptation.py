@@ -9,6 +9,7 @@ layer goes to host memory, --times times. Variants, which serve the same request
     hold        experts leave, spread over the layers; nobody takes the memory (the paper's system)
     grow        experts leave, spread over the layers; KV grows into the memory, and more requests run at once
     unspread    as many experts leave at each step, all of them from the last layers that have any (the ablation)
+    planned     the planner moves experts when it sees fit, at most as many; KV grows
 
 Requests are always waiting (more than fit), so that throughput follows the KV cache. steps.csv has a row an iteration;
 the figure shows tokens/s in windows of iterations, and the bytes that experts and KV hold.
@@ -37,7 +38,8 @@ from .memory_budget import PRESETS, preset_model
 from .plots import plot_adaptation
 from .workloads import Lengths, make_requests
 
-VARIANTS = ("static", "hold", "grow", "unspread")
+VARIANTS = ("static", "hold", "grow", "unspread", "planned")
+_GROWING = ("grow", "unspread", "planned")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,7 +81,7 @@ def run_variant(args: argparse.Namespace, model: Path, variant: str) -> tuple[li
     share = args.times / config.num_experts if variant != "unspread" else 1.0
     settings = engine_config(
         args, args.prompt_tokens + args.output_tokens, placement="packed", budget_bytes=parse_bytes(args.budget),
-        adaptive=True, planning=False, grow_kv=variant in ("grow", "unspread"), least_alpha=max(0.0, 1 - share),
+        adaptive=True, planning=variant == "planned", grow_kv=variant in _GROWING, least_alpha=max(0.0, 1 - share),
     )  # fmt: skip
     rows, outputs = [], {}
     with Engine(model, settings) as engine:
@@ -87,7 +89,8 @@ def run_variant(args: argparse.Namespace, model: Path, variant: str) -> tuple[li
         bar = tqdm(engine.steps(requests, outputs), variant, unit="step")
         for step in bar:
             done = (step.iteration - args.start) // args.every
-            if variant != "static" and (step.iteration - args.start) % args.every == 0 and 0 <= done < args.times:
+            due = (step.iteration - args.start) % args.every == 0 and 0 <= done < args.times
+            if due and variant not in ("static", "planned"):
                 residency.request(moves_of_step(engine.store.layout.placement.tiers, variant != "unspread"))
             lines = engine.budget.lines()
             rows.append(
@@ -99,7 +102,7 @@ def run_variant(args: argparse.Namespace, model: Path, variant: str) -> tuple[li
                     "stall_s": step.stall_s, "transfer_s": step.transfer_s, "preemptions": step.preemptions,
                 }
             )  # fmt: skip
-        if residency.refused:
+        if residency.refused and variant != "planned":
             raise UsageError(f"a move was refused: {residency.refused[0]}")
     digest = hashlib.sha256(json.dumps([outputs[r.request_id].token_ids for r in requests]).encode())
     return rows, digest.hexdigest()[:16]

@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "--adaptive", action="store_true",
         help="experts move between device and host memory while serving, and KV takes and gives the memory",
     )  # fmt: skip
+    p.add_argument("--densify", action="store_true", help="with --adaptive: idle memory makes packed experts dense")
     p.add_argument("--trace", metavar="FILE", help="save a Chrome trace of loads and compute")
     p.add_argument("--steps", metavar="FILE", help="save a CSV with the metrics of every iteration")
     p.add_argument("--json", metavar="FILE", help="save outputs, metrics, memory, placement, provenance")
@@ -69,8 +70,9 @@ def add_engine_arguments(p: argparse.ArgumentParser, swept: bool = False) -> Non
         help="packed: the GEMM reads compressed experts in their slots; decoded: they are decoded into them",
     )  # fmt: skip
     p.add_argument(
-        "--transfer", choices=["whole", "on_demand"], default="whole",
-        help="whole: the host's share of a layer is copied ahead; on_demand: kernels read routed experts in the host",
+        "--transfer", choices=["whole", "on_demand", "auto"], default="whole",
+        help="whole: the host's share of a layer is copied ahead; on_demand: kernels read routed experts in the host; "
+        "auto, with --adaptive: whichever the planner expects to cost less",
     )  # fmt: skip
     p.add_argument(
         "--profile", metavar="NAME|FILE", help="rates for balanced without a share (default: measured, roughly)"
@@ -216,6 +218,7 @@ def run(args: argparse.Namespace) -> dict:
         dense_share=args.dense_share,
         expert_format=args.expert_format,
         adaptive=args.adaptive,
+        densify=args.densify,
         min_kv_tokens=shortest,
         progress=sys.stderr.isatty(),
         timeline=bool(args.trace),

@@ -95,7 +95,8 @@ def make_checkpoint(
         roles = ARCHITECTURES[arch].tensor_roles(model)
         # The first scheme of each architecture is the one on the Hub.
         names = dict(roles.required) | {n: r for ways in roles.expert_schemes for n, r in ways[0].items()}
-        _write_shards(temporary, names, model.dtype, seed, scale, shard_bytes, progress)
+        zero_centred = getattr(ARCHITECTURES[arch], "ZERO_CENTRED", frozenset())
+        _write_shards(temporary, names, model.dtype, seed, scale, zero_centred, shard_bytes, progress)
         _write_tokenizer(temporary, vocab)
         _share(temporary)
         if out.exists():
@@ -138,6 +139,26 @@ def _hf_config(arch: str, *, num_experts: int, top_k: int, moe_intermediate: int
             "mlp_only_layers": [],
             "use_sliding_window": False,
         }
+    if arch == "qwen3_next":
+        heads = config["num_attention_heads"]
+        return config | {
+            "architectures": ["Qwen3NextForCausalLM"],
+            "num_experts": num_experts,
+            "moe_intermediate_size": moe_intermediate,
+            "shared_expert_intermediate_size": moe_intermediate,
+            "intermediate_size": moe_intermediate,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "full_attention_interval": 4,
+            "partial_rotary_factor": 0.25,
+            # As many value heads as query heads twice, in pairs that share a key head: the published model's shape.
+            "linear_num_key_heads": heads,
+            "linear_num_value_heads": 2 * heads,
+            "linear_key_head_dim": config["head_dim"] // 2,
+            "linear_value_head_dim": config["head_dim"] // 2,
+            "linear_conv_kernel_dim": 4,
+        }
     if config.pop("head_dim") * config["num_attention_heads"] != config["hidden_size"]:
         raise UsageError("olmoe has no head_dim of its own: --head-dim times --heads must be --hidden")
     return config | {
@@ -149,12 +170,16 @@ def _hf_config(arch: str, *, num_experts: int, top_k: int, moe_intermediate: int
     }
 
 
-def _weight(name: str, role: Role, dtype: torch.dtype, seed: int, scale: float) -> Tensor:
+def _weight(name: str, role: Role, dtype: torch.dtype, seed: int, scale: float, zero_centred: frozenset[str]) -> Tensor:
     """One tensor; its generator is seeded by its name too, so a tensor does not depend on the others."""
     # torch's generator takes only 32 bits of a seed, so both go through a checksum.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     if len(role.shape) == 1:
-        if role.kind.endswith("bias"):
+        if role.kind == "a_log":
+            return torch.empty(role.shape).uniform_(1, 16, generator=generator).log().to(dtype)
+        if role.kind in zero_centred:
+            return (0.1 * torch.randn(role.shape, generator=generator)).to(dtype)
+        if role.kind.endswith("bias") and role.kind != "dt_bias":
             return (0.02 * torch.randn(role.shape, generator=generator)).to(dtype)
         return (1 + 0.1 * torch.randn(role.shape, generator=generator)).to(dtype)
     # Trained tensors of one kind differ in scale by some tens of per cent.
@@ -171,6 +196,7 @@ def _write_shards(
     dtype: torch.dtype,
     seed: int,
     scale: float,
+    zero_centred: frozenset[str],
     shard_bytes: int,
     progress: bool,
 ) -> None:
@@ -183,7 +209,7 @@ def _write_shards(
         for file, shard in zip(files, shards, strict=True):
             tensors = {}
             for name in shard:
-                tensors[name] = _weight(name, names[name], dtype, seed, scale)
+                tensors[name] = _weight(name, names[name], dtype, seed, scale, zero_centred)
                 bar.update()
             try:
                 save_file(tensors, directory / file, metadata={"format": "pt"})

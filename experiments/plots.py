@@ -33,7 +33,7 @@ def plot_memory_budget(directory: Path) -> Path:
     """
     points = pd.read_csv(directory / "points.csv")
     about = json.loads((directory / "provenance.json").read_text())
-    figure, axis = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.2, 5.2), layout="constrained")
     ran = points[points.status == "ok"]
     top = ran.tokens_per_s.max() if len(ran) else 1.0
     for index, (placement, rows) in enumerate(points.groupby("placement", sort=False)):
@@ -79,7 +79,7 @@ def plot_memory_budget(directory: Path) -> Path:
     )
     axis.plot([], [], "o", color="0.4", markerfacecolor="white", label="hollow: requests were preempted")
     axis.plot([], [], "x", color="0.4", label="budget too small for this placement")
-    axis.legend(fontsize=7.5, frameon=False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7.5, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     path = directory / "throughput_vs_budget.png"
     figure.savefig(path, dpi=160)
@@ -157,6 +157,7 @@ def plot_adaptation(directory: Path, window: int = 40) -> Path:
         "hold": ("#E69F00", "--", "experts leave, nobody takes the memory"),
         "grow": ("#0072B2", "-", "experts leave, KV grows"),
         "unspread": ("#D55E00", ":", "not spread over layers, KV grows"),
+        "planned": ("#CC79A7", "-", "the planner decides, KV grows"),
     }
     for variant, (colour, line, label) in styles.items():
         rows = steps[steps.variant == variant]

@@ -18,7 +18,7 @@ from dataclasses import asdict
 import torch
 from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.runtime.engine import resolve_device
-from fluxmoe.runtime.hardware import HardwareProfile, best_seconds, measure_bandwidths
+from fluxmoe.runtime.hardware import HardwareProfile, best_seconds, measure_bandwidths, measure_links
 from fluxmoe.runtime.placement import Tier
 from fluxmoe.runtime.store import PAGE, aligned_empty
 from tqdm import tqdm
@@ -59,15 +59,6 @@ def host_copies(device: torch.device) -> dict[str, float]:
 
         rates[f"{_SIZES[-1]} on 2 streams"] = _SIZES[-1] / best_seconds(both, device, 10)
     return rates
-
-
-def kernel_host_reads(device: torch.device) -> float:
-    """Bytes/s of a kernel that reads pinned memory in place; on the CPU any read is one."""
-    if device.type == "cpu":
-        return measure_bandwidths(device)[Tier.RESIDENT]
-    from fluxmoe.kernels.host_read import read_bandwidth
-
-    return read_bandwidth(128 << 20)
 
 
 def decoders(device: torch.device) -> dict[str, float]:
@@ -145,7 +136,7 @@ def measure(device: torch.device, disk_dir: str) -> HardwareProfile:
         matmul_flops=step("products", lambda: matmul_flops(device)),
         host_bandwidth=max(copies.values()),
         host_latency_s=_SIZES[0] / copies[str(_SIZES[0])],
-        kernel_host_bandwidth=step("reads of host memory", lambda: kernel_host_reads(device)),
+        kernel_host_bandwidth=step("reads of host memory", lambda: measure_links(device).read),
         decode_bandwidth=step("decoders", lambda: decoders(device)),
         disk_bandwidth=step("disk", lambda: disk_reads(disk_dir)),
         launch_s=step("launches", lambda: launch_seconds(device)),

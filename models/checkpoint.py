@@ -132,7 +132,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{path}: tensor {name} has shape {entry['shape']}, config.json asks for {list(role.shape)}"
                 )
-            if entry["dtype"] != _DTYPE_NAMES[self.config.dtype]:
+            if entry["dtype"] not in (_DTYPE_NAMES[self.config.dtype], "F32" if role.may_be_fp32 else None):
                 raise CheckpointError(
                     f"{path}: tensor {name} is {entry['dtype']}, config.json says {_DTYPE_NAMES[self.config.dtype]}"
                 )
@@ -174,7 +174,7 @@ class Checkpoint:
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(f"{self.directory}: tensor {missing[0]} is missing{more}")
-        extra = sorted(n for n in names - found.keys() if not n.endswith(_HARMLESS))
+        extra = sorted(n for n in names - found.keys() if not n.endswith(_HARMLESS) and not n.startswith(roles.unused))
         if self.config.tie_word_embeddings:
             extra = [n for n in extra if n != "lm_head.weight"]
         if extra:
@@ -192,12 +192,14 @@ class Checkpoint:
             raise CheckpointError(f"{path} cannot be read: {error}; download it again") from None
 
     def dense_tensors(self) -> Iterator[tuple[str, int | None, Tensor]]:
-        """(role, layer, tensor) of every non-expert tensor, shard by shard."""
+        """(role, layer, tensor) of every non-expert tensor as the decoder wants it, shard by shard."""
         roles = {name: role for table in self._roles.values() for name, role in table.items()}
-        for name, tensor in self.named_dense_tensors():
-            # Whoever keeps a view keeps the file mapped. Matrices are packed, but an fp32 vector is placed as it is on
-            # a CPU.
-            yield roles[name].kind, roles[name].layer, tensor.clone() if tensor.dim() == 1 else tensor
+        place = getattr(ARCHITECTURES[self.config.arch], "place", lambda config, kind, tensor: [(kind, tensor)])
+        for name, stored in self.named_dense_tensors():
+            for kind, tensor in place(self.config, roles[name].kind, stored):
+                # Whoever keeps a view keeps the file mapped. Matrices are packed, but an fp32 vector is placed as it is
+                # on a CPU.
+                yield kind, roles[name].layer, tensor.clone() if tensor.dim() == 1 else tensor
 
     def named_dense_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every non-expert tensor, shard by shard; tensors are views of a file."""

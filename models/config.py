@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from fluxmoe.kernels.ops import DeltaNetDims
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # How config.json spells the fields that we call otherwise, so that an error names what the reader has to change.
@@ -39,6 +40,9 @@ class ModelConfig:
 
     qk_norm: none, head (RMSNorm over each head) or full (over the whole projection). sliding_window: keys that
     a query sees, itself included; None for all. norm_topk_prob: renormalise the chosen router probabilities.
+    rotary_dim: leading dimensions of a head that rotate; None for all. attention_gate: a sigmoid gate on the output of
+    attention. shared_intermediate_size: of an expert that every token uses; 0 for none. delta, delta_layers: sizes of
+    Gated DeltaNet, and the layers that have it in the place of attention.
     """
 
     arch: str
@@ -64,6 +68,11 @@ class ModelConfig:
     dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    rotary_dim: int | None = None
+    attention_gate: bool = False
+    shared_intermediate_size: int = 0
+    delta: DeltaNetDims | None = None
+    delta_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -80,6 +89,21 @@ class ModelConfig:
             raise ConfigError(f"a token cannot choose {self.top_k} of {self.num_experts} experts")
         if self.head_dim % 2:
             raise ConfigError(f"rotary embeddings need an even head_dim, got {self.head_dim}")
+        if self.rotary_dim is not None and not (0 < self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0):
+            raise ConfigError(f"{self.rotary_dim} of {self.head_dim} dimensions of a head cannot rotate in pairs")
+        if not _is_int(self.shared_intermediate_size) or self.shared_intermediate_size < 0:
+            raise ConfigError(f"shared_expert_intermediate_size is {self.shared_intermediate_size!r}; give an integer")
+        if self.delta is not None:
+            for name, value in asdict(self.delta).items():
+                if not _is_int(value) or value < (2 if name == "taps" else 1):
+                    raise ConfigError(f"{name} of the linear attention must be a positive integer, got {value!r}")
+            if self.delta.value_heads % self.delta.key_heads:
+                raise ConfigError(
+                    f"{self.delta.value_heads} value heads cannot share {self.delta.key_heads} key heads of the linear "
+                    "attention"
+                )
+            if not self.attention_layers:
+                raise ConfigError("a model needs at least one layer of full attention")
         if self.sliding_window is not None and (not _is_int(self.sliding_window) or self.sliding_window < 1):
             raise ConfigError(f"sliding_window must be a positive integer or null, got {self.sliding_window!r}")
         if not _is_number(self.rms_norm_eps) or self.rms_norm_eps < 0:
@@ -112,17 +136,33 @@ class ModelConfig:
         return self.num_layers * self.num_experts * self.expert_params * self.dtype.itemsize
 
     @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers with attention, which alone have a KV cache."""
+        return tuple(layer for layer in range(self.num_layers) if layer not in self.delta_layers)
+
+    @property
     def non_expert_bytes(self) -> int:
         """Bytes of all other matrices."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        layer = attention + self.num_experts * self.hidden_size
-        vocab = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return (self.num_layers * layer + vocab) * self.dtype.itemsize
+        attention = self.head_dim * ((3 if self.attention_gate else 2) * self.num_heads + 2 * self.num_kv_heads)
+        rows = len(self.attention_layers) * attention
+        if self.delta is not None:
+            rows += len(self.delta_layers) * (self.delta.projected + self.delta.value_size)
+        rows += self.num_layers * (self.num_experts + 3 * self.shared_intermediate_size)
+        rows += self.vocab_size * (1 if self.tie_word_embeddings else 2)
+        return rows * self.hidden_size * self.dtype.itemsize
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """K and V of one token in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        """K and V of one token in all layers that have them."""
+        return 2 * len(self.attention_layers) * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def state_bytes_per_sequence(self) -> int:
+        """Recurrent states of one sequence, whatever its length: fp32, and the convolution's inputs."""
+        if self.delta is None:
+            return 0
+        matrices = 4 * self.delta.value_heads * self.delta.key_dim * self.delta.value_dim
+        return len(self.delta_layers) * (matrices + (self.delta.taps - 1) * self.delta.channels * self.dtype.itemsize)
 
 
 def load_config(model_dir: Path | str) -> ModelConfig:
@@ -185,10 +225,11 @@ def flag(hf: Mapping[str, Any], key: str, default: bool = False) -> bool:
     return value
 
 
-def common_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+def common_fields(hf: Mapping[str, Any], partial_rotary: bool = False) -> dict[str, Any]:
     """The fields whose keys all architectures spell alike; both spellings of transformers 4 and 5.
 
-    Where transformers' defaults differ between architectures, `hf` must already hold them.
+    Where transformers' defaults differ between architectures, `hf` must already hold them. partial_rotary: whether
+    partial_rotary_factor is known to the architecture.
     """
     if hf.get("quantization_config"):
         raise ConfigError("quantization_config is not supported; give the unquantized bfloat16 or float32 checkpoint")
@@ -197,7 +238,9 @@ def common_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     name = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
         raise ConfigError(f"dtype {name} is not supported; convert the checkpoint to {' or '.join(DTYPES)}")
-    theta, scaling = _rope(hf)
+    theta, scaling, rotating = _rope(hf)
+    if rotating != 1.0 and not partial_rotary:
+        raise ConfigError("partial_rotary_factor other than 1 is not supported by this architecture")
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
     kv_heads, head_dim, eos = hf.get("num_key_value_heads"), hf.get("head_dim"), hf.get("eos_token_id")
     if head_dim is None:
@@ -205,6 +248,8 @@ def common_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}; give head_dim")
         # A count of heads that is no positive integer is reported by its own name, not as a division by it.
         head_dim = hidden // max(1, heads)
+    if not _is_number(rotating) or not 0 < rotating <= 1:
+        raise ConfigError(f"partial_rotary_factor is a share of each head, over 0 and at most 1; got {rotating!r}")
     return dict(
         vocab_size=hf["vocab_size"],
         hidden_size=hidden,
@@ -220,11 +265,12 @@ def common_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         dtype=DTYPES[name],
         eos_token_ids=() if eos is None else (tuple(eos) if isinstance(eos, list) else (eos,)),
         bos_token_id=hf.get("bos_token_id"),
+        rotary_dim=int(head_dim * rotating) if partial_rotary and _is_int(head_dim) else None,
     )
 
 
-def _rope(hf: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
-    """rope_theta and the scaling, in transformers' order of precedence."""
+def _rope(hf: Mapping[str, Any]) -> tuple[Any, RopeScaling | None, Any]:
+    """rope_theta, the scaling and the share of each head that rotates, in transformers' order of precedence."""
     key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     rope = hf.get(key) or {}
     if not isinstance(rope, dict):
@@ -237,8 +283,7 @@ def _rope(hf: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
     kind = rope.pop("rope_type", old_kind)
     if not isinstance(kind, str):
         raise ConfigError(f"rope_type of {key} must be a string, got {kind!r}")
-    if rope.pop("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
-        raise ConfigError("partial_rotary_factor other than 1 is not supported by this architecture")
+    rotating = rope.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if hf.get("original_max_position_embeddings") is not None:
         rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
-    return theta, None if kind == "default" else RopeScaling(kind, rope)
+    return theta, None if kind == "default" else RopeScaling(kind, rope), 1.0 if rotating is None else rotating

@@ -1,6 +1,6 @@
-"""The decoder that Mixtral, Qwen3-MoE and OLMoE share: attention and a mixture of experts in every layer.
+"""The decoder that all architectures share: attention or Gated DeltaNet, then a mixture of experts, in every layer.
 
-The architectures differ in what ModelConfig says (QK-norm, clipping, window, renormalisation), not in code. The
+The architectures differ in what ModelConfig says (QK-norm, clipping, window, gates, shared expert, …), not in code. The
 decoder owns the non-expert weights. Expert weights it never sees: for each layer it asks an `ExpertPager` for a
 table of addresses, and hands that to the kernels.
 """
@@ -9,11 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
-from fluxmoe.kernels.ops import AttentionMetadata, LayerDims, LayerExperts, Ops, PackedLinear, RopeTable
+from fluxmoe.kernels.ops import (
+    AttentionMetadata,
+    DeltaNetWeights,
+    LayerDims,
+    LayerExperts,
+    Ops,
+    PackedLinear,
+    RopeTable,
+    SharedExpert,
+)
 from torch import Tensor
 
 from .config import ModelConfig
@@ -27,10 +36,17 @@ class ExpertPager(Protocol):
 
 
 class LayerCache(Protocol):
-    """KV tensors of one layer."""
+    """KV tensors of the layers with attention, in order."""
 
     k: list[Tensor] | Tensor
     v: list[Tensor] | Tensor
+
+
+class LayerStates(Protocol):
+    """States of the layers with Gated DeltaNet, in order."""
+
+    conv: Tensor
+    recurrent: Tensor
 
 
 class Tracer(Protocol):
@@ -56,6 +72,9 @@ def layer_dims(config: ModelConfig) -> LayerDims:
         clip_qkv=config.clip_qkv or 0.0,
         window=config.sliding_window or 0,
         eps=config.rms_norm_eps,
+        attention_gate=config.attention_gate,
+        shared=config.shared_intermediate_size,
+        delta=config.delta,
     )
 
 
@@ -71,32 +90,58 @@ def _norm_sizes(config: ModelConfig) -> tuple[int, int]:
 def non_expert_bytes(config: ModelConfig, ops: Ops, max_context: int) -> int:
     """Device bytes of everything but experts: embeddings, projections, routers, norms and biases (fp32), RoPE."""
     c, d = config, layer_dims(config)
-    floats = 2 * c.hidden_size + sum(_norm_sizes(c))
-    linears = [
-        (d.qkv_size, c.hidden_size),
-        (c.hidden_size, c.num_heads * c.head_dim),
-        (c.num_experts, c.hidden_size),
-    ]
-    if c.attention_bias:
-        floats += d.qkv_size + c.hidden_size
-    layer = sum(ops.packed_bytes(n, k) for n, k in linears) + 4 * floats
+    floats = c.num_layers * 2 * c.hidden_size
+    linears = c.num_layers * [(c.num_experts, c.hidden_size)]
+    if c.shared_intermediate_size:
+        shared = [(2 * c.shared_intermediate_size, c.hidden_size), (c.hidden_size, c.shared_intermediate_size)]
+        linears += c.num_layers * [*shared, (1, c.hidden_size)]
+    for _ in c.attention_layers:
+        floats += sum(_norm_sizes(c)) + (d.qkv_size + c.hidden_size if c.attention_bias else 0)
+        linears += [(d.qkv_size, c.hidden_size), (c.hidden_size, c.num_heads * c.head_dim)]
+        linears += [(c.num_heads * c.head_dim, c.hidden_size)] if c.attention_gate else []
+    for _ in c.delta_layers:
+        floats += c.delta.channels * c.delta.taps + 2 * c.delta.value_heads + c.delta.value_dim
+        linears += [(c.delta.projected, c.hidden_size), (c.hidden_size, c.delta.value_size)]
+    layers = sum(ops.packed_bytes(n, k) for n, k in linears) + 4 * floats
     vocab = ops.packed_bytes(c.vocab_size, c.hidden_size) * (1 if c.tie_word_embeddings else 2)
     rope = 4 * max_context * (c.head_dim // 2) * 2
-    return c.num_layers * layer + vocab + 4 * c.hidden_size + rope
+    return layers + vocab + 4 * c.hidden_size + rope
 
 
-@dataclass
+# Matrices that the kernels want as one, by role, and what they are called then; a bias belongs to its matrix.
+_MATRICES = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o_proj": ("o_proj",),
+    "attn_gate": ("attn_gate",),
+    "in_proj": ("in_qkvz", "in_ba"),
+    "router": ("router",),
+    "shared_gate_up": ("shared_gate", "shared_up"),
+    "shared_down": ("shared_down",),
+    "shared_score": ("shared_score",),
+}
+_BIASES = ("q_bias", "k_bias", "v_bias", "o_bias")
+
+
 class DecoderLayer:
-    """Non-expert weights of one layer, on the device."""
+    """Non-expert weights of one layer, on the device: `matrices` and fp32 `vectors`, by name."""
 
-    input_norm: Tensor | None = None
-    post_attn_norm: Tensor | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    qkv: PackedLinear | None = None
-    o_proj: PackedLinear | None = None
-    router: PackedLinear | None = None
-    pending: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.matrices: dict[str, PackedLinear] = {}
+        self.vectors: dict[str, Tensor] = {}
+        self.pending: dict[str, Tensor] = {}
+
+    @cached_property
+    def delta(self) -> DeltaNetWeights | None:
+        if "in_proj" not in self.matrices:
+            return None
+        v = self.vectors
+        return DeltaNetWeights(self.matrices["in_proj"], v["conv"], v["rate"], v["dt_bias"], v["delta_norm"])
+
+    @cached_property
+    def shared(self) -> SharedExpert | None:
+        if "shared_down" not in self.matrices:
+            return None
+        return SharedExpert(*(self.matrices[f"shared_{name}"] for name in ("gate_up", "down", "score")))
 
 
 class Decoder:
@@ -110,6 +155,8 @@ class Decoder:
         self.embed_tokens: PackedLinear | None = None
         self.lm_head: PackedLinear | None = None
         self.final_norm: Tensor | None = None
+        # fp32 [L, E]: if given, every pass adds how many tokens each expert was routed.
+        self.popularity: Tensor | None = None
 
     def load(self, role: str, layer: int | None, weight: Tensor) -> None:
         """Place one non-expert tensor (roles of models.checkpoint) on the device, packed where it is a matrix."""
@@ -120,23 +167,23 @@ class Decoder:
                 self.lm_head = value
             return
         target = self.layers[layer]
-        if role in ("input_norm", "post_attn_norm", "q_norm", "k_norm"):
-            setattr(target, role, self._vector(weight))
-        elif role == "router":
-            target.router = self._pack(weight)
-        else:
-            # q, k, v are one matrix on the device, and a bias belongs to its matrix: wait until all are here.
-            target.pending[role] = weight
-            self._assemble(target)
+        whole = next((name for name, parts in _MATRICES.items() if role in parts), None)
+        if whole is None and role not in _BIASES:
+            target.vectors[role] = self._vector(weight)
+            return
+        # Parts of one matrix, and its bias, wait until all are here.
+        target.pending[role] = weight
+        self._assemble(target)
 
     def _assemble(self, layer: DecoderLayer) -> None:
-        bias = self.config.attention_bias
-        for attribute, parts in (("qkv", "qkv"), ("o_proj", "o")):
-            matrices, biases = [f"{p}_proj" for p in parts], [f"{p}_bias" for p in parts if bias]
-            if all(name in layer.pending for name in matrices + biases):
-                weight = torch.cat([layer.pending.pop(name) for name in matrices])
-                vector = torch.cat([layer.pending.pop(name) for name in biases]) if bias else None
-                setattr(layer, attribute, self._pack(weight, vector))
+        for name, parts in _MATRICES.items():
+            biases = [bias for part in parts if (bias := part.replace("_proj", "_bias")) in _BIASES]
+            biased = self.config.attention_bias and bool(biases)
+            biases = biases if biased else []
+            if all(part in layer.pending for part in (*parts, *biases)):
+                weight = torch.cat([layer.pending.pop(part) for part in parts])
+                bias = torch.cat([layer.pending.pop(part) for part in biases]) if biased else None
+                layer.matrices[name] = self._pack(weight, bias)
 
     def _vector(self, weight: Tensor) -> Tensor:
         return weight.float().to(self.ops.device)
@@ -154,10 +201,8 @@ class Decoder:
         if self.lm_head is not self.embed_tokens:
             yield self.lm_head.block
         for layer in self.layers:
-            yield from (
-                t for t in (layer.input_norm, layer.post_attn_norm, layer.q_norm, layer.k_norm) if t is not None
-            )
-            for linear in (layer.qkv, layer.o_proj, layer.router):
+            yield from layer.vectors.values()
+            for linear in layer.matrices.values():
                 yield linear.block
                 if linear.bias is not None:
                     yield linear.bias
@@ -175,22 +220,42 @@ class Decoder:
         experts: ExpertPager,
         logit_rows: Tensor,
         tracer: Tracer,
+        states: LayerStates | None = None,
     ) -> Tensor:
         """token_ids int64 [T] → fp32 logits [B', vocab] of the rows that `logit_rows` int64 [B'] names.
 
-        Writes the K and V of every token to the cache. The logits are valid until the next pass.
+        Writes the K and V of every token to the cache, and to `states` how far each sequence has come. The logits are
+        valid until the next pass.
         """
         ops = self.ops
         hidden = ops.embed(token_ids, self.embed_tokens)
+        attention = delta = 0  # layers of each kind so far
         for index, layer in enumerate(self.layers):
             with tracer.span("compute", f"attention {index}"):
-                qkv = ops.qkv(ops.rms_norm(hidden, layer.input_norm), layer.qkv)
-                attended = ops.attention(
-                    qkv, layer.q_norm, layer.k_norm, self.rope, metadata, cache.k[index], cache.v[index]
-                )
-                hidden = ops.project_add(attended, layer.o_proj, hidden)
+                normed = ops.rms_norm(hidden, layer.vectors["input_norm"])
+                if layer.delta is None:
+                    mixed = self._attend(layer, normed, metadata, cache.k[attention], cache.v[attention])
+                    attention += 1
+                else:
+                    mixed = ops.delta_net(normed, layer.delta, metadata, states.conv[delta], states.recurrent[delta])
+                    delta += 1
+                hidden = ops.project_add(mixed, layer.matrices["o_proj"], hidden)
             with experts.layer(index) as paged, tracer.span("compute", f"experts {index}"):
-                normed = ops.rms_norm(hidden, layer.post_attn_norm)
-                hidden = ops.moe_add(normed, layer.router, paged, hidden, metadata.num_tokens)
+                normed = ops.rms_norm(hidden, layer.vectors["post_attn_norm"])
+                if layer.shared is not None:
+                    hidden = ops.shared_add(normed, layer.shared, hidden)
+                hidden = ops.moe_add(normed, layer.matrices["router"], paged, hidden, metadata.num_tokens)
+                if self.popularity is not None:
+                    ops.count_routed(self.popularity[index])
         last = hidden[logit_rows]
         return ops.logits(ops.rms_norm(last, self.final_norm), self.lm_head)
+
+    def _attend(
+        self, layer: DecoderLayer, x: Tensor, metadata: AttentionMetadata, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        ops, q_norm, k_norm = self.ops, layer.vectors.get("q_norm"), layer.vectors.get("k_norm")
+        qkv = ops.qkv(x, layer.matrices["qkv"])
+        attended = ops.attention(qkv, q_norm, k_norm, self.rope, metadata, k_cache, v_cache)
+        if "attn_gate" in layer.matrices:
+            return ops.gate_attention(attended, x, layer.matrices["attn_gate"])
+        return attended

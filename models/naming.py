@@ -22,6 +22,8 @@ class Role:
     layer: int | None
     expert: int | None
     shape: Shape
+    # Checkpoints may hold it in fp32, whatever the dtype of the rest.
+    may_be_fp32: bool = False
 
     @property
     def is_expert(self) -> bool:
@@ -31,18 +33,18 @@ class Role:
 @dataclass(frozen=True)
 class TensorRoles:
     """required: name → role of every non-expert tensor. experts: the accepted ways to store each layer's experts;
-    every layer must match one of them completely.
+    every layer must match one of them completely. unused: prefixes of tensors that inference does not need.
     """
 
     required: Mapping[str, Role]
     expert_schemes: tuple[tuple[Mapping[str, Role], ...], ...]
+    unused: tuple[str, ...] = ()
 
 
 def moe_roles(config: ModelConfig, blocks: Mapping[str, tuple[str, str, str]]) -> TensorRoles:
     """Roles for a decoder whose MoE block is called one of `blocks`: block name → names of gate, up, down."""
     c = config
     h, i, e = c.hidden_size, c.moe_intermediate_size, c.num_experts
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     required = {
         "model.embed_tokens.weight": Role("embed_tokens", None, None, (c.vocab_size, h)),
         "model.norm.weight": Role("final_norm", None, None, (h,)),
@@ -52,21 +54,12 @@ def moe_roles(config: ModelConfig, blocks: Mapping[str, tuple[str, str, str]]) -
     schemes = []
     for layer in range(c.num_layers):
         prefix = f"model.layers.{layer}"
-        shapes: dict[str, tuple[str, Shape]] = {
+        shapes = {
             "input_layernorm.weight": ("input_norm", (h,)),
             "post_attention_layernorm.weight": ("post_attn_norm", (h,)),
-            "self_attn.q_proj.weight": ("q_proj", (q, h)),
-            "self_attn.k_proj.weight": ("k_proj", (kv, h)),
-            "self_attn.v_proj.weight": ("v_proj", (kv, h)),
-            "self_attn.o_proj.weight": ("o_proj", (h, q)),
         }
-        if c.attention_bias:
-            for part, size in (("q", q), ("k", kv), ("v", kv), ("o", h)):
-                shapes[f"self_attn.{part}_proj.bias"] = (f"{part}_bias", (size,))
-        if c.qk_norm != "none":
-            head = c.qk_norm == "head"
-            shapes["self_attn.q_norm.weight"] = ("q_norm", (c.head_dim if head else q,))
-            shapes["self_attn.k_norm.weight"] = ("k_norm", (c.head_dim if head else kv,))
+        if layer in c.attention_layers:
+            shapes |= {f"self_attn.{name}": role for name, role in _attention(c).items()}
         required |= {f"{prefix}.{name}": Role(kind, layer, None, shape) for name, (kind, shape) in shapes.items()}
         ways = []
         for block, (gate, up, down) in blocks.items():
@@ -88,3 +81,23 @@ def moe_roles(config: ModelConfig, blocks: Mapping[str, tuple[str, str, str]]) -
             )
         schemes.append(tuple(ways))
     return TensorRoles(required, tuple(schemes))
+
+
+def _attention(c: ModelConfig) -> dict[str, tuple[str, Shape]]:
+    """name → (role, shape) of a layer's attention."""
+    h, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    shapes: dict[str, tuple[str, Shape]] = {
+        # A gate lies beside each head's query.
+        "q_proj.weight": ("q_proj", (2 * q if c.attention_gate else q, h)),
+        "k_proj.weight": ("k_proj", (kv, h)),
+        "v_proj.weight": ("v_proj", (kv, h)),
+        "o_proj.weight": ("o_proj", (h, q)),
+    }
+    if c.attention_bias:
+        for part, size in (("q", q), ("k", kv), ("v", kv), ("o", h)):
+            shapes[f"{part}_proj.bias"] = (f"{part}_bias", (size,))
+    if c.qk_norm != "none":
+        head = c.qk_norm == "head"
+        shapes["q_norm.weight"] = ("q_norm", (c.head_dim if head else q,))
+        shapes["k_norm.weight"] = ("k_norm", (c.head_dim if head else kv,))
+    return shapes

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .config import ConfigError, ModelConfig
@@ -15,18 +16,34 @@ from .config import ConfigError, ModelConfig
 def rope_tables(config: ModelConfig, max_positions: int) -> tuple[Tensor, Tensor]:
     """cos, sin fp32 [max_positions, head_dim/2] with the scaling's attention factor folded in.
 
+    Where only a part of each head rotates, the angles of the rest are 0. Kernels rotate dimension d with d + head_dim/2
+    all the same: `rotary_order` says how the rows of q and k must be put for that.
+
     Raises ConfigError on a scaling that is not known or whose numbers cannot be meant: ignoring it would give wrong
     tokens without a sign. Dynamic NTK is the default up to max_position_embeddings, as in transformers, and refused
     beyond: there every angle changes with the longest sequence of the batch, also those of keys already cached.
     """
     frequencies, factor = _frequencies(config, max_positions)
     angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies[None]
-    return (angles.cos() * factor).contiguous(), (angles.sin() * factor).contiguous()
+    still = config.head_dim // 2 - len(frequencies)
+    cos, sin = F.pad(angles.cos() * factor, (0, still), value=1.0), F.pad(angles.sin() * factor, (0, still))
+    return cos.contiguous(), sin.contiguous()
+
+
+def rotary_order(head_dim: int, rotary_dim: int | None) -> Tensor:
+    """int64 [head_dim]: which dimension of a checkpoint's head comes where, so that those which rotate together
+    (d and d + rotary_dim/2) lie head_dim/2 apart."""
+    rotating = rotary_dim or head_dim
+    turn, still = torch.arange(rotating).chunk(2), torch.arange(rotating, head_dim).chunk(2)
+    if rotating == head_dim:
+        return torch.arange(head_dim)
+    return torch.cat([turn[0], still[0], turn[1], still[1]])
 
 
 def _frequencies(config: ModelConfig, max_positions: int) -> tuple[Tensor, float]:
-    """Angular frequencies fp32 [head_dim/2] and the factor on cos and sin."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    """Angular frequencies fp32 [rotary_dim/2] and the factor on cos and sin."""
+    rotating = config.rotary_dim or config.head_dim
+    exponents = torch.arange(0, rotating, 2, dtype=torch.float32) / rotating
     base = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is None:
         return base, 1.0
@@ -84,7 +101,7 @@ def _yarn(config: ModelConfig, params: Mapping[str, Any], base: Tensor) -> tuple
     original = _original_positions(config, params)
     # A factor of null means the ratio of the lengths; a factor that is not there at all is a mistake.
     factor = _positive(params, "factor", config.max_position_embeddings / original if "factor" in params else None)
-    dims = config.head_dim
+    dims = config.rotary_dim or config.head_dim
 
     def dimension_of(turns: float) -> float:
         return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))

@@ -64,6 +64,7 @@ def build_batch(step: Step, block_size: int) -> Batch:
         positions=send(positions.astype(np.int32)),
         slot_mapping=send(slots),
         block_size=block_size,
+        state_slots=send(np.array([chunk.sequence.state_slot for chunk in chunks], dtype=np.int32)),
     )
     logit_rows = query_start[1:][sampled].astype(np.int64) - 1
     return Batch(send(np.array(token_ids, dtype=np.int64)), metadata, send(logit_rows))

@@ -28,8 +28,10 @@ class EngineConfig:
     host_format         format in host memory and files, so of what crosses PCIe; None: expert_format
     slot_format         packed: the GEMM reads compressed experts in their slots, where it can | decoded
     transfer            whole: the host's share of each layer is copied ahead of time | on_demand: kernels read the
-                        experts that were routed to in host memory
-    profile             the machine's rates, for balanced without alpha; None: measured in a fraction of a second
+                        experts that were routed to in host memory | auto, with adaptive: whichever the planner expects
+                        to cost less
+    profile             the machine's rates, for balanced without alpha and transfer auto; None: measured in a fraction
+                        of a second
     slots               streaming slots, S ≥ 2
     max_batch           sequences in a batch
     max_batched_tokens  tokens of one pass: the chunk size of prefill
@@ -45,6 +47,7 @@ class EngineConfig:
     planning            with adaptive: the planner decides; False: only `engine.residency.request` moves experts
     least_alpha         with adaptive: the least share of each layer on the device (sizes the slots)
     grow_kv             with adaptive: whether KV takes what experts leave
+    densify             with adaptive: packed experts become dense where memory is idle
     theta, eager, spread, plan_every    of the planner and of `Residency`
     disk_dir            where the disk tier spills; None: the system's temporary directory
     poison              debug: fill recycled slots with NaN
@@ -77,6 +80,7 @@ class EngineConfig:
     planning: bool = True
     least_alpha: float = 0.5
     grow_kv: bool = True
+    densify: bool = False
     theta: float = 0.9
     eager: bool = False
     spread: bool = True
@@ -104,8 +108,10 @@ class EngineConfig:
             raise SettingError(f"placement {self.placement} holds compressed experts: choose {', '.join(FORMATS)}")
         if self.slot_format not in ("packed", "decoded"):
             raise SettingError(f"slot_format must be packed or decoded, got {self.slot_format!r}")
-        if self.transfer not in ("whole", "on_demand"):
-            raise SettingError(f"transfer must be whole or on_demand, got {self.transfer!r}")
+        if self.transfer not in ("whole", "on_demand", "auto"):
+            raise SettingError(f"transfer must be whole, on_demand or auto, got {self.transfer!r}")
+        if self.transfer == "auto" and not (self.adaptive and self.planning):
+            raise SettingError("transfer auto is the planner's choice: it needs adaptive")
         if self.preemption not in ("recompute", "swap"):
             raise SettingError(f"preemption must be recompute or swap, got {self.preemption!r}")
 
@@ -118,4 +124,5 @@ class EngineConfig:
     def formats(self) -> ExpertFormats:
         """Formats of all tiers."""
         packed = "planar12" if self.device_format == DENSE else self.device_format  # no policy will use it
-        return ExpertFormats(packed, self.host_format or self.device_format, self.slot_format, self.transfer)
+        transfer = "whole" if self.transfer == "auto" else self.transfer
+        return ExpertFormats(packed, self.host_format or self.device_format, self.slot_format, transfer)

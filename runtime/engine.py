@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fluxmoe.kernels.cpu.ops import CpuOps
-from fluxmoe.kernels.ops import AttentionMetadata, LayerDims, Limits, Ops
+from fluxmoe.kernels.ops import AttentionMetadata, DeltaNetDims, LayerDims, Limits, Ops
 from fluxmoe.kernels.torch_ops import TorchOps
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.decoder import Decoder, layer_dims, non_expert_bytes
@@ -28,17 +28,19 @@ from .batch import build_batch
 from .budget import BudgetError, MemoryBudget, available_bytes, format_bytes, require
 from .config import EngineConfig
 from .graphs import DecodeGraphs
-from .hardware import measure_bandwidths
+from .hardware import measure_bandwidths, measure_links
 from .kv_cache import GrowableKVCache, PagedKVCache
 from .layout import DENSE, ExpertLayout
 from .metrics import StepMetrics
+from .moving_store import MovingStore
 from .placement import DEVICE_TIERS, Placement, Tier, place
 from .planner import Planner, PlannerConfig
 from .region import BlockPool, make_pool
 from .request import Request, RequestOutput, Sequence
-from .residency import MovingStore, Residency
+from .residency import LINES, Residency, Seen
 from .sampling import sample
 from .scheduler import Scheduler
+from .state_cache import StateCache
 from .store import ExpertStore
 from .streamer import Counters, make_streamer, slot_bytes
 from .timeline import Timeline
@@ -103,6 +105,7 @@ class Engine:
         try:
             self.decoder = self._load(checkpoint, context)
             self.kv, self.scheduler = self._cache_and_scheduler(num_blocks, limits)
+            self.states = StateCache(*self._state_sizes, self.device) if model.delta is not None else None
             self.streamer = make_streamer(
                 self.store,
                 config.slots,
@@ -123,15 +126,14 @@ class Engine:
     def _cache_and_scheduler(self, num_blocks: int, limits: Limits) -> tuple[PagedKVCache, Scheduler]:
         config, model = self.config, self.model
         host_blocks = num_blocks if config.preemption == "swap" else 0
+        kv_layers = len(model.attention_layers)
         sizes = (config.block_size, model.num_kv_heads, model.head_dim, model.dtype, self.device)
         pin = host_blocks > 0 and self.device.type == "cuda"
         if self.pool is None:
-            cache = PagedKVCache(self.ops, model.num_layers, num_blocks, *sizes, host_blocks=host_blocks, pin=pin)
+            cache = PagedKVCache(self.ops, kv_layers, num_blocks, *sizes, host_blocks=host_blocks, pin=pin)
         else:
             most = self._useful_blocks(limits)
-            cache = GrowableKVCache(
-                self.ops, model.num_layers, most, *sizes, pool=self.pool, host_blocks=host_blocks, pin=pin
-            )
+            cache = GrowableKVCache(self.ops, kv_layers, most, *sizes, pool=self.pool, host_blocks=host_blocks, pin=pin)
             num_blocks = num_blocks // cache.quantum * cache.quantum
             if not num_blocks:
                 cache.close()
@@ -158,7 +160,7 @@ class Engine:
         placement = self._place()
         used = {DENSE}
         used |= {formats.packed} if (placement.tiers == Tier.PACKED).any() else set()
-        used |= {formats.host} if np.isin(placement.tiers, (Tier.HOST, Tier.DISK)).any() else set()
+        used |= {formats.host} if config.adaptive or np.isin(placement.tiers, (Tier.HOST, Tier.DISK)).any() else set()
         return ExpertLayout(
             placement, {name: ops.expert_bytes(name) for name in used}, config.formats, ops.fused_formats
         )
@@ -196,11 +198,13 @@ class Engine:
             "slots": slot_bytes(layout, config.slots, self.device),
             "workspace": ops.workspace_bytes + self._graph_bytes,
         }
+        if model.delta is not None:
+            lines["states"] = StateCache.bytes_of(*self._state_sizes)
         block = PagedKVCache.bytes_per_block(
-            ops, model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, model.dtype
+            ops, len(model.attention_layers), config.block_size, model.num_kv_heads, model.head_dim, model.dtype
         )
         if config.adaptive:
-            lines["slots"] = config.slots * self._most_streamed * layout.expert_bytes(self._moving_format)
+            lines["slots"] = config.slots * self._most_streamed * layout.expert_bytes(layout.stored(Tier.HOST))
         total = available_bytes(self.device) if config.budget_bytes is None else config.budget_bytes
         least_blocks = -(-config.min_kv_tokens // config.block_size)
         require(total, {**lines, "kv_cache": least_blocks * block}, hint=self._hint())
@@ -213,15 +217,17 @@ class Engine:
         budget.reserve("kv_cache", num_blocks * block)
         return budget, num_blocks
 
+    @property
+    def _state_sizes(self) -> tuple[DeltaNetDims | None, int, int, torch.dtype]:
+        # One more than the scheduler hands out: where a captured graph's padding leaves its state.
+        slots = self.config.max_batch + (1 if self._graph_bytes else 0)
+        return self.model.delta, len(self.model.delta_layers), slots, self.ops.act_dtype
+
     def _useful_blocks(self, limits: Limits) -> int:
         """More KV blocks than a full batch at full context can never be used."""
         return self.config.max_batch * -(-limits.context // self.config.block_size)
 
     # Experts that move.
-
-    @property
-    def _moving_format(self) -> str:
-        return self.config.device_format
 
     @property
     def _most_streamed(self) -> int:
@@ -232,46 +238,51 @@ class Engine:
 
     def _open_pool(self, budget: MemoryBudget, lines: Mapping[str, int], most_kv_bytes: int) -> None:
         """One pool of physical blocks for experts and KV; what its rounding costs experts is charged to them."""
-        line = "packed_experts" if self._moving_format != DENSE else "resident_experts"
-        experts = self.placement.tiers.size * self.layout.expert_bytes(self._moving_format)
+        largest = max(self.layout.expert_bytes(name) for name in self.layout.sizes)
         # All experts and all KV that can be used, and whole blocks of both: more would only make blocks larger.
-        useful = experts + most_kv_bytes + (experts + most_kv_bytes) // 64 + (16 << 20)
-        self.pool = make_pool(self.device, min(budget.free + lines[line], useful))
-        rounded = self.pool.pages(lines[line]) * self.pool.block_bytes
-        budget.reserve(line, rounded - lines[line])
+        useful = self.placement.tiers.size * largest + most_kv_bytes
+        held = sum(lines[line] for line in LINES.values())
+        self.pool = make_pool(self.device, min(budget.free + held, useful + useful // 64 + (16 << 20)))
+        for line in LINES.values():
+            budget.reserve(line, self.pool.pages(lines[line]) * self.pool.block_bytes - lines[line])
 
     def _make_store(self) -> ExpertStore:
         if self.pool is None:
             return ExpertStore(self.layout, self.device, decode=self.ops.decode_expert, disk_dir=self.config.disk_dir)
-        return MovingStore(self.layout, self.device, self.pool, self._most_streamed)
+        return MovingStore(self.layout, self.device, self.pool, self._most_streamed, self.ops.decode_expert)
 
     def _make_residency(self, pool: BlockPool) -> Residency:
         config, store = self.config, self.store
-        planner = None
+        planner = links = popularity = None
         if config.planning:
-            expert_bytes = dict.fromkeys(DEVICE_TIERS, store.unit_bytes)
             planner = Planner(
                 PlannerConfig(
-                    expert_bytes=expert_bytes,
+                    expert_bytes={tier: heap.unit_bytes for tier, heap in store.heaps.items()},
                     budget_bytes=pool.max_blocks * pool.block_bytes,
                     theta=config.theta,
                     eager=config.eager,
                     spread=config.spread,
+                    densify=config.densify,
                     least_alpha=config.least_alpha,
                     reserve_bytes=self.kv.quantum_bytes,
                 )
             )
+            popularity = torch.zeros(*self.placement.tiers.shape, device=self.device)
+            self.decoder.popularity = popularity
+        if config.transfer == "auto":
+            links = measure_links(self.device) if config.profile is None else config.profile.links
         return Residency(
             store,
             self.kv,
             self.scheduler,
             self.budget,
             pool,
-            self.streamer.pending_plans,
             on_change=self.graphs.forget if self.graphs is not None else lambda: None,
             planner=planner,
             every=config.plan_every,
             grow_kv=config.grow_kv,
+            links=links,
+            popularity=popularity,
         )
 
     def _hint(self) -> str:
@@ -291,7 +302,7 @@ class Engine:
             checkpoint.experts(), "experts", total, disable=not self.config.progress, leave=False, unit="expert"
         )
         for layer, expert, gate_up, down in experts:
-            stored = layout.stored(Tier(self.placement.tiers[layer, expert]))
+            stored = self.store.stored(layer, expert)
             recipes = ops.pack_expert(gate_up, down, staging[stored], stored)
             self.store.put(layer, expert, staging[stored], recipes)
         self.store.seal()
@@ -342,6 +353,9 @@ class Engine:
         step = self.scheduler.schedule()
         self.kv.swap_out(step.swap_out)
         self.kv.swap_in(step.swap_in)
+        if self.states is not None:
+            self.states.swap_out(step.state_out)
+            self.states.swap_in(step.state_in)
         blocks_used = self.scheduler.blocks_used
         batch = build_batch(step, self.config.block_size)
         if self.graphs is not None and all(chunk.length == 1 and chunk.sample for chunk in step.chunks):
@@ -365,8 +379,8 @@ class Engine:
         self._counted = after
         if self.residency is not None:
             stall, load = (after.stall_ns - before.stall_ns) / 1e9, (after.transfer_ns - before.transfer_ns) / 1e9
-            times = (time.perf_counter() - started - stall, load)
-            self.residency.between_iterations(None if step.prefill_tokens else times)
+            compute = time.perf_counter() - started - stall
+            self.residency.between_iterations(Seen(compute, load, step.num_tokens, not step.prefill_tokens))
         self._iteration += 1
         return StepMetrics(
             iteration=self._iteration - 1,
@@ -388,11 +402,12 @@ class Engine:
         )
 
     def _forward(self, token_ids: Tensor, metadata: AttentionMetadata, logit_rows: Tensor) -> Tensor:
-        return self.decoder.forward(token_ids, metadata, self.kv, self.streamer, logit_rows, self.timeline)
+        return self.decoder.forward(token_ids, metadata, self.kv, self.streamer, logit_rows, self.timeline, self.states)
 
     def held_bytes(self) -> dict[str, int]:
         """What the parts really hold on the device, line by line, to be compared with the ledger."""
-        return {
+        states = {} if self.states is None else {"states": self.states.nbytes}
+        return states | {
             "non_expert_weights": self.decoder.nbytes,
             "resident_experts": self.store.tier_bytes(Tier.RESIDENT),
             "packed_experts": self.store.tier_bytes(Tier.PACKED),

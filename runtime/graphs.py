@@ -3,8 +3,9 @@
 A step of B sequences, one token each, is padded to the next of a few batch sizes and copied into static buffers by
 one transfer. A graph belongs to (padded batch, phase of the streamer): in another phase layers lie in other slots.
 The first step of a key runs eagerly, which also compiles its kernels; the second is captured, and replayed from then
-on. Padding is a sequence without context whose token has slot -1: it writes no KV, reaches no expert, and its logits
-are dropped. Expert loads are nodes of the graph (CudaStreamer.capture), so a step needs nothing of the host.
+on. Padding is a sequence without context whose token has slot -1: it writes no KV, reaches no expert, leaves its state
+in a slot that no sequence has, and its logits are dropped. Expert loads are nodes of the graph (CudaStreamer.capture),
+so a step needs nothing of the host.
 """
 
 from __future__ import annotations
@@ -58,8 +59,10 @@ def capture_cuda(work: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
 class StepBuffers:
     """The tensors of one padded decode step, as views of one buffer on the device that one copy fills."""
 
-    def __init__(self, batch: int, max_blocks: int, block_size: int, device: torch.device) -> None:
-        self.batch = batch
+    def __init__(
+        self, batch: int, max_blocks: int, block_size: int, device: torch.device, spare_state: int = 0
+    ) -> None:
+        self.batch, self._spare_state = batch, spare_state
         shapes = {
             "token_ids": (torch.int64, (batch,)),
             "slot_mapping": (torch.int64, (batch,)),
@@ -67,6 +70,7 @@ class StepBuffers:
             "positions": (torch.int32, (batch,)),
             "context_lens": (torch.int32, (batch,)),
             "query_start": (torch.int32, (batch + 1,)),
+            "state_slots": (torch.int32, (batch,)),
             "num_tokens": (torch.int32, (1,)),
             "block_table": (torch.int32, (batch, max_blocks)),
         }
@@ -104,6 +108,7 @@ class StepBuffers:
         fields["positions"].zero_()[:count] = meta.positions
         fields["context_lens"].zero_()[:count] = meta.context_lens
         fields["slot_mapping"].fill_(-1)[:count] = meta.slot_mapping
+        fields["state_slots"].fill_(self._spare_state)[:count] = meta.state_slots
         fields["num_tokens"].fill_(count)
         fields["block_table"][:count, : meta.block_table.shape[1]] = meta.block_table
         self._device.copy_(self._host, non_blocking=True)
@@ -133,7 +138,7 @@ class DecodeGraphs:
     ) -> None:
         self._forward, self._streamer, self._capture = forward, streamer, capture
         self._sizes = batch_sizes(max_batch)
-        self._make = lambda batch: StepBuffers(batch, max_blocks, block_size, device)
+        self._make = lambda batch: StepBuffers(batch, max_blocks, block_size, device, spare_state=max_batch)
         self._buffers: dict[int, StepBuffers] = {}
         self._graphs: dict[tuple[int, int], _Captured | None] = {}
         self.replays = 0

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .placement import Tier
+from .planner import Links
 
 _SHIPPED = Path(__file__).resolve().parent / "profiles"
 _PROBE_BYTES = 128 << 20
@@ -83,6 +84,12 @@ class HardwareProfile:
         """Bytes/s from the host to one device while all of them copy."""
         shared = self.host_link_shared / self.num_devices if self.host_link_shared else self.host_bandwidth
         return min(self.host_bandwidth, shared)
+
+    @property
+    def links(self) -> Links:
+        """What the planner weighs whole against on-demand transfer with."""
+        share = self.host_bandwidth_each / self.host_bandwidth
+        return Links(self.host_bandwidth_each, share * self.kernel_host_bandwidth)
 
     def bandwidths(self, packed: str | None = None) -> dict[Tier, float]:
         """For `placement.place`: bytes/s of bf16 at which each tier delivers a layer.
@@ -161,6 +168,17 @@ def measure_bandwidths(device: torch.device) -> dict[Tier, float]:
         Tier.RESIDENT: _PROBE_BYTES / best_seconds(lambda: source.sum(), device),
         Tier.HOST: _PROBE_BYTES / best_seconds(lambda: target.copy_(host, non_blocking=True), device),
     }
+
+
+def measure_links(device: torch.device) -> Links:
+    """Copies from host memory, and reads of it in place, in a fraction of a second."""
+    copy = measure_bandwidths(device)
+    if device.type == "cpu":
+        return Links(copy[Tier.HOST], copy[Tier.RESIDENT])
+    # Imported where it is used: triton exists on few platforms.
+    from fluxmoe.kernels.host_read import read_bandwidth
+
+    return Links(copy[Tier.HOST], read_bandwidth(_PROBE_BYTES))
 
 
 def best_seconds(work, device: torch.device, repeats: int = _REPEATS) -> float:

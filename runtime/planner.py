@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -71,12 +72,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """expert_bytes: device bytes of an expert by tier (HOST: 0). budget_bytes: for experts and KV together.
+    """expert_bytes: device bytes of an expert in each device tier that it may have; budget_bytes: for experts and KV.
 
     theta: lower end of the dead zone; step: experts a layer in one decision; spread: over all layers, or from the last
-    ones; eager: lower α whenever ρ > 1, as the paper does, or only when KV is wanted; dense: whether experts may become
-    dense; smoothing: weight of the newest ρ; settle: decisions skipped after a move; reserve_bytes: kept free beside
-    KV when experts come back; least_alpha: never less on the device.
+    ones; eager: lower α whenever ρ > 1, as the paper does, or only when KV is wanted; densify: whether packed experts
+    become dense where memory is idle; smoothing: weight of the newest ρ; settle: decisions skipped after a move;
+    reserve_bytes: kept free beside KV when experts come back; least_alpha: never less on the device.
     """
 
     expert_bytes: Mapping[Tier, int]
@@ -85,7 +86,7 @@ class PlannerConfig:
     step: int = 1
     spread: bool = True
     eager: bool = False
-    dense: bool = False
+    densify: bool = False
     smoothing: float = 0.5
     settle: int = 2
     reserve_bytes: int = 0
@@ -102,8 +103,8 @@ class PlannerConfig:
             )
         if not 0 <= self.least_alpha <= 1:
             raise PlannerError(f"least_alpha is a share of experts, from 0 to 1; got {self.least_alpha}")
-        if lacking := [tier.name for tier in DEVICE_TIERS if tier not in self.expert_bytes]:
-            raise PlannerError(f"expert_bytes lacks tier {lacking[0]}")
+        if not self.expert_bytes or not self.expert_bytes.keys() <= set(DEVICE_TIERS):
+            raise PlannerError("expert_bytes must name device tiers, at least one: RESIDENT, PACKED")
 
 
 @dataclass
@@ -118,7 +119,7 @@ class Planner:
 
     def bytes_of(self, tiers: np.ndarray) -> int:
         """Device bytes of all experts."""
-        return sum(int((tiers == tier).sum()) * self.config.expert_bytes[tier] for tier in DEVICE_TIERS)
+        return sum(int((tiers == tier).sum()) * each for tier, each in self.config.expert_bytes.items())
 
     def decide(self, tiers: np.ndarray, seen: Observation, popularity: np.ndarray | None = None) -> Plan:
         """The plan for experts in `tiers`, int8 [L, E].
@@ -195,7 +196,7 @@ class Planner:
         return int((tiers == Tier.HOST).sum()) + _to_host(moves) >= host and seen.compute_s < 1.1 * compute_s
 
     def _least_bytes(self, tiers: np.ndarray) -> int:
-        cheapest = min(self.config.expert_bytes[tier] for tier in DEVICE_TIERS)
+        cheapest = min(self.config.expert_bytes.values())
         return math.ceil(self.config.least_alpha * tiers.size) * cheapest
 
     def _shrink(self, tiers: np.ndarray, excess: int, popularity: np.ndarray | None) -> tuple[Move, ...]:
@@ -249,10 +250,11 @@ class Planner:
 
     def _ladder(self, down: bool) -> list[tuple[Tier, Tier]]:
         """Which tiers give and take, in order: dense experts are packed before packed ones leave."""
+        chain = [tier for tier in (Tier.RESIDENT, Tier.PACKED) if tier in self.config.expert_bytes] + [Tier.HOST]
         if down:
-            return [(Tier.RESIDENT, Tier.PACKED), (Tier.PACKED, Tier.HOST)]
-        up = [(Tier.HOST, Tier.PACKED)]
-        return [*up, (Tier.PACKED, Tier.RESIDENT)] if self.config.dense else up
+            return list(pairwise(chain))
+        ups = list(pairwise(chain[::-1]))
+        return ups if self.config.densify else ups[:1]
 
     @staticmethod
     def _ranked(layer: int, members: np.ndarray, popularity: np.ndarray | None) -> np.ndarray:
@@ -266,24 +268,38 @@ def _to_host(moves: tuple[Move, ...]) -> int:
     return sum(move.target == Tier.HOST for move in moves)
 
 
-def distinct_experts(tokens: int, probabilities: np.ndarray) -> float:
+def distinct_experts(tokens: float, probabilities: np.ndarray) -> float:
     """Expected number of experts that `tokens` reach: Σ 1 - (1 - p_e)^tokens; p_e: chance that a token chooses e."""
     return float((1 - (1 - np.clip(probabilities, 0, 1)) ** tokens).sum())
 
 
-def choose_transfer(
-    host_probabilities: np.ndarray, tokens: int, expert_bytes: int, copy_bandwidth: float, read_bandwidth: float,
-    hidden_s: float,
-) -> str:  # fmt: skip
-    """`whole` or `on_demand`: how a layer's host experts should reach its kernels.
+@dataclass(frozen=True)
+class Links:
+    """Bytes/s between host and device: copies, and kernels that read host memory in place."""
 
-    whole: all of them are copied before the router is known, at copy_bandwidth, and hidden_s of that costs nothing.
-    on_demand: only routed ones cross, after the router, read in place at read_bandwidth; nothing of that is hidden.
-    host_probabilities: chance of each host expert to be chosen by a token (uniform: top_k / E).
+    copy: float
+    read: float
+
+
+def transfer_costs(
+    host: np.ndarray, probabilities: np.ndarray, tokens: float, expert_bytes: int, links: Links, compute_s: float
+) -> tuple[float, float]:
+    """Seconds that a pass loses to its host experts: (whole, on_demand).
+
+    whole: all of them are copied before the router is known, and compute_s of that is hidden. on_demand: only those
+    that one of `tokens` was routed to cross, after the router, and nothing of that is hidden.
+    host bool [L, E]; probabilities [L, E]: the chance that a token chooses the expert (uniform: top_k / E).
     """
-    whole_s = max(0.0, len(host_probabilities) * expert_bytes / copy_bandwidth - hidden_s)
-    on_demand_s = distinct_experts(tokens, host_probabilities) * expert_bytes / read_bandwidth
-    return "on_demand" if on_demand_s < whole_s else "whole"
+    whole_s = max(0.0, int(host.sum()) * expert_bytes / links.copy - compute_s)
+    return whole_s, distinct_experts(tokens, probabilities[host]) * expert_bytes / links.read
+
+
+def choose_transfer(costs: tuple[float, float], current: str, margin: float = 0.1) -> str:
+    """`whole` or `on_demand`, whichever costs less; the current one unless the other saves `margin` of its cost."""
+    whole_s, on_demand_s = costs
+    if current == "whole":
+        return "on_demand" if on_demand_s < (1 - margin) * whole_s else "whole"
+    return "whole" if whole_s < (1 - margin) * on_demand_s else "on_demand"
 
 
 def knee(compute_s: float, layer_bytes: float, layers: int, host_bandwidth: float) -> float:

@@ -121,6 +121,7 @@ class Sequence:
     num_computed     tokens whose K and V are in the cache: a prefix of token_ids
     block_ids        device blocks in token order: position p lies in block_ids[p // block_size]
     host_block_ids   the same for a swapped sequence, covering num_computed tokens
+    state_slot       where layers with a recurrent state keep this sequence's, while it runs
     order            rank of arrival (order of `Scheduler.add`)
     """
 
@@ -132,6 +133,7 @@ class Sequence:
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
     host_block_ids: list[int] = field(default_factory=list)
+    state_slot: int | None = None
     state: SequenceState = SequenceState.WAITING
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None

@@ -51,6 +51,8 @@ class Step:
     chunks          never empty
     swap_out        (device block, host block), to be copied before everything else
     swap_in         (host block, device block), to be copied before the forward pass
+    state_out       (state slot, order of the sequence), likewise of recurrent states
+    state_in        (order of the sequence, state slot)
     num_preempted   sequences that lost their device blocks in this step, by either way
     prefill_tokens  tokens of prompts, and of what a preempted sequence computes again
     decode_tokens   tokens that were sampled in the step before
@@ -59,6 +61,8 @@ class Step:
     chunks: list[Chunk] = field(default_factory=list)
     swap_out: list[tuple[int, int]] = field(default_factory=list)
     swap_in: list[tuple[int, int]] = field(default_factory=list)
+    state_out: list[tuple[int, int]] = field(default_factory=list)
+    state_in: list[tuple[int, int]] = field(default_factory=list)
     num_preempted: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
@@ -123,6 +127,7 @@ class Scheduler:
         self._eos = frozenset(eos_token_ids)
         self._device = BlockAllocator(num_blocks)
         self._host = BlockAllocator(host_blocks)
+        self._states = BlockAllocator(max_batch)
         # All three are in order of arrival; what waits again after a preemption is ahead of what never ran.
         self._running: list[Sequence] = []
         self._swapped: deque[Sequence] = deque()
@@ -285,7 +290,9 @@ class Scheduler:
                 return
             queue.popleft()
             sequence.block_ids = self._device.allocate(needed)
+            (sequence.state_slot,) = self._states.allocate(1)
             if sequence.host_block_ids:
+                step.state_in.append((sequence.order, sequence.state_slot))
                 step.swap_in += zip(sequence.host_block_ids, sequence.block_ids, strict=False)
                 self._host.free(sequence.host_block_ids)
                 sequence.host_block_ids = []
@@ -306,6 +313,7 @@ class Scheduler:
         if self.preemption == "swap" and filled <= self._host.num_free:
             sequence.host_block_ids = self._host.allocate(filled)
             step.swap_out += zip(sequence.block_ids, sequence.host_block_ids, strict=False)
+            step.state_out.append((sequence.state_slot, sequence.order))
             sequence.state = SequenceState.SWAPPED
             queue = self._swapped
         else:
@@ -317,12 +325,14 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self._device.free(sequence.block_ids)
-        sequence.block_ids = []
+        self._states.free([sequence.state_slot])
+        sequence.block_ids, sequence.state_slot = [], None
 
     def check_integrity(self) -> None:
         """AssertionError unless every block has one owner or is free, and every sequence is what its queue says."""
         self._device.check_integrity(b for s in self._running for b in s.block_ids)
         self._host.check_integrity(b for s in self._swapped for b in s.host_block_ids)
+        self._states.check_integrity(s.state_slot for s in self._running)
         assert len(self._running) <= self.max_batch, f"{len(self._running)} sequences run, limit {self.max_batch}"
         queues = (
             (self._running, SequenceState.RUNNING),

@@ -88,7 +88,7 @@ class ExpertStore:
     goes (default: the system's temporary directory).
     """
 
-    # Whether experts may change tier while serving (residency.MovingStore).
+    # Whether experts may change tier while serving (moving_store.MovingStore).
     moves = False
 
     def __init__(
@@ -124,8 +124,8 @@ class ExpertStore:
             self._open_spill(Path(disk_dir or tempfile.gettempdir()))
         self._missing = {(i, e) for i in layers for e in range(layout.num_experts)}
         self.plans = [self._plan(i) for i in layers]
-        # Counts changes of addresses or plans: tables of an older epoch are made again.
-        self.epoch = 0
+        # By layer, counts changes of addresses or plans: tables of an older epoch are made again.
+        self.epochs = [0] * layout.num_layers
 
     def _plan(self, layer: int) -> LayerPlan:
         places = (self.layout.slot_places(layer, 0), self.layout.slot_places(layer, 1))
@@ -184,6 +184,10 @@ class ExpertStore:
     def tier_bytes(self, tier: Tier) -> int:
         """Bytes that a tier in memory holds."""
         return sum(arena.nbytes for pair in self._arenas[tier] for arena in pair)
+
+    def stored(self, layer: int, expert: int) -> str:
+        """The format in which `put` wants an expert."""
+        return self.layout.stored(Tier(self.layout.placement.tiers[layer, expert]))
 
     def put(self, layer: int, expert: int, blocks: Sequence[Tensor], recipes: Recipes = (None, None)) -> None:
         """Store one expert: its (gate/up, down) uint8 blocks, in host memory, in the format of its tier. Each once."""

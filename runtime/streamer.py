@@ -141,22 +141,17 @@ class Streamer:
             with self._planning:
                 self._plans = {j: plan for j, plan in self._plans.items() if j > job}
 
-    def pending_plans(self, layer: int) -> list[LayerPlan]:
-        """Plans of loads of `layer` that were begun and are not read to the end."""
-        with self._planning:
-            return [plan for plan in self._plans.values() if plan.layer == layer]
-
     def _table(self, plan: LayerPlan, slot: int) -> ExpertTable:
         """Addresses of the layer's experts while it is in `slot` (-1: no expert streams); made again when they move."""
         key = (plan.layer, slot)
         known = self._tables.get(key)
-        if known is None or known[0] is not plan or known[1] != self.store.epoch:
+        if known is None or known[0] is not plan or known[1] != self.store.epochs[plan.layer]:
             blocks = self.store.blocks_in_place(plan.layer)
             if slot >= 0:
                 blocks |= self.store.slot_blocks(plan, self._slots[slot])
             ordered = [blocks[expert] for expert in sorted(blocks)]
             pairs, formats = [block.pair for block in ordered], [block.table_format for block in ordered]
-            known = plan, self.store.epoch, ExpertTable.from_blocks(pairs, self.store.device, formats)
+            known = plan, self.store.epochs[plan.layer], ExpertTable.from_blocks(pairs, self.store.device, formats)
             self._tables[key] = known
         return known[2]
 

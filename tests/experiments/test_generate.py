@@ -210,4 +210,4 @@ def test_formats_that_cannot_move_are_one_line(model_dir, capsys):
         capsys, "--model", model_dir, "--prompt", "x", "--max-new-tokens", 2, "--device", "cpu", "--placement",
         "disk", "--adaptive",
     )  # fmt: skip
-    assert "no disk" in message
+    assert "without disk" in message

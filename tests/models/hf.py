@@ -23,6 +23,16 @@ _ARCHS = {
             norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
         ),
     ),
+    "qwen3_next": (
+        "Qwen3Next",
+        dict(
+            num_hidden_layers=4, moe_intermediate_size=24, shared_expert_intermediate_size=20, intermediate_size=64,
+            num_experts=7, num_experts_per_tok=3, head_dim=20, norm_topk_prob=True, decoder_sparse_step=1,
+            mlp_only_layers=[], linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=12,
+            linear_value_head_dim=10, linear_conv_kernel_dim=4,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.4},
+        ),
+    ),
     "olmoe": ("Olmoe", dict(intermediate_size=24, num_experts=6, num_experts_per_tok=4, norm_topk_prob=False)),
 }  # fmt: skip
 

@@ -24,11 +24,18 @@ OWN = {
     "mixtral": {"num_local_experts": 4, "intermediate_size": 32},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32},
     "olmoe": {"num_experts": 4, "intermediate_size": 32},
+    "qwen3_next": {
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
 }
 CLASSES = {
     "mixtral": transformers.MixtralConfig,
     "qwen3_moe": transformers.Qwen3MoeConfig,
     "olmoe": transformers.OlmoeConfig,
+    "qwen3_next": transformers.Qwen3NextConfig,
 }
 
 
@@ -98,6 +105,20 @@ def test_norm_topk_prob_when_left_out(arch, expected, tmp_path):
     assert load_config(write(tmp_path, arch)).norm_topk_prob is expected
 
 
+def test_qwen3_next_is_read_as_transformers_reads_it(tmp_path):
+    """Without layer_types every fourth layer attends; KV exists there alone."""
+    write(tmp_path, "qwen3_next", num_hidden_layers=8, layer_types=None, full_attention_interval=4)
+    theirs = transformers.Qwen3NextConfig(**json.loads((tmp_path / "config.json").read_text()))
+    ours = load_config(tmp_path)
+    kinds = ["linear_attention" if i in ours.delta_layers else "full_attention" for i in range(8)]
+    assert kinds == theirs.layer_types
+    assert ours.rotary_dim == theirs.head_dim * theirs.rope_parameters["partial_rotary_factor"] == 2
+    assert ours.delta.value_heads == theirs.linear_num_value_heads
+    assert ours.shared_intermediate_size == theirs.shared_expert_intermediate_size
+    assert ours.kv_bytes_per_token == 2 * 2 * ours.num_kv_heads * 8 * 2
+    assert ours.state_bytes_per_sequence == 6 * (32 * 128 * 128 * 4 + 3 * (2 * 16 * 128 + 32 * 128) * 2)
+
+
 def test_top_level_original_length_has_priority(tmp_path):
     write(
         tmp_path,
@@ -152,6 +173,16 @@ def test_sizes_count_what_is_stored(tmp_path):
         ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
         ("qwen3_moe", {"use_sliding_window": 1}, "use_sliding_window must be true or false"),
         ("qwen3_moe", {"attention_bias": "yes"}, "attention_bias must be true or false"),
+        ("qwen3_next", {"mlp_only_layers": [1]}, "mlp_only_layers"),
+        ("qwen3_next", {"attention_bias": True}, "attention_bias"),
+        ("qwen3_next", {"layer_types": ["linear_attention"] * 2}, "at least one layer of full attention"),
+        ("qwen3_next", {"layer_types": ["full_attention"]}, "for each of 2 layers"),
+        ("qwen3_next", {"layer_types": ["full_attention", "sliding"]}, "linear_attention or full_attention"),
+        ("qwen3_next", {"partial_rotary_factor": 1.5}, "partial_rotary_factor"),
+        ("qwen3_next", {"partial_rotary_factor": 0.4}, "3 of 8 dimensions"),
+        ("qwen3_next", {"linear_num_value_heads": 24}, "24 value heads cannot share 16 key heads"),
+        ("qwen3_next", {"linear_conv_kernel_dim": 1}, "taps"),
+        ("qwen3_next", {"shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size"),
         ("olmoe", {"norm_topk_prob": 0}, "norm_topk_prob must be true or false"),
         ("olmoe", {"clip_qkv": "x"}, "clip_qkv"),
         ("olmoe", {"clip_qkv": -1.0}, "clip_qkv"),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fluxmoe.models.config import ConfigError, RopeScaling
-from fluxmoe.models.rope import rope_tables
+from fluxmoe.models.rope import rope_tables, rotary_order
 from transformers import Qwen3MoeConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -17,7 +17,7 @@ ORIGINAL = {"original_max_position_embeddings": 256}
 def ours(kind, params, head_dim=64, positions=1024):
     scaling = None if kind == "default" else RopeScaling(kind, params)
     config = SimpleNamespace(
-        head_dim=head_dim, rope_theta=1e5, rope_scaling=scaling, max_position_embeddings=1024
+        head_dim=head_dim, rotary_dim=None, rope_theta=1e5, rope_scaling=scaling, max_position_embeddings=1024
     )  # fmt: skip
     return rope_tables(config, positions)
 
@@ -81,3 +81,26 @@ def test_default_is_the_definition():
 def test_unknown_or_incomplete_scaling_is_an_error(kind, params, match):
     with pytest.raises(ConfigError, match=match):
         ours(kind, params)
+
+
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(8, 2), (20, 8), (16, 16), (64, 16)])
+def test_a_part_of_each_head_rotates(head_dim, rotary_dim):
+    """Our halves, on reordered rows, give the products of q and k that a partly rotated head gives."""
+    config = SimpleNamespace(head_dim=head_dim, rotary_dim=rotary_dim, rope_theta=1e4, rope_scaling=None)
+    cos, sin = rope_tables(config, 40)
+    assert cos.shape == sin.shape == (40, head_dim // 2)
+    order = rotary_order(head_dim, rotary_dim)
+    assert sorted(order.tolist()) == list(range(head_dim))
+    angles = 1e4 ** (-torch.arange(0, rotary_dim, 2) / rotary_dim)
+
+    def theirs(x, position):
+        a, b = x[: rotary_dim // 2], x[rotary_dim // 2 : rotary_dim]
+        c, s = (position * angles).cos(), (position * angles).sin()
+        return torch.cat([a * c - b * s, b * c + a * s, x[rotary_dim:]])
+
+    def ours_at(x, position):
+        a, b = x[order].chunk(2)
+        return torch.cat([a * cos[position] - b * sin[position], b * cos[position] + a * sin[position]])
+
+    for q, k, i, j in ((torch.randn(head_dim), torch.randn(head_dim), 3, 39), (torch.ones(head_dim),) * 2 + (7, 7)):
+        torch.testing.assert_close(ours_at(q, i) @ ours_at(k, j), theirs(q, i) @ theirs(k, j), rtol=1e-4, atol=1e-4)

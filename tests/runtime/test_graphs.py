@@ -25,7 +25,13 @@ def decode_step(count: int, blocks: int = 2) -> Batch:
     return Batch(
         torch.arange(100, 100 + count),
         AttentionMetadata(
-            torch.arange(count + 1, dtype=torch.int32), order + 1, table, order, table[:, 0].long() * 16, 16
+            torch.arange(count + 1, dtype=torch.int32),
+            order + 1,
+            table,
+            order,
+            table[:, 0].long() * 16,
+            16,
+            state_slots=order.flip(0),
         ),
         torch.arange(count),
     )
@@ -80,7 +86,7 @@ def test_batch_sizes_cover_every_batch():
 
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_a_step_is_padded_with_what_touches_nothing(count):
-    buffers = StepBuffers(8, 4, 16, CPU)
+    buffers = StepBuffers(8, 4, 16, CPU, spare_state=77)
     buffers.fill(decode_step(8))
     step = decode_step(count)
     buffers.fill(step)
@@ -91,6 +97,7 @@ def test_a_step_is_padded_with_what_touches_nothing(count):
     assert meta.context_lens.tolist() == step.metadata.context_lens.tolist() + [0] * (8 - count)
     assert meta.query_start.tolist() == list(range(9))
     assert meta.num_tokens.tolist() == [count]
+    assert meta.state_slots.tolist() == step.metadata.state_slots.tolist() + [77] * (8 - count)
     assert buffers.logit_rows.tolist() == list(range(8))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fluxmoe.runtime.placement import Tier, place
 from fluxmoe.runtime.planner import (
+    Links,
     Observation,
     Planner,
     PlannerConfig,
@@ -17,6 +18,7 @@ from fluxmoe.runtime.planner import (
     choose_transfer,
     distinct_experts,
     knee,
+    transfer_costs,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,8 +58,8 @@ SEEN = st.builds(Observation, st.floats(0.001, 10), st.floats(0, 10), st.integer
 
 
 @given(TIERS, SEEN, st.integers(0, 1200), st.booleans(), st.booleans(), st.booleans(), st.integers(1, 3))
-def test_no_plan_passes_the_hard_limit(tiers, seen, budget, spread, eager, dense, step):
-    planner = Planner(config(budget, spread=spread, eager=eager, dense=dense, step=step))
+def test_no_plan_passes_the_hard_limit(tiers, seen, budget, spread, eager, densify, step):
+    planner = Planner(config(budget, spread=spread, eager=eager, densify=densify, step=step))
     room = budget - seen.kv_used_bytes
     if room < 0:
         with pytest.raises(PlannerError, match="preempt requests"):
@@ -143,11 +145,11 @@ def test_it_converges_to_the_knee_and_stays_under_noise(layers, experts, full_lo
 
 def test_experts_come_back_when_memory_is_idle():
     tiers = place("host", 3, 4).tiers
-    planner = Planner(config(12 * DENSE, dense=True))
+    planner = Planner(config(12 * DENSE, densify=True))
     for _ in range(20):
         tiers = applied(tiers, planner.decide(tiers, Observation(1.0, 0.5, 0, 0)))
     assert (tiers == Tier.RESIDENT).all()
-    planner = Planner(config(12 * DENSE, dense=True, reserve_bytes=6 * DENSE))
+    planner = Planner(config(12 * DENSE, densify=True, reserve_bytes=6 * DENSE))
     tiers = place("host", 3, 4).tiers
     for _ in range(20):
         tiers = applied(tiers, planner.decide(tiers, Observation(1.0, 0.5, 0, 0)))
@@ -211,7 +213,8 @@ def test_least_alpha_is_kept():
         ({"step": 0}, "at least 1 expert"),
         ({"smoothing": 0}, "newest value"),
         ({"least_alpha": 2}, "share of experts"),
-        ({"expert_bytes": {Tier.RESIDENT: 1}}, "lacks tier PACKED"),
+        ({"expert_bytes": {}}, "at least one"),
+        ({"expert_bytes": {Tier.HOST: 1}}, "must name device tiers"),
     ],
 )
 def test_settings_that_cannot_be_meant(change, match):
@@ -227,11 +230,27 @@ def test_distinct_experts_of_uniform_routing(tokens, experts, top_k):
 
 
 def test_few_tokens_read_on_demand_and_many_stream_whole():
-    host = np.full(64, 8 / 128)
-    common = dict(expert_bytes=10**7, copy_bandwidth=50e9, read_bandwidth=35e9)
-    assert choose_transfer(host, 1, hidden_s=0.001, **common) == "on_demand"
-    assert choose_transfer(host, 256, hidden_s=0.001, **common) == "whole"
-    assert choose_transfer(host, 1, hidden_s=1.0, **common) == "whole"
+    host = np.zeros((4, 128), dtype=bool)
+    host[:, 64:] = True
+    uniform, links = np.full((4, 128), 8 / 128), Links(copy=50e9, read=35e9)
+
+    def chosen(tokens, compute_s, current="whole"):
+        return choose_transfer(transfer_costs(host, uniform, tokens, 10**7, links, compute_s), current)
+
+    assert chosen(1, 0.004) == "on_demand"
+    assert chosen(256, 0.004) == "whole"
+    assert chosen(1, 1.0) == "whole"  # the copies hide
+    # Where one is hardly better, what is stays.
+    assert {chosen(t, 0.0, "whole") for t in range(1, 64)} == {"whole", "on_demand"}
+    for tokens in range(1, 64):
+        if chosen(tokens, 0.0, "whole") == "on_demand":
+            assert chosen(tokens, 0.0, "on_demand") == "on_demand"
+
+
+def test_dense_stores_have_one_device_tier():
+    planner = Planner(config(4 * DENSE, expert_bytes={Tier.RESIDENT: DENSE}))
+    plan = planner.decide(place("resident", 2, 2).tiers, Observation(1, 0, 4 * DENSE, 10**9), None)
+    assert {(m.source, m.target) for m in plan.moves} == {(Tier.RESIDENT, Tier.HOST)}
 
 
 def test_knee():

@@ -9,80 +9,86 @@ import numpy as np
 import pytest
 import torch
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.kernels.expert_table import TABLE_FORMATS
 from fluxmoe.runtime.budget import BudgetError
 from fluxmoe.runtime.engine import Engine, EngineConfig
+from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.layout import ExpertFormats, ExpertLayout
+from fluxmoe.runtime.moving_store import MovingStore
 from fluxmoe.runtime.placement import Tier, place
-from fluxmoe.runtime.planner import Move
+from fluxmoe.runtime.planner import Move, Plan
 from fluxmoe.runtime.region import MemfdPool, RegionError
 from fluxmoe.runtime.request import Request, SamplingParams
-from fluxmoe.runtime.residency import MovingStore
 from fluxmoe.runtime.store import StoreError
 from fluxmoe.runtime.streamer import ThreadStreamer
 
-from .test_store import CPU, FUSED, SIZES, block_of
+from .test_store import CPU, FUSED, SIZES, block_of, decode
 
 LAYERS, EXPERTS = 5, 6
 PACKED = ExpertFormats("planar12", "planar12")
 
 
-def moving_store(placement, most_streamed=EXPERTS, pool=None) -> MovingStore:
-    layout = ExpertLayout(placement, SIZES, PACKED, FUSED)
-    store = MovingStore(layout, CPU, pool or MemfdPool(8 << 20), most_streamed)
+def moving_store(placement, most_streamed=EXPERTS, pool=None, formats=PACKED) -> MovingStore:
+    layout = ExpertLayout(placement, SIZES, formats, FUSED)
+    store = MovingStore(layout, CPU, pool or MemfdPool(8 << 20), most_streamed, decode)
     for layer in range(len(placement.tiers)):
         for expert in range(placement.tiers.shape[1]):
-            store.put(layer, expert, [block_of(layer, expert, d, "planar12") for d in (0, 1)])
+            blocks = [block_of(layer, expert, d, store.stored(layer, expert)) for d in (0, 1)]
+            store.put(layer, expert, blocks, ("recipe 0", "recipe 1"))
     store.seal()
     return store
 
 
 def check_pass(streamer, layers=LAYERS) -> None:
+    names = {number: name for name, number in TABLE_FORMATS.items()}
     for layer in range(layers):
         with streamer.layer(layer) as page:
             for d in (0, 1):
                 page.wait(d)
                 for expert, pair in enumerate(page.table.blocks):
-                    assert torch.equal(pair[d], block_of(layer, expert, d, "planar12")), (layer, expert, d)
+                    expected = block_of(layer, expert, d, names[page.table.formats[expert, d].item()])
+                    assert torch.equal(pair[d], expected), (layer, expert, d)
                     assert page.table.addresses[expert, d].item() == pair[d].data_ptr()
 
 
 @pytest.mark.parametrize("slots", [2, 3])
-def test_kernels_find_every_expert_after_any_moves(slots):
+@pytest.mark.parametrize("formats", [PACKED, ExpertFormats("planar12", "dense")])
+def test_kernels_find_every_expert_after_any_moves(slots, formats):
+    """Between the three tiers (two where the host's copies are dense), and whichever way host experts cross."""
     rng = random.Random(0)
-    store = moving_store(place("packed", LAYERS, EXPERTS))
+    begin = place("packed" if formats is PACKED else "resident", LAYERS, EXPERTS)
+    store = moving_store(begin, formats=formats)
     streamer = ThreadStreamer(store, slots, poison=True, delay=lambda layer, d: rng.choice([0, 0, 0.001]))
-    retired = []
-    for _ in range(40):
+    seen = set()
+    for _ in range(60):
         check_pass(streamer)
-        for where in list(retired):
-            plans = streamer.pending_plans(where[0])
-            if all(any(e == where[1] for e, _ in plan.streamed) for plan in plans):
-                store.release(*where)
-                retired.remove(where)
-        for _ in range(rng.randrange(4)):
+        if rng.random() < 0.2:
+            store.set_transfer("on_demand" if store.transfer == "whole" else "whole")
+        for _ in range(rng.randrange(5)):
             where = rng.randrange(LAYERS), rng.randrange(EXPERTS)
-            tier = store.layout.placement.tiers[where]
-            if tier == Tier.PACKED:
-                store.leave(*where)
-                retired.append(where)
-            elif where not in retired:
-                unit = store.reserve_unit()
+            source = Tier(store.layout.placement.tiers[where])
+            target = rng.choice([tier for tier in (Tier.HOST, *store.device_tiers) if tier != source])
+            if target is Tier.HOST:
+                store.leave(where)
+            elif target is Tier.PACKED or source is Tier.PACKED or formats is not PACKED:
+                unit = store.heaps[target].reserve()
                 if rng.random() < 0.3:
-                    store.cancel_unit(unit)
+                    store.land([], [(target, unit)])
                     continue
-                for target, source in store.copies(*where, unit):
-                    target.copy_(source)
-                store.arrived(*where, unit)
+                store.fetch(where, target, unit, lambda to, block: to.copy_(block))
+                store.land([(where, target, unit)])
+            seen.add((source, target))
         store.check_integrity()
+    assert len(seen) == (6 if formats is PACKED else 2)
     streamer.close()
     store.close()
 
 
 def test_stores_that_cannot_move_are_refused():
-    with pytest.raises(StoreError, match="no disk"):
+    with pytest.raises(StoreError, match="without disk"):
         moving_store(place("disk", 2, 3))
-    with pytest.raises(StoreError, match="no disk, no dense share"):
-        moving_store(place("balanced", 2, 4, alpha=0.5, dense=0.25, device_tier=Tier.PACKED))
+    with pytest.raises(StoreError, match="in host memory too"):
+        moving_store(place("packed", 2, 4), formats=ExpertFormats("planar12", "dense"))
     with pytest.raises(StoreError, match="give slots more room"):
         moving_store(place("host", 2, 4), most_streamed=3)
     layout = ExpertLayout(place("packed", 2, 3), SIZES, ExpertFormats("tiered", "tiered"), FUSED)
@@ -161,7 +167,7 @@ def test_kv_grows_into_what_experts_leave(model_dir, expected, preemption):
         tokens, steps = serve(engine, one_a_layer)
         after = engine.budget.lines()
         assert engine.residency.refused == []
-        assert engine.residency.applied["to host"] == 3 * LAYERS
+        assert engine.residency.applied["to HOST"] == 3 * LAYERS
     assert tokens == expected
     assert after["packed_experts"] < before["packed_experts"]
     assert after["kv_cache"] > before["kv_cache"]
@@ -177,7 +183,10 @@ def test_thousands_of_random_moves_under_load_with_failures(model_dir, expected)
         for _ in range(rng.randrange(12)):
             layer, expert = rng.randrange(LAYERS), rng.randrange(EXPERTS)
             tier = Tier(store.layout.placement.tiers[layer, expert])
-            moves.append(Move(layer, expert, tier, Tier.HOST if tier is Tier.PACKED else Tier.PACKED))
+            others = [target for target in (Tier.HOST, Tier.PACKED, Tier.RESIDENT) if target != tier]
+            moves.append(Move(layer, expert, tier, rng.choice(others)))
+        if rng.random() < 0.1:
+            store.set_transfer(rng.choice(["whole", "on_demand"]))
         engine.residency.request(moves)
         store.check_integrity()
 
@@ -202,7 +211,8 @@ def test_thousands_of_random_moves_under_load_with_failures(model_dir, expected)
             requested += 6 * len(steps)
             done += sum(engine.residency.applied.values())
             assert any("injected" in reason for reason in engine.residency.refused)
-    assert done > 200
+            assert {"to HOST", "to PACKED", "to RESIDENT"} <= engine.residency.applied.keys()
+    assert requested > done > 200
 
 
 def test_the_planner_gives_memory_to_kv_and_takes_it_back(model_dir, expected):
@@ -219,6 +229,60 @@ def test_the_planner_gives_memory_to_kv_and_takes_it_back(model_dir, expected):
     assert alphas[-1] > min(alphas), reasons
 
 
+def test_idle_memory_makes_experts_dense(model_dir, expected):
+    """With room for everything, all experts come from the host, become packed, then dense; the tokens stay."""
+    config = EngineConfig(
+        **COMMON, placement="host", expert_format="planar12", adaptive=True, densify=True, least_alpha=0.0,
+        plan_every=1, theta=0.01, preemption="swap",
+    )  # fmt: skip
+    with Engine(model_dir, config) as engine:
+        tokens, steps = serve(engine)
+        tiers, applied = engine.store.layout.placement.tiers, engine.residency.applied
+    assert tokens == expected
+    assert steps[0].device_experts == 0
+    assert steps[-1].device_experts == LAYERS * EXPERTS
+    assert applied["to PACKED"] == LAYERS * EXPERTS
+    assert applied["to RESIDENT"] == (tiers == Tier.RESIDENT).sum() > 0
+
+
+def test_the_planner_chooses_how_host_experts_cross(model_dir, expected):
+    """Links of which one is slow: host experts cross the other way, and the tokens stay."""
+    host = dict(name="x", device="cpu", num_devices=1, memory_bytes=1e9, host_memory_bytes=1e9, matmul_flops=1e9)
+    host |= dict(memory_bandwidth=1e9, disk_bandwidth=1e9)
+    for copy, read, chosen in ((1e3, 1e12, "on_demand"), (1e12, 1e3, "whole")):
+        config = EngineConfig(
+            **COMMON, placement="host", adaptive=True, least_alpha=0.0, transfer="auto", plan_every=2,
+            profile=HardwareProfile(**host, host_bandwidth=copy, kernel_host_bandwidth=read),
+        )  # fmt: skip
+        with Engine(model_dir, config) as engine:
+            engine.residency.planner.decide = lambda tiers, *rest: Plan((), "stay", 1.0)
+            tokens, steps = serve(engine)
+            assert engine.store.transfer == chosen
+        assert tokens == expected
+        assert (steps[-1].streamed_bytes == 0) == (chosen == "on_demand")
+
+
+def test_the_least_used_expert_of_each_layer_leaves_first(model_dir):
+    budget = tight_budget(model_dir, placement="packed", least_alpha=0.0)
+    shape = dict(placement="packed", least_alpha=0.0, budget_bytes=budget)
+    config = EngineConfig(**COMMON, **shape, adaptive=True, plan_every=4, theta=0.01)
+    with Engine(model_dir, config) as engine:
+        asked, decide = [], engine.residency.planner.decide
+
+        def spy(tiers, seen, popularity):
+            plan = decide(tiers, seen, popularity)
+            asked.append((tiers, popularity, plan))
+            return plan
+
+        engine.residency.planner.decide = spy
+        serve(engine)
+    tiers, popularity, plan = next(entry for entry in asked if entry[2].moves)
+    # What the router did, counted: top_k a token and layer.
+    assert len(set(popularity.sum(axis=1).tolist())) == 1
+    for move in plan.moves:
+        assert popularity[move.layer, move.expert] == popularity[move.layer][tiers[move.layer] == Tier.PACKED].min()
+
+
 def test_moves_that_cannot_be_made_leave_the_state(model_dir):
     budget = tight_budget(model_dir, placement="packed")
     config = EngineConfig(**COMMON, placement="packed", budget_bytes=budget, adaptive=True, planning=False)
@@ -233,9 +297,11 @@ def test_moves_that_cannot_be_made_leave_the_state(model_dir):
             ]
         )
         residency.between_iterations()
-        assert [reason.split(" is ")[0] for reason in residency.refused[:1]] == ["expert 0 of layer 0"]
-        assert "become DISK" in residency.refused[1]
-        assert "all that a slot holds" in residency.refused[2]
+        assert "expert 0 of layer 0 is packed" in " ".join(residency.refused)
+        # Those to the host are made first.
+        reasons = " ".join(residency.refused)
+        assert "cannot become on disk" in reasons
+        assert "all that a slot holds" in reasons
         assert len(residency.refused) == 4
         assert (engine.store.layout.placement.tiers != tiers).sum() == 3
         # Memory that the pool refuses: an expert that left stays away.
@@ -244,7 +310,7 @@ def test_moves_that_cannot_be_made_leave_the_state(model_dir):
         engine.pool.alloc = lambda: (_ for _ in ()).throw(RegionError("no memory today"))
         residency.request([Move(1, 0, Tier.HOST, Tier.PACKED)])
         residency.between_iterations()
-        assert "stays in host memory" in residency.refused[-1]
+        assert "stays in host memory: no memory today" in residency.refused[-1]
         engine.store.check_integrity()
 
 

@@ -1,0 +1,298 @@
+"""Experts that can change tier while serving: a heap of blocks for each device tier, and a copy of all in host memory.
+
+    HOST      every expert, in the format that the GEMM reads; pinned on CUDA
+    PACKED    a heap of such blocks on the device         (absent where the host's format is dense)
+    RESIDENT  a heap of dense blocks on the device
+
+A heap has no gaps: when an expert leaves, the last takes its place and the heap's end is unmapped, so that another
+region can have the memory. What changes is a layer's plan and its table, never a block that a kernel may be reading.
+
+An expert that has left the device streams from the next load of its layer on. For loads that were begun before, the
+table has its address in host memory: there kernels read it in place, once or twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from fluxmoe.kernels.expert_table import DOWN, GATE_UP, TABLE_FORMATS
+from fluxmoe.kernels.ops import Recipes
+from torch import Tensor
+
+from .layout import DENSE, ExpertLayout
+from .placement import DEVICE_TIERS, Placement, Tier
+from .region import BlockPool, GrowableRegion
+from .store import Block, ExpertStore, LayerPlan, StoreError, aligned_empty
+
+Where = tuple[int, int]
+Copy = Callable[[Tensor, Tensor], object]
+
+
+class ExpertHeap:
+    """At most `most` experts of one format, in units of equal size without gaps, in a region that grows and shrinks.
+
+    sizes, strides: bytes of the (GATE_UP, DOWN) blocks, and what they are rounded up to.
+    """
+
+    def __init__(self, pool: BlockPool, sizes: tuple[int, int], strides: tuple[int, int], most: int) -> None:
+        self._sizes, self._down_at, self.unit_bytes = sizes, strides[0], sum(strides)
+        self._region = GrowableRegion(pool.reserve(most * self.unit_bytes))
+        self._units = self._region.region.tensor(0, (most, self.unit_bytes), torch.uint8)
+        # None: reserved for an expert that is on its way.
+        self._owners: list[Where | None] = []
+        self._unit_of: dict[Where, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return self._region.nbytes
+
+    def __contains__(self, where: Where) -> bool:
+        return where in self._unit_of
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    def pair(self, unit: int) -> tuple[Tensor, Tensor]:
+        """The (gate/up, down) blocks of a unit."""
+        (gate_up, down), at = self._sizes, self._down_at
+        return self._units[unit][:gate_up], self._units[unit][at : at + down]
+
+    def pair_of(self, where: Where) -> tuple[Tensor, Tensor]:
+        return self.pair(self._unit_of[where])
+
+    def reserve(self) -> int:
+        """A unit at the end. RegionError when there is no memory."""
+        self._region.resize((len(self._owners) + 1) * self.unit_bytes)
+        self._owners.append(None)
+        return len(self._owners) - 1
+
+    def settle(self, unit: int, where: Where) -> None:
+        """A reserved unit holds the expert now."""
+        assert self._owners[unit] is None
+        self._owners[unit], self._unit_of[where] = where, unit
+
+    def cancel(self, unit: int) -> Where | None:
+        """Give up a reserved unit; returns the expert that moved into it."""
+        assert self._owners[unit] is None
+        return self._remove(unit)
+
+    def remove(self, where: Where) -> Where | None:
+        """Drop an expert; returns the one that moved into its unit."""
+        return self._remove(self._unit_of.pop(where))
+
+    def _remove(self, unit: int) -> Where | None:
+        last, moved = len(self._owners) - 1, None
+        if unit != last:
+            # On CUDA in the order of the compute stream: behind the kernels that read both units.
+            self._units[unit].copy_(self._units[last])
+            moved = self._owners[unit] = self._owners[last]
+            if moved is not None:
+                self._unit_of[moved] = unit
+        self._owners.pop()
+        if self._units.is_cuda:
+            torch.cuda.current_stream().synchronize()  # pages must not be unmapped under a kernel or copy
+        self._region.resize(len(self._owners) * self.unit_bytes)
+        return moved
+
+    def check_integrity(self, expected: set[Where]) -> None:
+        """AssertionError unless exactly the experts `expected` are here, and the heap holds no page in vain."""
+        assert self._unit_of == {owner: unit for unit, owner in enumerate(self._owners) if owner is not None}
+        assert self._unit_of.keys() == expected, "the heap and the placement differ"
+        pool = self._region.region.pool
+        assert self.nbytes == pool.pages(len(self._owners) * self.unit_bytes) * pool.block_bytes
+
+    def close(self) -> None:
+        self._region.region.close()
+
+
+class MovingStore(ExpertStore):
+    """An ExpertStore whose experts move between the device and host memory, where each has a copy.
+
+    layout: its HOST format is dense, or one that kernels read in place and that the PACKED tier has too. decode:
+    `Ops.decode_expert`, with which packed experts become dense. most_streamed: experts of a layer that a slot holds.
+    """
+
+    moves = True
+
+    def __init__(
+        self, layout: ExpertLayout, device: torch.device, pool: BlockPool, most_streamed: int,
+        decode: Callable[..., None] | None = None,
+    ) -> None:  # fmt: skip
+        tiers, stored = layout.placement.tiers, layout.stored(Tier.HOST)
+        if (tiers == Tier.DISK).any():
+            raise StoreError("experts that move need their copies in host memory; choose a placement without disk")
+        if layout.read(Tier.HOST) != stored or (layout.stored(Tier.PACKED) != stored != DENSE):
+            raise StoreError("experts that move have one format that the GEMM reads, in host memory, slots and device")
+        if stored == DENSE and (tiers == Tier.PACKED).any():
+            raise StoreError("experts that are compressed on the device and move are so in host memory too")
+        if tiers.size and (tiers == Tier.HOST).sum(axis=1).max() > most_streamed:
+            raise StoreError(f"more than {most_streamed} experts of a layer lie in host memory; give slots more room")
+        self.layout, self.device, self.decode = layout, device, decode
+        self.most_streamed, self.format = most_streamed, stored
+        self.device_tiers = (Tier.RESIDENT,) if stored == DENSE else (Tier.RESIDENT, Tier.PACKED)
+        pin = device.type == "cuda"
+        self._strides = self._both(stored)
+        self._host = [
+            tuple(aligned_empty(layout.num_experts * stride, torch.device("cpu"), pin) for stride in self._strides)
+            for _ in range(layout.num_layers)
+        ]
+        most = layout.num_layers * layout.num_experts
+        self.heaps = {
+            tier: ExpertHeap(pool, layout.sizes[layout.stored(tier)], self._both(layout.stored(tier)), most)
+            for tier in self.device_tiers
+        }
+        self._missing = {(i, e) for i in range(layout.num_layers) for e in range(layout.num_experts)}
+        self._recipes: dict[Where, Recipes] = {}
+        self._file = self._direct = None
+        self.disk_bytes, self.direct_io = 0, False
+        self.epochs = [0] * layout.num_layers
+        self.plans = [self._plan(i) for i in range(layout.num_layers)]
+
+    def _both(self, expert_format: str) -> tuple[int, int]:
+        return self.layout.stride(expert_format, GATE_UP), self.layout.stride(expert_format, DOWN)
+
+    # What an ExpertStore offers.
+
+    def _plan(self, layer: int) -> LayerPlan:
+        places = (self.layout.slot_places(layer, GATE_UP), self.layout.slot_places(layer, DOWN))
+        runs: tuple[list, list] = ([], [])
+        for d, stride in enumerate(self._strides):
+            first = previous = None
+            for expert in [*places[d], None]:
+                if previous is not None and expert != previous + 1:
+                    source = self._host[layer][d][first * stride : (previous + 1) * stride]
+                    runs[d].append((source, places[d][first][0]))
+                    first = None
+                first, previous = (expert if first is None else first), expert
+        return LayerPlan(layer, tuple(self.layout.streamed(layer)), places, runs)
+
+    def slot_bytes(self, tensor_type: int) -> int:
+        return self.most_streamed * self._strides[tensor_type]
+
+    def tier_bytes(self, tier: Tier) -> int:
+        if tier is Tier.HOST:
+            return sum(arena.nbytes for pair in self._host for arena in pair)
+        return self.heaps[tier].nbytes if tier in self.heaps else 0
+
+    def stored(self, layer: int, expert: int) -> str:
+        return self.format
+
+    def put(self, layer: int, expert: int, blocks: Iterable[Tensor], recipes: Recipes = (None, None)) -> None:
+        """Store one expert, its blocks in the host's format."""
+        where, tier = (layer, expert), Tier(self.layout.placement.tiers[layer, expert])
+        assert where in self._missing, f"expert {expert} of layer {layer} is stored already or does not exist"
+        host = self._host_pair(where)
+        for target, block in zip(host, blocks, strict=True):
+            target.copy_(block)
+        self._recipes[where] = recipes
+        if tier in self.heaps:
+            heap = self.heaps[tier]
+            unit = heap.reserve()
+            for d, (target, source) in enumerate(zip(heap.pair(unit), host, strict=True)):
+                if self.layout.stored(tier) == self.format:
+                    target.copy_(source)
+                else:
+                    self.decode(self.format, d, source.to(self.device), target, recipes[d])
+            heap.settle(unit, where)
+        self._missing.remove(where)
+
+    def _host_pair(self, where: Where) -> tuple[Tensor, Tensor]:
+        layer, expert = where
+        gate_up, down = (
+            arena[expert * stride : expert * stride + size]
+            for arena, stride, size in zip(
+                self._host[layer], self._strides, self.layout.sizes[self.format], strict=True
+            )
+        )
+        return gate_up, down
+
+    def blocks_in_place(self, layer: int) -> dict[int, Block]:
+        """Blocks of all experts, those that are not on the device in host memory: a slot's take precedence."""
+        blocks = {}
+        for expert in range(self.layout.num_experts):
+            where = (layer, expert)
+            tier = Tier(self.layout.placement.tiers[where])
+            pair = self.heaps[tier].pair_of(where) if tier in self.heaps else self._host_pair(where)
+            blocks[expert] = Block(pair, TABLE_FORMATS[self.layout.stored(tier)])
+        return blocks
+
+    def decodes(self, plan, tensor_type, lie):
+        return iter(())
+
+    def _payload_bytes(self, layer: int, tier: Tier, tensor_type: int) -> int:
+        return 0
+
+    def close(self) -> None:
+        for heap in self.heaps.values():
+            heap.close()
+
+    # Moves, between iterations only.
+
+    def fetch(self, where: Where, target: Tier, unit: int, copy: Copy) -> None:
+        """Bring an expert's bytes into a reserved unit of tier `target`; for the thread that copies.
+
+        A dense expert of a compressed store is decoded from its compressed block on the device, so it must be PACKED.
+        """
+        blocks = self.heaps[target].pair(unit)
+        if self.layout.stored(target) == self.format:
+            for block, source in zip(blocks, self._host_pair(where), strict=True):
+                copy(block, source)
+            return
+        packed = self.heaps[Tier.PACKED].pair_of(where)
+        for d in (GATE_UP, DOWN):
+            self.decode(self.format, d, packed[d], blocks[d], self._recipes[where][d])
+
+    def land(self, arrived: Iterable[tuple[Where, Tier, int]], failed: Iterable[tuple[Tier, int]] = ()) -> None:
+        """The bytes of experts are in the units that were reserved for them in a tier: kernels read them there from the
+        next table on, and what they had before is freed. `failed` units are given up."""
+        arrived = list(arrived)
+        for where, target, unit in arrived:
+            self.heaps[target].settle(unit, where)
+        # From the end, so that closing one gap does not move another reserved unit; the same goes for what is freed.
+        for tier, unit in sorted(failed, key=lambda entry: -entry[1]):
+            self._moved(self.heaps[tier].cancel(unit))
+        for where, target, _ in arrived:
+            self._set(where, target)
+
+    def leave(self, where: Where) -> None:
+        """The expert streams from the next load of its layer on; its unit is freed."""
+        self._set(where, Tier.HOST)
+
+    def _set(self, where: Where, tier: Tier) -> None:
+        layer, old = where[0], self.layout
+        source = Tier(old.placement.tiers[where])
+        tiers = old.placement.tiers.copy()
+        tiers[where] = tier
+        tiers.setflags(write=False)
+        self.layout = ExpertLayout(Placement(old.placement.name, tiers), old.sizes, old.formats, old.fused)
+        self.plans[layer] = self._plan(layer)
+        self.epochs[layer] += 1
+        if source in self.heaps:
+            self._moved(self.heaps[source].remove(where))
+
+    def _moved(self, where: Where | None) -> None:
+        if where is not None:
+            self.epochs[where[0]] += 1
+
+    @property
+    def transfer(self) -> str:
+        """How HOST experts reach kernels: whole | on_demand, see ExpertFormats."""
+        return self.layout.formats.transfer
+
+    def set_transfer(self, transfer: str) -> None:
+        old = self.layout
+        formats = replace(old.formats, transfer=transfer)
+        self.layout = ExpertLayout(old.placement, old.sizes, formats, old.fused)
+        for layer in range(old.num_layers):
+            self.plans[layer] = self._plan(layer)
+            self.epochs[layer] += 1
+
+    def check_integrity(self) -> None:
+        """AssertionError unless every expert is where the placement says, and no heap has a gap."""
+        tiers = self.layout.placement.tiers
+        for tier, heap in self.heaps.items():
+            heap.check_integrity({(int(i), int(e)) for i, e in np.argwhere(tiers == tier)})
+        assert np.isin(tiers, (Tier.HOST, *DEVICE_TIERS)).all()

@@ -78,7 +78,8 @@ def run_variant(args: argparse.Namespace, model: Path, variant: str) -> tuple[li
     config = load_config(model)
     lengths = [Lengths(0.0, args.prompt_tokens, args.output_tokens)] * args.requests
     requests = make_requests(lengths, config.vocab_size, args.seed)
-    share = args.times / config.num_experts if variant != "unspread" else 1.0
+    # All variants have the same slots, so the same KV to begin with: unspread, whole layers come to stream.
+    share = 1.0 if "unspread" in args.variants else args.times / config.num_experts
     settings = engine_config(
         args, args.prompt_tokens + args.output_tokens, placement="packed", budget_bytes=parse_bytes(args.budget),
         adaptive=True, planning=variant == "planned", grow_kv=variant in _GROWING, least_alpha=max(0.0, 1 - share),

@@ -140,7 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     verdict = "identical" if len(digests) == 1 else f"DIFFER: {len(digests)} variants"
     print(f"tokens: {verdict}")
     settings = {
-        k: getattr(args, k) for k in ("budget", "requests", "prompt_tokens", "output_tokens", "start", "every", "times")
+        k: getattr(args, k)
+        for k in ("budget", "link_bandwidth", "requests", "prompt_tokens", "output_tokens", "start", "every", "times")
     }
     device = "cuda" if args.device == "cuda" else "cpu"
     write_json(out / "provenance.json", {**provenance(device, args.seed), **settings, "tokens": verdict})

@@ -77,6 +77,10 @@ def add_engine_arguments(p: argparse.ArgumentParser, swept: bool = False) -> Non
     p.add_argument(
         "--profile", metavar="NAME|FILE", help="rates for balanced without a share (default: measured, roughly)"
     )
+    p.add_argument(
+        "--link-bandwidth", metavar="BYTES",
+        help="CPU: host experts come at no more than this a second, as over a slower link, e.g. 4GB",
+    )  # fmt: skip
     p.add_argument("--slots", type=int, default=2, help="streaming slots, at least 2")
     p.add_argument("--max-batch", type=int, default=64, help="sequences in a batch")
     p.add_argument("--max-batched-tokens", type=int, default=256, help="tokens of one pass (prefill chunk)")
@@ -102,6 +106,7 @@ def engine_config(args: argparse.Namespace, max_context: int, **overrides) -> En
             "host_format": args.host_format,
             "slot_format": args.slot_format,
             "transfer": args.transfer,
+            "link_bandwidth": parse_bytes(args.link_bandwidth) if args.link_bandwidth else None,
             "profile": HardwareProfile.load(args.profile) if args.profile else None,
             "slots": args.slots,
             "max_batch": args.max_batch,

@@ -52,6 +52,7 @@ class EngineConfig:
     disk_dir            where the disk tier spills; None: the system's temporary directory
     poison              debug: fill recycled slots with NaN
     timeline            record loads and compute
+    link_bandwidth      CPU: loads wait so that host experts come at no more bytes/s, as over a slower link
     load_delay          tests: seconds to wait before a load of (layer, tensor type)
     """
 
@@ -89,6 +90,7 @@ class EngineConfig:
     poison: bool = False
     timeline: bool = False
     progress: bool = False
+    link_bandwidth: float | None = None
     load_delay: Delay | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -96,6 +98,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingError(f"{name} must be at least 1, got {value}")
+        if self.link_bandwidth is not None and not self.link_bandwidth > 0:
+            raise SettingError(f"link_bandwidth must be positive bytes per second, got {self.link_bandwidth}")
         for name in ("expert_format", "host_format"):
             value = getattr(self, name)
             if value not in (None, DENSE, *FORMATS):

@@ -3,46 +3,46 @@
     Checkpoint ─► ExpertStore (tiers) ─► streamer (slots) ─► Decoder ─► sampling
     Scheduler ◄─► PagedKVCache            ▲ tables            ▲ batch
 
-Construction charges every device byte to a MemoryBudget in this order: non-expert weights, resident and packed
-experts, slots, workspace; what is left is KV cache. Nothing big is loaded before the budget is known to suffice.
+Construction charges every device byte to a MemoryBudget (see `deployment`). Nothing big is loaded before the budget is
+known to suffice.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from fluxmoe.kernels.cpu.ops import CpuOps
-from fluxmoe.kernels.ops import AttentionMetadata, DeltaNetDims, LayerDims, Limits, Ops
+from fluxmoe.kernels.ops import AttentionMetadata, LayerDims, Limits, Ops
 from fluxmoe.kernels.torch_ops import TorchOps
 from fluxmoe.models.checkpoint import Checkpoint
-from fluxmoe.models.decoder import Decoder, layer_dims, non_expert_bytes
+from fluxmoe.models.decoder import Decoder, layer_dims
 from torch import Tensor
 from tqdm import tqdm
 
 from .batch import build_batch
-from .budget import BudgetError, MemoryBudget, available_bytes, format_bytes, require
+from .budget import BudgetError, available_bytes, format_bytes
 from .config import EngineConfig
+from .deployment import EXPERT_LINES, Deployment, lay_out, limits_of
 from .graphs import DecodeGraphs
 from .hardware import measure_bandwidths, measure_links
 from .kv_cache import GrowableKVCache, PagedKVCache
-from .layout import DENSE, ExpertLayout
+from .layout import ExpertLayout
 from .metrics import StepMetrics
 from .moving_store import MovingStore
-from .placement import DEVICE_TIERS, Placement, Tier, place
+from .placement import DEVICE_TIERS, Tier
 from .planner import Planner, PlannerConfig
 from .region import BlockPool, make_pool
 from .request import Request, RequestOutput, Sequence
-from .residency import LINES, Residency, Seen
+from .residency import Residency, Seen
 from .sampling import sample
 from .scheduler import Scheduler
 from .state_cache import StateCache
 from .store import ExpertStore
-from .streamer import Counters, make_streamer, slot_bytes
+from .streamer import Counters, make_streamer
 from .timeline import Timeline
 
 
@@ -88,24 +88,28 @@ class Engine:
         self.device = resolve_device(config.device)
         checkpoint = Checkpoint(model_dir)
         self.model = model = checkpoint.config
-        context = min(config.max_context or model.max_position_embeddings, model.max_position_embeddings)
-        limits = Limits(max(config.max_batched_tokens, config.max_batch), config.max_batch, context, config.block_size)
+        limits = limits_of(model, config)
         self.ops = _make_ops(config, layer_dims(model), limits, self.device)
-        self.layout = self._lay_out()
-        self.placement = self.layout.placement
+        layout = lay_out(model, config, self.ops, lambda: measure_bandwidths(self.device))
         self.timeline = Timeline(config.timeline)
         # Only where nothing waits for the device in mid-pass, as the plain torch path does.
         graphs = config.cuda_graphs and self.device.type == "cuda" and config.kernels != "torch"
-        per_graph = (config.max_batch, -(-context // config.block_size), config.block_size)
+        per_graph = (config.max_batch, -(-limits.context // config.block_size), config.block_size)
         self._graph_bytes = DecodeGraphs.buffer_bytes(*per_graph) if graphs else 0
         self.pool: BlockPool | None = None
         self.residency: Residency | None = None
-        self.budget, num_blocks = self._charge(limits)
-        self.store = self._make_store()
+        total = available_bytes(self.device) if config.budget_bytes is None else config.budget_bytes
+        self.deployment = Deployment(model, config, self.ops, layout, self.device, total, self._graph_bytes)
+        self.placement, self.budget = self.deployment.placement, self.deployment.budget
+        if config.adaptive:
+            self.pool = self._open_pool()
+        num_blocks = self.deployment.reserve_kv()
+        self.store = self._make_store(layout)
         try:
-            self.decoder = self._load(checkpoint, context)
+            self.decoder = self._load(checkpoint, limits.context)
             self.kv, self.scheduler = self._cache_and_scheduler(num_blocks, limits)
-            self.states = StateCache(*self._state_sizes, self.device) if model.delta is not None else None
+            has_states = model.delta is not None
+            self.states = StateCache(*self.deployment.state_sizes, self.device) if has_states else None
             self.streamer = make_streamer(
                 self.store,
                 config.slots,
@@ -113,6 +117,7 @@ class Engine:
                 poison=config.poison,
                 timeline=self.timeline,
                 delay=config.load_delay,
+                link_bandwidth=config.link_bandwidth,
             )
         except BaseException:
             self.store.close()
@@ -132,7 +137,7 @@ class Engine:
         if self.pool is None:
             cache = PagedKVCache(self.ops, kv_layers, num_blocks, *sizes, host_blocks=host_blocks, pin=pin)
         else:
-            most = self._useful_blocks(limits)
+            most = self.deployment.useful_blocks
             cache = GrowableKVCache(self.ops, kv_layers, most, *sizes, pool=self.pool, host_blocks=host_blocks, pin=pin)
             num_blocks = num_blocks // cache.quantum * cache.quantum
             if not num_blocks:
@@ -155,101 +160,24 @@ class Engine:
         )
         return cache, scheduler
 
-    def _lay_out(self) -> ExpertLayout:
-        config, ops, formats = self.config, self.ops, self.config.formats
-        placement = self._place()
-        used = {DENSE}
-        used |= {formats.packed} if (placement.tiers == Tier.PACKED).any() else set()
-        used |= {formats.host} if config.adaptive or np.isin(placement.tiers, (Tier.HOST, Tier.DISK)).any() else set()
-        return ExpertLayout(
-            placement, {name: ops.expert_bytes(name) for name in used}, config.formats, ops.fused_formats
-        )
-
-    def _place(self) -> Placement:
-        config, model = self.config, self.model
-        device_tier = Tier.RESIDENT if config.device_format == DENSE else Tier.PACKED
-        bandwidths: Mapping[Tier, float] | None = None
-        if config.placement == "balanced" and config.alpha is None:
-            if config.profile is not None:
-                fused = config.device_format in self.ops.fused_formats
-                bandwidths = config.profile.bandwidths(None if fused else config.device_format)
-            else:
-                # A GEMM that decodes in its loop is bound by bytes, and both tiers deliver the same compressed ones.
-                bandwidths = measure_bandwidths(self.device)
-                bandwidths |= {Tier.PACKED: bandwidths[Tier.RESIDENT]}
-        return place(
-            config.placement,
-            model.num_layers,
-            model.num_experts,
-            alpha=config.alpha,
-            dense=config.dense_share,
-            device_tier=device_tier,
-            bandwidths=bandwidths,
-        )
-
-    def _charge(self, limits: Limits) -> tuple[MemoryBudget, int]:
-        """Fill the ledger; returns it with the number of KV blocks that fit."""
-        config, model, ops = self.config, self.model, self.ops
-        layout = self.layout
-        lines = {
-            "non_expert_weights": non_expert_bytes(model, ops, limits.context),
-            "resident_experts": layout.tier_bytes(Tier.RESIDENT),
-            "packed_experts": layout.tier_bytes(Tier.PACKED),
-            "slots": slot_bytes(layout, config.slots, self.device),
-            "workspace": ops.workspace_bytes + self._graph_bytes,
-        }
-        if model.delta is not None:
-            lines["states"] = StateCache.bytes_of(*self._state_sizes)
-        block = PagedKVCache.bytes_per_block(
-            ops, len(model.attention_layers), config.block_size, model.num_kv_heads, model.head_dim, model.dtype
-        )
-        if config.adaptive:
-            lines["slots"] = config.slots * self._most_streamed * layout.expert_bytes(layout.stored(Tier.HOST))
-        total = available_bytes(self.device) if config.budget_bytes is None else config.budget_bytes
-        least_blocks = -(-config.min_kv_tokens // config.block_size)
-        require(total, {**lines, "kv_cache": least_blocks * block}, hint=self._hint())
-        budget = MemoryBudget(total)
-        for line, nbytes in lines.items():
-            budget.reserve(line, nbytes)
-        if config.adaptive:
-            self._open_pool(budget, lines, self._useful_blocks(limits) * block)
-        num_blocks = min(budget.free // block, self._useful_blocks(limits))
-        budget.reserve("kv_cache", num_blocks * block)
-        return budget, num_blocks
-
-    @property
-    def _state_sizes(self) -> tuple[DeltaNetDims | None, int, int, torch.dtype]:
-        # One more than the scheduler hands out: where a captured graph's padding leaves its state.
-        slots = self.config.max_batch + (1 if self._graph_bytes else 0)
-        return self.model.delta, len(self.model.delta_layers), slots, self.ops.act_dtype
-
-    def _useful_blocks(self, limits: Limits) -> int:
-        """More KV blocks than a full batch at full context can never be used."""
-        return self.config.max_batch * -(-limits.context // self.config.block_size)
-
     # Experts that move.
 
-    @property
-    def _most_streamed(self) -> int:
-        """Experts of a layer that a slot must hold."""
-        experts = self.model.num_experts
-        placed = int((self.placement.tiers == Tier.HOST).sum(axis=1).max(initial=0))
-        return max(1, placed, experts - math.ceil(self.config.least_alpha * experts))
-
-    def _open_pool(self, budget: MemoryBudget, lines: Mapping[str, int], most_kv_bytes: int) -> None:
+    def _open_pool(self) -> BlockPool:
         """One pool of physical blocks for experts and KV; what its rounding costs experts is charged to them."""
-        largest = max(self.layout.expert_bytes(name) for name in self.layout.sizes)
+        deployment, lines = self.deployment, self.budget.lines()
+        largest = max(deployment.layout.expert_bytes(name) for name in deployment.layout.sizes)
         # All experts and all KV that can be used, and whole blocks of both: more would only make blocks larger.
-        useful = self.placement.tiers.size * largest + most_kv_bytes
-        held = sum(lines[line] for line in LINES.values())
-        self.pool = make_pool(self.device, min(budget.free + held, useful + useful // 64 + (16 << 20)))
-        for line in LINES.values():
-            budget.reserve(line, self.pool.pages(lines[line]) * self.pool.block_bytes - lines[line])
+        useful = self.placement.tiers.size * largest + deployment.useful_blocks * deployment.block_bytes
+        held = sum(lines[line] for line in EXPERT_LINES.values())
+        pool = make_pool(self.device, min(self.budget.free + held, useful + useful // 64 + (16 << 20)))
+        for line in EXPERT_LINES.values():
+            self.budget.reserve(line, pool.pages(lines[line]) * pool.block_bytes - lines[line])
+        return pool
 
-    def _make_store(self) -> ExpertStore:
+    def _make_store(self, layout: ExpertLayout) -> ExpertStore:
         if self.pool is None:
-            return ExpertStore(self.layout, self.device, decode=self.ops.decode_expert, disk_dir=self.config.disk_dir)
-        return MovingStore(self.layout, self.device, self.pool, self._most_streamed, self.ops.decode_expert)
+            return ExpertStore(layout, self.device, decode=self.ops.decode_expert, disk_dir=self.config.disk_dir)
+        return MovingStore(layout, self.device, self.pool, self.deployment.most_streamed, self.ops.decode_expert)
 
     def _make_residency(self, pool: BlockPool) -> Residency:
         config, store = self.config, self.store
@@ -285,17 +213,12 @@ class Engine:
             popularity=popularity,
         )
 
-    def _hint(self) -> str:
-        if self.placement.alpha == 0:
-            return "lower --max-batch, or serve a smaller model"
-        return f"--placement host keeps no expert on the device ({format_bytes(self.layout.expert_bytes(DENSE))} each)"
-
     def _load(self, checkpoint: Checkpoint, context: int) -> Decoder:
         """Stream the checkpoint into decoder and store, one tensor at a time through one staging block."""
         decoder = Decoder(self.model, self.ops, context)
         for role, layer, weight in checkpoint.dense_tensors():
             decoder.load(role, layer, weight)
-        layout, ops = self.layout, self.ops
+        layout, ops = self.deployment.layout, self.ops
         staging = {name: tuple(torch.empty(n, dtype=torch.uint8) for n in layout.sizes[name]) for name in layout.sizes}
         total = self.model.num_layers * self.model.num_experts
         experts = tqdm(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .budget import MemoryBudget
+from .deployment import EXPERT_LINES
 from .kv_cache import GrowableKVCache
 from .moving_store import Copy, MovingStore, Where
 from .placement import Tier
@@ -30,7 +31,6 @@ from .planner import Links, Move, Observation, Planner, PlannerError, choose_tra
 from .region import BlockPool, RegionError
 from .scheduler import Scheduler
 
-LINES = {Tier.RESIDENT: "resident_experts", Tier.PACKED: "packed_experts"}
 # How much an expert's use in the window before counts beside the newest.
 _MEMORY = 0.5
 
@@ -207,7 +207,9 @@ class Residency:
                 self.scheduler.grow(more)
             except RegionError as error:
                 self.refused.append(f"the KV cache does not grow: {error}")
-        held = {LINES[tier]: heap.nbytes for tier, heap in self.store.heaps.items()} | {"kv_cache": self.kv.nbytes}
+        held = {EXPERT_LINES[tier]: heap.nbytes for tier, heap in self.store.heaps.items()} | {
+            "kv_cache": self.kv.nbytes
+        }
         lines = self.budget.lines()
         for line, nbytes in held.items():
             if nbytes < lines.get(line, 0):

@@ -195,10 +195,11 @@ class ThreadStreamer(Streamer):
         poison: bool = False,
         timeline: Timeline | None = None,
         delay: Delay | None = None,
+        link_bandwidth: float | None = None,
     ) -> None:
         super().__init__(store, slots, poison)
         self._timeline = timeline or Timeline(enabled=False)
-        self._delay = delay
+        self._delay, self._link_bandwidth = delay, link_bandwidth
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._loaded = [0, 0]  # jobs loaded, by tensor type
@@ -230,6 +231,8 @@ class ThreadStreamer(Streamer):
             if self._delay is not None and self._closing.wait(self._delay(layer, d)):
                 return
             copied = self.store.read_into(plan, d, slot[d], self._staging[d], self._closing.is_set)
+            if self._link_bandwidth:
+                self._closing.wait(max(0.0, copied / self._link_bandwidth - (time.perf_counter_ns() - begin) / 1e9))
             if self._closing.is_set():
                 return  # perhaps cut short: never to be taken for loaded
             end = time.perf_counter_ns()
@@ -431,8 +434,10 @@ def make_streamer(
     poison: bool = False,
     timeline: Timeline | None = None,
     delay: Delay | None = None,
+    link_bandwidth: float | None = None,
 ) -> Streamer:
-    """The streamer for a device. poison: NaN in recycled slots; delay: seconds before a load, for tests (CPU)."""
+    """The streamer for a device. poison: NaN in recycled slots; on the CPU, delay: seconds before a load, for tests;
+    link_bandwidth: bytes/s that copies do not pass."""
     if device.type == "cuda":
         return CudaStreamer(store, slots, poison)
-    return ThreadStreamer(store, slots, poison, timeline, delay)
+    return ThreadStreamer(store, slots, poison, timeline, delay, link_bandwidth)

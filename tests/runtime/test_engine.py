@@ -224,7 +224,8 @@ def test_compressed_experts_give_the_same_tokens_from_fewer_bytes(wide_model_dir
         assert moved == 0
     elif plain["placement"] != "resident":
         assert 0 < moved < sum(s.streamed_bytes for s in dense_steps)
-    if engine.layout.fused.issuperset({engine.layout.formats.packed}) and settings.get("slot_format") != "decoded":
+    layout = engine.deployment.layout
+    if layout.formats.packed in layout.fused and settings.get("slot_format") != "decoded":
         lines, dense_lines = engine.budget.lines(), dense.budget.lines()
         experts = ("resident_experts", "packed_experts", "slots")
         assert sum(lines[e] for e in experts) <= sum(dense_lines[e] for e in experts)

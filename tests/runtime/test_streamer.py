@@ -400,3 +400,15 @@ def test_cuda_order_check_sees_missing_waits():
         check_order(cuda.log, arenas)
         with pytest.raises(AssertionError, match="overwrites" if dropped != "compute" else "before the load"):
             check_order([entry for entry in cuda.log if entry[:2] != ("wait", dropped)], arenas)
+
+
+def test_a_slower_link_makes_loads_as_long_as_it_would():
+    store, link = filled(place("host", 2, 3)), 1e5
+    with_link = ThreadStreamer(store, 2, link_bandwidth=link)
+    for layer in range(2):
+        with with_link.layer(layer) as page:
+            page.wait(0)
+            page.wait(1)
+    counters = with_link.counters()
+    with_link.close()
+    assert counters.transfer_ns / 1e9 >= counters.streamed_bytes / link

@@ -1,0 +1,126 @@
+"""Deployment: what a model, settings and a budget come to: where experts lie, what parts take, what is left for KV.
+
+Pure arithmetic over sizes, so that the engine and the simulator decide alike. Bytes are charged to a MemoryBudget in
+this order: non-expert weights, experts on the device, slots, workspace, recurrent states; what is left is KV cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from fluxmoe.kernels.ops import DeltaNetDims, Limits, Ops
+from fluxmoe.models.config import ModelConfig
+from fluxmoe.models.decoder import non_expert_bytes
+
+from .budget import MemoryBudget, format_bytes, require
+from .config import EngineConfig
+from .kv_cache import PagedKVCache
+from .layout import DENSE, ExpertLayout
+from .placement import Placement, Tier, place
+from .state_cache import StateCache
+from .streamer import slot_bytes
+
+Bandwidths = Mapping[Tier, float]
+EXPERT_LINES = {Tier.RESIDENT: "resident_experts", Tier.PACKED: "packed_experts"}
+
+
+def limits_of(model: ModelConfig, config: EngineConfig) -> Limits:
+    """What the workspace must hold."""
+    context = min(config.max_context or model.max_position_embeddings, model.max_position_embeddings)
+    return Limits(max(config.max_batched_tokens, config.max_batch), config.max_batch, context, config.block_size)
+
+
+def lay_out(model: ModelConfig, config: EngineConfig, ops: Ops, measure: Callable[[], Bandwidths]) -> ExpertLayout:
+    """Tier and format of every expert. measure: bandwidths of the tiers, asked for only where they decide."""
+    device_tier = Tier.RESIDENT if config.device_format == DENSE else Tier.PACKED
+    bandwidths: Bandwidths | None = None
+    if config.placement == "balanced" and config.alpha is None:
+        if config.profile is not None:
+            fused = config.device_format in ops.fused_formats
+            bandwidths = config.profile.bandwidths(None if fused else config.device_format)
+        else:
+            # A GEMM that decodes in its loop is bound by bytes, and both tiers deliver the same compressed ones.
+            bandwidths = dict(measure())
+            bandwidths |= {Tier.PACKED: bandwidths[Tier.RESIDENT]}
+    placement = place(
+        config.placement, model.num_layers, model.num_experts, alpha=config.alpha, dense=config.dense_share,
+        device_tier=device_tier, bandwidths=bandwidths,
+    )  # fmt: skip
+    formats, used = config.formats, {DENSE}
+    used |= {formats.packed} if (placement.tiers == Tier.PACKED).any() else set()
+    used |= {formats.host} if config.adaptive or np.isin(placement.tiers, (Tier.HOST, Tier.DISK)).any() else set()
+    return ExpertLayout(placement, {name: ops.expert_bytes(name) for name in used}, formats, ops.fused_formats)
+
+
+class Deployment:
+    """One model under one budget of `total` bytes; `budget` holds all but the KV cache.
+
+    graph_bytes: buffers of captured graphs, which also take a state slot for their padding. BudgetError if the budget
+    cannot hold the model and `min_kv_tokens` of KV.
+    """
+
+    def __init__(
+        self, model: ModelConfig, config: EngineConfig, ops: Ops, layout: ExpertLayout, device: torch.device,
+        total: int, graph_bytes: int = 0,
+    ) -> None:  # fmt: skip
+        self.model, self.config, self.ops, self.layout = model, config, ops, layout
+        self.limits = limits_of(model, config)
+        self._spare_states = 1 if graph_bytes else 0
+        lines = {
+            "non_expert_weights": non_expert_bytes(model, ops, self.limits.context),
+            **{line: layout.tier_bytes(tier) for tier, line in EXPERT_LINES.items()},
+            "slots": self._slot_bytes(device),
+            "workspace": ops.workspace_bytes + graph_bytes,
+        }
+        if model.delta is not None:
+            lines["states"] = StateCache.bytes_of(*self.state_sizes)
+        self.block_bytes = PagedKVCache.bytes_per_block(
+            ops, len(model.attention_layers), config.block_size, model.num_kv_heads, model.head_dim, model.dtype
+        )
+        least_blocks = -(-config.min_kv_tokens // config.block_size)
+        require(total, {**lines, "kv_cache": least_blocks * self.block_bytes}, hint=self._hint())
+        self.budget = MemoryBudget(total)
+        for line, nbytes in lines.items():
+            self.budget.reserve(line, nbytes)
+
+    @property
+    def placement(self) -> Placement:
+        return self.layout.placement
+
+    @property
+    def useful_blocks(self) -> int:
+        """More KV blocks than a full batch at full context can never be used."""
+        return self.config.max_batch * -(-self.limits.context // self.config.block_size)
+
+    def reserve_kv(self) -> int:
+        """Charge the KV cache with what is left, as far as it is of use; returns the number of its blocks."""
+        blocks = min(self.budget.free // self.block_bytes, self.useful_blocks)
+        self.budget.reserve("kv_cache", blocks * self.block_bytes)
+        return blocks
+
+    @property
+    def state_sizes(self) -> tuple[DeltaNetDims | None, int, int, torch.dtype]:
+        """What a StateCache is made from."""
+        slots = self.config.max_batch + self._spare_states
+        return self.model.delta, len(self.model.delta_layers), slots, self.ops.act_dtype
+
+    @property
+    def most_streamed(self) -> int:
+        """With experts that move: how many of a layer a slot must hold."""
+        experts = self.model.num_experts
+        placed = int((self.placement.tiers == Tier.HOST).sum(axis=1).max(initial=0))
+        return max(1, placed, experts - math.ceil(self.config.least_alpha * experts))
+
+    def _slot_bytes(self, device: torch.device) -> int:
+        if self.config.adaptive:
+            streamed = self.most_streamed * self.layout.expert_bytes(self.layout.stored(Tier.HOST))
+            return self.config.slots * streamed
+        return slot_bytes(self.layout, self.config.slots, device)
+
+    def _hint(self) -> str:
+        if self.placement.alpha == 0:
+            return "lower --max-batch, or serve a smaller model"
+        return f"--placement host keeps no expert on the device ({format_bytes(self.layout.expert_bytes(DENSE))} each)"

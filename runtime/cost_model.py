@@ -112,7 +112,12 @@ class CostModel:
         self._kv_bytes = 2 * kv_heads * model.head_dim * item
         self._launch_s = parameters.eager_launch_s if parameters.eager else profile.launch_s
 
-    def pass_costs(self, step: Step, layout: ExpertLayout) -> tuple[list[LayerCost], float]:
+    def bind(self, layout: ExpertLayout) -> None:
+        """Take a layout: bytes that all experts of each layer have for the GEMM, near and far, and what loads move."""
+        layers = range(self.model.num_layers)
+        self._reads = [(*self._expert_reads(layer, layout), self._load_traffic(layer, layout)) for layer in layers]
+
+    def pass_costs(self, step: Step) -> tuple[list[LayerCost], float]:
         """Costs of all layers for a step's tokens, loads apart; and seconds outside the layers (embedding, logits,
         scheduler, sampling)."""
         model, profile, n = self.model, self.profile, self.devices
@@ -139,10 +144,10 @@ class CostModel:
         work_s = work / (self.parameters.moe_flops_share * flops)
         fixed = 0.5 * _KERNELS_A_LAYER * self._launch_s + (self._all_reduce(tokens) if n > 1 else 0.0)
         costs = []
-        for layer in range(model.num_layers):
-            near, far = self._expert_reads(layer, layout, distinct / model.num_experts)
-            seconds = max(near / (self.parameters.expert_share * bandwidth), work_s)
-            seconds += far / profile.kernel_host_bandwidth + self._load_traffic(layer, layout) / bandwidth
+        share = distinct / model.num_experts
+        for layer, (near, far, traffic) in enumerate(self._reads):
+            seconds = max(share * near / (self.parameters.expert_share * bandwidth), work_s)
+            seconds += share * far / profile.kernel_host_bandwidth + traffic / bandwidth
             costs.append(LayerCost(attention[layer in self._delta], seconds + fixed))
         vocab = model.vocab_size * model.hidden_size * model.dtype.itemsize / n
         outside = max(vocab / bandwidth, 2 * sequences * vocab / model.dtype.itemsize / flops) + profile.iteration_s
@@ -152,11 +157,11 @@ class CostModel:
         payload = tokens * self.model.hidden_size * self.model.dtype.itemsize
         return self.profile.link_latency_s + payload / self.profile.link_bandwidth
 
-    def _expert_reads(self, layer: int, layout: ExpertLayout, share: float) -> tuple[float, float]:
-        """Bytes of routed experts that the GEMM reads: in device memory, and in the host's."""
-        near = far = 0.0
+    def _expert_reads(self, layer: int, layout: ExpertLayout) -> tuple[int, int]:
+        """Bytes of a layer's experts as the GEMM reads them: in device memory, and in the host's."""
+        near = far = 0
         for tier, count in self._counts(layer, layout):
-            nbytes = share * count * layout.expert_bytes(layout.read(tier))
+            nbytes = count * layout.expert_bytes(layout.read(tier))
             if tier is Tier.HOST and not layout.streams(tier):
                 far += nbytes
             else:

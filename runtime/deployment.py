@@ -58,28 +58,32 @@ def lay_out(model: ModelConfig, config: EngineConfig, ops: Ops, measure: Callabl
 class Deployment:
     """One model under one budget of `total` bytes; `budget` holds all but the KV cache.
 
-    graph_bytes: buffers of captured graphs, which also take a state slot for their padding. BudgetError if the budget
-    cannot hold the model and `min_kv_tokens` of KV.
+    graph_bytes: buffers of captured graphs, which also take a state slot for their padding. shares: devices that hold
+    equal parts of the model; all sizes are those of one. BudgetError if the budget cannot hold the model and
+    `min_kv_tokens` of KV.
     """
 
     def __init__(
         self, model: ModelConfig, config: EngineConfig, ops: Ops, layout: ExpertLayout, device: torch.device,
-        total: int, graph_bytes: int = 0,
+        total: int, graph_bytes: int = 0, shares: int = 1,
     ) -> None:  # fmt: skip
         self.model, self.config, self.ops, self.layout = model, config, ops, layout
         self.limits = limits_of(model, config)
         self._spare_states = 1 if graph_bytes else 0
+        self.block_bytes = PagedKVCache.bytes_per_block(
+            ops, len(model.attention_layers), config.block_size, model.num_kv_heads, model.head_dim, model.dtype
+        )
         lines = {
             "non_expert_weights": non_expert_bytes(model, ops, self.limits.context),
             **{line: layout.tier_bytes(tier) for tier, line in EXPERT_LINES.items()},
             "slots": self._slot_bytes(device),
             "workspace": ops.workspace_bytes + graph_bytes,
         }
+        self.max_sequences = config.max_batch
         if model.delta is not None:
-            lines["states"] = StateCache.bytes_of(*self.state_sizes)
-        self.block_bytes = PagedKVCache.bytes_per_block(
-            ops, len(model.attention_layers), config.block_size, model.num_kv_heads, model.head_dim, model.dtype
-        )
+            each = StateCache.bytes_of(model.delta, len(model.delta_layers), 1, ops.act_dtype) // shares
+            self.max_sequences = self._sequences(total - sum(lines.values()) - self._spare_states * each, each)
+            lines["states"] = (self.max_sequences + self._spare_states) * each
         least_blocks = -(-config.min_kv_tokens // config.block_size)
         require(total, {**lines, "kv_cache": least_blocks * self.block_bytes}, hint=self._hint())
         self.budget = MemoryBudget(total)
@@ -104,8 +108,14 @@ class Deployment:
     @property
     def state_sizes(self) -> tuple[DeltaNetDims | None, int, int, torch.dtype]:
         """What a StateCache is made from."""
-        slots = self.config.max_batch + self._spare_states
+        slots = self.max_sequences + self._spare_states
         return self.model.delta, len(self.model.delta_layers), slots, self.ops.act_dtype
+
+    def _sequences(self, free: int, state_bytes: int) -> int:
+        """How many sequences may run: with fewer than `max_batch` where their states would leave KV for less than half
+        of the context of each."""
+        blocks = -(-self.limits.context // (2 * self.config.block_size))
+        return min(self.config.max_batch, max(1, free // (state_bytes + blocks * self.block_bytes)))
 
     @property
     def most_streamed(self) -> int:

@@ -122,7 +122,10 @@ class Engine:
         except BaseException:
             self.store.close()
             raise
-        self.graphs = DecodeGraphs(self._forward, self.streamer, *per_graph, self.device) if graphs else None
+        self.graphs: DecodeGraphs | None = None
+        if graphs:
+            spare = self.deployment.max_sequences
+            self.graphs = DecodeGraphs(self._forward, self.streamer, *per_graph, self.device, spare)
         if self.pool is not None:
             self.residency = self._make_residency(self.pool)
         self._iteration = 0
@@ -151,7 +154,7 @@ class Engine:
         scheduler = Scheduler(
             num_blocks,
             config.block_size,
-            config.max_batch,
+            self.deployment.max_sequences,
             limits.tokens,
             config.preemption,
             limits.context,

@@ -134,11 +134,12 @@ class DecodeGraphs:
         max_blocks: int,
         block_size: int,
         device: torch.device,
+        spare_state: int = 0,
         capture: Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]] = capture_cuda,
     ) -> None:
         self._forward, self._streamer, self._capture = forward, streamer, capture
         self._sizes = batch_sizes(max_batch)
-        self._make = lambda batch: StepBuffers(batch, max_blocks, block_size, device, spare_state=max_batch)
+        self._make = lambda batch: StepBuffers(batch, max_blocks, block_size, device, spare_state=spare_state)
         self._buffers: dict[int, StepBuffers] = {}
         self._graphs: dict[tuple[int, int], _Captured | None] = {}
         self.replays = 0

@@ -74,7 +74,7 @@ def graphs_of(streamer, forward, max_batch=12):
         streamer.captured += 1
         return graph, graph.result
 
-    return DecodeGraphs(forward, streamer, max_batch, 4, 16, CPU, capture)
+    return DecodeGraphs(forward, streamer, max_batch, 4, 16, CPU, 0, capture)
 
 
 def test_batch_sizes_cover_every_batch():

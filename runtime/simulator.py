@@ -1,0 +1,249 @@
+"""The engine on a virtual clock, for machines and models that are not there.
+
+Scheduler, deployment (ledger, layout, placement), planner and the order of Algorithm 1 are the runtime's own; a
+CostModel stands in for kernels and copies. Deterministic: the same requests give the same steps.
+
+Within a pass, layer after layer, with t the compute stream's time and one link and one decoder that never idle while a
+slot is free:
+
+    load j     begins once the link is free and job j - S was computed; done after the longer of link and decode
+    layer      t += attention;  t = max(t, load j done);  t += experts;  its slot is free at t
+
+Loads run ahead over the end of a pass, as in the engine. Swapped KV crosses the link before its pass, and stalls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from fluxmoe.models.config import ModelConfig
+
+from .config import EngineConfig
+from .cost_model import CostModel, CostParameters, SimOps
+from .deployment import Deployment, lay_out, limits_of
+from .hardware import HardwareProfile, ProfileError
+from .layout import ExpertLayout
+from .metrics import StepMetrics
+from .placement import DEVICE_TIERS, Placement, Tier
+from .planner import Move, Observation, Planner, PlannerConfig, PlannerError
+from .request import Request, RequestOutput
+from .scheduler import Scheduler, Step
+
+# Share of a device's memory that a run may use when no budget is given: vLLM's default.
+_USABLE = 0.9
+
+
+@dataclass
+class _Pipeline:
+    """Where the loads are: times on the virtual clock, jobs counted as in the streamer."""
+
+    slots: int
+    link_free: float = 0.0
+    decode_free: float = 0.0
+    jobs: int = 0
+
+    def __post_init__(self) -> None:
+        self.computed = [0.0] * self.slots
+        self.done: dict[int, float] = {}
+
+
+class SimEngine:
+    """Serves requests for `model` on `profile`, like Engine; `config.budget_bytes` is of one device.
+
+    devices: of the profile's, how many share the model (default: all). BudgetError, PlacementError as Engine.
+    """
+
+    def __init__(
+        self, model: ModelConfig, profile: HardwareProfile, config: EngineConfig,
+        parameters: CostParameters | None = None, devices: int | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.profile, self.config = model, profile, config
+        self.devices = devices or profile.num_devices
+        if not 1 <= self.devices <= profile.num_devices:
+            raise ProfileError(f"profile {profile.name} has {profile.num_devices} devices, asked for {devices}")
+        parameters = parameters or CostParameters()
+        limits = limits_of(model, config)
+        ops = SimOps(model, limits, self.devices, parameters)
+        layout = lay_out(model, config, ops, lambda: profile.bandwidths(None))
+        total = int(profile.memory_bytes * _USABLE) if config.budget_bytes is None else config.budget_bytes
+        self.deployment = Deployment(model, config, ops, layout, ops.device, total, shares=self.devices)
+        self.placement, self.budget = self.deployment.placement, self.deployment.budget
+        self.costs = CostModel(model, profile, self.devices, parameters)
+        blocks = self.deployment.reserve_kv()
+        host_blocks = 4 * max(blocks, self.deployment.useful_blocks) if config.preemption == "swap" else 0
+        self.scheduler = Scheduler(
+            blocks, config.block_size, self.deployment.max_sequences, limits.tokens, config.preemption, limits.context,
+            host_blocks=host_blocks,
+        )  # fmt: skip
+        self._adopt(layout)
+        self._clock = 0.0
+        self._pipeline = _Pipeline(config.slots)
+        self._planner = self._make_planner() if config.adaptive and config.planning else None
+        self._window: list[tuple[float, float]] = []
+        self._moves: list[Move] = []
+        self._iteration = 0
+        self.last_reason = ""
+
+    def _adopt(self, layout: ExpertLayout) -> None:
+        """Take a layout into use; what loads of its layers take."""
+        self.layout = layout
+        self.costs.bind(layout)
+        self._loads = [self.costs.load_seconds(layer, layout) for layer in range(self.model.num_layers)]
+        self._streamed = [layer for layer, times in enumerate(self._loads) if any(times)]
+        self._load_bytes = sum(self.costs.host_bytes(layer, layout) for layer in self._streamed)
+
+    # Serving.
+
+    def steps(
+        self, requests: Iterable[Request], outputs: dict[int, RequestOutput] | None = None
+    ) -> Iterator[StepMetrics]:
+        """Serve `requests`, iteration by iteration, on the virtual clock; see Engine.steps."""
+        outputs = {} if outputs is None else outputs
+        pending = sorted(requests, key=lambda r: r.arrival_s, reverse=True)
+        while pending or self.scheduler.has_work:
+            while pending and pending[-1].arrival_s <= self._clock:
+                request = pending.pop()
+                refusal = self.scheduler.add(request)
+                if isinstance(refusal, str):
+                    outputs[request.request_id] = RequestOutput.refused(request, refusal, self._clock)
+            if self.scheduler.has_work:
+                yield self._step(outputs)
+            elif pending:
+                self._clock = pending[-1].arrival_s
+
+    def _step(self, outputs: dict[int, RequestOutput]) -> StepMetrics:
+        begin = self._clock
+        step = self.scheduler.schedule()
+        blocks_used = self.scheduler.blocks_used
+        swapped = len(step.swap_out) + len(step.swap_in)
+        swap_s = self.costs.swap_seconds(swapped, self.deployment.block_bytes)
+        states = len(step.state_out) + len(step.state_in)
+        swap_s += states * self.model.state_bytes_per_sequence / self.devices / self.profile.host_bandwidth_each
+        stall, load = self._pass(step, begin + swap_s)
+        sampling = [chunk.sequence for chunk in step.chunks if chunk.sample]
+        for sequence in sampling:
+            sequence.first_token_s = self._clock if sequence.first_token_s is None else sequence.first_token_s
+        finished = self.scheduler.commit(step, {s.request.request_id: 0 for s in sampling})
+        for sequence in finished:
+            sequence.finish_s = self._clock
+            outputs[sequence.request.request_id] = sequence.output()
+        self._adapt(step, self._clock - begin - stall, load)
+        self._iteration += 1
+        return StepMetrics(
+            iteration=self._iteration - 1, time_s=self._clock, duration_s=self._clock - begin, batch=len(step.chunks),
+            prefill_tokens=step.prefill_tokens, decode_tokens=step.decode_tokens, kv_blocks_used=blocks_used,
+            kv_blocks=self.scheduler.num_blocks, waiting=self.scheduler.num_waiting,
+            streamed_bytes=self._load_bytes * self.devices, stall_s=stall, transfer_s=load,
+            preemptions=step.num_preempted, swapped_blocks=swapped, finished=len(finished),
+            device_experts=int(np.isin(self.placement.tiers, DEVICE_TIERS).sum()),
+        )  # fmt: skip
+
+    def _pass(self, step: Step, now: float) -> tuple[float, float]:
+        """Run a pass from `now` on; moves the clock; returns seconds of waiting and of loads."""
+        costs, outside = self.costs.pass_costs(step)
+        pipe, streamed = self._pipeline, set(self._streamed)
+        keeps_all = len(streamed) <= pipe.slots and not self.config.adaptive
+        stall = load = 0.0
+        for layer, cost in enumerate(costs):
+            now += cost.attention
+            if layer in streamed and not (keeps_all and pipe.jobs >= len(streamed)):
+                job = pipe.jobs
+                ready = self._loaded(job, layer)
+                stall += max(0.0, ready - now)
+                now = max(now, ready) + cost.experts
+                pipe.computed[job % pipe.slots] = now
+                pipe.jobs += 1
+                pipe.done.pop(job, None)
+                load += max(self._loads[layer])
+                # The next load into this slot may begin; its order on the link is that of the layers.
+                if not keeps_all:
+                    self._begin(job + pipe.slots, self._layer_after(layer, pipe.slots))
+            else:
+                now += cost.experts
+        self._clock = now + outside
+        return stall, load
+
+    def _layer_after(self, layer: int, count: int) -> int:
+        order = self._streamed
+        return order[(order.index(layer) + count) % len(order)]
+
+    def _loaded(self, job: int, layer: int) -> float:
+        if job not in self._pipeline.done:
+            self._begin(job, layer)
+        return self._pipeline.done[job]
+
+    def _begin(self, job: int, layer: int) -> None:
+        pipe, (link_s, decode_s) = self._pipeline, self._loads[layer]
+        free = pipe.computed[job % pipe.slots]
+        pipe.link_free = max(pipe.link_free, free) + link_s
+        pipe.decode_free = max(pipe.decode_free, free) + decode_s
+        pipe.done[job] = max(pipe.link_free if link_s else free, pipe.decode_free if decode_s else free)
+
+    # Experts that move. A move takes effect at once; what it copies is charged to nobody, for it is a few bytes.
+
+    def _make_planner(self) -> Planner:
+        layout, config = self.layout, self.config
+        tier = Tier.RESIDENT if config.device_format == "dense" else Tier.PACKED
+        experts = self.deployment.budget.lines()
+        pool = experts["resident_experts"] + experts["packed_experts"] + self.budget.free + experts["kv_cache"]
+        return Planner(
+            PlannerConfig(
+                expert_bytes={tier: layout.expert_bytes(layout.stored(tier))}, budget_bytes=pool, theta=config.theta,
+                eager=config.eager, spread=config.spread, least_alpha=config.least_alpha,
+                reserve_bytes=self.deployment.block_bytes,
+            )
+        )  # fmt: skip
+
+    def request(self, moves: Iterable[Move]) -> None:
+        """Moves to be made before the next iteration."""
+        self._moves += moves
+
+    def _adapt(self, step: Step, compute_s: float, load_s: float) -> None:
+        if self._planner is not None and not step.prefill_tokens:
+            self._window.append((compute_s, load_s))
+            if len(self._window) >= self.config.plan_every:
+                self._plan()
+        if self._moves:
+            self._apply()
+
+    def _plan(self) -> None:
+        compute_s, load_s = (float(np.median(values)) for values in zip(*self._window, strict=True))
+        self._window = []
+        block = self.deployment.block_bytes
+        used, waiting = self.scheduler.blocks_used * block, self.scheduler.blocks_wanted * block
+        try:
+            plan = self._planner.decide(self.placement.tiers, Observation(compute_s, load_s, used, waiting))
+        except PlannerError as error:
+            self.last_reason = str(error)
+            return
+        self.last_reason = plan.reason
+        self.request(plan.moves)
+
+    def _apply(self) -> None:
+        """Make the moves, as far as free KV blocks allow, and give what they free to the KV cache."""
+        moves, self._moves = self._moves, []
+        tiers, old = self.placement.tiers.copy(), self.layout
+        for move in moves:
+            tiers[move.layer, move.expert] = move.target
+        layout = ExpertLayout(Placement(self.placement.name, tiers), old.sizes, old.formats, old.fused)
+        freed = sum(old.tier_bytes(tier) - layout.tier_bytes(tier) for tier in DEVICE_TIERS)
+        block = self.deployment.block_bytes
+        spare = self.budget.free + freed
+        if spare < 0 and not self.scheduler.shrink(-(spare // block)):
+            return  # the blocks are in use: the old state stays
+        lines = {"resident_experts": Tier.RESIDENT, "packed_experts": Tier.PACKED}
+        kv_before = self.scheduler.num_blocks
+        if spare > 0 and self.config.grow_kv:
+            most = max(0, self.deployment.useful_blocks - kv_before)
+            self.scheduler.grow(min(spare // block, most))
+        held = {line: layout.tier_bytes(tier) for line, tier in lines.items()}
+        held["kv_cache"] = self.scheduler.num_blocks * block
+        ledger = self.budget.lines()
+        for line, nbytes in held.items():
+            self.budget.release(line, max(0, ledger[line] - nbytes))
+        for line, nbytes in held.items():
+            self.budget.reserve(line, max(0, nbytes - ledger[line]))
+        self.placement = layout.placement
+        self._adopt(layout)

@@ -44,7 +44,7 @@ def script(name: str, *arguments: str) -> tuple[str, ...]:
 
 _KERNEL_TESTS = (
     "tests/kernels/test_routing.py", "tests/kernels/test_grouped_gemm.py", "tests/kernels/test_norm.py",
-    "tests/kernels/test_rope_kv.py", "tests/kernels/test_paged_attention.py",
+    "tests/kernels/test_rope_kv.py", "tests/kernels/test_paged_attention.py", "tests/kernels/test_delta_net.py",
 )  # fmt: skip
 _ENGINE = ("numba", "safetensors", "tokenizers", "einops", "tqdm")
 
@@ -66,11 +66,19 @@ STEPS = (
     Step("bench_packing", script(
         "bench_packing", "--preset", "gpu", "--out", "{out}/bench_packing"),
         5, (*_ENGINE, "pandas", "matplotlib")),
+    Step("exp3_adaptation", script(
+        "exp3_adaptation", "--preset", "gpu", "--device", "cuda", "--budget", "4608MiB", "--requests", "256",
+        "--prompt-tokens", "512", "--output-tokens", "256", "--max-batch", "256", "--start", "100", "--every", "50",
+        "--times", "7", "--variants", "static", "hold", "grow", "planned", "--out", "{out}/exp3_adaptation"),
+        4, ("cuda", *_ENGINE, "pandas", "matplotlib")),
     Step("exp4_overhead", script(
         "exp4_overhead", "--device", "cuda", "--hidden", "2048", "--moe-intermediate", "768", "--experts", "64",
         "--top-k", "8", "--out", "{out}/exp4_overhead"), 3, ("cuda", "numba", "pandas", "matplotlib", "tqdm")),
     Step("profile_hardware", script(
         "profile_hardware", "--device", "cuda", "--out", "{out}/profile.json"), 2, _ENGINE),
+    Step("memory_budget_next", script(
+        "memory_budget", "--preset", "gpu-next", "--device", "cuda", "--out", "{out}/memory_budget_next"),
+        6, (*_ENGINE, "pandas", "matplotlib")),
     Step("tune_grouped_gemm", script(
         "tune_grouped_gemm", "--minutes", "5", "--shapes", "qwen3_30b", "mixtral"), 6),
     Step("bench_grouped_gemm", script(

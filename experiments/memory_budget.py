@@ -77,12 +77,26 @@ PRESETS = {
         budgets=("144MiB", "176MiB", "208MiB", "256MiB", "304MiB", "352MiB", "384MiB", "432MiB", "464MiB", "496MiB",
                  "560MiB", "688MiB", "960MiB"),
     ),
+    # Qwen3-Next's kinds of layers: 403 MB of experts, recurrent states of a full batch 27 MB, its KV 134 MB.
+    "next": Preset(
+        dict(arch="qwen3_next", layers=8, experts=64, top_k=6, hidden=512, moe_intermediate=256, heads=8, kv_heads=8,
+             head_dim=64, vocab=8192, max_positions=4096),
+        requests=64, context=512, output_tokens=128, max_batch=64,
+        budgets=("160MiB", "256MiB", "352MiB", "448MiB", "512MiB", "640MiB"),
+    ),
     # Layers of Qwen3-30B-A3B's width on a GPU: 4.8 GB of experts, KV of a full batch 1.1 GB.
     "gpu": Preset(
         dict(arch="qwen3_moe", layers=8, experts=64, top_k=8, hidden=2048, moe_intermediate=768, heads=32, kv_heads=4,
              head_dim=128, vocab=32768, max_positions=2048),
         requests=128, context=1024, output_tokens=128, max_batch=64,
         budgets=("1GiB", "2GiB", "3GiB", "4GiB", "5GiB", "5632MiB", "6GiB", "7GiB"),
+    ),
+    # The shape of Qwen3-Next-80B-A3B in all but depth: 8 layers of 48, 25.8 GB.
+    "gpu-next": Preset(
+        dict(arch="qwen3_next", layers=8, experts=512, top_k=10, hidden=2048, moe_intermediate=512, heads=16,
+             kv_heads=2, head_dim=256, vocab=32768, max_positions=4096),
+        requests=128, context=2048, output_tokens=128, max_batch=64,
+        budgets=("8GiB", "16GiB", "24GiB", "28GiB", "32GiB"),
     ),
 }  # fmt: skip
 
@@ -141,7 +155,7 @@ def preset_model(name: str, directory: Path, seed: int = 0) -> Path:
 
 def default_budgets(config: ModelConfig, max_batch: int, context: int) -> list[int]:
     """A row from a few slots to everything resident with all the KV that a full batch needs."""
-    kv = max_batch * context * config.kv_bytes_per_token
+    kv = max_batch * (context * config.kv_bytes_per_token + config.state_bytes_per_sequence)
     weights = config.non_expert_bytes + config.expert_bytes_total
     least = config.non_expert_bytes + 2 * config.expert_bytes_total // config.num_layers + kv // max_batch
     row = [least * 1.3, weights * 0.5, weights * 0.8, weights + kv * 0.05]

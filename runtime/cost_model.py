@@ -7,7 +7,7 @@ A layer's time is the sum of its parts, each the longer of its bytes over memory
     states          Gated DeltaNet: every sequence's state read and written
     experts         the expected number of distinct experts, E·(1 - (1 - k/E)^T), each in the format in which the GEMM
                     reads it; 6·H·I flops a token and chosen expert
-    traffic         what loads write, and decoders read and write, shares the memory with everything else
+    traffic         what loads write, and decoders read and write: a layer takes no less than all its bytes do
     all-reduce      two a layer where there are several devices: latency, and activations over the link
     launches        kernels of a layer, one after the other
 
@@ -41,8 +41,8 @@ class CostParameters:
     """What a profile does not say. bits: of each format; fused: formats that the GEMM reads in place.
 
     attention_share, expert_share: of memory bandwidth that paged attention and grouped GEMM reach; moe_flops_share: of
-    peak, of a grouped GEMM; eager: kernels are launched one by one by the host, at `eager_launch_s` each, instead of
-    as graphs.
+    peak, of a grouped GEMM; eager: kernels are launched one by one by the host, which needs `eager_launch_s` for each
+    with all that it does around it, instead of as graphs.
     """
 
     bits: Mapping[str, float] = field(default_factory=lambda: dict(FORMAT_BITS))
@@ -129,16 +129,19 @@ class CostModel:
         for delta in {layer in self._delta for layer in range(model.num_layers)}:
             weights = self._weights[delta] / n
             seconds = max(weights / bandwidth, weights * tokens / flops)  # 2 flops, 2 bytes a weight
+            moved = weights
             if delta:
+                moved += 2 * sequences * self._state_bytes / n
                 seconds += 2 * sequences * self._state_bytes / n / bandwidth
                 d = model.delta
                 seconds += tokens * 6 * d.value_heads * d.key_dim * d.value_dim / n / flops
             else:
+                moved += keys * self._kv_bytes
                 read = keys * self._kv_bytes / (self.parameters.attention_share * bandwidth)
                 seconds += max(read, 4 * pairs * model.num_heads * model.head_dim / n / (0.5 * flops))
             if n > 1:
                 seconds += self._all_reduce(tokens)
-            attention[delta] = seconds + 0.5 * _KERNELS_A_LAYER * self._launch_s
+            attention[delta] = seconds + 0.5 * _KERNELS_A_LAYER * self._launch_s, moved
         distinct = model.num_experts * (1 - (1 - model.top_k / model.num_experts) ** tokens)
         work = 6 * tokens * model.top_k * model.hidden_size * model.moe_intermediate_size / n
         work_s = work / (self.parameters.moe_flops_share * flops)
@@ -146,9 +149,12 @@ class CostModel:
         costs = []
         share = distinct / model.num_experts
         for layer, (near, far, traffic) in enumerate(self._reads):
-            seconds = max(share * near / (self.parameters.expert_share * bandwidth), work_s)
-            seconds += share * far / profile.kernel_host_bandwidth + traffic / bandwidth
-            costs.append(LayerCost(attention[layer in self._delta], seconds + fixed))
+            before, moved = attention[layer in self._delta]
+            seconds = max(share * near / (self.parameters.expert_share * bandwidth), work_s) + fixed
+            seconds += share * far / profile.kernel_host_bandwidth
+            # Loads and decoders take what bandwidth the kernels leave; beyond it, they make the layer longer.
+            busy = (moved + share * near + traffic) / bandwidth
+            costs.append(LayerCost(before, max(seconds, busy - before)))
         vocab = model.vocab_size * model.hidden_size * model.dtype.itemsize / n
         outside = max(vocab / bandwidth, 2 * sequences * vocab / model.dtype.itemsize / flops) + profile.iteration_s
         return costs, outside

@@ -30,8 +30,8 @@ def requests(count=10) -> list[Request]:
     return [
         Request(
             i,
-            tuple(rng.integers(0, 512, rng.integers(1, 90)).tolist()),
-            SamplingParams(max_new_tokens=int(rng.integers(10, 60)), ignore_eos=True),
+            tuple(rng.integers(0, 512, 1 if i == 0 else rng.integers(40, 90)).tolist()),
+            SamplingParams(max_new_tokens=int(rng.integers(40, 60)), ignore_eos=True),
         )
         for i in range(count)
     ]
@@ -53,17 +53,20 @@ def expected(model_dir):
     return serve(model_dir)[0]
 
 
-def tight(model_dir, blocks=5, **settings) -> int:
-    _, _, lines = serve(model_dir, **settings)
-    with Engine(model_dir, EngineConfig(**{**COMMON, **settings})) as engine:
-        per_block = engine.kv.nbytes // engine.kv.num_blocks
-    return sum(v for k, v in lines.items() if k != "kv_cache") + blocks * per_block
+def room_for(model_dir, sequences: int) -> int:
+    """A budget that leaves states for so many sequences, and KV for half of the context of each."""
+    with Engine(model_dir, EngineConfig(**COMMON)) as engine:
+        lines, block = engine.budget.lines(), engine.deployment.block_bytes
+        each = lines["states"] // engine.deployment.max_sequences
+    fixed = sum(nbytes for line, nbytes in lines.items() if line not in ("kv_cache", "states"))
+    return fixed + sequences * (each + -(-COMMON["max_context"] // 64) * block)
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_preempted_requests_go_on_where_they_were(model_dir, expected, preemption):
-    tokens, steps, lines = serve(model_dir, budget_bytes=tight(model_dir), preemption=preemption)
-    assert sum(step.preemptions for step in steps) > 3
+    tokens, steps, lines = serve(model_dir, budget_bytes=room_for(model_dir, 4), preemption=preemption)
+    assert max(step.batch for step in steps) == 4
+    assert sum(step.preemptions for step in steps) >= 3
     assert sum(step.swapped_blocks for step in steps) > 0 or preemption == "recompute"
     assert tokens == expected
     assert lines["states"] > 0
@@ -107,9 +110,12 @@ def test_states_take_their_share_of_the_budget(model_dir):
         assert lines["states"] == 6 * (conv + matrices)
         # KV exists in one layer of five.
         assert config.kv_bytes_per_token == 2 * 2 * 32 * 2
-    least = sum(value for line, value in lines.items() if line != "kv_cache")
+    with Engine(model_dir, EngineConfig(**COMMON, budget_bytes=room_for(model_dir, 2))) as engine:
+        assert engine.deployment.max_sequences == 2
+        assert engine.held_bytes() == engine.budget.lines()
+        assert engine.budget.lines()["states"] == lines["states"] // 3
     with pytest.raises(BudgetError, match="states"):
-        Engine(model_dir, EngineConfig(**COMMON, budget_bytes=least))
+        Engine(model_dir, EngineConfig(**COMMON, budget_bytes=room_for(model_dir, 0) + lines["states"] // 6))
 
 
 def test_swapped_states_come_back_to_other_slots():

@@ -10,15 +10,16 @@ from fluxmoe.runtime.engine import Engine, EngineConfig
 from fluxmoe.runtime.request import Request, SamplingParams
 
 from ..models.hf import save_random_model
-from ..models.test_parity import check_parity
+from ..models.test_parity import FP32, check_parity
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "olmoe", "qwen3_next"])
 def test_fp32_parity(arch, tmp_path):
-    model = save_random_model(arch, tmp_path, 0, num_hidden_layers=2)
-    check_parity(model, tmp_path, 2e-5, lengths=(1, 19), kernels="triton", device=DEVICE)
+    kinds = {"layer_types": ["linear_attention", "full_attention"]} if arch == "qwen3_next" else {}
+    model = save_random_model(arch, tmp_path, 0, num_hidden_layers=2, **kinds)
+    check_parity(model, tmp_path, FP32[arch], lengths=(1, 19), kernels="triton", device=DEVICE)
 
 
 def test_bf16_logits_agree_within_its_precision(tmp_path):

@@ -43,7 +43,7 @@ COLUMNS = (
     "decode_tokens_per_s", "wall_s", "iterations", "requests", "refused", "generated_tokens", "max_batch",
     "peak_batch", "preemptions", "swapped_blocks", "kv_blocks", "peak_kv_blocks", "block_size", "streamed_bytes",
     "stall_s", "transfer_s", "hidden_share", "non_expert_weights", "resident_experts", "packed_experts", "slots",
-    "workspace", "kv_cache", "host_bytes", "disk_bytes", "tokens_sha256",
+    "workspace", "states", "kv_cache", "host_bytes", "disk_bytes", "tokens_sha256",
     "commit",
 )  # fmt: skip
 

@@ -91,7 +91,7 @@ def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """Human name of the processor that ran the experiment."""
+    """Human name of the processor that ran the experiment; of the host, for what was simulated."""
     if device.startswith("cuda"):
         import torch
 

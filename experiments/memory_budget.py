@@ -5,6 +5,10 @@
 One row of points.csv is one run: a placement under a budget that must hold non-expert weights, resident experts,
 slots, workspace and KV cache. Runs are interleaved over placements, so that a machine whose speed drifts does
 not favour one. A stopped sweep resumes where it was. Points that cannot run are rows with the reason.
+
+    python -m fluxmoe.experiments.memory_budget --simulate --profile H100-SXM --config mixtral-8x7b --out DIR
+
+serves a published model on the virtual clock of `runtime.simulator` instead, on a machine that is not there.
 """
 
 from __future__ import annotations
@@ -20,11 +24,13 @@ from pathlib import Path
 
 from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.models.config import ModelConfig, load_config
+from fluxmoe.models.published import PUBLISHED, published_config
 from fluxmoe.runtime.budget import BudgetError, format_bytes, parse_bytes
 from fluxmoe.runtime.engine import Engine, resolve_device
 from fluxmoe.runtime.metrics import summarise
 from fluxmoe.runtime.placement import POLICIES, Tier, place
 from fluxmoe.runtime.request import RequestOutput
+from fluxmoe.runtime.simulator import SimEngine
 from tqdm import tqdm
 
 from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
@@ -105,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="fluxmoe.experiments.memory_budget", description=__doc__.splitlines()[0])
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint")
+    source.add_argument("--config", choices=list(PUBLISHED), help="a published model by name, with --simulate")
     source.add_argument("--preset", choices=sorted(PRESETS), help="make a model and use a workload that suits it")
     p.add_argument("--budgets", nargs="+", metavar="BYTES", help="e.g. 256MiB 512MiB 1GiB")
     p.add_argument(
@@ -116,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--context", type=int, help="longest prompt + output")
     p.add_argument("--output-tokens", type=int, help="output tokens of every request")
     p.add_argument("--trace", metavar="CSV", help="request lengths from a trace instead of drawn ones")
+    p.add_argument("--simulate", action="store_true", help="on the machine of --profile, by a cost model")
     p.add_argument("--repeats", type=int, default=1)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
@@ -181,7 +189,7 @@ def run_point(
     )
     row = {"status": "ok", "requests": len(requests), "max_batch": args.max_batch, "block_size": args.block_size}
     try:
-        engine = Engine(model, settings)
+        engine = SimEngine(config, settings.profile, settings) if args.simulate else Engine(model, settings)
     except BudgetError as error:
         return {**row, "status": "too_small", "reason": str(error), "least_budget": error.least}
     with engine:
@@ -199,12 +207,12 @@ def run_point(
             "total_tokens_per_s": (generated + sum(shape.prompt for shape in lengths)) / wall,
             "refused": sum(output.finish_reason == "refused" for output in outputs.values()),
             "generated_tokens": generated,
-            "kv_blocks": engine.kv.num_blocks,
+            "kv_blocks": engine.scheduler.num_blocks,
             "hidden_share": hidden,
             "alpha": engine.placement.alpha,
             **engine.budget.lines(),
-            "host_bytes": engine.store.tier_bytes(Tier.HOST),
-            "disk_bytes": engine.store.disk_bytes,
+            "host_bytes": engine.deployment.layout.tier_bytes(Tier.HOST),
+            "disk_bytes": engine.deployment.layout.tier_bytes(Tier.DISK),
             "tokens_sha256": digest.hexdigest()[:16],
         }
 
@@ -226,7 +234,11 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 def sweep(args: argparse.Namespace) -> list[dict]:
     """Run every missing point; returns all rows, those of earlier runs included."""
-    device = resolve_device(args.device)
+    device = "sim" if args.simulate else resolve_device(args.device).type
+    if args.simulate and not args.profile:
+        raise UsageError("--simulate needs --profile: the machine to simulate")
+    if args.config and not args.simulate:
+        raise UsageError("--config names a model without weights: it needs --simulate")
     out = Path(args.out)
     for placement in args.placements:
         split_placement(placement)
@@ -238,8 +250,8 @@ def sweep(args: argparse.Namespace) -> list[dict]:
         args.requests = args.requests or preset.requests
         args.context = args.context or preset.context
         args.output_tokens = args.output_tokens or preset.output_tokens
-    model = preset_model(args.preset, Path(args.checkpoints)) if preset else Path(args.model)
-    config = load_config(model)
+    model = preset_model(args.preset, Path(args.checkpoints)) if preset else Path(args.model or "")
+    config = published_config(args.config) if args.config else load_config(model)
     context = min(args.context or 1024, config.max_position_embeddings)
     if args.trace:
         lengths = trace_lengths(args.trace, args.requests, context)
@@ -272,7 +284,7 @@ def sweep(args: argparse.Namespace) -> list[dict]:
                 "no_cuda_graphs",
             )
         },
-        "device": device.type,
+        "device": f"sim of {args.profile}" if args.simulate else device,
     }
     identity = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
     rows = _resume(out, identity)
@@ -284,7 +296,7 @@ def sweep(args: argparse.Namespace) -> list[dict]:
         for placement in args.placements
         if (placement, budget, repeat) not in done
     ]
-    made_by = provenance(device.type, args.seed)
+    made_by = provenance(device, args.seed)
     # A sweep may be resumed by a later commit: each row says its own, the file says the newest.
     commit = (made_by["commit"] or "unknown")[:10] + ("+changes" if made_by["dirty"] else "")
     summary = {**settings, "workload": _summary(lengths)}
@@ -322,7 +334,7 @@ def _summary(lengths: list[Lengths]) -> dict:
 
 def _warm_up(args, model, config, points, lengths) -> None:
     """Compile kernels and touch the checkpoint's pages before the first timed point."""
-    if points:
+    if points and not args.simulate:
         short = [Lengths(0.0, min(8, lengths[0].prompt), 2)] * 2
         run_point(args, model, config, short, "host", max(budget for _, budget, _ in points))
 

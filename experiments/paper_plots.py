@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .plots import plt
+from .plots import plt, save
 
 # Okabe-Ito: told apart with any colour vision, and by marker.
 SYSTEMS = {
@@ -50,9 +50,7 @@ def plot_paper_sweep(directory: Path, title: str) -> Path:
     figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=7.5, frameon=False)
     figure.suptitle(title, fontsize=10)
     path = directory / "throughput.png"
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def plot_kv_capacity(directory: Path) -> Path:
@@ -69,9 +67,7 @@ def plot_kv_capacity(directory: Path) -> Path:
     axis.set_title(f"Mixtral-8x7B, 4 x L40, batch {points.batch.max()}", fontsize=9)
     _finish(axis, "KV cache of all devices (GiB)")
     path = directory / "kv_capacity.png"
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def plot_memory_split(directory: Path) -> Path:
@@ -92,9 +88,7 @@ def plot_memory_split(directory: Path) -> Path:
     axes[0].legend(fontsize=7.5, frameon=False)
     figure.suptitle(f"{points.model.iloc[0]}: what memory holds", fontsize=9)
     path = directory / "memory.png"
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def plot_knee(directory: Path) -> Path:
@@ -113,6 +107,4 @@ def plot_knee(directory: Path) -> Path:
     axis.set_title(f"{points.model.iloc[0]} on {points.profile.iloc[0]}", fontsize=9)
     _finish(axis, "α, share of experts on the device")
     path = directory / "knee.png"
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
-    return path
+    return save(figure, path)

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 from fluxmoe.runtime.placement import COMPRESSING
+from matplotlib.figure import Figure
 
 MIB = 1 << 20
 # Okabe-Ito: told apart with any colour vision, and by marker.
@@ -25,6 +26,15 @@ STYLE = {
 }
 
 
+def save(figure: Figure, path: Path) -> Path:
+    """Write `path`, a PNG, and the same as PDF for print; returns `path`."""
+    figure.savefig(path, dpi=160)
+    # Without a date, so that the same figure is the same file.
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    plt.close(figure)
+    return path
+
+
 def plot_memory_budget(directory: Path) -> Path:
     """throughput_vs_budget.png beside points.csv: medians over repeats, range as a bar; returns its path.
 
@@ -35,6 +45,7 @@ def plot_memory_budget(directory: Path) -> Path:
     about = json.loads((directory / "provenance.json").read_text())
     figure, axis = plt.subplots(figsize=(7.2, 5.2), layout="constrained")
     ran = points[points.status == "ok"]
+    unit, name_of_unit = (MIB << 10, "GiB") if points.budget_bytes.max() >= 16 << 30 else (MIB, "MiB")
     top = ran.tokens_per_s.max() if len(ran) else 1.0
     for index, (placement, rows) in enumerate(points.groupby("placement", sort=False)):
         where, _, expert_format = placement.partition("+")
@@ -45,7 +56,7 @@ def plot_memory_budget(directory: Path) -> Path:
         ok = rows[rows.status == "ok"]
         grouped = ok.groupby("budget_bytes")
         speed = grouped.tokens_per_s.median()
-        x = speed.index / MIB
+        x = speed.index / unit
         spread = [speed - grouped.tokens_per_s.min(), grouped.tokens_per_s.max() - speed]
         axis.errorbar(
             x, speed, yerr=spread, color=colour, linewidth=1.6, capsize=2, label=label, zorder=2,
@@ -60,21 +71,25 @@ def plot_memory_budget(directory: Path) -> Path:
             )  # fmt: skip
         failed = sorted(set(rows[rows.status != "ok"].budget_bytes))
         axis.plot(
-            [b / MIB for b in failed], [-0.035 * top * (index + 1)] * len(failed), "x", color=colour, markersize=5
+            [b / unit for b in failed], [-0.035 * top * (index + 1)] * len(failed), "x", color=colour, markersize=5
         )
     axis.set_xscale("log")
-    ticks = sorted({round(b / MIB) for b in points.budget_bytes})
+    ticks = sorted({round(b / unit) for b in points.budget_bytes})
     axis.set_xticks(ticks, [str(t) for t in ticks], rotation=45, fontsize=8)
     axis.minorticks_off()
     axis.axhline(0, color="0.6", linewidth=0.6)
     axis.set_ylim(-0.045 * top * (points.placement.nunique() + 0.5), 1.08 * top)
     axis.set_yticks([t for t in axis.get_yticks() if 0 <= t <= 1.08 * top])
-    axis.set_xlabel("memory budget (MiB): weights + slots + workspace + KV cache")
+    axis.set_xlabel(f"memory budget ({name_of_unit}): weights + slots + workspace + KV cache")
     axis.set_ylabel("output tokens/s")
     workload, model = about["workload"], about["model"]
+    where = f"measured on {about['hardware']} ({about['cpus']} cores)"
+    if about["device"].startswith("sim of"):
+        where = f"simulated on {about['device'].removeprefix('sim of ')}"
+        axis.set_ylabel("output tokens/s, simulated")
     axis.set_title(
         f"{model['arch']}, {model['num_layers']} layers × {model['num_experts']} experts, "
-        f"{workload['requests']} requests; measured on {about['hardware']} ({about['cpus']} cores)",
+        f"{workload['requests']} requests; {where}",
         fontsize=9,
     )
     axis.plot([], [], "o", color="0.4", markerfacecolor="white", label="hollow: requests were preempted")
@@ -82,9 +97,7 @@ def plot_memory_budget(directory: Path) -> Path:
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7.5, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     path = directory / "throughput_vs_budget.png"
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def plot_exponents(directory: Path) -> Path:
@@ -109,9 +122,7 @@ def plot_exponents(directory: Path) -> Path:
         fontsize=9,
     )
     path = directory / "exponents.png"
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def plot_overhead(directory: Path) -> Path:
@@ -140,9 +151,7 @@ def plot_overhead(directory: Path) -> Path:
     axis.legend(fontsize=7.5, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     path = directory / "overhead.png"
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def plot_adaptation(directory: Path, window: int = 40) -> Path:
@@ -181,6 +190,4 @@ def plot_adaptation(directory: Path, window: int = 40) -> Path:
             axis.axvline(about["start"] + k * about["every"], color="0.8", linewidth=0.6, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
     path = directory / "adaptation.png"
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
-    return path
+    return save(figure, path)

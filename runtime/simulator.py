@@ -94,6 +94,12 @@ class SimEngine:
         self._streamed = [layer for layer, times in enumerate(self._loads) if any(times)]
         self._load_bytes = sum(self.costs.host_bytes(layer, layout) for layer in self._streamed)
 
+    def __enter__(self) -> SimEngine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing is held."""
+
     # Serving.
 
     def steps(

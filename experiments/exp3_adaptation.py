@@ -11,6 +11,10 @@ layer goes to host memory, --times times. Variants, which serve the same request
     unspread    as many experts leave at each step, all of them from the last layers that have any (the ablation)
     planned     the planner moves experts when it sees fit, at most as many; KV grows
 
+    python -m fluxmoe.experiments.exp3_adaptation --simulate --profile 4xL40 --config qwen3-next-80b-a3b --budget all …
+
+serves a published model on the simulator's virtual clock instead.
+
 Requests are always waiting (more than fit), so that throughput follows the KV cache. steps.csv has a row an iteration;
 the figure shows tokens/s in windows of iterations, and the bytes that experts and KV hold.
 """
@@ -25,11 +29,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-from fluxmoe.models.config import load_config
+from fluxmoe.models.config import ModelConfig, load_config
+from fluxmoe.models.published import PUBLISHED, published_config
 from fluxmoe.runtime.budget import parse_bytes
 from fluxmoe.runtime.engine import Engine
 from fluxmoe.runtime.placement import Tier
 from fluxmoe.runtime.planner import Move
+from fluxmoe.runtime.simulator import SimEngine
 from tqdm import tqdm
 
 from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
@@ -46,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="fluxmoe.experiments.exp3_adaptation", description=__doc__.splitlines()[0])
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint in bf16")
+    source.add_argument("--config", choices=list(PUBLISHED), help="a published model by name, with --simulate")
     source.add_argument("--preset", choices=sorted(PRESETS), help="the model of a memory_budget preset, made if needed")
     p.add_argument("--budget", default="352MiB", help="device bytes for everything")
     p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
@@ -55,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--start", type=int, default=400, help="iteration of the first step")
     p.add_argument("--every", type=int, default=150, help="iterations between steps")
     p.add_argument("--times", type=int, default=7, help="steps; each takes one expert of every layer")
+    p.add_argument("--simulate", action="store_true", help="on the machine of --profile, by a cost model")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
     p.add_argument("--out", required=True, metavar="DIR")
@@ -73,9 +81,8 @@ def moves_of_step(tiers: np.ndarray, spread: bool) -> list[Move]:
     return moves
 
 
-def run_variant(args: argparse.Namespace, model: Path, variant: str) -> tuple[list[dict], str]:
+def run_variant(args: argparse.Namespace, model: Path, config: ModelConfig, variant: str) -> tuple[list[dict], str]:
     """(a row an iteration, digest of all tokens)."""
-    config = load_config(model)
     lengths = [Lengths(0.0, args.prompt_tokens, args.output_tokens)] * args.requests
     requests = make_requests(lengths, config.vocab_size, args.seed)
     # All variants have the same slots, so the same KV to begin with: unspread, whole layers come to stream.
@@ -85,14 +92,14 @@ def run_variant(args: argparse.Namespace, model: Path, variant: str) -> tuple[li
         adaptive=True, planning=variant == "planned", grow_kv=variant in _GROWING, least_alpha=max(0.0, 1 - share),
     )  # fmt: skip
     rows, outputs = [], {}
-    with Engine(model, settings) as engine:
-        residency = engine.residency
+    with SimEngine(config, settings.profile, settings) if args.simulate else Engine(model, settings) as engine:
+        residency = engine if args.simulate else engine.residency
         bar = tqdm(engine.steps(requests, outputs), variant, unit="step")
         for step in bar:
             done = (step.iteration - args.start) // args.every
             due = (step.iteration - args.start) % args.every == 0 and 0 <= done < args.times
             if due and variant not in ("static", "planned"):
-                residency.request(moves_of_step(engine.store.layout.placement.tiers, variant != "unspread"))
+                residency.request(moves_of_step(residency.tiers, variant != "unspread"))
             lines = engine.budget.lines()
             rows.append(
                 {
@@ -103,7 +110,7 @@ def run_variant(args: argparse.Namespace, model: Path, variant: str) -> tuple[li
                     "stall_s": step.stall_s, "transfer_s": step.transfer_s, "preemptions": step.preemptions,
                 }
             )  # fmt: skip
-        if residency.refused and variant != "planned":
+        if not args.simulate and residency.refused and variant != "planned":
             raise UsageError(f"a move was refused: {residency.refused[0]}")
     digest = hashlib.sha256(json.dumps([outputs[r.request_id].token_ids for r in requests]).encode())
     return rows, digest.hexdigest()[:16]
@@ -113,14 +120,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if min(args.requests, args.start, args.every, args.times) < 1:
         raise UsageError("requests, start, every and times must be at least 1")
-    model = Path(args.model) if args.model else preset_model(args.preset, Path(args.checkpoints))
-    if args.times >= load_config(model).num_experts:
-        raise UsageError(
-            f"--times {args.times} would leave no expert of {load_config(model).num_experts} on the device"
-        )
+    if args.simulate and not args.profile:
+        raise UsageError("--simulate needs --profile: the machine to simulate")
+    if args.config and not args.simulate:
+        raise UsageError("--config names a model without weights: it needs --simulate")
+    model = preset_model(args.preset, Path(args.checkpoints)) if args.preset else Path(args.model or "")
+    config = published_config(args.config) if args.config else load_config(model)
+    if args.times >= config.num_experts:
+        raise UsageError(f"--times {args.times} would leave no expert of {config.num_experts} on the device")
     out, rows, digests = Path(args.out), [], set()
     for variant in args.variants:
-        more, digest = run_variant(args, model, variant)
+        more, digest = run_variant(args, model, config, variant)
         rows += more
         digests.add(digest)
         text = io.StringIO()
@@ -143,8 +153,9 @@ def main(argv: list[str] | None = None) -> None:
         k: getattr(args, k)
         for k in ("budget", "link_bandwidth", "requests", "prompt_tokens", "output_tokens", "start", "every", "times")
     }
-    device = "cuda" if args.device == "cuda" else "cpu"
-    write_json(out / "provenance.json", {**provenance(device, args.seed), **settings, "tokens": verdict})
+    device = "sim" if args.simulate else "cuda" if args.device == "cuda" else "cpu"
+    about = {**settings, "tokens": verdict, "simulated": f"{args.config} on {args.profile}" if args.simulate else None}
+    write_json(out / "provenance.json", {**provenance(device, args.seed), **about})
     print(f"figure: {plot_adaptation(out)}")
 
 

@@ -180,9 +180,10 @@ def plot_adaptation(directory: Path, window: int = 40) -> Path:
     top.set_ylim(bottom=0)
     top.legend(fontsize=7.5, frameon=False)
     link = f", link held to {about['link_bandwidth']}/s" if about.get("link_bandwidth") else ""
-    top.set_title(
-        f"measured on {about['hardware']} ({about['cpus']} cores), budget {about['budget']}{link}", fontsize=9
-    )
+    where = f"measured on {about['hardware']} ({about['cpus']} cores)"
+    if about.get("simulated"):
+        where = f"simulated: {about['simulated']}"
+    top.set_title(f"{where}, budget {about['budget']}{link}", fontsize=9)
     bottom.set_ylabel("KV cache (MB)")
     bottom.set_xlabel("iteration")
     for axis in (top, bottom):

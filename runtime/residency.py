@@ -101,6 +101,11 @@ class Residency:
         self._requested += moves
 
     @property
+    def tiers(self) -> np.ndarray:
+        """int8 [L, E]: where every expert is, or is going."""
+        return self.store.layout.placement.tiers
+
+    @property
     def busy(self) -> bool:
         """Whether moves are under way."""
         return bool(self._requested or self._convoy)

@@ -202,6 +202,11 @@ class SimEngine:
             )
         )  # fmt: skip
 
+    @property
+    def tiers(self) -> np.ndarray:
+        """int8 [L, E]: where every expert is."""
+        return self.placement.tiers
+
     def request(self, moves: Iterable[Move]) -> None:
         """Moves to be made before the next iteration."""
         self._moves += moves

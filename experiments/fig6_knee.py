@@ -25,16 +25,17 @@ ALPHAS = [i / 20 for i in range(10, 21)]
 
 
 def step_times(model, profile: HardwareProfile, batch: int, alpha: float, host_format: str) -> tuple[float, float]:
-    """Seconds of compute without waiting, and of loads, of one decode step at context 1024."""
+    """Seconds of compute without waiting, and of loads, of one decode step of a full batch at a context of 1024."""
     config = EngineConfig(
         device="cpu", placement="balanced", alpha=alpha, expert_format="planar12", host_format=host_format,
-        max_batch=batch, max_batched_tokens=2048, max_context=1040, budget_bytes=1 << 50,
+        max_batch=batch, max_batched_tokens=2048, max_context=2048, budget_bytes=1 << 50,
     )  # fmt: skip
-    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    # Until the last prompt is prefilled, two of them a step, none may end.
+    params = SamplingParams(max_new_tokens=batch // 2 + 8, ignore_eos=True)
     engine = SimEngine(model, profile, config)
     steps = list(engine.steps([Request(i, (1,) * 1024, params) for i in range(batch)]))
-    last = next(step for step in reversed(steps) if step.prefill_tokens == 0)
-    return last.duration_s - last.stall_s, last.transfer_s
+    full = next(step for step in steps if step.prefill_tokens == 0 and step.batch == batch)
+    return full.duration_s - full.stall_s, full.transfer_s
 
 
 def main(argv: list[str] | None = None) -> None:

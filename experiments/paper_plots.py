@@ -45,6 +45,7 @@ def plot_paper_sweep(directory: Path, title: str) -> Path:
         other = "context" if panel == "batch" else "batch"
         axis.set_title(f"{other} {rows[other].max()}", fontsize=9)
         _finish(axis, f"{panel} ({'requests' if panel == 'batch' else 'tokens'})")
+    axes[0].set_ylim(0, 1.06 * points.tokens_per_s.max())
     axes[0].set_ylabel("output tokens/s, simulated")
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=7.5, frameon=False)
@@ -85,7 +86,8 @@ def plot_memory_split(directory: Path) -> Path:
         axis.axhline(4 * 48 * 1.073741824, color="0.4", linestyle=":", linewidth=0.9, label="4 x L40")
         _finish(axis, panel)
     axes[0].set_ylabel("GB")
-    axes[0].legend(fontsize=7.5, frameon=False)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=5, fontsize=7.5, frameon=False)
     figure.suptitle(f"{points.model.iloc[0]}: what memory holds", fontsize=9)
     path = directory / "memory.png"
     return save(figure, path)

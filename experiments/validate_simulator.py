@@ -12,6 +12,7 @@ import argparse
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +64,9 @@ def measured_rows(results: Path, checkpoints: Path) -> list[dict]:
             device="cpu", placement=name, alpha=alpha, expert_format=expert_format, max_batch=spec.max_batch,
             max_batched_tokens=256, max_context=longest, budget_bytes=int(point["budget_bytes"]),
         )  # fmt: skip
+        costs = replace(CPU_COSTS, workspace_bytes=int(point["workspace"]))
         try:
-            totals = summarise(list(SimEngine(model, profile, config, CPU_COSTS).steps(requests)))
+            totals = summarise(list(SimEngine(model, profile, config, costs).steps(requests)))
         except BudgetError:
             continue
         speed = sum(r.params.max_new_tokens for r in requests) / totals["wall_s"]

@@ -41,8 +41,8 @@ class CostParameters:
     """What a profile does not say. bits: of each format; fused: formats that the GEMM reads in place.
 
     attention_share, expert_share: of memory bandwidth that paged attention and grouped GEMM reach; moe_flops_share: of
-    peak, of a grouped GEMM; eager: kernels are launched one by one by the host, which needs `eager_launch_s` for each
-    with all that it does around it, instead of as graphs.
+    peak, of a grouped GEMM; workspace_bytes: of a device, None to estimate a GPU's; eager: kernels are launched one by
+    one by the host, which needs `eager_launch_s` for each with all that it does around it, instead of as graphs.
     """
 
     bits: Mapping[str, float] = field(default_factory=lambda: dict(FORMAT_BITS))
@@ -50,6 +50,7 @@ class CostParameters:
     attention_share: float = 0.75
     expert_share: float = 0.85
     moe_flops_share: float = 0.7
+    workspace_bytes: int | None = None
     eager: bool = False
     eager_launch_s: float = 8e-6
 
@@ -67,7 +68,8 @@ class SimOps:
         width = 3 * d.hidden + (d.qkv_size + 2 * d.heads * d.head_dim + d.top_k * (d.intermediate + d.hidden)) / devices
         width += (2 * d.delta.projected + d.delta.channels) / devices if d.delta is not None else 0
         logits = limits.sequences * d.vocab / devices * 4
-        self.workspace_bytes = int(tokens * width * d.dtype.itemsize + logits + tokens * d.experts * 4) + (64 << 20)
+        estimate = int(tokens * width * d.dtype.itemsize + logits + tokens * d.experts * 4) + (64 << 20)
+        self.workspace_bytes = estimate if parameters.workspace_bytes is None else parameters.workspace_bytes
 
     def packed_bytes(self, n: int, k: int) -> int:
         return n * k * self.dims.dtype.itemsize // self._devices

@@ -30,8 +30,8 @@ def step_times(model, profile: HardwareProfile, batch: int, alpha: float, host_f
         device="cpu", placement="balanced", alpha=alpha, expert_format="planar12", host_format=host_format,
         max_batch=batch, max_batched_tokens=2048, max_context=2048, budget_bytes=1 << 50,
     )  # fmt: skip
-    # Until the last prompt is prefilled, two of them a step, none may end.
-    params = SamplingParams(max_new_tokens=batch // 2 + 8, ignore_eos=True)
+    # None may end before the last prompt is prefilled, and a step has room for one or two.
+    params = SamplingParams(max_new_tokens=batch + 16, ignore_eos=True)
     engine = SimEngine(model, profile, config)
     steps = list(engine.steps([Request(i, (1,) * 1024, params) for i in range(batch)]))
     full = next(step for step in steps if step.prefill_tokens == 0 and step.batch == batch)

@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test figures lint format clean
+.PHONY: demo test figures reproduce lint format clean
 
 $(STAMP): requirements.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ test: $(STAMP)
 # Every figure again, from the committed results alone.
 figures: $(STAMP)
 	$(PY) -m fluxmoe.experiments.figures
+
+# Everything that this machine can run, hours on two cores; what is there already is not made again.
+reproduce: $(STAMP)
+	$(PY) -m fluxmoe.experiments.reproduce
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -37,7 +37,7 @@ from .common import Parser, UsageError, cli_main, provenance, write_atomically, 
 from .generate import add_engine_arguments, engine_config
 from .make_checkpoint import make_checkpoint
 from .plots import plot_memory_budget
-from .workloads import Lengths, drawn_lengths, make_requests, trace_lengths
+from .workloads import Lengths, drawn_lengths, make_requests, poisson_arrivals, sharegpt_lengths, trace_lengths
 
 # offload and balanced at one α, so that they differ only in how the streamed half is spread over the layers.
 DEFAULT_PLACEMENTS = (
@@ -123,6 +123,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--context", type=int, help="longest prompt + output")
     p.add_argument("--output-tokens", type=int, help="output tokens of every request")
     p.add_argument("--trace", metavar="CSV", help="request lengths from a trace instead of drawn ones")
+    p.add_argument("--sharegpt", action="store_true", help="lengths like ShareGPT's conversations, outputs included")
+    p.add_argument("--rate", type=float, help="requests a second, a Poisson process (default: all at once)")
     p.add_argument("--simulate", action="store_true", help="on the machine of --profile, by a cost model")
     p.add_argument("--repeats", type=int, default=1)
     p.add_argument("--seed", type=int, default=0)
@@ -255,8 +257,12 @@ def sweep(args: argparse.Namespace) -> list[dict]:
     context = min(args.context or 1024, config.max_position_embeddings)
     if args.trace:
         lengths = trace_lengths(args.trace, args.requests, context)
+    elif args.sharegpt:
+        lengths = sharegpt_lengths(args.requests or 64, context, args.seed)
     else:
         lengths = drawn_lengths(args.requests or 64, context, args.output_tokens or 64, args.seed)
+    if args.rate is not None:
+        lengths = poisson_arrivals(lengths, args.rate, args.seed)
     if args.budgets or preset:
         budgets = [parse_bytes(text) for text in (args.budgets or preset.budgets)]
         if None in budgets:

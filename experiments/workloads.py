@@ -1,9 +1,12 @@
-"""Requests for experiments: fixed, drawn lengths, or a trace file. Prompts are random token ids."""
+"""Requests for experiments: lengths drawn, ShareGPT-like or from a trace; all at once or as a Poisson process.
+
+Prompts are random token ids.
+"""
 
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,33 @@ def drawn_lengths(requests: int, context: int, output_tokens: int, seed: int) ->
     low = max(output_tokens + 1, context // 2)
     totals = np.random.default_rng(seed).integers(low, context + 1, size=requests)
     return [Lengths(0.0, int(total) - output_tokens, output_tokens) for total in totals]
+
+
+# Mean prompt and output of ShareGPT conversations as the vLLM paper has them (arXiv 2309.06180, Fig. 11), and a spread
+# at which a tenth of them is thrice as long.
+_SHAREGPT_PROMPT, _SHAREGPT_OUTPUT, _SHAREGPT_SIGMA = 161.31, 337.99, 1.1
+
+
+def sharegpt_lengths(requests: int, context: int, seed: int) -> list[Lengths]:
+    """ShareGPT-like: prompts and outputs log-normal about the means of its conversations, cut to `context`."""
+    if requests < 1 or context < 2:
+        raise UsageError(f"a workload needs requests and a context of at least 2 tokens, got {requests} and {context}")
+    rng = np.random.default_rng(seed)
+
+    def drawn(mean: float) -> np.ndarray:
+        return rng.lognormal(np.log(mean) - _SHAREGPT_SIGMA**2 / 2, _SHAREGPT_SIGMA, requests)
+
+    prompts = np.clip(drawn(_SHAREGPT_PROMPT), 1, context - 1).astype(int)
+    outputs = np.clip(drawn(_SHAREGPT_OUTPUT), 1, context - prompts).astype(int)
+    return [Lengths(0.0, int(prompt), int(output)) for prompt, output in zip(prompts, outputs, strict=True)]
+
+
+def poisson_arrivals(lengths: list[Lengths], rate: float, seed: int) -> list[Lengths]:
+    """The same requests, arriving one by one at `rate` a second on average, independently of each other."""
+    if not rate > 0:
+        raise UsageError(f"an arrival rate must be positive requests a second, got {rate}")
+    times = np.random.default_rng(seed).exponential(1 / rate, len(lengths)).cumsum()
+    return [replace(shape, arrived_at=float(at)) for shape, at in zip(lengths, times, strict=True)]
 
 
 def trace_lengths(path: Path | str, requests: int | None, context: int, at_once: bool = True) -> list[Lengths]:

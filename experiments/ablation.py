@@ -1,0 +1,135 @@
+"""What each of our ideas is worth: one at a time taken away, under one memory budget.
+
+    python -m fluxmoe.experiments.ablation --preset small --budget 352MiB --out results/<hardware>/ablation
+    python -m fluxmoe.experiments.ablation --simulate --profile H100-SXM --config qwen3-30b-a3b --budget 40GiB --out DIR
+
+    full                half of each layer on the device, half streamed; 12 bits everywhere, decoded inside the GEMM
+    decoded slots       streamed experts are decoded into their slot, as the paper does
+    dense transfer      host experts dense: uncompressed bytes cross the link
+    no compression      dense on the device and in the host
+    whole layers        the last layers in the host, as many bytes in all: no balance inside a layer
+    on demand           kernels read routed host experts in place, nothing is prefetched
+    adaptive            all experts begin on the device; the planner moves them, KV grows
+    adaptive, KV held   likewise, but KV does not grow
+
+Variants take turns, --repeats times. rows.csv has a row a run; tokens must be the same in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from fluxmoe.models.config import load_config
+from fluxmoe.models.published import PUBLISHED, published_config
+from fluxmoe.runtime.budget import BudgetError, parse_bytes
+from fluxmoe.runtime.engine import Engine
+from fluxmoe.runtime.metrics import summarise
+from fluxmoe.runtime.simulator import SimEngine
+from tqdm import tqdm
+
+from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
+from .generate import add_engine_arguments, engine_config
+from .memory_budget import PRESETS, preset_model
+from .workloads import drawn_lengths, make_requests
+
+_HALF = {"placement": "balanced", "alpha": 0.5, "expert_format": "planar12"}
+_ADAPTIVE = {"placement": "packed", "adaptive": True, "least_alpha": 0.5}
+VARIANTS = {
+    "full": _HALF,
+    "decoded slots": _HALF | {"slot_format": "decoded"},
+    "dense transfer": _HALF | {"host_format": "dense"},
+    "no compression": {"placement": "balanced", "alpha": 0.5},
+    "whole layers": _HALF | {"placement": "hybrid"},
+    "on demand": _HALF | {"transfer": "on_demand"},
+    "adaptive": _ADAPTIVE,
+    "adaptive, KV held": _ADAPTIVE | {"grow_kv": False},
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="fluxmoe.experiments.ablation", description=__doc__.splitlines()[0])
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint in bf16")
+    source.add_argument("--config", choices=list(PUBLISHED), help="a published model by name, with --simulate")
+    source.add_argument("--preset", choices=sorted(PRESETS), help="the model of a memory_budget preset, made if needed")
+    p.add_argument("--budget", required=True, help="device bytes for everything")
+    p.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    p.add_argument("--requests", type=int, default=64)
+    p.add_argument("--context", type=int, default=512)
+    p.add_argument("--output-tokens", type=int, default=128)
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--simulate", action="store_true", help="on the machine of --profile, by a cost model")
+    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
+    p.add_argument("--out", required=True, metavar="DIR")
+    add_engine_arguments(p, swept=True)
+    return p
+
+
+def run(args: argparse.Namespace, model: Path, config, requests: list, variant: str) -> dict:
+    """A row: one variant served once."""
+    settings = engine_config(
+        args, args.context, budget_bytes=parse_bytes(args.budget), min_kv_tokens=args.context, **VARIANTS[variant]
+    )
+    try:
+        engine = SimEngine(config, settings.profile, settings) if args.simulate else Engine(model, settings)
+    except BudgetError as error:
+        return {"variant": variant, "status": "too_small", "reason": str(error)}
+    outputs: dict = {}
+    with engine:
+        totals = summarise(list(engine.steps(requests, outputs)))
+    tokens = [outputs[request.request_id].token_ids for request in requests]
+    return {
+        "variant": variant, "status": "ok", "reason": "",
+        "tokens_per_s": sum(map(len, tokens)) / totals["wall_s"],
+        **{key: totals[key] for key in ("wall_s", "peak_batch", "preemptions", "streamed_bytes", "stall_s")},
+        "tokens_sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if args.simulate and not args.profile:
+        raise UsageError("--simulate needs --profile: the machine to simulate")
+    if args.config and not args.simulate:
+        raise UsageError("--config names a model without weights: it needs --simulate")
+    model = preset_model(args.preset, Path(args.checkpoints)) if args.preset else Path(args.model or "")
+    config = published_config(args.config) if args.config else load_config(model)
+    lengths = drawn_lengths(args.requests, args.context, args.output_tokens, args.seed)
+    requests, out = make_requests(lengths, config.vocab_size, args.seed), Path(args.out)
+    turns = [(turn, name) for turn in range(1 if args.simulate else args.repeats) for name in args.variants]
+    rows = [run(args, model, config, requests, name) | {"turn": turn} for turn, name in tqdm(turns, "runs", unit="run")]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(out / "rows.csv", text.getvalue())
+    ok = [row for row in rows if row["status"] == "ok"]
+    speeds = {name: [r["tokens_per_s"] for r in ok if r["variant"] == name] for name in args.variants}
+    full = np.median(speeds["full"]) if speeds.get("full") else float("nan")
+    for name, each in speeds.items():
+        if not each:
+            print(f"{name:<18} does not start with {args.budget}")
+            continue
+        spread = f"({min(each):.1f} … {max(each):.1f})"
+        print(f"{name:<18} {np.median(each):9.1f} tokens/s {spread:<22} {np.median(each) / full:5.2f} of full")
+    verdict = "identical" if len({row["tokens_sha256"] for row in ok}) == 1 else "DIFFER"
+    print(f"tokens: {verdict}")
+    device = f"sim of {args.profile}" if args.simulate else args.device
+    about = {"budget": args.budget, "requests": args.requests, "context": args.context, "tokens": verdict}
+    write_json(
+        out / "provenance.json",
+        {**provenance("sim" if args.simulate else "cpu", args.seed), **about, "device": device,
+         "model": args.config or args.preset or str(model)},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli_main(main)

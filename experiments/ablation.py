@@ -39,7 +39,7 @@ from .memory_budget import PRESETS, preset_model
 from .workloads import drawn_lengths, make_requests
 
 _HALF = {"placement": "balanced", "alpha": 0.5, "expert_format": "planar12"}
-_ADAPTIVE = {"placement": "packed", "adaptive": True, "least_alpha": 0.5}
+_ADAPTIVE = {"placement": "packed", "adaptive": True, "least_alpha": 0.8}
 VARIANTS = {
     "full": _HALF,
     "decoded slots": _HALF | {"slot_format": "decoded"},

@@ -13,7 +13,7 @@ from pathlib import Path
 from fluxmoe.models.published import published_config
 
 from .common import cli_main
-from .paper_plots import plot_paper_sweep
+from .paper_plots import plot_exp1
 from .paper_sweep import parser, print_ratios, speed, sweep
 from .paper_systems import Run
 
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser("exp1_performance_bound", __doc__.splitlines()[0]).parse_args(argv)
     rows = sweep(runs(), Path(args.out), Path(args.calibration))
     print_ratios(ratios(rows))
-    print(f"figure: {plot_paper_sweep(Path(args.out), 'Qwen3-Next-80B-A3B, 4 x L40')}")
+    print(f"figure: {plot_exp1(Path(args.out))}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from fluxmoe.models.published import published_config
 
 from .common import cli_main
-from .paper_plots import plot_paper_sweep
+from .paper_plots import plot_exp2
 from .paper_sweep import parser, print_ratios, speed, sweep
 from .paper_systems import Run
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser("exp2_capacity_bound", __doc__.splitlines()[0]).parse_args(argv)
     rows = sweep(runs(), Path(args.out), Path(args.calibration))
     print_ratios(ratios(rows))
-    print(f"figure: {plot_paper_sweep(Path(args.out), 'Mixtral-8x7B, 2 x L40, 12.5 % of experts in the host')}")
+    print(f"figure: {plot_exp2(Path(args.out))}")
 
 
 if __name__ == "__main__":

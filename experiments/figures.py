@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .common import Parser, UsageError, cli_main
-from .paper_plots import plot_knee, plot_kv_capacity, plot_memory_split, plot_paper_sweep
+from .paper_plots import plot_exp1, plot_exp2, plot_knee, plot_kv_capacity, plot_memory_split, plot_sensitivity
 from .plots import plot_adaptation, plot_exponents, plot_memory_budget, plot_overhead
 
 DRAW: dict[str, Callable[[Path], Path]] = {
@@ -21,12 +21,11 @@ DRAW: dict[str, Callable[[Path], Path]] = {
     "fig2_kv_capacity": plot_kv_capacity,
     "fig5_exponents": plot_exponents,
     "fig6_knee": plot_knee,
-    "exp1_performance_bound": lambda directory: plot_paper_sweep(directory, "Qwen3-Next-80B-A3B, 4 x L40"),
-    "exp2_capacity_bound": lambda directory: plot_paper_sweep(
-        directory, "Mixtral-8x7B, 2 x L40, 12.5 % of experts in the host"
-    ),
+    "exp1_performance_bound": plot_exp1,
+    "exp2_capacity_bound": plot_exp2,
     "exp3_adaptation": plot_adaptation,
     "exp4_overhead": plot_overhead,
+    "sensitivity": plot_sensitivity,
 }
 
 

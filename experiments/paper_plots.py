@@ -34,24 +34,60 @@ def _finish(axis, x: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def plot_paper_sweep(directory: Path, title: str) -> Path:
-    """throughput.png beside points.csv of exp1 or exp2: against batch, and against context; returns its path."""
+def plot_exp1(directory: Path) -> Path:
+    """throughput.png beside points.csv of exp1_performance_bound; returns its path."""
+    at_32 = {"vllm-o": 54.6, "vllm": 6.0 * 54.6, "fluxmoe": 0.639 * 6.0 * 54.6}
+    return _plot_sweep(directory, "Qwen3-Next-80B-A3B, 4 x L40", [("batch", 32, s, y) for s, y in at_32.items()])
+
+
+def plot_exp2(directory: Path) -> Path:
+    """throughput.png beside points.csv of exp2_capacity_bound; returns its path."""
+    stated = [("batch", 256, "vllm-o", 3.7), ("context", 4096, "vllm-o", 3.7)]
+    return _plot_sweep(directory, "Mixtral-8x7B, 2 x L40, 12.5 % of experts in the host", stated)
+
+
+def _plot_sweep(directory: Path, title: str, stated: list[tuple[str, int, str, float]]) -> Path:
+    """Throughput against batch, and against context. stated: (panel, x, system, tokens/s) that the paper gives."""
     points = pd.read_csv(directory / "points.csv")
     figure, axes = plt.subplots(1, 2, figsize=(8.0, 3.9), layout="constrained", sharey=True)
     for axis, panel in zip(axes, ("batch", "context"), strict=True):
         rows = points[points.panel == panel]
         for system in SYSTEMS:
             _line(axis, rows, panel, system)
+        for where, x, system, y in stated:
+            if where == panel:
+                axis.plot(x, y, "*", color=SYSTEMS[system][0], markersize=13, markeredgecolor="white", zorder=5)
         other = "context" if panel == "batch" else "batch"
         axis.set_title(f"{other} {rows[other].max()}", fontsize=9)
         _finish(axis, f"{panel} ({'requests' if panel == 'batch' else 'tokens'})")
+    axes[0].plot([], [], "*", color="0.3", markersize=10, linestyle="none", label="stated by the paper")
     axes[0].set_ylim(0, 1.06 * points.tokens_per_s.max())
     axes[0].set_ylabel("output tokens/s, simulated")
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=7.5, frameon=False)
     figure.suptitle(title, fontsize=10)
-    path = directory / "throughput.png"
-    return save(figure, path)
+    return save(figure, directory / "throughput.png")
+
+
+def plot_sensitivity(directory: Path) -> Path:
+    """sensitivity.png beside points.csv of sensitivity: against context, and against the link; returns its path."""
+    points = pd.read_csv(directory / "points.csv")
+    figure, axes = plt.subplots(1, 2, figsize=(8.0, 3.9), layout="constrained")
+    colours = ("#000000", "#D55E00", "#0072B2", "#56B4E9", "#009E73")
+    titles = {"context": "Qwen3-Next, 4 x L40, 32 requests", "link": "Qwen3-30B-A3B, H100 with 40 GiB, 64 requests"}
+    labels = {"context": "context (tokens)", "link": "bandwidth of the link over that of memory"}
+    for axis, panel in zip(axes, titles, strict=True):
+        ok = points[(points.panel == panel) & (points.status == "ok")]
+        for colour, placement in zip(colours, points.placement.unique(), strict=True):
+            rows = ok[ok.placement == placement].sort_values("x")
+            axis.plot(rows.x, rows.tokens_per_s, "o--", color=colour, label=placement, linewidth=1.4, markersize=4)
+        axis.set_xscale("log", base=2 if panel == "context" else 10)
+        axis.set_title(titles[panel], fontsize=9)
+        _finish(axis, labels[panel])
+    axes[0].set_ylabel("output tokens/s, simulated")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=7.5, frameon=False)
+    return save(figure, directory / "sensitivity.png")
 
 
 def plot_kv_capacity(directory: Path) -> Path:

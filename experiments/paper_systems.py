@@ -106,7 +106,7 @@ class Calibration:
 CALIBRATED_ON = {"vllm-o tokens/s": 54.6, "vllm / vllm-o": 6.0, "fluxmoe / vllm": 0.639}
 
 
-def calibrate(profile: HardwareProfile, model: ModelConfig) -> Calibration:
+def calibrate(profile: HardwareProfile, model: ModelConfig, halvings: int = 24) -> Calibration:
     """Three numbers from three figures, one after the other, each by bisection.
 
     launch_s: what a kernel costs the host, from vLLM's speed; host_link_shared: what all devices together get
@@ -120,7 +120,7 @@ def calibrate(profile: HardwareProfile, model: ModelConfig) -> Calibration:
         return simulate(run, calibration.profile(profile), calibration.parameters)["tokens_per_s"]
 
     def solve(field: str, low: float, high: float, system: str, wanted: float, falls: bool) -> Calibration:
-        for _ in range(24):
+        for _ in range(halvings):
             middle = (low + high) / 2
             slow = speed(system, replace(found, **{field: middle})) < wanted
             low, high = (low, middle) if slow == falls else (middle, high)

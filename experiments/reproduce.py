@@ -64,6 +64,7 @@ EXPERIMENTS = (
     script("fig2_kv_capacity", out=f"{_SIM}/fig2_kv_capacity", result="kv_capacity.png"),
     script("fig6_knee", out=f"{_SIM}/fig6_knee", result="knee.png"),
     script("exp1_performance_bound", out=f"{_SIM}/exp1_performance_bound", result="throughput.png"),
+    script("sensitivity", out="results/simulated-h100/sensitivity", result="sensitivity.png"),
     script("exp2_capacity_bound", out=f"{_SIM}/exp2_capacity_bound", result="throughput.png"),
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 from fluxmoe.experiments import (
@@ -13,9 +14,10 @@ from fluxmoe.experiments import (
     fig2_kv_capacity,
     fig6_knee,
     plan,
+    sensitivity,
 )
 from fluxmoe.experiments.common import UsageError
-from fluxmoe.experiments.paper_plots import plot_paper_sweep
+from fluxmoe.experiments.paper_plots import plot_exp1
 from fluxmoe.experiments.paper_sweep import calibrated, speed, sweep
 from fluxmoe.experiments.paper_systems import SYSTEMS, Calibration, Run, calibrate, simulate
 from fluxmoe.models.published import published_config
@@ -41,7 +43,7 @@ def test_a_sweep_keeps_what_cannot_start(tmp_path, calibration):
     assert "the least that works" in rows[-1]["reason"]
     assert speed(rows, "batch", "ours", 4, 256) > speed(rows, "batch", "fluxmoe", 4, 256) > 0
     assert len(list(csv.DictReader((tmp_path / "out" / "points.csv").open()))) == 16
-    assert plot_paper_sweep(tmp_path / "out", "OLMoE").stat().st_size > 5000
+    assert plot_exp1(tmp_path / "out").stat().st_size > 5000
     about = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert about["simulated"]
     assert about["calibration"] == CALIBRATION
@@ -49,13 +51,14 @@ def test_a_sweep_keeps_what_cannot_start(tmp_path, calibration):
 
 def test_calibration_meets_its_three_figures():
     base = HardwareProfile.load("4xL40")
-    found = calibrate(base, OLMOE)  # a model whose runs are quick; what matters is that the search ends where it should
+    # A model whose runs are quick; what matters is that the search ends where it should.
+    found = calibrate(base, OLMOE, halvings=9)
     assert isinstance(found, Calibration)
 
     def at(system):
         return simulate(Run(system, OLMOE, 4, 32, 4096), found.profile(base), found.parameters)["tokens_per_s"]
 
-    assert at("vllm") == pytest.approx(6 * 54.6, rel=0.02)
+    assert at("vllm") == pytest.approx(6 * 54.6, rel=0.05)
 
 
 def test_a_calibration_is_kept(tmp_path, calibration):
@@ -108,3 +111,17 @@ def test_plan_says_what_fits_and_what_helps(tmp_path, capsys):
     assert "nothing fits; the least is" in capsys.readouterr().out
     with pytest.raises(UsageError, match="--batch must be positive"):
         plan.main([*small, "--batch", "0"])
+
+
+def test_sensitivity(tmp_path, monkeypatch, capsys):
+    four = HardwareProfile.load("4xL40")
+    points = [("context", x, OLMOE, four, 2, x, None) for x in (1024, 2048)]
+    points += [("link", x, OLMOE, replace(four, host_bandwidth=x * 1e9), 2, 1024, 3 << 30) for x in (5, 50)]
+    monkeypatch.setattr(sensitivity, "points", lambda: iter(points))
+    sensitivity.main(["--out", str(tmp_path)])
+    assert "figure:" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "points.csv").open()))
+    assert len(rows) == 4 * len(sensitivity.PLACEMENTS)
+    speed = {(r["panel"], float(r["x"]), r["placement"]): float(r["tokens_per_s"] or 0) for r in rows}
+    assert speed["link", 50, "host+planar12"] > 2 * speed["link", 5, "host+planar12"]
+    assert speed["context", 1024, "packed"] > speed["context", 2048, "packed"]

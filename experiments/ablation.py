@@ -1,6 +1,6 @@
 """What each of our ideas is worth: one at a time taken away, under one memory budget.
 
-    python -m fluxmoe.experiments.ablation --preset small --budget 352MiB --out results/<hardware>/ablation
+    python -m fluxmoe.experiments.ablation --preset small --budget 384MiB --out results/<hardware>/ablation
     python -m fluxmoe.experiments.ablation --simulate --profile H100-SXM --config qwen3-30b-a3b --budget 40GiB --out DIR
 
     full                half of each layer on the device, half streamed; 12 bits everywhere, decoded inside the GEMM

@@ -58,7 +58,7 @@ EXPERIMENTS = (
     script("fig5_exponents", "--model", "checkpoints/small", result="exponents.png"),
     script("exp3_adaptation", *_ADAPT, "--device", "cpu", result="adaptation.png"),
     script("exp4_overhead", "--device", "cpu", result="overhead.png"),
-    script("ablation", "--preset", "small", "--budget", "352MiB", "--device", "cpu", result="rows.csv"),
+    script("ablation", "--preset", "small", "--budget", "384MiB", "--device", "cpu", result="rows.csv"),
     script("bench_cpu_moe", result="rows.csv"),
     script("fig1_memory", out=f"{_SIM}/fig1_memory", result="memory.png"),
     script("fig2_kv_capacity", out=f"{_SIM}/fig2_kv_capacity", result="kv_capacity.png"),

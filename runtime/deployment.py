@@ -77,7 +77,7 @@ class Deployment:
             "non_expert_weights": non_expert_bytes(model, ops, self.limits.context),
             **{line: layout.tier_bytes(tier) for tier, line in EXPERT_LINES.items()},
             "slots": self._slot_bytes(device),
-            "workspace": ops.workspace_bytes + graph_bytes,
+            "workspace": ops.workspace_bytes + graph_bytes + self.popularity_bytes,
         }
         self.max_sequences = config.max_batch
         if model.delta is not None:
@@ -110,6 +110,12 @@ class Deployment:
         """What a StateCache is made from."""
         slots = self.max_sequences + self._spare_states
         return self.model.delta, len(self.model.delta_layers), slots, self.ops.act_dtype
+
+    @property
+    def popularity_bytes(self) -> int:
+        """Counts of routed tokens, fp32 [L, E], for the planner."""
+        counted = self.config.adaptive and self.config.planning
+        return 4 * self.placement.tiers.size if counted else 0
 
     def _sequences(self, free: int, state_bytes: int) -> int:
         """How many sequences may run: with fewer than `max_batch` where their states would leave KV for less than half

@@ -34,10 +34,10 @@ from .layout import ExpertLayout
 from .metrics import StepMetrics
 from .moving_store import MovingStore
 from .placement import DEVICE_TIERS, Tier
-from .planner import Planner, PlannerConfig
+from .planner import Links, Planner, PlannerConfig
 from .region import BlockPool, make_pool
 from .request import Request, RequestOutput, Sequence
-from .residency import Residency, Seen
+from .residency import ComputeProfile, Residency, Seen
 from .sampling import sample
 from .scheduler import Scheduler
 from .state_cache import StateCache
@@ -98,6 +98,8 @@ class Engine:
         self._graph_bytes = DecodeGraphs.buffer_bytes(*per_graph) if graphs else 0
         self.pool: BlockPool | None = None
         self.residency: Residency | None = None
+        self._links: Links | None = None
+        self._compute = ComputeProfile()
         total = available_bytes(self.device) if config.budget_bytes is None else config.budget_bytes
         self.deployment = Deployment(model, config, self.ops, layout, self.device, total, self._graph_bytes)
         self.placement, self.budget = self.deployment.placement, self.deployment.budget
@@ -184,7 +186,7 @@ class Engine:
 
     def _make_residency(self, pool: BlockPool) -> Residency:
         config, store = self.config, self.store
-        planner = links = popularity = None
+        planner = popularity = None
         if config.planning:
             planner = Planner(
                 PlannerConfig(
@@ -200,8 +202,8 @@ class Engine:
             )
             popularity = torch.zeros(*self.placement.tiers.shape, device=self.device)
             self.decoder.popularity = popularity
-        if config.transfer == "auto":
-            links = measure_links(self.device) if config.profile is None else config.profile.links
+            if config.transfer == "auto" or self.device.type == "cuda":
+                self._links = measure_links(self.device) if config.profile is None else config.profile.links
         return Residency(
             store,
             self.kv,
@@ -212,7 +214,7 @@ class Engine:
             planner=planner,
             every=config.plan_every,
             grow_kv=config.grow_kv,
-            links=links,
+            links=self._links if config.transfer == "auto" else None,
             popularity=popularity,
         )
 
@@ -306,6 +308,10 @@ class Engine:
         if self.residency is not None:
             stall, load = (after.stall_ns - before.stall_ns) / 1e9, (after.transfer_ns - before.transfer_ns) / 1e9
             compute = time.perf_counter() - started - stall
+            if self.device.type == "cuda" and self._links is not None:
+                # Copies and waits happen on the device, untimed: loads are modelled, compute is profiled.
+                load = (after.streamed_bytes - before.streamed_bytes) / self._links.copy
+                compute = self._compute.compute_s(len(step.chunks), compute)
             self.residency.between_iterations(Seen(compute, load, step.num_tokens, not step.prefill_tokens))
         self._iteration += 1
         return StepMetrics(
@@ -338,7 +344,7 @@ class Engine:
             "resident_experts": self.store.tier_bytes(Tier.RESIDENT),
             "packed_experts": self.store.tier_bytes(Tier.PACKED),
             "slots": self.streamer.slot_bytes,
-            "workspace": self.ops.workspace_bytes + self._graph_bytes,
+            "workspace": self.ops.workspace_bytes + self._graph_bytes + self.deployment.popularity_bytes,
             "kv_cache": self.kv.nbytes,
         }
 

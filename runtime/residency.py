@@ -45,6 +45,20 @@ class Seen:
     decode_only: bool = True
 
 
+class ComputeProfile:
+    """τ_comp where waiting cannot be told from computing, as on a GPU: the least that an iteration of about as many
+    sequences has taken. It rises by a hundredth an iteration, so that longer contexts are learned in time."""
+
+    def __init__(self) -> None:
+        self._least: dict[int, float] = {}
+
+    def compute_s(self, sequences: int, duration_s: float) -> float:
+        """Ideal seconds of an iteration that took `duration_s`, its waiting included."""
+        size = sequences.bit_length()
+        self._least[size] = min(duration_s, 1.01 * self._least.get(size, duration_s))
+        return self._least[size]
+
+
 @dataclass
 class _Arrival:
     """A move whose bytes are on their way into `unit`."""

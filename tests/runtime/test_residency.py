@@ -19,6 +19,7 @@ from fluxmoe.runtime.placement import Tier, place
 from fluxmoe.runtime.planner import Move, Plan
 from fluxmoe.runtime.region import MemfdPool, RegionError
 from fluxmoe.runtime.request import Request, SamplingParams
+from fluxmoe.runtime.residency import ComputeProfile
 from fluxmoe.runtime.store import StoreError
 from fluxmoe.runtime.streamer import ThreadStreamer
 
@@ -281,6 +282,18 @@ def test_the_least_used_expert_of_each_layer_leaves_first(model_dir):
     assert len(set(popularity.sum(axis=1).tolist())) == 1
     for move in plan.moves:
         assert popularity[move.layer, move.expert] == popularity[move.layer][tiers[move.layer] == Tier.PACKED].min()
+
+
+def test_compute_is_the_least_that_as_many_sequences_took():
+    """Waiting does not count as compute; slow growth does, in time; batches of other sizes are apart."""
+    profile = ComputeProfile()
+    assert profile.compute_s(8, 0.010) == 0.010
+    assert profile.compute_s(9, 0.050) == pytest.approx(0.0101)
+    assert profile.compute_s(8, 0.009) == 0.009
+    assert profile.compute_s(64, 0.080) == 0.080
+    for _ in range(300):
+        longer = profile.compute_s(8, 0.020)
+    assert longer == 0.020
 
 
 def test_moves_that_cannot_be_made_leave_the_state(model_dir):

@@ -18,24 +18,20 @@ Variants take turns, --repeats times. rows.csv has a row a run; tokens must be t
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 from pathlib import Path
 
 import numpy as np
-from fluxmoe.models.config import load_config
-from fluxmoe.models.published import PUBLISHED, published_config
 from fluxmoe.runtime.budget import BudgetError, parse_bytes
 from fluxmoe.runtime.engine import Engine
 from fluxmoe.runtime.metrics import summarise
 from fluxmoe.runtime.simulator import SimEngine
 from tqdm import tqdm
 
-from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
+from .common import Parser, cli_main, provenance, write_csv, write_json
 from .generate import add_engine_arguments, engine_config
-from .memory_budget import PRESETS, preset_model
+from .presets import add_model_source, model_source
 from .workloads import drawn_lengths, make_requests
 
 _HALF = {"placement": "balanced", "alpha": 0.5, "expert_format": "planar12"}
@@ -54,10 +50,7 @@ VARIANTS = {
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="fluxmoe.experiments.ablation", description=__doc__.splitlines()[0])
-    source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint in bf16")
-    source.add_argument("--config", choices=list(PUBLISHED), help="a published model by name, with --simulate")
-    source.add_argument("--preset", choices=sorted(PRESETS), help="the model of a memory_budget preset, made if needed")
+    add_model_source(p, simulate=True)
     p.add_argument("--budget", required=True, help="device bytes for everything")
     p.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     p.add_argument("--requests", type=int, default=64)
@@ -65,8 +58,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output-tokens", type=int, default=128)
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--simulate", action="store_true", help="on the machine of --profile, by a cost model")
-    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
     p.add_argument("--out", required=True, metavar="DIR")
     add_engine_arguments(p, swept=True)
     return p
@@ -95,22 +86,12 @@ def run(args: argparse.Namespace, model: Path, config, requests: list, variant: 
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    if args.simulate and not args.profile:
-        raise UsageError("--simulate needs --profile: the machine to simulate")
-    if args.config and not args.simulate:
-        raise UsageError("--config names a model without weights: it needs --simulate")
-    model = preset_model(args.preset, Path(args.checkpoints)) if args.preset else Path(args.model or "")
-    config = published_config(args.config) if args.config else load_config(model)
+    model, config = model_source(args)
     lengths = drawn_lengths(args.requests, args.context, args.output_tokens, args.seed)
     requests, out = make_requests(lengths, config.vocab_size, args.seed), Path(args.out)
     turns = [(turn, name) for turn in range(1 if args.simulate else args.repeats) for name in args.variants]
     rows = [run(args, model, config, requests, name) | {"turn": turn} for turn, name in tqdm(turns, "runs", unit="run")]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out / "rows.csv", text.getvalue())
+    write_csv(out / "rows.csv", rows)
     ok = [row for row in rows if row["status"] == "ok"]
     speeds = {name: [r["tokens_per_s"] for r in ok if r["variant"] == name] for name in args.variants}
     full = np.median(speeds["full"]) if speeds.get("full") else float("nan")

@@ -11,8 +11,6 @@ fp32 weights.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ from fluxmoe.kernels.expert_table import FORMAT_PLANAR12, ExpertTable
 from fluxmoe.runtime.hardware import measure_bandwidths
 from fluxmoe.runtime.placement import Tier
 
-from .common import Parser, cli_main, provenance, write_atomically, write_json
+from .common import Parser, cli_main, provenance, write_csv, write_json
 
 # (hidden, intermediate, experts): the demo's shape, a layer of OLMoE-1B-7B, two of Qwen3-30B-A3B's width.
 SHAPES = {"small": (512, 512, 32), "olmoe": (2048, 1024, 16), "qwen3_30b": (2048, 768, 32)}
@@ -168,12 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     flops_rate = peak_flops(default_threads())
     print(f"floor: {bandwidth / 1e9:.1f} GB/s read, {flops_rate / 1e9:.0f} GFLOP/s, {default_threads()} threads")
     rows = [row for shape in args.shapes for row in bench(shape, args.rows, bandwidth, flops_rate, not args.no_peers)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     out = Path(args.out)
-    write_atomically(out / "rows.csv", text.getvalue())
+    write_csv(out / "rows.csv", rows)
     floor = {"read_bytes_per_s": bandwidth, "flops_per_s": flops_rate}
     write_json(out / "provenance.json", {**provenance("cpu", 0), **floor})
 

@@ -13,8 +13,6 @@ that together exceed the caches; the results of both are compared bit for bit fi
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -33,9 +31,9 @@ from fluxmoe.runtime.streamer import LayerPage
 from torch import Tensor
 from tqdm import tqdm
 
-from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
+from .common import Parser, UsageError, cli_main, provenance, write_csv, write_json
 from .fig5_exponents import entropy
-from .memory_budget import PRESETS, preset_model
+from .presets import add_model_source, model_source
 
 _REPEATS = 3
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -182,10 +180,7 @@ class FusedGemm:
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="fluxmoe.experiments.bench_packing", description=__doc__.splitlines()[0])
-    source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint in bf16")
-    source.add_argument("--preset", choices=sorted(PRESETS), help="the model of a memory_budget preset, made if needed")
-    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
+    add_model_source(p)
     p.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS), help="tokens of the GEMM's points")
     p.add_argument("--experts", type=int, default=64, help="experts to take, from the first layer on")
     p.add_argument("--formats", nargs="+", choices=sorted(FORMATS), default=list(FORMATS))
@@ -199,10 +194,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError("--experts must be at least 1")
     if any(tokens < 1 for tokens in args.tokens):
         raise UsageError("--tokens must be at least 1 each")
-    args.model = args.model or preset_model(args.preset, Path(args.checkpoints))
-    checkpoint = Checkpoint(args.model)
+    model, _ = model_source(args)
+    checkpoint = Checkpoint(model)
     if checkpoint.config.dtype != torch.bfloat16:
-        raise UsageError(f"{args.model} holds {checkpoint.config.dtype} weights; the formats compress bfloat16")
+        raise UsageError(f"{model} holds {checkpoint.config.dtype} weights; the formats compress bfloat16")
     experts = list(islice(checkpoint.experts(), args.experts))
     tensors = {
         "gate_up": torch.stack([expert[2] for expert in experts]),
@@ -239,11 +234,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _write(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())
+    write_csv(path, rows)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import os
 import platform
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -73,12 +75,24 @@ def write_json(path: Path | str, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_csv(path: Path | str, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Write `rows`; columns: which, in which order (default: all that any row has). What a row lacks stays empty."""
+    rows = list(rows)
+    text = io.StringIO()
+    columns = columns or list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
 def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, Any]:
-    """What made a result: commit, command, device, versions, seed, time (UTC)."""
+    """What made a result: commit, command, device, versions, seed, time (UTC); dirty: whether tracked files other than
+    results differed from the commit."""
     packages = ("torch", "triton", "numba", "numpy", "transformers")
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/results")),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "device": device,
         "hardware": device_name(device),

@@ -17,7 +17,7 @@ from .paper_plots import plot_exp1
 from .paper_sweep import parser, print_ratios, speed, sweep
 from .paper_systems import Run
 
-SYSTEMS = ("vllm", "vllm-o", "fluxmoe", "ours")
+SYSTEMS = ("vllm", "vllm-o", "fluxmoe", "ours-eager", "ours")
 
 
 def runs() -> list[tuple[str, Run]]:
@@ -46,8 +46,10 @@ def ratios(rows: list[dict]) -> dict[str, tuple[float | None, float]]:
         "vllm / vllm-o at batch 256": (1.22, at("vllm", 256) / at("vllm-o", 256)),
         "vllm, context 1024 to 4096": (-0.453, loss("vllm")),
         "fluxmoe, context 1024 to 4096": (-0.205, loss("fluxmoe")),
-        "ours / vllm at batch 32": (None, at("ours", 32) / at("vllm", 32)),
-        "ours / fluxmoe at batch 256": (None, at("ours", 256) / at("fluxmoe", 256)),
+        "ours, launched one by one / vllm at batch 32": (None, at("ours-eager", 32) / at("vllm", 32)),
+        "ours, launched one by one / vllm at batch 256": (None, at("ours-eager", 256) / at("vllm", 256)),
+        "ours, launched one by one / fluxmoe at batch 256": (None, at("ours-eager", 256) / at("fluxmoe", 256)),
+        "ours / vllm at batch 256": (None, at("ours", 256) / at("vllm", 256)),
     }
 
 

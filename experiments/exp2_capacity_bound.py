@@ -16,7 +16,7 @@ from .paper_plots import plot_exp2
 from .paper_sweep import parser, print_ratios, speed, sweep
 from .paper_systems import Run
 
-SYSTEMS = ("vllm", "vllm-o", "fluxmoe-h", "fluxmoe", "ours")
+SYSTEMS = ("vllm", "vllm-o", "fluxmoe-h", "fluxmoe", "ours-eager", "ours")
 
 
 def runs() -> list[tuple[str, Run]]:
@@ -40,6 +40,10 @@ def ratios(rows: list[dict]) -> dict[str, tuple[float | None, float]]:
         "vllm-o at batch 256, context 4096, tokens/s": (3.7, at("vllm-o", 4096)),
         "fluxmoe / fluxmoe-h, context 1024": (1.285, at("fluxmoe", 1024) / at("fluxmoe-h", 1024)),
         "fluxmoe / fluxmoe-h, context 4096": (1.229, at("fluxmoe", 4096) / at("fluxmoe-h", 4096)),
+        "ours, launched one by one / fluxmoe, context 4096": (
+            None,
+            at("ours-eager", 4096) / at("fluxmoe", 4096),
+        ),
         "ours / fluxmoe, context 4096": (None, at("ours", 4096) / at("fluxmoe", 4096)),
     }
 

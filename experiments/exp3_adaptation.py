@@ -22,15 +22,12 @@ the figure shows tokens/s in windows of iterations, and the bytes that experts a
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 from pathlib import Path
 
 import numpy as np
-from fluxmoe.models.config import ModelConfig, load_config
-from fluxmoe.models.published import PUBLISHED, published_config
+from fluxmoe.models.config import ModelConfig
 from fluxmoe.runtime.budget import parse_bytes
 from fluxmoe.runtime.engine import Engine
 from fluxmoe.runtime.placement import Tier
@@ -38,10 +35,10 @@ from fluxmoe.runtime.planner import Move
 from fluxmoe.runtime.simulator import SimEngine
 from tqdm import tqdm
 
-from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
+from .common import Parser, UsageError, cli_main, provenance, write_csv, write_json
 from .generate import add_engine_arguments, engine_config
-from .memory_budget import PRESETS, preset_model
 from .plots import plot_adaptation
+from .presets import add_model_source, model_source
 from .workloads import Lengths, make_requests
 
 VARIANTS = ("static", "hold", "grow", "unspread", "planned")
@@ -50,10 +47,7 @@ _GROWING = ("grow", "unspread", "planned")
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="fluxmoe.experiments.exp3_adaptation", description=__doc__.splitlines()[0])
-    source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint in bf16")
-    source.add_argument("--config", choices=list(PUBLISHED), help="a published model by name, with --simulate")
-    source.add_argument("--preset", choices=sorted(PRESETS), help="the model of a memory_budget preset, made if needed")
+    add_model_source(p, simulate=True)
     p.add_argument("--budget", default="352MiB", help="device bytes for everything")
     p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     p.add_argument("--requests", type=int, default=96)
@@ -62,9 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--start", type=int, default=400, help="iteration of the first step")
     p.add_argument("--every", type=int, default=150, help="iterations between steps")
     p.add_argument("--times", type=int, default=7, help="steps; each takes one expert of every layer")
-    p.add_argument("--simulate", action="store_true", help="on the machine of --profile, by a cost model")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
     p.add_argument("--out", required=True, metavar="DIR")
     add_engine_arguments(p, swept=True)
     return p
@@ -120,12 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if min(args.requests, args.start, args.every, args.times) < 1:
         raise UsageError("requests, start, every and times must be at least 1")
-    if args.simulate and not args.profile:
-        raise UsageError("--simulate needs --profile: the machine to simulate")
-    if args.config and not args.simulate:
-        raise UsageError("--config names a model without weights: it needs --simulate")
-    model = preset_model(args.preset, Path(args.checkpoints)) if args.preset else Path(args.model or "")
-    config = published_config(args.config) if args.config else load_config(model)
+    model, config = model_source(args)
     if args.times >= config.num_experts:
         raise UsageError(f"--times {args.times} would leave no expert of {config.num_experts} on the device")
     out, rows, digests = Path(args.out), [], set()
@@ -133,11 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         more, digest = run_variant(args, model, config, variant)
         rows += more
         digests.add(digest)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(out / "steps.csv", text.getvalue())
+        write_csv(out / "steps.csv", rows)
         end = more[-1]
         total = {key: sum(row[key] for row in more) for key in end if key != "variant"}
         most = {key: max(row[key] for row in more) for key in end if key != "variant"}

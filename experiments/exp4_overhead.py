@@ -16,8 +16,6 @@ map and one unmap of a block cost is timed beside it.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import random
 import time
 from collections.abc import Callable
@@ -36,7 +34,7 @@ from fluxmoe.runtime.streamer import LayerPage
 from torch import Tensor
 from tqdm import tqdm
 
-from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
+from .common import Parser, UsageError, cli_main, provenance, write_csv, write_json
 from .plots import plot_overhead
 
 MEMORIES = ("stacked", "apart", "paged")
@@ -203,11 +201,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())
+    write_csv(path, rows)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,13 +7,11 @@ Arithmetic on published configs: KV exists in the attention layers alone, states
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 from fluxmoe.models.published import PUBLISHED, published_config
 
-from .common import Parser, cli_main, provenance, write_atomically, write_json
+from .common import Parser, cli_main, provenance, write_csv, write_json
 from .paper_plots import plot_memory_split
 
 
@@ -44,11 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     rows = [{"panel": "batch", **memory(args.model, batch, 4096)} for batch in (32, 64, 128, 256, 512)]
     rows += [{"panel": "context", **memory(args.model, 256, context)} for context in (1024, 2048, 4096, 8192, 16384)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out / "points.csv", text.getvalue())
+    write_csv(out / "points.csv", rows)
     write_json(out / "provenance.json", {**provenance("sim", None), "computed": "from published configs"})
     print(f"figure: {plot_memory_split(out)}")
 

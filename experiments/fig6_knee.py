@@ -7,8 +7,6 @@ Simulated: a decode step at each batch, with the host's experts dense, and compr
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 from fluxmoe.models.published import PUBLISHED, published_config
@@ -18,7 +16,7 @@ from fluxmoe.runtime.planner import knee
 from fluxmoe.runtime.request import Request, SamplingParams
 from fluxmoe.runtime.simulator import SimEngine
 
-from .common import Parser, cli_main, provenance, write_atomically, write_json
+from .common import Parser, cli_main, provenance, write_csv, write_json
 from .paper_plots import plot_knee
 
 ALPHAS = [i / 20 for i in range(10, 21)]
@@ -60,11 +58,7 @@ def main(argv: list[str] | None = None) -> None:
             per_layer = rows[-len(ALPHAS)]["load_s"] / (1 - ALPHAS[0]) * profile.host_bandwidth_each / model.num_layers
             at = knee(rows[-1]["compute_s"], per_layer, model.num_layers, profile.host_bandwidth_each)
             print(f"batch {batch:4}, host experts {host_format:<8}: loads hide down to α = {at:.2f}")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out / "points.csv", text.getvalue())
+    write_csv(out / "points.csv", rows)
     write_json(out / "provenance.json", {**provenance("sim", 0), "simulated": True, "profile": profile.name})
     print(f"figure: {plot_knee(out)}")
 

@@ -7,8 +7,6 @@ Work that cannot be captured (a peer that waits for the device) is timed eagerly
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .common import UsageError, provenance, write_atomically, write_json
+from .common import UsageError, provenance, write_csv, write_json
 
 GIB = 1 << 30
 
@@ -111,12 +109,7 @@ class ResultRows:
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
-        columns = list(dict.fromkeys(key for r in self.rows for key in r))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.out / "rows.csv", text.getvalue())
+        write_csv(self.out / "rows.csv", self.rows)
 
 
 def load_json(path: Path | str) -> dict:

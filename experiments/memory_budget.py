@@ -17,14 +17,12 @@ import argparse
 import csv
 import gc
 import hashlib
-import io
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from fluxmoe.kernels.packing import FORMATS
-from fluxmoe.models.config import ModelConfig, load_config
-from fluxmoe.models.published import PUBLISHED, published_config
+from fluxmoe.models.config import ModelConfig
 from fluxmoe.runtime.budget import BudgetError, format_bytes, parse_bytes
 from fluxmoe.runtime.engine import Engine, resolve_device
 from fluxmoe.runtime.metrics import summarise
@@ -33,10 +31,10 @@ from fluxmoe.runtime.request import RequestOutput
 from fluxmoe.runtime.simulator import SimEngine
 from tqdm import tqdm
 
-from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
+from .common import Parser, UsageError, cli_main, provenance, write_csv, write_json
 from .generate import add_engine_arguments, engine_config
-from .make_checkpoint import make_checkpoint
 from .plots import plot_memory_budget
+from .presets import PRESETS, add_model_source, model_source
 from .workloads import Lengths, drawn_lengths, make_requests, poisson_arrivals, sharegpt_lengths, trace_lengths
 
 # offload and balanced at one α, so that they differ only in how the streamed half is spread over the layers.
@@ -54,65 +52,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A model that make_checkpoint makes and a workload that suits it."""
-
-    model: dict
-    requests: int
-    context: int
-    output_tokens: int
-    max_batch: int
-    budgets: tuple[str, ...]
-
-
-_SMALL_MOE = dict(
-    arch="qwen3_moe", layers=8, experts=32, top_k=4, hidden=512, moe_intermediate=512, heads=8, kv_heads=8,
-    head_dim=64, vocab=8192, max_positions=4096,
-)  # fmt: skip
-
-PRESETS = {
-    # Ends within 4 minutes on two cores.
-    "demo": Preset(
-        {**_SMALL_MOE, "layers": 6}, requests=32, context=320, output_tokens=96, max_batch=32,
-        budgets=("96MiB", "144MiB", "224MiB", "320MiB", "352MiB", "416MiB", "512MiB"),
-    ),
-    # The committed figure: 403 MB of experts, KV of a full batch 537 MB.
-    "small": Preset(
-        _SMALL_MOE, requests=64, context=512, output_tokens=128, max_batch=64,
-        budgets=("144MiB", "176MiB", "208MiB", "256MiB", "304MiB", "352MiB", "384MiB", "432MiB", "464MiB", "496MiB",
-                 "560MiB", "688MiB", "960MiB"),
-    ),
-    # Qwen3-Next's kinds of layers: 403 MB of experts, recurrent states of a full batch 27 MB, its KV 134 MB.
-    "next": Preset(
-        dict(arch="qwen3_next", layers=8, experts=64, top_k=6, hidden=512, moe_intermediate=256, heads=8, kv_heads=8,
-             head_dim=64, vocab=8192, max_positions=4096),
-        requests=64, context=512, output_tokens=128, max_batch=64,
-        budgets=("160MiB", "256MiB", "352MiB", "448MiB", "512MiB", "640MiB"),
-    ),
-    # Layers of Qwen3-30B-A3B's width on a GPU: 4.8 GB of experts, KV of a full batch 1.1 GB.
-    "gpu": Preset(
-        dict(arch="qwen3_moe", layers=8, experts=64, top_k=8, hidden=2048, moe_intermediate=768, heads=32, kv_heads=4,
-             head_dim=128, vocab=32768, max_positions=2048),
-        requests=128, context=1024, output_tokens=128, max_batch=64,
-        budgets=("1GiB", "2GiB", "3GiB", "4GiB", "5GiB", "5632MiB", "6GiB", "7GiB"),
-    ),
-    # The shape of Qwen3-Next-80B-A3B in all but depth: 8 layers of 48, 25.8 GB.
-    "gpu-next": Preset(
-        dict(arch="qwen3_next", layers=8, experts=512, top_k=10, hidden=2048, moe_intermediate=512, heads=16,
-             kv_heads=2, head_dim=256, vocab=32768, max_positions=4096),
-        requests=128, context=2048, output_tokens=128, max_batch=64,
-        budgets=("8GiB", "16GiB", "24GiB", "28GiB", "32GiB"),
-    ),
-}  # fmt: skip
-
-
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="fluxmoe.experiments.memory_budget", description=__doc__.splitlines()[0])
-    source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint")
-    source.add_argument("--config", choices=list(PUBLISHED), help="a published model by name, with --simulate")
-    source.add_argument("--preset", choices=sorted(PRESETS), help="make a model and use a workload that suits it")
+    add_model_source(p, simulate=True)
     p.add_argument("--budgets", nargs="+", metavar="BYTES", help="e.g. 256MiB 512MiB 1GiB")
     p.add_argument(
         "--placements", nargs="+", metavar="NAME[:ALPHA][+FORMAT]", default=list(DEFAULT_PLACEMENTS),
@@ -125,10 +67,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--trace", metavar="CSV", help="request lengths from a trace instead of drawn ones")
     p.add_argument("--sharegpt", action="store_true", help="lengths like ShareGPT's conversations, outputs included")
     p.add_argument("--rate", type=float, help="requests a second, a Poisson process (default: all at once)")
-    p.add_argument("--simulate", action="store_true", help="on the machine of --profile, by a cost model")
     p.add_argument("--repeats", type=int, default=1)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
     p.add_argument("--out", required=True, metavar="DIR")
     add_engine_arguments(p, swept=True)
     p.set_defaults(max_batch=None)
@@ -147,20 +87,6 @@ def split_placement(text: str) -> tuple[str, float | None, str | None]:
         raise UsageError(f"placement {text!r}: unknown expert format; these are: dense, {', '.join(FORMATS)}")
     place(name, 1, 1, alpha=alpha, bandwidths={Tier.RESIDENT: 1.0, Tier.HOST: 1.0})
     return name, alpha, expert_format or None
-
-
-def preset_model(name: str, directory: Path, seed: int = 0) -> Path:
-    """The preset's checkpoint, made on first use."""
-    target = directory / name
-    spec = PRESETS[name].model
-    marker = target / "preset.json"
-    if marker.exists() and json.loads(marker.read_text()) == {**spec, "seed": seed}:
-        return target
-    if target.exists():
-        raise UsageError(f"{target} holds another model than preset {name} wants; remove it or give --checkpoints")
-    make_checkpoint(out=target, seed=seed, **spec)
-    write_json(marker, {**spec, "seed": seed})
-    return target
 
 
 def default_budgets(config: ModelConfig, max_batch: int, context: int) -> list[int]:
@@ -226,21 +152,9 @@ def read_rows(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())
-
-
 def sweep(args: argparse.Namespace) -> list[dict]:
     """Run every missing point; returns all rows, those of earlier runs included."""
     device = "sim" if args.simulate else resolve_device(args.device).type
-    if args.simulate and not args.profile:
-        raise UsageError("--simulate needs --profile: the machine to simulate")
-    if args.config and not args.simulate:
-        raise UsageError("--config names a model without weights: it needs --simulate")
     out = Path(args.out)
     for placement in args.placements:
         split_placement(placement)
@@ -252,8 +166,7 @@ def sweep(args: argparse.Namespace) -> list[dict]:
         args.requests = args.requests or preset.requests
         args.context = args.context or preset.context
         args.output_tokens = args.output_tokens or preset.output_tokens
-    model = preset_model(args.preset, Path(args.checkpoints)) if preset else Path(args.model or "")
-    config = published_config(args.config) if args.config else load_config(model)
+    model, config = model_source(args)
     context = min(args.context or 1024, config.max_position_embeddings)
     if args.trace:
         lengths = trace_lengths(args.trace, args.requests, context)
@@ -313,7 +226,7 @@ def sweep(args: argparse.Namespace) -> list[dict]:
         bar.set_postfix_str(f"{placement} {format_bytes(budget)}")
         row = run_point(args, model, config, lengths, placement, budget)
         rows.append({"placement": placement, "budget_bytes": budget, "repeat": repeat, "commit": commit, **row})
-        write_rows(out / "points.csv", rows)
+        write_csv(out / "points.csv", rows, COLUMNS)
         gc.collect()
     return read_rows(out / "points.csv")
 

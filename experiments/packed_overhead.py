@@ -11,20 +11,18 @@ Tokens must be the same in all of them.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from fluxmoe.models.config import load_config
 from fluxmoe.runtime.engine import Engine
 from fluxmoe.runtime.metrics import summarise
 from tqdm import tqdm
 
-from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
+from .common import Parser, UsageError, cli_main, provenance, write_csv, write_json
 from .generate import add_engine_arguments, engine_config
-from .memory_budget import PRESETS, preset_model, split_placement
+from .memory_budget import split_placement
+from .presets import add_model_source, model_source
 from .workloads import Lengths, make_requests
 
 _EXPERT_LINES = ("resident_experts", "packed_experts", "slots")
@@ -33,16 +31,13 @@ DEFAULT_PLACEMENTS = ("resident", "packed", "packed+tiered", "packed+huffman")
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="fluxmoe.experiments.packed_overhead", description=__doc__.splitlines()[0])
-    source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint in bf16")
-    source.add_argument("--preset", choices=sorted(PRESETS), help="the model of a memory_budget preset, made if needed")
+    add_model_source(p)
     p.add_argument("--placements", nargs="+", metavar="NAME[:ALPHA][+FORMAT]", default=list(DEFAULT_PLACEMENTS))
     p.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64])
     p.add_argument("--prompt-tokens", type=int, default=32)
     p.add_argument("--output-tokens", type=int, default=48)
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
     p.add_argument("--out", required=True, metavar="DIR")
     add_engine_arguments(p, swept=True)
     return p
@@ -62,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError("batches, prompts and repeats must be at least 1, --output-tokens at least 2")
     if args.placements[0] != "resident":
         args.placements = ["resident", *[p for p in args.placements if p != "resident"]]
-    model = Path(args.model) if args.model else preset_model(args.preset, Path(args.checkpoints))
+    model, config = model_source(args)
     args.max_batch = max(args.batches)
     context = args.prompt_tokens + args.output_tokens
     rows: list[dict] = []
@@ -74,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
             engines[placement] = stack.enter_context(Engine(model, settings))
         for batch in args.batches:
             lengths = [Lengths(0.0, args.prompt_tokens, args.output_tokens)] * batch
-            requests = make_requests(lengths, load_config(model).vocab_size, args.seed)
+            requests = make_requests(lengths, config.vocab_size, args.seed)
             rates: dict[str, list[float]] = {placement: [] for placement in engines}
             tokens: dict[str, list] = {}
             for turn in range(args.repeats + 1):
@@ -97,11 +92,7 @@ def main(argv: list[str] | None = None) -> None:
                     f"{middle:.3f}x resident ({low:.3f} … {high:.3f}), experts {row['expert_bytes'] / 1e6:.0f} MB",
                     flush=True,
                 )
-            text = io.StringIO()
-            writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_atomically(Path(args.out) / "rows.csv", text.getvalue())
+            write_csv(Path(args.out) / "rows.csv", rows)
         device = next(iter(engines.values())).device.type
     facts = {"prompt_tokens": args.prompt_tokens, "output_tokens": args.output_tokens, "repeats": args.repeats}
     write_json(Path(args.out) / "provenance.json", {**provenance(device, args.seed), **facts, "tokens": "identical"})

@@ -14,7 +14,8 @@ SYSTEMS = {
     "vllm-o": ("#E69F00", "s", "vLLM-O, last layers in the host"),
     "fluxmoe-h": ("#CC79A7", "X", "FluxMoE-H, no balance inside a layer"),
     "fluxmoe": ("#0072B2", "D", "FluxMoE of the paper, decoding to a buffer"),
-    "ours": ("#D55E00", "P", "ours, decoding in the GEMM"),
+    "ours-eager": ("#D55E00", "v", "ours, decoding in the GEMM, launched as theirs"),
+    "ours": ("#D55E00", "P", "ours, decoding in the GEMM, decode steps as graphs"),
 }
 
 

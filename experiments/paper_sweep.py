@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -15,7 +13,7 @@ from fluxmoe.runtime.budget import BudgetError
 from fluxmoe.runtime.hardware import HardwareProfile
 from tqdm import tqdm
 
-from .common import Parser, provenance, write_atomically, write_json
+from .common import Parser, provenance, write_csv, write_json
 from .paper_systems import CALIBRATED_ON, OUTPUT_SHARE, Calibration, Run, calibrate, simulate
 
 PROFILE = "4xL40"
@@ -59,11 +57,7 @@ def sweep(runs: Iterable[tuple[str, Run]], out: Path, calibration: Path) -> list
         except BudgetError as error:
             row |= {"status": "too_small", "reason": str(error)}
         rows.append(row)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out / "points.csv", text.getvalue())
+    write_csv(out / "points.csv", rows, COLUMNS)
     about = {"simulated": True, "profile": PROFILE, "calibration": asdict(found), "output_share": OUTPUT_SHARE}
     write_json(out / "provenance.json", {**provenance("sim", 0), **about})
     return rows

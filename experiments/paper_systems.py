@@ -8,6 +8,8 @@
     ours        12.0 bits, decoded inside the GEMM, in host memory too; decode steps as graphs; recompute where
                 KV runs out
 
+    ours-eager  ours, with the paper's launches and swapping: what decoding in the GEMM is worth alone
+
 Which experts are in the host where: `alpha`, the share on the device (1 in Exp#1; 0.875 in Exp#2).
 """
 
@@ -28,7 +30,7 @@ PAPER = CostParameters(bits={**FORMAT_BITS, "huffman": 12.8}, eager=True)
 OURS = CostParameters()
 # Of a request's context, what it generates: a conversation whose history is most of it. The paper does not say.
 OUTPUT_SHARE = 0.25
-SYSTEMS = ("vllm", "vllm-o", "fluxmoe", "fluxmoe-h", "ours")
+SYSTEMS = ("vllm", "vllm-o", "fluxmoe", "fluxmoe-h", "ours-eager", "ours")
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,11 @@ def settings_of(run: Run, theirs: CostParameters = PAPER) -> tuple[EngineConfig,
         formats = dict(expert_format="huffman", host_format="dense" if offloads else None)
         name = "hybrid" if run.system == "fluxmoe-h" else "balanced" if offloads else "packed"
         return EngineConfig(**paper, **formats, placement=name, alpha=run.alpha if offloads else None), theirs
-    if run.system == "ours":
+    if run.system in ("ours", "ours-eager"):
         name = "balanced" if offloads else "packed"
         where = dict(placement=name, alpha=run.alpha if offloads else None, expert_format="planar12")
+        if run.system == "ours-eager":
+            return EngineConfig(**paper, **where), theirs
         return EngineConfig(**common, **where, preemption="recompute"), OURS
     raise ValueError(f"unknown system {run.system!r}")
 

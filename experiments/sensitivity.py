@@ -8,8 +8,6 @@ link      Qwen3-30B-A3B on an H100 with 40 GiB: what streaming costs at other ra
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +21,7 @@ from fluxmoe.runtime.metrics import summarise
 from fluxmoe.runtime.simulator import SimEngine
 from tqdm import tqdm
 
-from .common import Parser, cli_main, provenance, write_atomically, write_json
+from .common import Parser, cli_main, provenance, write_csv, write_json
 from .memory_budget import split_placement
 from .paper_plots import plot_sensitivity
 from .workloads import Lengths, make_requests
@@ -74,12 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         for placement in PLACEMENTS:
             row = {"panel": panel, "x": x, "placement": placement, "batch": batch, "context": context}
             rows.append(row | simulate(model, profile, placement, batch, context, budget))
-    text = io.StringIO()
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out / "points.csv", text.getvalue())
+    write_csv(out / "points.csv", rows)
     write_json(out / "provenance.json", {**provenance("sim", 0), "simulated": True, "output_tokens": _OUTPUT})
     print(f"figure: {plot_sensitivity(out)}")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +24,11 @@ from fluxmoe.runtime.metrics import summarise
 from fluxmoe.runtime.simulator import SimEngine
 
 from . import exp1_performance_bound, exp2_capacity_bound, fig2_kv_capacity
-from .common import cli_main, provenance, write_atomically, write_json
-from .memory_budget import PRESETS, preset_model, split_placement
+from .common import cli_main, provenance, write_csv, write_json
+from .memory_budget import split_placement
 from .paper_sweep import parser as sweep_parser
 from .paper_sweep import sweep
+from .presets import PRESETS, preset_model
 from .workloads import drawn_lengths, make_requests
 
 _CALIBRATED = ("vllm-o at batch 32, tokens/s", "vllm / vllm-o at batch 32", "fluxmoe / vllm at batch 32")
@@ -95,11 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{row['kind']:<11} {row['figure']:<48} stated {row['stated']:9.3f}  simulated {row['simulated']:9.3f}  "
             f"error {100 * row['relative_error']:+.0f} %"
         )
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out / "table.csv", text.getvalue())
+    write_csv(out / "table.csv", rows)
     summary = {}
     for kind in ("predicted", "measured"):
         errors = np.abs([row["relative_error"] for row in rows if row["kind"] == kind])

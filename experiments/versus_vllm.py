@@ -10,8 +10,6 @@ are output tokens over the wall time of the whole call, prefill and scheduling i
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import os
 import subprocess
@@ -23,8 +21,8 @@ from fluxmoe.models.config import load_config
 from fluxmoe.runtime.engine import Engine, EngineConfig
 from fluxmoe.runtime.request import Request, SamplingParams
 
-from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
-from .memory_budget import PRESETS, preset_model
+from .common import Parser, UsageError, cli_main, provenance, write_csv, write_json
+from .presets import PRESETS, preset_model
 
 # Idle OpenMP threads of the engine that ran before spin for some 200 ms, on cores that the next one needs.
 _SETTLE_S = 1.0
@@ -150,12 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         for runner in runners:
             runner.close()
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     out = Path(args.out)
-    write_atomically(out / "rows.csv", text.getvalue())
+    write_csv(out / "rows.csv", rows, COLUMNS)
     made = PRESETS["small"].model if args.model is None else str(args.model)
     version = subprocess.run(
         [args.vllm_python, "-c", "import vllm; print(vllm.__version__)"], capture_output=True, text=True

@@ -26,7 +26,7 @@ from fluxmoe.kernels.ops import DENSE, LayerDims, Limits
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import layer_dims
 
-from .hardware import HardwareProfile
+from .hardware import HardwareProfile, ProfileError
 from .layout import ExpertLayout
 from .placement import DEVICE_TIERS, Tier
 from .scheduler import Step
@@ -100,6 +100,8 @@ class CostModel:
     def __init__(
         self, model: ModelConfig, profile: HardwareProfile, devices: int, parameters: CostParameters,
     ) -> None:  # fmt: skip
+        if devices > 1 and not profile.link_bandwidth:
+            raise ProfileError(f"profile {profile.name} has no link_bandwidth; {devices} devices cannot share a model")
         self.model, self.profile, self.devices, self.parameters = model, profile, devices, parameters
         self._delta = set(model.delta_layers)
         item, h = model.dtype.itemsize, model.hidden_size
@@ -130,7 +132,7 @@ class CostModel:
         attention = {}
         for delta in {layer in self._delta for layer in range(model.num_layers)}:
             weights = self._weights[delta] / n
-            seconds = max(weights / bandwidth, weights * tokens / flops)  # 2 flops, 2 bytes a weight
+            seconds = max(weights / bandwidth, 2 * tokens * weights / model.dtype.itemsize / flops)
             moved = weights
             if delta:
                 moved += 2 * sequences * self._state_bytes / n
@@ -202,6 +204,8 @@ class CostModel:
                 rate = self.profile.disk_bandwidth / self.devices if tier is Tier.DISK else self._host_bandwidth
                 link += 2 * self.profile.host_latency_s + count * layout.expert_bytes(stored) / rate
             if layout.decodes(tier):
+                if not self.profile.decode_bandwidth.get(stored):
+                    raise ProfileError(f"profile {self.profile.name} has no decode_bandwidth of {stored}; measure it")
                 decode += count * layout.expert_bytes(DENSE) / self.profile.decode_bandwidth[stored]
         return link, decode
 
@@ -210,9 +214,9 @@ class CostModel:
         shared = self.profile.host_link_shared
         return min(self.profile.host_bandwidth, shared / self.devices) if shared else self.profile.host_bandwidth
 
-    def swap_seconds(self, blocks: int, block_bytes: int) -> float:
-        """KV blocks that cross the link before a pass may begin; each device moves its own share."""
-        return blocks * block_bytes / self._host_bandwidth if blocks else 0.0
+    def link_seconds(self, nbytes: float) -> float:
+        """What swapped KV and states take to cross the link, before a pass may begin; each device moves its own."""
+        return nbytes / self._host_bandwidth
 
     def host_bytes(self, layer: int, layout: ExpertLayout) -> int:
         """Bytes of a layer's load that cross the link, of one device."""

@@ -20,6 +20,7 @@ from .config import EngineConfig
 from .kv_cache import PagedKVCache
 from .layout import DENSE, ExpertLayout
 from .placement import Placement, Tier, place
+from .planner import Planner, PlannerConfig
 from .state_cache import StateCache
 from .streamer import slot_bytes
 
@@ -53,6 +54,18 @@ def lay_out(model: ModelConfig, config: EngineConfig, ops: Ops, measure: Callabl
     used |= {formats.packed} if (placement.tiers == Tier.PACKED).any() else set()
     used |= {formats.host} if config.adaptive or np.isin(placement.tiers, (Tier.HOST, Tier.DISK)).any() else set()
     return ExpertLayout(placement, {name: ops.expert_bytes(name) for name in used}, formats, ops.fused_formats)
+
+
+def make_planner(
+    config: EngineConfig, expert_bytes: Mapping[Tier, int], budget_bytes: int, reserve_bytes: int
+) -> Planner:
+    """The planner that the settings ask for; see PlannerConfig."""
+    return Planner(
+        PlannerConfig(
+            expert_bytes, budget_bytes, theta=config.theta, spread=config.spread, eager=config.eager,
+            densify=config.densify, reserve_bytes=reserve_bytes, least_alpha=config.least_alpha,
+        )
+    )  # fmt: skip
 
 
 class Deployment:

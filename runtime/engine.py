@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .batch import build_batch
 from .budget import BudgetError, available_bytes, format_bytes
 from .config import EngineConfig
-from .deployment import EXPERT_LINES, Deployment, lay_out, limits_of
+from .deployment import EXPERT_LINES, Deployment, lay_out, limits_of, make_planner
 from .graphs import DecodeGraphs
 from .hardware import measure_bandwidths, measure_links
 from .kv_cache import GrowableKVCache, PagedKVCache
@@ -34,7 +34,7 @@ from .layout import ExpertLayout
 from .metrics import StepMetrics
 from .moving_store import MovingStore
 from .placement import DEVICE_TIERS, Tier
-from .planner import Links, Planner, PlannerConfig
+from .planner import Links
 from .region import BlockPool, make_pool
 from .request import Request, RequestOutput, Sequence
 from .residency import ComputeProfile, Residency, Seen
@@ -188,18 +188,8 @@ class Engine:
         config, store = self.config, self.store
         planner = popularity = None
         if config.planning:
-            planner = Planner(
-                PlannerConfig(
-                    expert_bytes={tier: heap.unit_bytes for tier, heap in store.heaps.items()},
-                    budget_bytes=pool.max_blocks * pool.block_bytes,
-                    theta=config.theta,
-                    eager=config.eager,
-                    spread=config.spread,
-                    densify=config.densify,
-                    least_alpha=config.least_alpha,
-                    reserve_bytes=self.kv.quantum_bytes,
-                )
-            )
+            each = {tier: heap.unit_bytes for tier, heap in store.heaps.items()}
+            planner = make_planner(config, each, pool.max_blocks * pool.block_bytes, self.kv.quantum_bytes)
             popularity = torch.zeros(*self.placement.tiers.shape, device=self.device)
             self.decoder.popularity = popularity
             if config.transfer == "auto" or self.device.type == "cuda":

@@ -1,7 +1,7 @@
 """The engine on a virtual clock, for machines and models that are not there.
 
-Scheduler, deployment (ledger, layout, placement), planner and the order of Algorithm 1 are the runtime's own; a
-CostModel stands in for kernels and copies. Deterministic: the same requests give the same steps.
+Scheduler, deployment (ledger, layout, placement) and planner are the runtime's own code; a CostModel stands in for
+kernels and copies, and a model of Algorithm 1 for the streamer. Deterministic: the same requests give the same steps.
 
 Within a pass, layer after layer, with t the compute stream's time and one link and one decoder that never idle while a
 slot is free:
@@ -22,12 +22,12 @@ from fluxmoe.models.config import ModelConfig
 
 from .config import EngineConfig
 from .cost_model import CostModel, CostParameters, SimOps
-from .deployment import Deployment, lay_out, limits_of
+from .deployment import EXPERT_LINES, Deployment, lay_out, limits_of, make_planner
 from .hardware import HardwareProfile, ProfileError
-from .layout import ExpertLayout
+from .layout import DENSE, ExpertLayout
 from .metrics import StepMetrics
 from .placement import DEVICE_TIERS, Placement, Tier
-from .planner import Move, Observation, Planner, PlannerConfig, PlannerError
+from .planner import Move, Observation, Planner, PlannerError
 from .request import Request, RequestOutput
 from .scheduler import Scheduler, Step
 
@@ -92,7 +92,7 @@ class SimEngine:
         self.costs.bind(layout)
         self._loads = [self.costs.load_seconds(layer, layout) for layer in range(self.model.num_layers)]
         self._streamed = [layer for layer, times in enumerate(self._loads) if any(times)]
-        self._load_bytes = sum(self.costs.host_bytes(layer, layout) for layer in self._streamed)
+        self._load_bytes = [self.costs.host_bytes(layer, layout) for layer in range(self.model.num_layers)]
 
     def __enter__(self) -> SimEngine:
         return self
@@ -124,10 +124,9 @@ class SimEngine:
         step = self.scheduler.schedule()
         blocks_used = self.scheduler.blocks_used
         swapped = len(step.swap_out) + len(step.swap_in)
-        swap_s = self.costs.swap_seconds(swapped, self.deployment.block_bytes)
-        states = len(step.state_out) + len(step.state_in)
-        swap_s += states * self.model.state_bytes_per_sequence / self.devices / self.profile.host_bandwidth_each
-        stall, load = self._pass(step, begin + swap_s)
+        states = (len(step.state_out) + len(step.state_in)) * self.model.state_bytes_per_sequence / self.devices
+        moved = swapped * self.deployment.block_bytes + states
+        stall, load, streamed = self._pass(step, begin + self.costs.link_seconds(moved))
         sampling = [chunk.sequence for chunk in step.chunks if chunk.sample]
         for sequence in sampling:
             sequence.first_token_s = self._clock if sequence.first_token_s is None else sequence.first_token_s
@@ -141,17 +140,17 @@ class SimEngine:
             iteration=self._iteration - 1, time_s=self._clock, duration_s=self._clock - begin, batch=len(step.chunks),
             prefill_tokens=step.prefill_tokens, decode_tokens=step.decode_tokens, kv_blocks_used=blocks_used,
             kv_blocks=self.scheduler.num_blocks, waiting=self.scheduler.num_waiting,
-            streamed_bytes=self._load_bytes * self.devices, stall_s=stall, transfer_s=load,
+            streamed_bytes=streamed * self.devices, stall_s=stall, transfer_s=load,
             preemptions=step.num_preempted, swapped_blocks=swapped, finished=len(finished),
             device_experts=int(np.isin(self.placement.tiers, DEVICE_TIERS).sum()),
         )  # fmt: skip
 
-    def _pass(self, step: Step, now: float) -> tuple[float, float]:
-        """Run a pass from `now` on; moves the clock; returns seconds of waiting and of loads."""
+    def _pass(self, step: Step, now: float) -> tuple[float, float, int]:
+        """Run a pass from `now` on; moves the clock; returns seconds of waiting and of loads, bytes that crossed."""
         costs, outside = self.costs.pass_costs(step)
         pipe, streamed = self._pipeline, set(self._streamed)
         keeps_all = len(streamed) <= pipe.slots and not self.config.adaptive
-        stall = load = 0.0
+        stall, load, crossed = 0.0, 0.0, 0
         for layer, cost in enumerate(costs):
             now += cost.attention
             if layer in streamed and not (keeps_all and pipe.jobs >= len(streamed)):
@@ -163,13 +162,14 @@ class SimEngine:
                 pipe.jobs += 1
                 pipe.done.pop(job, None)
                 load += max(self._loads[layer])
+                crossed += self._load_bytes[layer]
                 # The next load into this slot may begin; its order on the link is that of the layers.
                 if not keeps_all:
                     self._begin(job + pipe.slots, self._layer_after(layer, pipe.slots))
             else:
                 now += cost.experts
         self._clock = now + outside
-        return stall, load
+        return stall, load, crossed
 
     def _layer_after(self, layer: int, count: int) -> int:
         order = self._streamed
@@ -190,17 +190,11 @@ class SimEngine:
     # Experts that move. A move takes effect at once; what it copies is charged to nobody, for it is a few bytes.
 
     def _make_planner(self) -> Planner:
-        layout, config = self.layout, self.config
-        tier = Tier.RESIDENT if config.device_format == "dense" else Tier.PACKED
-        experts = self.deployment.budget.lines()
-        pool = experts["resident_experts"] + experts["packed_experts"] + self.budget.free + experts["kv_cache"]
-        return Planner(
-            PlannerConfig(
-                expert_bytes={tier: layout.expert_bytes(layout.stored(tier))}, budget_bytes=pool, theta=config.theta,
-                eager=config.eager, spread=config.spread, least_alpha=config.least_alpha,
-                reserve_bytes=self.deployment.block_bytes,
-            )
-        )  # fmt: skip
+        tier = Tier.RESIDENT if self.config.device_format == DENSE else Tier.PACKED
+        lines = self.budget.lines()
+        pool = self.budget.free + lines["kv_cache"] + sum(lines[line] for line in EXPERT_LINES.values())
+        each = {tier: self.layout.expert_bytes(self.layout.stored(tier))}
+        return make_planner(self.config, each, pool, self.deployment.block_bytes)
 
     @property
     def tiers(self) -> np.ndarray:
@@ -244,12 +238,11 @@ class SimEngine:
         spare = self.budget.free + freed
         if spare < 0 and not self.scheduler.shrink(-(spare // block)):
             return  # the blocks are in use: the old state stays
-        lines = {"resident_experts": Tier.RESIDENT, "packed_experts": Tier.PACKED}
         kv_before = self.scheduler.num_blocks
         if spare > 0 and self.config.grow_kv:
             most = max(0, self.deployment.useful_blocks - kv_before)
             self.scheduler.grow(min(spare // block, most))
-        held = {line: layout.tier_bytes(tier) for line, tier in lines.items()}
+        held = {line: layout.tier_bytes(tier) for tier, line in EXPERT_LINES.items()}
         held["kv_cache"] = self.scheduler.num_blocks * block
         ledger = self.budget.lines()
         for line, nbytes in held.items():

@@ -51,6 +51,13 @@ def test_a_packed_checkpoint_is_the_same_model_in_fewer_bytes(model_dir, tmp_pat
     assert tokens_of(out) == tokens_of(model_dir)
 
 
+def test_qwen3_next_can_be_packed_too(tmp_path):
+    sizes = SIZES | {"layers": 4, "head_dim": 32}
+    model = make_checkpoint("qwen3_next", tmp_path / "next", **sizes)
+    script.main(["--model", str(model), "--format", "planar12", "--out", str(tmp_path / "packed")])
+    assert tokens_of(tmp_path / "packed") == tokens_of(model)
+
+
 def test_interrupted_it_is_refused_and_resumes(model_dir, tmp_path, monkeypatch):
     out, real, power = tmp_path / "packed", script.pack_layer, [False]
 

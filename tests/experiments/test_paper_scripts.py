@@ -39,10 +39,10 @@ def test_a_sweep_keeps_what_cannot_start(tmp_path, calibration):
     runs += [("context", Run(system, OLMOE, 1, 4, context)) for system in SYSTEMS for context in (64, 256)]
     runs += [("batch", Run("vllm", OLMOE, 1, 8, 256, budget=1 << 30))]
     rows = sweep(runs, tmp_path / "out", calibration)
-    assert [row["status"] for row in rows] == ["ok"] * 15 + ["too_small"]
+    assert [row["status"] for row in rows] == ["ok"] * 18 + ["too_small"]
     assert "the least that works" in rows[-1]["reason"]
     assert speed(rows, "batch", "ours", 4, 256) > speed(rows, "batch", "fluxmoe", 4, 256) > 0
-    assert len(list(csv.DictReader((tmp_path / "out" / "points.csv").open()))) == 16
+    assert len(list(csv.DictReader((tmp_path / "out" / "points.csv").open()))) == 19
     assert plot_exp1(tmp_path / "out").stat().st_size > 5000
     about = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert about["simulated"]
@@ -51,14 +51,16 @@ def test_a_sweep_keeps_what_cannot_start(tmp_path, calibration):
 
 def test_calibration_meets_its_three_figures():
     base = HardwareProfile.load("4xL40")
-    # A model whose runs are quick; what matters is that the search ends where it should.
-    found = calibrate(base, OLMOE, halvings=9)
+    model = published_config("qwen3-30b-a3b")
+    found = calibrate(base, model, halvings=12)
     assert isinstance(found, Calibration)
 
     def at(system):
-        return simulate(Run(system, OLMOE, 4, 32, 4096), found.profile(base), found.parameters)["tokens_per_s"]
+        return simulate(Run(system, model, 4, 32, 4096), found.profile(base), found.parameters)["tokens_per_s"]
 
     assert at("vllm") == pytest.approx(6 * 54.6, rel=0.05)
+    assert at("vllm-o") == pytest.approx(54.6, rel=0.05)
+    assert at("fluxmoe") == pytest.approx(0.639 * 6 * 54.6, rel=0.05)
 
 
 def test_a_calibration_is_kept(tmp_path, calibration):

@@ -118,6 +118,19 @@ def test_devices_share_the_model():
         engine(profile=four, devices=5)
 
 
+def test_profiles_that_lack_a_rate_are_one_sentence():
+    with pytest.raises(ProfileError, match="no link_bandwidth"):
+        engine(profile=replace(HardwareProfile.load("4xL40"), link_bandwidth=0.0))
+    with pytest.raises(ProfileError, match="no decode_bandwidth of huffman"):
+        engine(profile=replace(PROFILE, decode_bandwidth={}), placement="packed", expert_format="huffman")
+
+
+def test_layers_that_have_a_slot_each_are_loaded_once():
+    steps, _, _ = run(placement="offload", alpha=1 - 2 / MODEL.num_layers)
+    assert steps[0].streamed_bytes > 0
+    assert all(step.streamed_bytes == 0 for step in steps[1:])
+
+
 def test_states_of_qwen3_next_bound_the_batch():
     model, four = published_config("qwen3-next-80b-a3b"), HardwareProfile.load("4xL40")
     _, _, sim = run(model=model, profile=four, max_batch=512, max_context=4096)

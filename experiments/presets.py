@@ -1,0 +1,105 @@
+"""Where a script's model comes from: a checkpoint, a published model's config, or a preset made on first use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from fluxmoe.models.config import ModelConfig, load_config
+from fluxmoe.models.published import PUBLISHED, published_config
+
+from .common import UsageError, write_json
+from .make_checkpoint import make_checkpoint
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model that make_checkpoint makes and a workload that suits it."""
+
+    model: dict
+    requests: int
+    context: int
+    output_tokens: int
+    max_batch: int
+    budgets: tuple[str, ...]
+
+
+_SMALL_MOE = dict(
+    arch="qwen3_moe", layers=8, experts=32, top_k=4, hidden=512, moe_intermediate=512, heads=8, kv_heads=8,
+    head_dim=64, vocab=8192, max_positions=4096,
+)  # fmt: skip
+
+PRESETS = {
+    # Ends within 4 minutes on two cores.
+    "demo": Preset(
+        {**_SMALL_MOE, "layers": 6}, requests=32, context=320, output_tokens=96, max_batch=32,
+        budgets=("96MiB", "144MiB", "224MiB", "320MiB", "352MiB", "416MiB", "512MiB"),
+    ),
+    # The committed figure: 403 MB of experts, KV of a full batch 537 MB.
+    "small": Preset(
+        _SMALL_MOE, requests=64, context=512, output_tokens=128, max_batch=64,
+        budgets=("144MiB", "176MiB", "208MiB", "256MiB", "304MiB", "352MiB", "384MiB", "432MiB", "464MiB", "496MiB",
+                 "560MiB", "688MiB", "960MiB"),
+    ),
+    # Qwen3-Next's kinds of layers: 403 MB of experts, recurrent states of a full batch 27 MB, its KV 134 MB.
+    "next": Preset(
+        dict(arch="qwen3_next", layers=8, experts=64, top_k=6, hidden=512, moe_intermediate=256, heads=8, kv_heads=8,
+             head_dim=64, vocab=8192, max_positions=4096),
+        requests=64, context=512, output_tokens=128, max_batch=64,
+        budgets=("160MiB", "256MiB", "352MiB", "448MiB", "512MiB", "640MiB"),
+    ),
+    # Layers of Qwen3-30B-A3B's width on a GPU: 4.8 GB of experts, KV of a full batch 1.1 GB.
+    "gpu": Preset(
+        dict(arch="qwen3_moe", layers=8, experts=64, top_k=8, hidden=2048, moe_intermediate=768, heads=32, kv_heads=4,
+             head_dim=128, vocab=32768, max_positions=2048),
+        requests=128, context=1024, output_tokens=128, max_batch=64,
+        budgets=("1GiB", "2GiB", "3GiB", "4GiB", "5GiB", "5632MiB", "6GiB", "7GiB"),
+    ),
+    # The shape of Qwen3-Next-80B-A3B in all but depth: 8 layers of 48, 25.8 GB.
+    "gpu-next": Preset(
+        dict(arch="qwen3_next", layers=8, experts=512, top_k=10, hidden=2048, moe_intermediate=512, heads=16,
+             kv_heads=2, head_dim=256, vocab=32768, max_positions=4096),
+        requests=128, context=2048, output_tokens=128, max_batch=64,
+        budgets=("8GiB", "16GiB", "24GiB", "28GiB", "32GiB"),
+    ),
+}  # fmt: skip
+
+
+def add_model_source(p: argparse.ArgumentParser, simulate: bool = False) -> None:
+    """--model, --preset and --checkpoints; where a script can also run on the simulator, --config and --simulate."""
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint")
+    source.add_argument("--preset", choices=sorted(PRESETS), help="a model that is made if needed")
+    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
+    if simulate:
+        source.add_argument("--config", choices=list(PUBLISHED), help="a published model by name, with --simulate")
+        p.add_argument("--simulate", action="store_true", help="on the machine of --profile, by a cost model")
+
+
+def model_source(args: argparse.Namespace) -> tuple[Path, ModelConfig]:
+    """The checkpoint of `add_model_source`'s arguments, and its config; no checkpoint (an empty path) for --config."""
+    simulate, published = getattr(args, "simulate", False), getattr(args, "config", None)
+    if simulate and not args.profile:
+        raise UsageError("--simulate needs --profile: the machine to simulate")
+    if published and not simulate:
+        raise UsageError("--config names a model without weights: it needs --simulate")
+    if published:
+        return Path(), published_config(published)
+    model = preset_model(args.preset, Path(args.checkpoints)) if args.preset else Path(args.model)
+    return model, load_config(model)
+
+
+def preset_model(name: str, directory: Path, seed: int = 0) -> Path:
+    """The preset's checkpoint, made on first use."""
+    target = directory / name
+    spec = PRESETS[name].model
+    marker = target / "preset.json"
+    if marker.exists() and json.loads(marker.read_text()) == {**spec, "seed": seed}:
+        return target
+    if target.exists():
+        raise UsageError(f"{target} holds another model than preset {name} wants; remove it or give --checkpoints")
+    make_checkpoint(out=target, seed=seed, **spec)
+    write_json(marker, {**spec, "seed": seed})
+    return target

@@ -91,7 +91,9 @@ class SimEngine:
         self.layout = layout
         self.costs.bind(layout)
         self._loads = [self.costs.load_seconds(layer, layout) for layer in range(self.model.num_layers)]
-        self._streamed = [layer for layer, times in enumerate(self._loads) if any(times)]
+        # Where experts move, every layer has its turn of the slots, as in the streamer: loads run so many layers ahead.
+        turns = [self.config.adaptive or any(times) for times in self._loads]
+        self._streamed = [layer for layer, turn in enumerate(turns) if turn]
         self._load_bytes = [self.costs.host_bytes(layer, layout) for layer in range(self.model.num_layers)]
 
     def __enter__(self) -> SimEngine:

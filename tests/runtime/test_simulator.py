@@ -152,6 +152,24 @@ def test_moves_free_memory_for_kv():
     assert sum(sim.budget.lines().values()) <= sim.budget.total
 
 
+def test_steps_that_are_not_spread_over_the_layers_show():
+    """As many experts leave one layer, or one each: loads run only a slot ahead, so one layer's do not hide."""
+    durations = {}
+    for spread in (True, False):
+        sim = engine(placement="packed", adaptive=True, planning=False, least_alpha=0.0, max_batch=256)
+        steps = sim.steps(requests(256, 20, 100))
+        for _ in range(30):
+            before = next(steps)
+        count = MODEL.num_layers
+        where = [(layer, 127) for layer in range(count)] if spread else [(47, expert) for expert in range(count)]
+        sim.request([Move(*at, Tier.PACKED, Tier.HOST) for at in where])
+        for _ in range(5):
+            after = next(steps)
+        durations[spread] = after.duration_s / before.duration_s
+    assert durations[True] < 1.05
+    assert durations[False] > 1.2
+
+
 def test_the_planner_lowers_alpha_while_requests_wait():
     sim = engine(
         placement="packed", adaptive=True, least_alpha=0.8, budget_bytes=45 << 30, max_batch=256, plan_every=4,

@@ -1,0 +1,124 @@
+"""What the kernels beside the grouped GEMM should take on an H100, from bytes, flops and machine code; no GPU runs.
+
+    python -m fluxmoe.experiments.predict_other_kernels --out results/predicted-h100/other_kernels
+
+Routing, norms, RoPE with the KV write, attention and Gated DeltaNet at the sizes of Qwen3-30B-A3B and Qwen3-Next. As in
+`predict_kernels` a prediction is the slowest of a kernel's limits plus a fixed cost, a bound that runs approach from
+above: bytes over bandwidth, flops over peak, instructions over issue slots of the SMs that its programs fill. Merging
+the parts of a long context is not in it.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from fluxmoe.kernels.audit import Case, Report, audit, cases
+
+from .common import Parser, cli_main, provenance, write_csv, write_json
+from .predict_kernels import CLOCK_HZ, FIXED_S, ISSUES_PER_CLOCK, ROOFS, SMS
+
+TOKENS = (1, 32, 512, 4096)
+CONTEXT = 4096
+
+
+class Work(NamedTuple):
+    """What one launch does. warp_instructions: issued by all warps; programs: that share the SMs."""
+
+    size: str
+    nbytes: float
+    warp_instructions: float
+    programs: float
+    flops: float = 0.0
+
+
+def _once(size: str, nbytes: float, programs: float, case: Case, code: Report) -> Work:
+    """A kernel without a loop: every warp issues its code once."""
+    return Work(size, nbytes, programs * case.num_warps * code.instructions, programs)
+
+
+def _token_wise(case: Case, code: Report, tokens: int) -> Work | None:
+    """Norms, RoPE and routing of `tokens`; None for other kernels."""
+    c, kind = case.constexprs, case.name.split("/")[0]
+    if kind == "rms_norm":
+        return _once(f"{tokens} tokens", 4 * tokens * c["HIDDEN"], tokens, case, code)
+    if kind == "rope_and_cache":
+        row = (c["HEADS"] + 2 * c["KV_HEADS"]) * c["HEAD_DIM"]
+        return _once(f"{tokens} tokens", 4 * tokens * row, 3 * tokens, case, code)
+    if kind.startswith("route_kernel") and tokens <= c["BLOCK_T"]:
+        return _once(f"{tokens} tokens", 4 * tokens * c["BLOCK_E"], 1, case, code)
+    return None
+
+
+def _attention(case: Case, code: Report, sequences: int, queries: int) -> Work | None:
+    """Attention of `sequences` at CONTEXT; queries: 1, or a whole prompt."""
+    c, kind = case.constexprs, case.name.split("/")[0]
+    if kind not in ("attention_decode", "attention_prefill") or (queries > 1) != (kind == "attention_prefill"):
+        return None
+    rows = math.ceil(queries * c["GROUP"] / c["BLOCK_ROWS"])
+    seen = CONTEXT if queries == 1 else CONTEXT / 2  # causal: half of the keys, in the mean
+    steps = sequences * c["KV_HEADS"] * rows * math.ceil(seen / c["BLOCK_KV"])
+    heads = c["KV_HEADS"] * c["GROUP"]
+    kv = 4 * sequences * CONTEXT * c["KV_HEADS"] * c["HEAD_DIM"]
+    nbytes = kv + 4 * sequences * queries * heads * c["HEAD_DIM"]
+    # Decode splits the context until all SMs have work.
+    programs = sequences * c["KV_HEADS"] * rows if queries > 1 else SMS
+    flops = 4 * sequences * queries * seen * heads * c["HEAD_DIM"]
+    size = f"{sequences} sequences, {'decode' if queries == 1 else 'prompts'} of {CONTEXT}"
+    return Work(size, nbytes, steps * code.loop["all"] * case.num_warps, programs, flops)
+
+
+def _delta(case: Case, code: Report, sequences: int) -> Work | None:
+    """A decode step of Gated DeltaNet."""
+    if case.name != "delta_net/qwen3-next":
+        return None
+    c = case.constexprs
+    state = 2 * 4 * sequences * c["VALUE_HEADS"] * c["DK"] * c["DV"]
+    return _once(f"{sequences} sequences, decode", state, sequences * c["VALUE_HEADS"], case, code)
+
+
+def predict(case: Case, code: Report) -> list[dict]:
+    """Rows of one kernel; none for those that `predict_kernels` has, or that belong to no layer's launch."""
+    works = [_token_wise(case, code, tokens) for tokens in TOKENS]
+    works += [_attention(case, code, sequences, 1) for sequences in (1, 32, 128)]
+    works += [_attention(case, code, 1, CONTEXT)]
+    works += [_delta(case, code, sequences) for sequences in (1, 32, 128)]
+    rows = []
+    for work in (work for work in works if work is not None):
+        slots = min(SMS, work.programs) * ISSUES_PER_CLOCK * CLOCK_HZ
+        limits = {
+            "hbm": work.nbytes / ROOFS.bytes_per_s,
+            "matrix": work.flops / ROOFS.flops_per_s,
+            "issue": work.warp_instructions / slots,
+        }
+        limit = max(limits, key=limits.get)
+        rows.append(
+            {
+                "kind": "predicted", "kernel": case.name, "size": work.size,
+                "predicted_us": 1e6 * (limits[limit] + FIXED_S),
+                "limit": limit if limits[limit] > FIXED_S else "launch",
+                **{f"{name}_us": 1e6 * seconds for name, seconds in limits.items()},
+                "bytes": int(work.nbytes), "flops": int(work.flops), "registers": code.registers,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = Parser(prog="fluxmoe.experiments.predict_other_kernels", description=__doc__.splitlines()[0])
+    p.add_argument("--out", required=True, metavar="DIR")
+    out, rows = Path(p.parse_args(argv).out), []
+    wanted = ("rms_norm", "rope_and_cache", "route_kernel", "attention_decode", "attention_prefill", "delta_net/")
+    for case in cases("sm_90"):
+        if case.name.startswith(wanted) and "mixtral" not in case.name:
+            rows += predict(case, audit(case, "sm_90"))
+    for row in rows:
+        print(f"{row['kernel']:<34} {row['size']:<32} {row['predicted_us']:9.1f} µs, limited by {row['limit']}")
+    write_csv(out / "rows.csv", rows)
+    about = {"kind": "predicted: no GPU ran", "gpu": "H100 SXM, datasheet", "arch": "sm_90"}
+    write_json(out / "provenance.json", {**provenance("cpu", None), **about})
+
+
+if __name__ == "__main__":
+    cli_main(main)

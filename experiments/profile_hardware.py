@@ -12,10 +12,15 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+import threading
 import time
 from dataclasses import asdict
 
+import numpy as np
 import torch
+from fluxmoe.kernels.cpu import gemm
+from fluxmoe.kernels.cpu.copy import stream_copy
+from fluxmoe.kernels.cpu.ops import default_threads
 from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.runtime.engine import resolve_device
 from fluxmoe.runtime.hardware import HardwareProfile, best_seconds, measure_bandwidths, measure_links
@@ -23,19 +28,18 @@ from fluxmoe.runtime.placement import Tier
 from fluxmoe.runtime.store import PAGE, aligned_empty
 from tqdm import tqdm
 
+from .bench_cpu_moe import peak_flops
 from .common import Parser, cli_main, provenance, write_json
 
 _SIZES = (64 << 10, 1 << 20, 16 << 20, 128 << 20)
+# More than caches hold: experts come from all over host memory.
+_HOST_BYTES = 512 << 20
 _FILE_BYTES = 256 << 20
 
 
 def matmul_flops(device: torch.device) -> float:
     """Dense bf16 products on a GPU, our fp32-accumulating bf16 kernel on the CPU, FLOP/s."""
     if device.type == "cpu":
-        from fluxmoe.kernels.cpu.ops import default_threads
-
-        from .bench_cpu_moe import peak_flops
-
         return peak_flops(default_threads())
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(2))
     out = torch.empty_like(a)
@@ -43,12 +47,21 @@ def matmul_flops(device: torch.device) -> float:
 
 
 def host_copies(device: torch.device) -> dict[str, float]:
-    """Bytes/s of copies from (pinned) host memory, by size, and of the largest on two streams at once."""
+    """Bytes/s of copies from (pinned) host memory to one place, by size, and of the largest on two streams at once."""
     rates = {}
+    host = torch.ones(_HOST_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
     for size in _SIZES:
-        host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         target = torch.empty(size, dtype=torch.uint8, device=device)
-        rates[str(size)] = size / best_seconds(lambda: target.copy_(host, non_blocking=True), device, 10)  # noqa: B023
+        pieces = host.split(size)
+
+        def copy_all() -> None:
+            for piece in pieces:  # noqa: B023
+                if device.type == "cpu":
+                    stream_copy(target, piece)  # noqa: B023
+                else:
+                    target.copy_(piece, non_blocking=True)  # noqa: B023
+
+        rates[str(size)] = _HOST_BYTES / best_seconds(copy_all, device)
     if device.type == "cuda":
         half, streams = _SIZES[-1] // 2, [torch.cuda.Stream() for _ in range(2)]
 
@@ -59,6 +72,46 @@ def host_copies(device: torch.device) -> dict[str, float]:
 
         rates[f"{_SIZES[-1]} on 2 streams"] = _SIZES[-1] / best_seconds(both, device, 10)
     return rates
+
+
+def copy_overlap(device: torch.device) -> float:
+    """Of a copy from the host, the share that hides under compute of the same length: (compute + copy - both) / copy.
+
+    Compute is an expert GEMM at a few rows, bound by memory as in decode. A GPU copies by an engine of its own, and is
+    taken at 1.
+    """
+    if device.type == "cuda":
+        return 1.0
+    rows, n, k = 4, 2048, 2048
+    scratch = gemm.Scratch(rows, default_threads())
+    weights = [torch.empty(gemm.packed_bytes(n, k, torch.bfloat16), dtype=torch.uint8) for _ in range(24)]
+    for block in weights:
+        gemm.pack(torch.randn(n, k).bfloat16(), block)
+    x, y = torch.randn(rows, k), torch.empty(rows, n)
+
+    def compute() -> None:
+        for block in weights:
+            gemm.linear(x, block, n, torch.bfloat16, y, scratch)
+
+    host, target = torch.ones(_HOST_BYTES, dtype=torch.uint8), torch.empty(1 << 20, dtype=torch.uint8)
+    pieces = host.split(target.numel())
+
+    def copy(count: int) -> None:
+        for piece in pieces[:count]:
+            stream_copy(target, piece)
+
+    compute_s = best_seconds(compute, device)
+    count = max(1, int(len(pieces) * min(1.0, compute_s / best_seconds(lambda: copy(len(pieces)), device))))
+    copy_s = best_seconds(lambda: copy(count), device)
+
+    def both() -> None:
+        thread = threading.Thread(target=copy, args=(count,))
+        thread.start()
+        compute()
+        thread.join()
+
+    both_s = float(np.median([best_seconds(both, device) for _ in range(5)]))
+    return min(1.0, max(0.0, (compute_s + copy_s - both_s) / min(compute_s, copy_s)))
 
 
 def decoders(device: torch.device) -> dict[str, float]:
@@ -115,7 +168,7 @@ def launch_seconds(device: torch.device) -> float:
 def measure(device: torch.device, disk_dir: str) -> HardwareProfile:
     """The profile of this machine."""
     made_by = provenance(device.type)
-    bar = tqdm(total=7, desc="profile", leave=False)
+    bar = tqdm(total=8, desc="profile", leave=False)
 
     def step(name: str, work):
         bar.set_postfix_str(name)
@@ -136,6 +189,7 @@ def measure(device: torch.device, disk_dir: str) -> HardwareProfile:
         matmul_flops=step("products", lambda: matmul_flops(device)),
         host_bandwidth=max(copies.values()),
         host_latency_s=_SIZES[0] / copies[str(_SIZES[0])],
+        copy_overlap=step("copies under compute", lambda: copy_overlap(device)),
         kernel_host_bandwidth=step("reads of host memory", lambda: measure_links(device).read),
         decode_bandwidth=step("decoders", lambda: decoders(device)),
         disk_bandwidth=step("disk", lambda: disk_reads(disk_dir)),

@@ -33,7 +33,7 @@ class EngineConfig:
     profile             the machine's rates, for balanced without alpha and transfer auto; None: measured in a fraction
                         of a second
     slots               streaming slots, S ≥ 2
-    max_batch           sequences in a batch
+    max_batch           sequences in a batch; fit_batch: fewer, where recurrent states of so many would leave KV short
     max_batched_tokens  tokens of one pass: the chunk size of prefill
     block_size          tokens of a KV block
     preemption          recompute | swap
@@ -67,6 +67,7 @@ class EngineConfig:
     profile: HardwareProfile | None = None
     slots: int = 2
     max_batch: int = 64
+    fit_batch: bool = True
     max_batched_tokens: int = 256
     block_size: int = 32
     preemption: str = "recompute"

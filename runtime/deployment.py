@@ -131,8 +131,10 @@ class Deployment:
         return 4 * self.placement.tiers.size if counted else 0
 
     def _sequences(self, free: int, state_bytes: int) -> int:
-        """How many sequences may run: with fewer than `max_batch` where their states would leave KV for less than half
-        of the context of each."""
+        """How many sequences may run: with `fit_batch`, fewer than `max_batch` where their states would leave KV for
+        less than half of the context of each."""
+        if not self.config.fit_batch:
+            return self.config.max_batch
         blocks = -(-self.limits.context // (2 * self.config.block_size))
         return min(self.config.max_batch, max(1, free // (state_bytes + blocks * self.block_bytes)))
 

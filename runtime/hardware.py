@@ -7,9 +7,10 @@ A profile is a JSON file, measured (`python -m fluxmoe.experiments.profile_hardw
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ class HardwareProfile:
     matmul_flops            dense products in the weights' dtype
     host_bandwidth          copies from (pinned) host memory to one device; host_latency_s: of one copy
     host_link_shared        bytes/s that all devices together get from the host, 0: as many as their links add up to
+    copy_overlap            of a copy from the host, what hides under compute: 1 with a copy engine; less on a CPU,
+                            whose copies run on its cores and through its only memory
     kernel_host_bandwidth   kernels that read pinned memory in place
     decode_bandwidth        format → bytes/s of bf16 put out, decoding compressed experts to a buffer
     disk_bandwidth          reads of a large file
@@ -58,6 +61,7 @@ class HardwareProfile:
     decode_bandwidth: Mapping[str, float] = field(default_factory=dict)
     host_latency_s: float = 0.0
     host_link_shared: float = 0.0
+    copy_overlap: float = 1.0
     launch_s: float = 0.0
     iteration_s: float = 0.0
     link_bandwidth: float = 0.0
@@ -78,6 +82,8 @@ class HardwareProfile:
         for name, value in [*((n, getattr(self, n)) for n in rest), *self.decode_bandwidth.items()]:
             if not _number(value) or value < 0:
                 raise ProfileError(f"profile {self.name}: {name} must not be negative, got {value!r}")
+        if not _number(self.copy_overlap) or not 0 <= self.copy_overlap <= 1:
+            raise ProfileError(f"profile {self.name}: copy_overlap must be from 0 to 1, got {self.copy_overlap!r}")
 
     @property
     def host_bandwidth_each(self) -> float:
@@ -105,6 +111,15 @@ class HardwareProfile:
             Tier.DISK: self.disk_bandwidth,
         }
 
+    def of_devices(self, count: int) -> HardwareProfile:
+        """As many such devices in one host, whose links add up. ProfileError where they have no link between them."""
+        if count < 1:
+            raise ProfileError(f"a machine has at least one device, got {count}")
+        if count > 1 and not self.link_bandwidth:
+            raise ProfileError(f"profile {self.name} has no link_bandwidth; {count} devices cannot share a model")
+        shared = self.host_link_shared * count / self.num_devices
+        return replace(self, name=f"{self.name}×{count}", num_devices=count, host_link_shared=shared)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -122,10 +137,12 @@ class HardwareProfile:
 
     @classmethod
     def load(cls, name: str | Path) -> HardwareProfile:
-        """A shipped profile by name (see `list_profiles`), or a file."""
+        """A shipped profile by name (see `list_profiles`), or a file; NAME×N or NAMExN: N of its devices."""
         path = _SHIPPED / f"{name}.json"
         if not path.exists():
             path = Path(name)
+        if not path.exists() and (many := re.fullmatch(r"(.+)[×x](\d+)", str(name))):
+            return cls.load(many[1]).of_devices(int(many[2]))
         try:
             values = json.loads(path.read_text())
         except OSError:

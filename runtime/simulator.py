@@ -10,12 +10,14 @@ slot is free:
     layer      t += attention;  t = max(t, load j done);  t += experts;  its slot is free at t
 
 Loads run ahead over the end of a pass, as in the engine. Swapped KV crosses the link before its pass, and stalls it.
+Where copies take compute from the kernels (`copy_overlap` below 1), a layer with a load is longer by that share of the
+shorter of its compute and its copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from fluxmoe.models.config import ModelConfig
@@ -59,6 +61,9 @@ class SimEngine:
         self, model: ModelConfig, profile: HardwareProfile, config: EngineConfig,
         parameters: CostParameters | None = None, devices: int | None = None,
     ) -> None:  # fmt: skip
+        copy_rate = profile.host_bandwidth
+        if config.link_bandwidth is not None:
+            profile = replace(profile, host_bandwidth=min(profile.host_bandwidth, config.link_bandwidth))
         self.model, self.profile, self.config = model, profile, config
         self.devices = devices or profile.num_devices
         if not 1 <= self.devices <= profile.num_devices:
@@ -71,6 +76,7 @@ class SimEngine:
         self.deployment = Deployment(model, config, ops, layout, ops.device, total, shares=self.devices)
         self.placement, self.budget = self.deployment.placement, self.deployment.budget
         self.costs = CostModel(model, profile, self.devices, parameters)
+        self._copy_rate = copy_rate
         blocks = self.deployment.reserve_kv()
         host_blocks = 4 * max(blocks, self.deployment.useful_blocks) if config.preemption == "swap" else 0
         self.scheduler = Scheduler(
@@ -95,6 +101,9 @@ class SimEngine:
         turns = [self.config.adaptive or any(times) for times in self._loads]
         self._streamed = [layer for layer, turn in enumerate(turns) if turn]
         self._load_bytes = [self.costs.host_bytes(layer, layout) for layer in range(self.model.num_layers)]
+        # Waiting for a slow link costs no compute; copying and decoding do.
+        work = zip(self._load_bytes, self._loads, strict=True)
+        self._copying = [max(nbytes / self._copy_rate, decode_s) for nbytes, (_, decode_s) in work]
 
     def __enter__(self) -> SimEngine:
         return self
@@ -159,7 +168,8 @@ class SimEngine:
                 job = pipe.jobs
                 ready = self._loaded(job, layer)
                 stall += max(0.0, ready - now)
-                now = max(now, ready) + cost.experts
+                contended = min(self._copying[layer], cost.attention + cost.experts)
+                now = max(now, ready) + cost.experts + (1 - self.profile.copy_overlap) * contended
                 pipe.computed[job % pipe.slots] = now
                 pipe.jobs += 1
                 pipe.done.pop(job, None)

@@ -1,7 +1,7 @@
 """What each of our ideas is worth: one at a time taken away, under one memory budget.
 
     python -m fluxmoe.experiments.ablation --preset small --budget 384MiB --out results/<hardware>/ablation
-    python -m fluxmoe.experiments.ablation --simulate --profile H100-SXM --config qwen3-30b-a3b --budget 40GiB --out DIR
+    python -m fluxmoe.experiments.ablation --device sim --profile H100-SXM --config qwen3-30b-a3b --budget 40GiB …
 
     full                half of each layer on the device, half streamed; 12 bits everywhere, decoded inside the GEMM
     decoded slots       streamed experts are decoded into their slot, as the paper does
@@ -24,14 +24,13 @@ from pathlib import Path
 
 import numpy as np
 from fluxmoe.runtime.budget import BudgetError, parse_bytes
-from fluxmoe.runtime.engine import Engine
 from fluxmoe.runtime.metrics import summarise
-from fluxmoe.runtime.simulator import SimEngine
 from tqdm import tqdm
 
 from .common import Parser, cli_main, provenance, write_csv, write_json
 from .generate import add_engine_arguments, engine_config
-from .presets import add_model_source, model_source
+from .machines import Machine, machine_of
+from .presets import Source, add_model_source, model_source
 from .workloads import drawn_lengths, make_requests
 
 _HALF = {"placement": "balanced", "alpha": 0.5, "expert_format": "planar12"}
@@ -59,17 +58,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", required=True, metavar="DIR")
-    add_engine_arguments(p, swept=True)
+    add_engine_arguments(p, swept=True, simulate=True)
     return p
 
 
-def run(args: argparse.Namespace, model: Path, config, requests: list, variant: str) -> dict:
+def run(args: argparse.Namespace, machine: Machine, source: Source, requests: list, variant: str) -> dict:
     """A row: one variant served once."""
     settings = engine_config(
         args, args.context, budget_bytes=parse_bytes(args.budget), min_kv_tokens=args.context, **VARIANTS[variant]
     )
     try:
-        engine = SimEngine(config, settings.profile, settings) if args.simulate else Engine(model, settings)
+        engine = machine.open(source, settings)
     except BudgetError as error:
         return {"variant": variant, "status": "too_small", "reason": str(error)}
     outputs: dict = {}
@@ -86,11 +85,12 @@ def run(args: argparse.Namespace, model: Path, config, requests: list, variant: 
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    model, config = model_source(args)
+    machine, source = machine_of(args), model_source(args)
     lengths = drawn_lengths(args.requests, args.context, args.output_tokens, args.seed)
-    requests, out = make_requests(lengths, config.vocab_size, args.seed), Path(args.out)
-    turns = [(turn, name) for turn in range(1 if args.simulate else args.repeats) for name in args.variants]
-    rows = [run(args, model, config, requests, name) | {"turn": turn} for turn, name in tqdm(turns, "runs", unit="run")]
+    requests, out = make_requests(lengths, source.config.vocab_size, args.seed), Path(args.out)
+    turns = [(turn, name) for turn in range(1 if machine.simulated else args.repeats) for name in args.variants]
+    bar = tqdm(turns, "runs", unit="run")
+    rows = [run(args, machine, source, requests, name) | {"turn": turn} for turn, name in bar]
     write_csv(out / "rows.csv", rows)
     ok = [row for row in rows if row["status"] == "ok"]
     speeds = {name: [r["tokens_per_s"] for r in ok if r["variant"] == name] for name in args.variants}
@@ -103,13 +103,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:<18} {np.median(each):9.1f} tokens/s {spread:<22} {np.median(each) / full:5.2f} of full")
     verdict = "identical" if len({row["tokens_sha256"] for row in ok}) == 1 else "DIFFER"
     print(f"tokens: {verdict}")
-    device = f"sim of {args.profile}" if args.simulate else args.device
     about = {"budget": args.budget, "requests": args.requests, "context": args.context, "tokens": verdict}
-    write_json(
-        out / "provenance.json",
-        {**provenance("sim" if args.simulate else "cpu", args.seed), **about, "device": device,
-         "model": args.config or args.preset or str(model)},
-    )  # fmt: skip
+    made = {**provenance(machine.device, args.seed), **machine.about, "model": source.name, **about}
+    write_json(out / "provenance.json", made)
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError("--experts must be at least 1")
     if any(tokens < 1 for tokens in args.tokens):
         raise UsageError("--tokens must be at least 1 each")
-    model, _ = model_source(args)
+    model = model_source(args).checkpoint
     checkpoint = Checkpoint(model)
     if checkpoint.config.dtype != torch.bfloat16:
         raise UsageError(f"{model} holds {checkpoint.config.dtype} weights; the formats compress bfloat16")

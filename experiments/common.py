@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import os
@@ -84,6 +85,25 @@ def write_csv(path: Path | str, rows: Iterable[Mapping[str, Any]], columns: Sequ
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue())
+
+
+def read_csv(path: Path | str) -> list[dict[str, str]]:
+    """The rows of a CSV that `write_csv` wrote; none if it is not there."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def resume(out: Path, settings: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
+    """What a stopped sweep left in points.csv of `out`, and the identity of `settings`, which provenance.json must keep
+    under that name. UsageError if the rows there are of other settings."""
+    identity = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    rows = read_csv(out / "points.csv")
+    if rows and json.loads((out / "provenance.json").read_text()).get("identity") != identity:
+        raise UsageError(f"{out} holds points of another model, workload or setting; give another --out")
+    return rows, identity
 
 
 def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, Any]:

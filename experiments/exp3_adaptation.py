@@ -11,7 +11,7 @@ layer goes to host memory, --times times. Variants, which serve the same request
     unspread    as many experts leave at each step, all of them from the last layers that have any (the ablation)
     planned     the planner moves experts when it sees fit, at most as many; KV grows
 
-    python -m fluxmoe.experiments.exp3_adaptation --simulate --profile 4xL40 --config qwen3-next-80b-a3b --budget all …
+    python -m fluxmoe.experiments.exp3_adaptation --device sim --profile 4xL40 --config qwen3-next-80b-a3b …
 
 serves a published model on the simulator's virtual clock instead.
 
@@ -27,18 +27,16 @@ import json
 from pathlib import Path
 
 import numpy as np
-from fluxmoe.models.config import ModelConfig
 from fluxmoe.runtime.budget import parse_bytes
-from fluxmoe.runtime.engine import Engine
 from fluxmoe.runtime.placement import Tier
 from fluxmoe.runtime.planner import Move
-from fluxmoe.runtime.simulator import SimEngine
 from tqdm import tqdm
 
 from .common import Parser, UsageError, cli_main, provenance, write_csv, write_json
 from .generate import add_engine_arguments, engine_config
+from .machines import Machine, machine_of
 from .plots import plot_adaptation
-from .presets import add_model_source, model_source
+from .presets import Source, add_model_source, model_source
 from .workloads import Lengths, make_requests
 
 VARIANTS = ("static", "hold", "grow", "unspread", "planned")
@@ -58,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--times", type=int, default=7, help="steps; each takes one expert of every layer")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", required=True, metavar="DIR")
-    add_engine_arguments(p, swept=True)
+    add_engine_arguments(p, swept=True, simulate=True)
     return p
 
 
@@ -73,19 +71,19 @@ def moves_of_step(tiers: np.ndarray, spread: bool) -> list[Move]:
     return moves
 
 
-def run_variant(args: argparse.Namespace, model: Path, config: ModelConfig, variant: str) -> tuple[list[dict], str]:
+def run_variant(args: argparse.Namespace, machine: Machine, source: Source, variant: str) -> tuple[list[dict], str]:
     """(a row an iteration, digest of all tokens)."""
     lengths = [Lengths(0.0, args.prompt_tokens, args.output_tokens)] * args.requests
-    requests = make_requests(lengths, config.vocab_size, args.seed)
+    requests = make_requests(lengths, source.config.vocab_size, args.seed)
     # All variants have the same slots, so the same KV to begin with: unspread, whole layers come to stream.
-    share = 1.0 if "unspread" in args.variants else args.times / config.num_experts
+    share = 1.0 if "unspread" in args.variants else args.times / source.config.num_experts
     settings = engine_config(
         args, args.prompt_tokens + args.output_tokens, placement="packed", budget_bytes=parse_bytes(args.budget),
         adaptive=True, planning=variant == "planned", grow_kv=variant in _GROWING, least_alpha=max(0.0, 1 - share),
     )  # fmt: skip
     rows, outputs = [], {}
-    with SimEngine(config, settings.profile, settings) if args.simulate else Engine(model, settings) as engine:
-        residency = engine if args.simulate else engine.residency
+    with machine.open(source, settings) as engine:
+        residency = engine if machine.simulated else engine.residency
         bar = tqdm(engine.steps(requests, outputs), variant, unit="step")
         for step in bar:
             done = (step.iteration - args.start) // args.every
@@ -102,7 +100,7 @@ def run_variant(args: argparse.Namespace, model: Path, config: ModelConfig, vari
                     "stall_s": step.stall_s, "transfer_s": step.transfer_s, "preemptions": step.preemptions,
                 }
             )  # fmt: skip
-        if not args.simulate and residency.refused and variant != "planned":
+        if not machine.simulated and residency.refused and variant != "planned":
             raise UsageError(f"a move was refused: {residency.refused[0]}")
     digest = hashlib.sha256(json.dumps([outputs[r.request_id].token_ids for r in requests]).encode())
     return rows, digest.hexdigest()[:16]
@@ -112,12 +110,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if min(args.requests, args.start, args.every, args.times) < 1:
         raise UsageError("requests, start, every and times must be at least 1")
-    model, config = model_source(args)
-    if args.times >= config.num_experts:
-        raise UsageError(f"--times {args.times} would leave no expert of {config.num_experts} on the device")
+    machine, source = machine_of(args), model_source(args)
+    if args.times >= source.config.num_experts:
+        raise UsageError(f"--times {args.times} would leave no expert of {source.config.num_experts} on the device")
     out, rows, digests = Path(args.out), [], set()
     for variant in args.variants:
-        more, digest = run_variant(args, model, config, variant)
+        more, digest = run_variant(args, machine, source, variant)
         rows += more
         digests.add(digest)
         write_csv(out / "steps.csv", rows)
@@ -136,9 +134,8 @@ def main(argv: list[str] | None = None) -> None:
         k: getattr(args, k)
         for k in ("budget", "link_bandwidth", "requests", "prompt_tokens", "output_tokens", "start", "every", "times")
     }
-    device = "sim" if args.simulate else "cuda" if args.device == "cuda" else "cpu"
-    about = {**settings, "tokens": verdict, "simulated": f"{args.config} on {args.profile}" if args.simulate else None}
-    write_json(out / "provenance.json", {**provenance(device, args.seed), **about})
+    about = {**settings, "model": source.name, "tokens": verdict, **machine.about}
+    write_json(out / "provenance.json", {**provenance(machine.device, args.seed), **about})
     print(f"figure: {plot_adaptation(out)}")
 
 

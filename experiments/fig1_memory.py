@@ -1,49 +1,76 @@
-"""What memory holds: weights, recurrent states and KV of a model against batch and context (Fig. 1, Table 1).
+"""What memory holds: weights, recurrent states and KV of a model against batch and context (Fig. 1).
 
     python -m fluxmoe.experiments.fig1_memory --out results/simulated-4xL40/fig1_memory
+    python -m fluxmoe.experiments.fig1_memory --device cpu --out results/<hardware>/fig1_memory
 
-Arithmetic on published configs: KV exists in the attention layers alone, states in the others.
+On sim, arithmetic on a published config: KV exists in the attention layers alone, states in the others. On cpu and
+cuda, what an engine with everything resident really holds for a full batch, at a 16th of the batches and contexts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from fluxmoe.models.published import PUBLISHED, published_config
+from fluxmoe.models.published import PUBLISHED
+from fluxmoe.runtime.config import EngineConfig
+from tqdm import tqdm
 
 from .common import Parser, cli_main, provenance, write_csv, write_json
+from .machines import SIMULATED, Machine, machine_of
 from .paper_plots import plot_memory_split
+from .paper_sweep import MEASURED_SCALE
+from .presets import Source, preset_source, published_source
+
+BATCHES, CONTEXTS = (32, 64, 128, 256, 512), (1024, 2048, 4096, 8192, 16384)
 
 
-def memory(name: str, batch: int, context: int) -> dict:
+def points(scale: int) -> Iterator[tuple[str, int, int]]:
+    """(panel, batch, context)."""
+    yield from (("batch", batch // scale, 4096 // scale) for batch in BATCHES)
+    yield from (("context", 256 // scale, context // scale) for context in CONTEXTS)
+
+
+def computed(source: Source, batch: int, context: int) -> dict[str, int]:
     """Bytes by use with every sequence at full context."""
-    model = published_config(name)
+    model = source.config
     return {
-        "model": name, "batch": batch, "context": context, "experts": model.expert_bytes_total,
-        "other_weights": model.non_expert_bytes, "states": batch * model.state_bytes_per_sequence,
-        "kv_cache": batch * context * model.kv_bytes_per_token,
+        "experts": model.expert_bytes_total, "other_weights": model.non_expert_bytes,
+        "states": batch * model.state_bytes_per_sequence, "kv_cache": batch * context * model.kv_bytes_per_token,
+    }  # fmt: skip
+
+
+def held(machine: Machine, source: Source, batch: int, context: int) -> dict[str, int]:
+    """Bytes by use that an engine holds, not what its ledger says."""
+    with machine.open(source, EngineConfig(max_batch=batch, max_context=context)) as engine:
+        lines = engine.held_bytes()
+    return {
+        "experts": lines["resident_experts"], "other_weights": lines["non_expert_weights"],
+        "states": lines.get("states", 0), "kv_cache": lines["kv_cache"],
     }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     p = Parser(prog="fluxmoe.experiments.fig1_memory", description=__doc__.splitlines()[0])
-    p.add_argument("--model", choices=list(PUBLISHED), default="qwen3-next-80b-a3b")
+    p.add_argument("--device", choices=["sim", "cpu", "cuda"], default="sim", help="(default: %(default)s)")
+    p.add_argument("--model", choices=list(PUBLISHED), default="qwen3-next-80b-a3b", help="of sim")
+    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
     p.add_argument("--out", required=True, metavar="DIR")
     args = p.parse_args(argv)
     out = Path(args.out)
-    print("model                 experts  all weights  experts'   KV a token  states a sequence")
-    for name in PUBLISHED:
-        model = published_config(name)
-        weights = model.expert_bytes_total + model.non_expert_bytes
-        print(
-            f"{name:<20} {model.expert_bytes_total / 1e9:6.1f} GB  {weights / 1e9:8.1f} GB  "
-            f"{100 * model.expert_bytes_total / weights:6.1f} %  {model.kv_bytes_per_token / 1e3:7.1f} KB  "
-            f"{model.state_bytes_per_sequence / 1e6:10.1f} MB"
-        )
-    rows = [{"panel": "batch", **memory(args.model, batch, 4096)} for batch in (32, 64, 128, 256, 512)]
-    rows += [{"panel": "context", **memory(args.model, 256, context)} for context in (1024, 2048, 4096, 8192, 16384)]
-    write_csv(out / "points.csv", rows)
-    write_json(out / "provenance.json", {**provenance("sim", None), "computed": "from published configs"})
+    if args.device == SIMULATED:
+        source, about = published_source(args.model), {"device": SIMULATED, "simulated": "published config"}
+        rows = [(panel, b, c, computed(source, b, c)) for panel, b, c in points(1)]
+    else:
+        machine, source = machine_of(args), preset_source("deep-next", Path(args.checkpoints))
+        about = machine.about
+        bar = tqdm(list(points(MEASURED_SCALE)), "engines", unit="engine")
+        rows = [(panel, b, c, held(machine, source, b, c)) for panel, b, c in bar]
+    write_csv(
+        out / "points.csv",
+        [{"panel": panel, "model": source.name, "batch": b, "context": c, **use} for panel, b, c, use in rows],
+    )
+    write_json(out / "provenance.json", {**provenance(args.device, None), **about, "model": source.name})
     print(f"figure: {plot_memory_split(out)}")
 
 

@@ -18,7 +18,7 @@ from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.models.config import load_config
 from fluxmoe.runtime.budget import parse_bytes
 from fluxmoe.runtime.engine import Engine, EngineConfig, resolve_device
-from fluxmoe.runtime.hardware import HardwareProfile
+from fluxmoe.runtime.hardware import HardwareProfile, list_profiles
 from fluxmoe.runtime.metrics import StepMetrics, summarise
 from fluxmoe.runtime.placement import POLICIES
 from fluxmoe.runtime.request import Request, RequestOutput, SamplingParams
@@ -50,8 +50,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def add_engine_arguments(p: argparse.ArgumentParser, swept: bool = False) -> None:
-    """Arguments that every script which runs the engine shares; `swept`: it varies budget and placement itself."""
+def add_engine_arguments(p: argparse.ArgumentParser, swept: bool = False, simulate: bool = False) -> None:
+    """Arguments that every script which runs the engine shares; `swept`: it varies budget and placement itself;
+    `simulate`: it also runs on the simulator."""
     if not swept:
         p.add_argument("--budget", default="all", help="device bytes for everything, e.g. 512MiB; or all")
         p.add_argument("--placement", default="resident", choices=sorted(POLICIES))
@@ -75,8 +76,10 @@ def add_engine_arguments(p: argparse.ArgumentParser, swept: bool = False) -> Non
         "auto, with --adaptive: whichever the planner expects to cost less",
     )  # fmt: skip
     p.add_argument(
-        "--profile", metavar="NAME|FILE", help="rates for balanced without a share (default: measured, roughly)"
-    )
+        "--profile", metavar="NAME|FILE",
+        help="rates for balanced without a share (default: measured, roughly); with --device sim, the machine: "
+        f"{', '.join(list_profiles())}, as H100-SXM×4 several of one, or a file",
+    )  # fmt: skip
     p.add_argument(
         "--link-bandwidth", metavar="BYTES",
         help="CPU: host experts come at no more than this a second, as over a slower link, e.g. 4GB",
@@ -86,7 +89,8 @@ def add_engine_arguments(p: argparse.ArgumentParser, swept: bool = False) -> Non
     p.add_argument("--max-batched-tokens", type=int, default=256, help="tokens of one pass (prefill chunk)")
     p.add_argument("--block-size", type=int, default=32, help="tokens in a KV block")
     p.add_argument("--preemption", default="recompute", choices=["recompute", "swap"])
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    devices = ["auto", "cpu", "cuda", *(["sim"] if simulate else [])]
+    p.add_argument("--device", default="auto", choices=devices, help="sim: simulated" if simulate else None)
     p.add_argument("--threads", type=int, help="CPU threads (default: all)")
     p.add_argument(
         "--kernels", default="auto", choices=["auto", "triton", "torch"],
@@ -114,7 +118,8 @@ def engine_config(args: argparse.Namespace, max_context: int, **overrides) -> En
             "block_size": args.block_size,
             "preemption": args.preemption,
             "max_context": max_context,
-            "device": args.device,
+            # The simulator is told what to simulate by the profile.
+            "device": "auto" if args.device == "sim" else args.device,
             "threads": args.threads,
             "kernels": args.kernels,
             "batch_invariant": args.batch_invariant,

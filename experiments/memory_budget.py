@@ -6,7 +6,7 @@ One row of points.csv is one run: a placement under a budget that must hold non-
 slots, workspace and KV cache. Runs are interleaved over placements, so that a machine whose speed drifts does
 not favour one. A stopped sweep resumes where it was. Points that cannot run are rows with the reason.
 
-    python -m fluxmoe.experiments.memory_budget --simulate --profile H100-SXM --config mixtral-8x7b --out DIR
+    python -m fluxmoe.experiments.memory_budget --device sim --profile H100-SXM --config mixtral-8x7b --out DIR
 
 serves a published model on the virtual clock of `runtime.simulator` instead, on a machine that is not there.
 """
@@ -14,7 +14,6 @@ serves a published model on the virtual clock of `runtime.simulator` instead, on
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import hashlib
 import json
@@ -24,17 +23,16 @@ from pathlib import Path
 from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.runtime.budget import BudgetError, format_bytes, parse_bytes
-from fluxmoe.runtime.engine import Engine, resolve_device
 from fluxmoe.runtime.metrics import summarise
 from fluxmoe.runtime.placement import POLICIES, Tier, place
 from fluxmoe.runtime.request import RequestOutput
-from fluxmoe.runtime.simulator import SimEngine
 from tqdm import tqdm
 
-from .common import Parser, UsageError, cli_main, provenance, write_csv, write_json
+from .common import Parser, UsageError, cli_main, provenance, read_csv, resume, write_csv, write_json
 from .generate import add_engine_arguments, engine_config
+from .machines import Machine, machine_of
 from .plots import plot_memory_budget
-from .presets import PRESETS, add_model_source, model_source
+from .presets import PRESETS, Source, add_model_source, model_source
 from .workloads import Lengths, drawn_lengths, make_requests, poisson_arrivals, sharegpt_lengths, trace_lengths
 
 # offload and balanced at one α, so that they differ only in how the streamed half is spread over the layers.
@@ -70,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, default=1)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", required=True, metavar="DIR")
-    add_engine_arguments(p, swept=True)
+    add_engine_arguments(p, swept=True, simulate=True)
     p.set_defaults(max_batch=None)
     return p
 
@@ -100,10 +98,10 @@ def default_budgets(config: ModelConfig, max_batch: int, context: int) -> list[i
 
 
 def run_point(
-    args: argparse.Namespace, model: Path, config: ModelConfig, lengths: list[Lengths], placement: str, budget: int
+    args: argparse.Namespace, machine: Machine, source: Source, lengths: list[Lengths], placement: str, budget: int
 ) -> dict:
     """Serve the workload once; a point that cannot run comes back with its reason."""
-    requests = make_requests(lengths, config.vocab_size, args.seed)
+    requests = make_requests(lengths, source.config.vocab_size, args.seed)
     longest = max(shape.prompt + shape.output for shape in lengths)
     name, alpha, expert_format = split_placement(placement)
     settings = engine_config(
@@ -117,7 +115,7 @@ def run_point(
     )
     row = {"status": "ok", "requests": len(requests), "max_batch": args.max_batch, "block_size": args.block_size}
     try:
-        engine = SimEngine(config, settings.profile, settings) if args.simulate else Engine(model, settings)
+        engine = machine.open(source, settings)
     except BudgetError as error:
         return {**row, "status": "too_small", "reason": str(error), "least_budget": error.least}
     with engine:
@@ -145,16 +143,8 @@ def run_point(
         }
 
 
-def read_rows(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def sweep(args: argparse.Namespace) -> list[dict]:
     """Run every missing point; returns all rows, those of earlier runs included."""
-    device = "sim" if args.simulate else resolve_device(args.device).type
     out = Path(args.out)
     for placement in args.placements:
         split_placement(placement)
@@ -166,7 +156,8 @@ def sweep(args: argparse.Namespace) -> list[dict]:
         args.requests = args.requests or preset.requests
         args.context = args.context or preset.context
         args.output_tokens = args.output_tokens or preset.output_tokens
-    model, config = model_source(args)
+    machine, source = machine_of(args), model_source(args)
+    config = source.config
     context = min(args.context or 1024, config.max_position_embeddings)
     if args.trace:
         lengths = trace_lengths(args.trace, args.requests, context)
@@ -203,10 +194,9 @@ def sweep(args: argparse.Namespace) -> list[dict]:
                 "no_cuda_graphs",
             )
         },
-        "device": f"sim of {args.profile}" if args.simulate else device,
+        **machine.about,
     }
-    identity = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    rows = _resume(out, identity)
+    rows, identity = resume(out, settings)
     done = {(row["placement"], int(row["budget_bytes"]), int(row["repeat"])) for row in rows}
     points = [
         (placement, budget, repeat)
@@ -215,29 +205,20 @@ def sweep(args: argparse.Namespace) -> list[dict]:
         for placement in args.placements
         if (placement, budget, repeat) not in done
     ]
-    made_by = provenance(device, args.seed)
+    made_by = provenance(machine.device, args.seed)
     # A sweep may be resumed by a later commit: each row says its own, the file says the newest.
     commit = (made_by["commit"] or "unknown")[:10] + ("+changes" if made_by["dirty"] else "")
     summary = {**settings, "workload": _summary(lengths)}
     write_json(out / "provenance.json", {**made_by, "identity": identity, **summary})
-    _warm_up(args, model, config, points, lengths)
+    _warm_up(args, machine, source, points, lengths)
     bar = tqdm(points, "points", unit="point")
     for placement, budget, repeat in bar:
         bar.set_postfix_str(f"{placement} {format_bytes(budget)}")
-        row = run_point(args, model, config, lengths, placement, budget)
+        row = run_point(args, machine, source, lengths, placement, budget)
         rows.append({"placement": placement, "budget_bytes": budget, "repeat": repeat, "commit": commit, **row})
         write_csv(out / "points.csv", rows, COLUMNS)
         gc.collect()
-    return read_rows(out / "points.csv")
-
-
-def _resume(out: Path, identity: str) -> list[dict]:
-    rows = read_rows(out / "points.csv")
-    if rows:
-        known = json.loads((out / "provenance.json").read_text()).get("identity")
-        if known != identity:
-            raise UsageError(f"{out} holds points of another model, workload or setting; give another --out")
-    return rows
+    return read_csv(out / "points.csv")
 
 
 def _summary(lengths: list[Lengths]) -> dict:
@@ -251,11 +232,11 @@ def _summary(lengths: list[Lengths]) -> dict:
     }
 
 
-def _warm_up(args, model, config, points, lengths) -> None:
+def _warm_up(args, machine, source, points, lengths) -> None:
     """Compile kernels and touch the checkpoint's pages before the first timed point."""
-    if points and not args.simulate:
+    if points and not machine.simulated:
         short = [Lengths(0.0, min(8, lengths[0].prompt), 2)] * 2
-        run_point(args, model, config, short, "host", max(budget for _, budget, _ in points))
+        run_point(args, machine, source, short, "host", max(budget for _, budget, _ in points))
 
 
 def print_table(rows: list[dict]) -> None:

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError("batches, prompts and repeats must be at least 1, --output-tokens at least 2")
     if args.placements[0] != "resident":
         args.placements = ["resident", *[p for p in args.placements if p != "resident"]]
-    model, config = model_source(args)
+    source = model_source(args)
     args.max_batch = max(args.batches)
     context = args.prompt_tokens + args.output_tokens
     rows: list[dict] = []
@@ -66,10 +66,10 @@ def main(argv: list[str] | None = None) -> None:
         for placement in tqdm(args.placements, "engines", leave=False):
             name, alpha, expert_format = split_placement(placement)
             settings = engine_config(args, context, placement=name, alpha=alpha, expert_format=expert_format)
-            engines[placement] = stack.enter_context(Engine(model, settings))
+            engines[placement] = stack.enter_context(Engine(source.checkpoint, settings))
         for batch in args.batches:
             lengths = [Lengths(0.0, args.prompt_tokens, args.output_tokens)] * batch
-            requests = make_requests(lengths, config.vocab_size, args.seed)
+            requests = make_requests(lengths, source.config.vocab_size, args.seed)
             rates: dict[str, list[float]] = {placement: [] for placement in engines}
             tokens: dict[str, list] = {}
             for turn in range(args.repeats + 1):

@@ -1,4 +1,7 @@
-"""Figures, drawn from files in results/ alone: no model, no GPU, no measurement."""
+"""Figures, drawn from files in results/ alone: no model, no GPU, no measurement.
+
+What was measured is drawn solid, what was simulated dashed; nothing else is told by the style of a line.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
-from fluxmoe.runtime.placement import COMPRESSING
 from matplotlib.figure import Figure
 
 MIB = 1 << 20
@@ -21,9 +23,27 @@ STYLE = {
     "hybrid": ("#F0E442", "X", "hybrid (last layers in host, the rest compressed)"),
     "offload": ("#E69F00", "s", "offload (last layers in host, vLLM-O)"),
     "balanced": ("#0072B2", "D", "balanced (same share of each layer streamed)"),
+    "balanced+": ("#56B4E9", "d", "balanced"),
     "host": ("#009E73", "^", "host (all experts streamed)"),
-    "disk": ("#CC79A7", "v", "disk (all experts streamed)"),
+    "host+": ("#CC79A7", "v", "host"),
+    "disk": ("#999999", "<", "disk (all experts streamed)"),
 }
+
+
+def line_of(about: dict) -> str:
+    """The style of a result's lines, by its provenance."""
+    return "--" if about.get("simulated") else "-"
+
+
+def where_of(about: dict) -> str:
+    """What made a result, for a title."""
+    if about.get("simulated"):
+        return f"simulated on {about['simulated']}"
+    return f"measured on {about['hardware']} ({about['cpus']} cores)"
+
+
+def axis_label(quantity: str, about: dict) -> str:
+    return f"{quantity}, simulated" if about.get("simulated") else quantity
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -39,7 +59,7 @@ def plot_memory_budget(directory: Path) -> Path:
     """throughput_vs_budget.png beside points.csv: medians over repeats, range as a bar; returns its path.
 
     Hollow marks: requests were preempted (the KV cache thrashed). Crosses below the axis: the budget cannot hold
-    that placement. Dashed: experts compressed.
+    that placement.
     """
     points = pd.read_csv(directory / "points.csv")
     about = json.loads((directory / "provenance.json").read_text())
@@ -50,7 +70,8 @@ def plot_memory_budget(directory: Path) -> Path:
     for index, (placement, rows) in enumerate(points.groupby("placement", sort=False)):
         where, _, expert_format = placement.partition("+")
         name, _, share = where.partition(":")
-        colour, marker, label = STYLE.get(name, ("#56B4E9", "x", name))
+        key = f"{name}+" if expert_format and f"{name}+" in STYLE else name
+        colour, marker, label = STYLE.get(key, ("#F0E442", "x", name))
         label += f", α = {share}" if share else ""
         label += f", {expert_format}" if expert_format else ""
         ok = rows[rows.status == "ok"]
@@ -60,7 +81,7 @@ def plot_memory_budget(directory: Path) -> Path:
         spread = [speed - grouped.tokens_per_s.min(), grouped.tokens_per_s.max() - speed]
         axis.errorbar(
             x, speed, yerr=spread, color=colour, linewidth=1.6, capsize=2, label=label, zorder=2,
-            linestyle="--" if expert_format or name in COMPRESSING else "-",
+            linestyle=line_of(about),
         )  # fmt: skip
         thrashed = grouped.preemptions.max() > 0
         for hollow in (False, True):
@@ -81,15 +102,11 @@ def plot_memory_budget(directory: Path) -> Path:
     axis.set_ylim(-0.045 * top * (points.placement.nunique() + 0.5), 1.08 * top)
     axis.set_yticks([t for t in axis.get_yticks() if 0 <= t <= 1.08 * top])
     axis.set_xlabel(f"memory budget ({name_of_unit}): weights + slots + workspace + KV cache")
-    axis.set_ylabel("output tokens/s")
+    axis.set_ylabel(axis_label("output tokens/s", about))
     workload, model = about["workload"], about["model"]
-    where = f"measured on {about['hardware']} ({about['cpus']} cores)"
-    if about["device"].startswith("sim of"):
-        where = f"simulated on {about['device'].removeprefix('sim of ')}"
-        axis.set_ylabel("output tokens/s, simulated")
     axis.set_title(
         f"{model['arch']}, {model['num_layers']} layers × {model['num_experts']} experts, "
-        f"{workload['requests']} requests; {where}",
+        f"{workload['requests']} requests; {where_of(about)}",
         fontsize=9,
     )
     axis.plot([], [], "o", color="0.4", markerfacecolor="white", label="hollow: requests were preempted")
@@ -147,7 +164,7 @@ def plot_overhead(directory: Path) -> Path:
     axis.set_xticks(range(len(batches)), [str(b) for b in batches])
     axis.set_xlabel("tokens in the batch")
     axis.set_ylabel("time over one stacked tensor (%)")
-    axis.set_title(f"paging, everything resident; measured on {about['hardware']} ({about['cpus']} cores)", fontsize=9)
+    axis.set_title(f"paging, everything resident; {where_of(about)}", fontsize=9)
     axis.legend(fontsize=7.5, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     path = directory / "overhead.png"
@@ -162,13 +179,14 @@ def plot_adaptation(directory: Path, window: int = 40) -> Path:
         2, 1, figsize=(7.0, 5.0), sharex=True, layout="constrained", height_ratios=(3, 2)
     )
     styles = {
-        "static": ("#000000", "-", "static: nothing moves"),
-        "hold": ("#E69F00", "--", "experts leave, nobody takes the memory"),
-        "grow": ("#0072B2", "-", "experts leave, KV grows"),
-        "unspread": ("#D55E00", ":", "not spread over layers, KV grows"),
-        "planned": ("#CC79A7", "-", "the planner decides, KV grows"),
+        "static": ("#000000", "static: nothing moves"),
+        "hold": ("#E69F00", "experts leave, nobody takes the memory"),
+        "grow": ("#0072B2", "experts leave, KV grows"),
+        "unspread": ("#D55E00", "not spread over layers, KV grows"),
+        "planned": ("#CC79A7", "the planner decides, KV grows"),
     }
-    for variant, (colour, line, label) in styles.items():
+    line = line_of(about)
+    for variant, (colour, label) in styles.items():
         rows = steps[steps.variant == variant]
         if not len(rows):
             continue
@@ -176,14 +194,11 @@ def plot_adaptation(directory: Path, window: int = 40) -> Path:
         rate = groups.decode_tokens.sum() / groups.duration_s.sum()
         top.plot(rate.index * window, rate, line, color=colour, label=label, linewidth=1.5)
         bottom.plot(rows.iteration, rows.kv_bytes / 1e6, line, color=colour, linewidth=1.5)
-    top.set_ylabel("decoded tokens/s")
+    top.set_ylabel(axis_label("decoded tokens/s", about))
     top.set_ylim(bottom=0)
     top.legend(fontsize=7.5, frameon=False)
     link = f", link held to {about['link_bandwidth']}/s" if about.get("link_bandwidth") else ""
-    where = f"measured on {about['hardware']} ({about['cpus']} cores)"
-    if about.get("simulated"):
-        where = f"simulated: {about['simulated']}"
-    top.set_title(f"{where}, budget {about['budget']}{link}", fontsize=9)
+    top.set_title(f"{where_of(about)}, budget {about['budget']}{link}", fontsize=9)
     bottom.set_ylabel("KV cache (MB)")
     bottom.set_xlabel("iteration")
     for axis in (top, bottom):

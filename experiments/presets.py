@@ -6,6 +6,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fluxmoe.models.config import ModelConfig, load_config
 from fluxmoe.models.published import PUBLISHED, published_config
@@ -50,6 +51,17 @@ PRESETS = {
         requests=64, context=512, output_tokens=128, max_batch=64,
         budgets=("160MiB", "256MiB", "352MiB", "448MiB", "512MiB", "640MiB"),
     ),
+    # Deep, as the paper's models: an eighth of the layers is more than two slots hold. 302 and 352 MB of experts.
+    "deep-next": Preset(
+        dict(arch="qwen3_next", layers=24, experts=32, top_k=4, hidden=512, moe_intermediate=128, heads=8, kv_heads=4,
+             head_dim=64, vocab=8192, max_positions=4096),
+        requests=32, context=512, output_tokens=128, max_batch=32, budgets=("384MiB", "512MiB"),
+    ),
+    "deep-mixtral": Preset(
+        dict(arch="mixtral", layers=32, experts=8, top_k=2, hidden=256, moe_intermediate=896, heads=8, kv_heads=8,
+             head_dim=32, vocab=8192, max_positions=4096),
+        requests=32, context=512, output_tokens=128, max_batch=32, budgets=("384MiB", "512MiB"),
+    ),
     # Layers of Qwen3-30B-A3B's width on a GPU: 4.8 GB of experts, KV of a full batch 1.1 GB.
     "gpu": Preset(
         dict(arch="qwen3_moe", layers=8, experts=64, top_k=8, hidden=2048, moe_intermediate=768, heads=32, kv_heads=4,
@@ -67,28 +79,43 @@ PRESETS = {
 }  # fmt: skip
 
 
+class Source(NamedTuple):
+    """What to serve. checkpoint: None for a model that is known by its config alone."""
+
+    checkpoint: Path | None
+    config: ModelConfig
+    name: str
+
+
 def add_model_source(p: argparse.ArgumentParser, simulate: bool = False) -> None:
-    """--model, --preset and --checkpoints; where a script can also run on the simulator, --config and --simulate."""
+    """--model, --preset and --checkpoints; where a script can also run on the simulator, --config."""
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint")
     source.add_argument("--preset", choices=sorted(PRESETS), help="a model that is made if needed")
     p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
     if simulate:
-        source.add_argument("--config", choices=list(PUBLISHED), help="a published model by name, with --simulate")
-        p.add_argument("--simulate", action="store_true", help="on the machine of --profile, by a cost model")
+        source.add_argument("--config", choices=list(PUBLISHED), help="a published model by name, with --device sim")
 
 
-def model_source(args: argparse.Namespace) -> tuple[Path, ModelConfig]:
-    """The checkpoint of `add_model_source`'s arguments, and its config; no checkpoint (an empty path) for --config."""
-    simulate, published = getattr(args, "simulate", False), getattr(args, "config", None)
-    if simulate and not args.profile:
-        raise UsageError("--simulate needs --profile: the machine to simulate")
-    if published and not simulate:
-        raise UsageError("--config names a model without weights: it needs --simulate")
-    if published:
-        return Path(), published_config(published)
-    model = preset_model(args.preset, Path(args.checkpoints)) if args.preset else Path(args.model)
-    return model, load_config(model)
+def model_source(args: argparse.Namespace) -> Source:
+    """What the arguments of `add_model_source` name."""
+    if published := getattr(args, "config", None):
+        if args.device != "sim":
+            raise UsageError("--config names a model without weights: it needs --device sim")
+        return published_source(published)
+    if args.preset:
+        return preset_source(args.preset, Path(args.checkpoints))
+    return Source(Path(args.model), load_config(Path(args.model)), args.model)
+
+
+def published_source(name: str) -> Source:
+    return Source(None, published_config(name), name)
+
+
+def preset_source(name: str, checkpoints: Path) -> Source:
+    """A preset's model, made on first use."""
+    checkpoint = preset_model(name, checkpoints)
+    return Source(checkpoint, load_config(checkpoint), name)
 
 
 def preset_model(name: str, directory: Path, seed: int = 0) -> Path:

@@ -1,79 +1,121 @@
-"""Beyond the paper: contexts to 128 K, and links from a quarter to sixteen times as fast (simulated).
+"""Beyond the paper: longer contexts, faster and slower links, other GPUs.
 
-python -m fluxmoe.experiments.sensitivity --out results/simulated-h100/sensitivity
+    python -m fluxmoe.experiments.sensitivity --out results/simulated-h100/sensitivity
+    python -m fluxmoe.experiments.sensitivity --device cpu --out results/<hardware>/sensitivity
 
-context   Qwen3-Next on 4 x L40, 32 requests: what compressed and streamed experts leave for KV, as contexts grow
-link      Qwen3-30B-A3B on an H100 with 40 GiB: what streaming costs at other ratios of link to memory bandwidth
+context   32 requests of up to 128 K tokens: what streamed experts leave for KV (sim: Qwen3-Next on 4 x L40)
+link      what streaming costs at other ratios of link to memory bandwidth (sim: Qwen3-30B-A3B, an H100 with 40 GiB)
+gpu       Qwen3-30B-A3B on 90 % of one device of each shipped profile (sim alone)
+
+On a CPU or GPU at hand: the model of preset small, contexts to 4 K; the link panel holds a CPU's copies to a rate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fluxmoe.models.config import ModelConfig
-from fluxmoe.models.published import published_config
 from fluxmoe.runtime.budget import BudgetError
 from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.metrics import summarise
-from fluxmoe.runtime.simulator import SimEngine
 from tqdm import tqdm
 
-from .common import Parser, cli_main, provenance, write_csv, write_json
+from .common import Parser, cli_main, provenance, resume, write_csv, write_json
+from .machines import SIMULATED, Machine, machine_of
 from .memory_budget import split_placement
 from .paper_plots import plot_sensitivity
+from .presets import Source, preset_source, published_source
 from .workloads import Lengths, make_requests
 
 PLACEMENTS = ("resident", "packed", "balanced:0.9+planar12", "balanced:0.5+planar12", "host+planar12")
 CONTEXTS = (4096, 16384, 32768, 65536, 131072)
 LINKS = (0.25, 0.5, 1, 2, 4, 8, 16)
-_OUTPUT = 512
+GPUS = ("4xL40", "A100-80GB", "H100-PCIe", "H100-SXM")
+MEASURED_CONTEXTS = (256, 512, 1024, 2048, 4096)
+MEASURED_LINKS = (0.25e9, 0.5e9, 1e9, 2e9, 4e9, 8e9)
 
 
-def points() -> Iterator[tuple[str, float, ModelConfig, HardwareProfile, int, int, int | None]]:
-    """(panel, x, model, profile, batch, context, budget)."""
+@dataclass(frozen=True)
+class Point:
+    """One x of a panel. budget, link_bandwidth: None for all there is."""
+
+    panel: str
+    x: float | str
+    machine: Machine
+    source: Source
+    batch: int
+    context: int
+    output: int
+    budget: int | None = None
+    link_bandwidth: float | None = None
+    max_batched_tokens: int = 4096
+
+
+def simulated_points() -> Iterator[Point]:
     four, h100 = HardwareProfile.load("4xL40"), HardwareProfile.load("H100-SXM")
+    next_80b, qwen_30b = published_source("qwen3-next-80b-a3b"), published_source("qwen3-30b-a3b")
     for context in CONTEXTS:
-        yield "context", context, published_config("qwen3-next-80b-a3b"), four, 32, context, None
+        yield Point("context", context, Machine(SIMULATED, four), next_80b, 32, context, 512)
     for factor in LINKS:
         faster = replace(h100, host_bandwidth=factor * h100.host_bandwidth)
         ratio = faster.host_bandwidth / faster.memory_bandwidth
-        yield "link", ratio, published_config("qwen3-30b-a3b"), faster, 64, 4096, 40 << 30
+        yield Point("link", ratio, Machine(SIMULATED, faster), qwen_30b, 64, 4096, 512, 40 << 30)
+    for name in GPUS:
+        machine = Machine(SIMULATED, HardwareProfile.load(name), 1)
+        yield Point("gpu", name.removeprefix("4x"), machine, qwen_30b, 64, 4096, 512)
 
 
-def simulate(
-    model: ModelConfig, profile: HardwareProfile, placement: str, batch: int, context: int, budget: int | None
-) -> dict:
+def measured_points(machine: Machine, source: Source) -> Iterator[Point]:
+    weights = source.config.expert_bytes_total + source.config.non_expert_bytes
+    common = dict(output=32, max_batched_tokens=512)
+    for context in MEASURED_CONTEXTS:
+        kv = 32 * 1024 * source.config.kv_bytes_per_token
+        yield Point("context", context, machine, source, 8, context, budget=weights + kv, **common)
+    for rate in MEASURED_LINKS if machine.device == "cpu" else ():
+        yield Point("link", rate, machine, source, 32, 256, budget=weights, link_bandwidth=rate, **common)
+
+
+def serve(point: Point, placement: str) -> dict:
     """Totals of a run, or why it cannot start."""
     name, alpha, expert_format = split_placement(placement)
     config = EngineConfig(
-        device="cpu", placement=name, alpha=alpha, expert_format=expert_format, budget_bytes=budget, max_batch=batch,
-        max_batched_tokens=4096, max_context=context, min_kv_tokens=context,
+        placement=name, alpha=alpha, expert_format=expert_format, budget_bytes=point.budget, max_batch=point.batch,
+        max_batched_tokens=point.max_batched_tokens, max_context=point.context, min_kv_tokens=point.context,
+        link_bandwidth=point.link_bandwidth,
     )  # fmt: skip
+    lengths = [Lengths(0.0, point.context - point.output, point.output)] * point.batch
     try:
-        engine = SimEngine(model, profile, config)
+        with point.machine.open(point.source, config) as engine:
+            totals = summarise(list(engine.steps(make_requests(lengths, point.source.config.vocab_size, 0))))
     except BudgetError as error:
         return {"status": "too_small", "reason": str(error)}
-    requests = make_requests([Lengths(0.0, context - _OUTPUT, _OUTPUT)] * batch, model.vocab_size, 0)
-    totals = summarise(list(engine.steps(requests)))
-    speed = batch * _OUTPUT / totals["wall_s"]
-    return {"status": "ok", "reason": "", "tokens_per_s": speed, "decode_tokens_per_s": totals["decode_tokens_per_s"],
-            "peak_batch": totals["peak_batch"], "preemptions": totals["preemptions"], "stall_s": totals["stall_s"],
-            "wall_s": totals["wall_s"]}  # fmt: skip
+    kept = ("decode_tokens_per_s", "peak_batch", "preemptions", "stall_s", "wall_s")
+    speed = point.batch * point.output / totals["wall_s"]
+    return {"status": "ok", "reason": "", "tokens_per_s": speed, **{key: totals[key] for key in kept}}
 
 
 def main(argv: list[str] | None = None) -> None:
     p = Parser(prog="fluxmoe.experiments.sensitivity", description=__doc__.splitlines()[0])
+    p.add_argument("--device", choices=["sim", "cpu", "cuda"], default="sim", help="(default: %(default)s)")
+    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
     p.add_argument("--out", required=True, metavar="DIR")
-    out, rows = Path(p.parse_args(argv).out), []
-    for panel, x, model, profile, batch, context, budget in tqdm(list(points()), "points", unit="point"):
-        for placement in PLACEMENTS:
-            row = {"panel": panel, "x": x, "placement": placement, "batch": batch, "context": context}
-            rows.append(row | simulate(model, profile, placement, batch, context, budget))
-    write_csv(out / "points.csv", rows)
-    write_json(out / "provenance.json", {**provenance("sim", 0), "simulated": True, "output_tokens": _OUTPUT})
+    args = p.parse_args(argv)
+    out = Path(args.out)
+    if args.device == SIMULATED:
+        points = list(simulated_points())
+    else:
+        points = list(measured_points(machine_of(args), preset_source("small", Path(args.checkpoints))))
+    rows, identity = resume(out, {"points": [(p.panel, p.x, p.source.name, p.machine.about) for p in points]})
+    done = {(row["panel"], row["x"], row["placement"]) for row in rows}
+    about = {**points[0].machine.about, "models": {p.panel: p.source.name for p in points}, "identity": identity}
+    write_json(out / "provenance.json", {**provenance(args.device, 0), **about})
+    turns = [(p, name) for p in points for name in PLACEMENTS if (p.panel, str(p.x), name) not in done]
+    for point, placement in tqdm(turns, "points", unit="point"):
+        row = {"panel": point.panel, "x": point.x, "placement": placement, "batch": point.batch}
+        rows.append(row | {"context": point.context} | serve(point, placement))
+        write_csv(out / "points.csv", rows)
     print(f"figure: {plot_sensitivity(out)}")
 
 

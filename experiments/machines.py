@@ -1,0 +1,54 @@
+"""Where an experiment serves: for real on this machine's CPU or GPU, or simulated on a machine that is not there."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fluxmoe.runtime.config import EngineConfig
+from fluxmoe.runtime.cost_model import CostParameters
+from fluxmoe.runtime.engine import Engine, resolve_device
+from fluxmoe.runtime.hardware import HardwareProfile
+from fluxmoe.runtime.simulator import SimEngine
+
+from .common import UsageError
+from .presets import Source
+
+SIMULATED = "sim"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """device: cpu, cuda or sim; of sim, the profile that says what is simulated, and how many of its devices (None:
+    all)."""
+
+    device: str
+    profile: HardwareProfile | None = None
+    devices: int | None = None
+
+    @property
+    def simulated(self) -> bool:
+        return self.device == SIMULATED
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What provenance.json says of it; figures tell measured from simulated by it."""
+        return {"device": self.device, "simulated": self.profile.name if self.simulated else None}
+
+    def open(self, source: Source, settings: EngineConfig, costs: CostParameters | None = None) -> Engine | SimEngine:
+        """An engine that serves `source`, to be closed by `with`. costs: of the simulator."""
+        if self.simulated:
+            return SimEngine(source.config, self.profile, settings, costs, self.devices)
+        if source.checkpoint is None:
+            raise UsageError(f"{source.name} has no weights here: it can only be simulated, with --device sim")
+        return Engine(source.checkpoint, replace(settings, device=self.device))
+
+
+def machine_of(args: argparse.Namespace) -> Machine:
+    """The machine of --device, --profile and, where a script has it, --devices."""
+    if args.device != SIMULATED:
+        return Machine(resolve_device(args.device).type)
+    if not args.profile:
+        raise UsageError("--device sim needs --profile: the machine to simulate")
+    return Machine(SIMULATED, HardwareProfile.load(args.profile), getattr(args, "devices", None))

@@ -75,12 +75,23 @@ def test_poisson_arrivals():
 
 
 def test_ablation_on_the_simulator(tmp_path, capsys):
-    small = ["--simulate", "--profile", "H100-SXM", "--config", "olmoe-1b-7b", "--budget", "12GiB", "--requests", "8"]
-    small += ["--context", "128", "--output-tokens", "16", "--max-batch", "8", "--out", str(tmp_path)]
+    small = ["--device", "sim", "--profile", "H100-SXM", "--config", "olmoe-1b-7b", "--budget", "12GiB"]
+    small += [
+        "--requests",
+        "8",
+        "--context",
+        "128",
+        "--output-tokens",
+        "16",
+        "--max-batch",
+        "8",
+        "--out",
+        str(tmp_path),
+    ]
     ablation.main(small)
     out = capsys.readouterr().out
     assert "tokens: identical" in out
     assert out.count("of full") == len(ablation.VARIANTS)
-    assert json.loads((tmp_path / "provenance.json").read_text())["device"] == "sim of H100-SXM"
+    assert json.loads((tmp_path / "provenance.json").read_text())["simulated"] == "H100-SXM"
     with pytest.raises(UsageError, match="needs --profile"):
-        ablation.main(["--simulate", "--config", "olmoe-1b-7b", "--budget", "1GiB", "--out", str(tmp_path)])
+        ablation.main(["--device", "sim", "--config", "olmoe-1b-7b", "--budget", "1GiB", "--out", str(tmp_path)])

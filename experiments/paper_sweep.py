@@ -27,8 +27,8 @@ PROFILE = "4xL40"
 MEASURED_SCALE = 16
 COLUMNS = (
     "panel", "system", "batch", "context", "alpha", "budget", "buffer_format", "max_batched_tokens", "link_bandwidth",
-    "status", "reason", "tokens_per_s", "decode_tokens_per_s", "preemption", "max_sequences", "peak_batch", "preemptions",
-    "swapped_blocks", "kv_tokens", "stall_s", "transfer_s", "wall_s", "workspace",
+    "status", "reason", "tokens_per_s", "decode_tokens_per_s", "preemption", "max_sequences", "peak_batch",
+    "preemptions", "swapped_blocks", "kv_tokens", "stall_s", "transfer_s", "wall_s", "workspace",
 )  # fmt: skip
 
 
@@ -61,8 +61,8 @@ def scaled(bench: Bench, run: Run, link_bandwidth: str | None = None) -> Run:
     return replace(
         run, batch=run.batch // MEASURED_SCALE, context=run.context // MEASURED_SCALE,
         max_batched_tokens=run.max_batched_tokens // MEASURED_SCALE,
-        # Of its memory's rate, a CPU decodes Huffman's codes at a thirtieth and `tiered` at a ninth; an L40, calibrated,
-        # at a third.
+        # Of its memory's rate a CPU decodes Huffman's codes at a thirtieth, `tiered` at a ninth; an L40, calibrated, at
+        # a third.
         buffer_format="tiered",
         link_bandwidth=parse_bytes(link_bandwidth) if link_bandwidth else None,
     )  # fmt: skip

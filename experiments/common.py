@@ -96,11 +96,11 @@ def read_csv(path: Path | str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def resume(out: Path, settings: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
-    """What a stopped sweep left in points.csv of `out`, and the identity of `settings`, which provenance.json must keep
+def resume(out: Path, settings: Mapping[str, Any], table: str = "points.csv") -> tuple[list[dict[str, str]], str]:
+    """What a stopped sweep left in `table` of `out`, and the identity of `settings`, which provenance.json must keep
     under that name. UsageError if the rows there are of other settings."""
     identity = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    rows = read_csv(out / "points.csv")
+    rows = read_csv(out / table)
     if rows and json.loads((out / "provenance.json").read_text()).get("identity") != identity:
         raise UsageError(f"{out} holds points of another model, workload or setting; give another --out")
     return rows, identity

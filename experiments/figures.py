@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .common import Parser, UsageError, cli_main
 from .paper_plots import plot_exp1, plot_exp2, plot_knee, plot_kv_capacity, plot_memory_split, plot_sensitivity
-from .plots import plot_adaptation, plot_exponents, plot_memory_budget, plot_overhead
+from .plots import plot_adaptation, plot_exponents, plot_memory_budget, plot_overhead, plot_versus
 
 DRAW: dict[str, Callable[[Path], Path]] = {
     "memory_budget": plot_memory_budget,
@@ -26,6 +26,7 @@ DRAW: dict[str, Callable[[Path], Path]] = {
     "exp3_adaptation": plot_adaptation,
     "exp4_overhead": plot_overhead,
     "sensitivity": plot_sensitivity,
+    "versus": plot_versus,
 }
 
 

@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
+from fluxmoe.runtime.budget import parse_bytes
 from matplotlib.figure import Figure
 
 MIB = 1 << 20
@@ -115,6 +116,40 @@ def plot_memory_budget(directory: Path) -> Path:
     axis.spines[["top", "right"]].set_visible(False)
     path = directory / "throughput_vs_budget.png"
     return save(figure, path)
+
+
+def plot_versus(directory: Path) -> Path:
+    """versus.png beside rows.csv of versus_vllm: throughput against budget, or against sequences where there is one
+    budget; median of rounds, range as a bar. Crosses below the axis: does not start."""
+    rows = pd.read_csv(directory / "rows.csv", dtype={"budget": str})
+    about = json.loads((directory / "provenance.json").read_text())
+    over = "budget" if rows.budget.nunique() > 1 else "sequences"
+    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    colours = ("#D55E00", "#0072B2", "#CC79A7", "#009E73", "#F0E442", "#000000", "#E69F00", "#56B4E9", "#999999")
+    ok = rows[rows.status == "ok"]
+    x_of = (lambda text: parse_bytes(text) / MIB) if over == "budget" else float
+    for index, (provider, mine) in enumerate(rows.groupby("provider", sort=False)):
+        speed = mine[mine.status == "ok"].groupby(over).tokens_per_s.agg(["median", "min", "max"])
+        speed = speed.set_axis([x_of(x) for x in speed.index]).sort_index()
+        spread = [speed["median"] - speed["min"], speed["max"] - speed["median"]]
+        axis.errorbar(
+            speed.index, speed["median"], yerr=spread, color=colours[index], label=provider, capsize=2, linewidth=1.5,
+            marker="D" if provider.startswith("fluxmoe") else "o", markersize=5, linestyle=line_of(about),
+        )  # fmt: skip
+        refused = [x_of(x) for x in mine[mine.status == "refused"][over].unique()] if over == "budget" else []
+        axis.plot(refused, [-0.03 * ok.tokens_per_s.max() * (index + 1)] * len(refused), "x", color=colours[index])
+    axis.set_xscale("log", base=2)
+    ticks = sorted({x_of(x) for x in rows[over].dropna()})
+    axis.set_xticks(ticks, [f"{t:.0f}" for t in ticks], fontsize=8)
+    axis.minorticks_off()
+    axis.axhline(0, color="0.6", linewidth=0.6)
+    axis.set_xlabel("memory budget (MiB)" if over == "budget" else "requests at once")
+    axis.set_ylabel(axis_label("output tokens/s", about))
+    at_once = f", {max(about['sequences'])} requests" if over == "budget" else ""
+    axis.set_title(f"model of preset {about['model']}{at_once}; {where_of(about)}", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7.5, frameon=False)
+    return save(figure, directory / "versus.png")
 
 
 def plot_exponents(directory: Path) -> Path:

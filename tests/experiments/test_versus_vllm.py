@@ -1,0 +1,111 @@
+"""Peers in processes of their own: a stand-in that speaks vLLM's interface, and the real transformers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+import pytest
+from fluxmoe.experiments import peers, versus_vllm
+from fluxmoe.experiments.common import UsageError
+from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.models.config import load_config
+
+# As much of vllm's interface as the worker uses; refuses a small KV cache in its own way.
+STAND_IN = """
+import time
+from types import SimpleNamespace
+
+__version__ = "0.0-stand-in"
+
+class SamplingParams:
+    def __init__(self, max_tokens, **rest):
+        self.max_tokens = max_tokens
+
+class LLM:
+    def __init__(self, model, kv_cache_memory_bytes, max_model_len, **rest):
+        assert rest["dtype"] in ("bfloat16", "float32")
+        print("INFO starting", flush=True)
+        if kv_cache_memory_bytes < 300_000:
+            raise ValueError(f"KV cache of {kv_cache_memory_bytes} is too small for {max_model_len} tokens")
+
+    def generate(self, prompts, sampling, use_tqdm):
+        time.sleep(0.001)
+        tokens = SimpleNamespace(token_ids=[0] * sampling.max_tokens)
+        return [SimpleNamespace(outputs=[tokens]) for _ in prompts]
+"""
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    out = tmp_path_factory.mktemp("models") / "moe"
+    make_checkpoint(
+        arch="qwen3_moe", out=out, layers=2, experts=4, top_k=2, hidden=64, moe_intermediate=64, heads=2, kv_heads=2,
+        vocab=512, seed=0, max_positions=256,
+    )  # fmt: skip
+    return out
+
+
+def test_all_under_a_row_of_budgets(model_dir, tmp_path, capsys):
+    (tmp_path / "vllm.py").write_text(STAND_IN)
+    model = load_config(model_dir)
+    weights = model.expert_bytes_total + model.non_expert_bytes
+    budgets = [str(weights + (8 << 10)), str(weights + (4 << 20))]
+    arguments = [
+        "--vllm-python", sys.executable, "--transformers", "--model", str(model_dir), "--device", "cpu",
+        "--placements", "resident", "packed", "host+planar12", "--sequences", "4", "--prompt-tokens", "24",
+        "--output-tokens", "8", "--rounds", "1", "--vllm-env", f"PYTHONPATH={tmp_path}", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    versus_vllm.main([*arguments, "--budgets", budgets[0]])
+    capsys.readouterr()
+    versus_vllm.main([*arguments, "--budgets", *budgets])  # the second alone is new
+    out = capsys.readouterr().out
+    assert out.count("theirs") == 1
+    assert "90 % of that from" in out
+    with (tmp_path / "out" / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    status = {(row["budget"], row["provider"]): (row["status"], row["reason"]) for row in rows}
+    assert len(status) == 2 * 5
+    assert status[budgets[0], "vllm bfloat16"][1] == "ValueError: KV cache of 8192 is too small for 32 tokens"
+    assert "no room for the KV of one sequence" in status[budgets[0], "transformers bfloat16"][1]
+    assert "is too small: the least that works" in status[budgets[0], "fluxmoe resident"][1]
+    assert {name for (budget, name), (s, _) in status.items() if budget == budgets[1] and s == "ok"} == {
+        "fluxmoe resident", "fluxmoe packed", "fluxmoe host+planar12", "vllm bfloat16", "transformers bfloat16",
+    }  # fmt: skip
+    about = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert about["vllm"] == "0.0-stand-in"
+    assert about["vllm_env"] == ["PYTHONPATH"]
+    assert (tmp_path / "out" / "versus.png").stat().st_size > 5000
+
+
+def test_a_budget_counts_fp32_weights_twice(model_dir):
+    model = load_config(model_dir)
+    weights = model.expert_bytes_total + model.non_expert_bytes
+    assert peers.kv_bytes(model, "float32", 3 * weights) == weights
+    assert peers.kv_bytes(model, "bfloat16", 3 * weights) == 2 * weights
+    assert peers.kv_bytes(model, "bfloat16", None) is None
+    with pytest.raises(peers.RefusedError, match="in float32 alone are 4 MiB more than the budget"):
+        peers.vllm("python", "float32", {}, {}, kv=-(4 << 20))
+
+
+def test_the_first_error_of_a_log_is_the_reason():
+    log = ["INFO all well\n", "(Engine pid=3) ValueError: too small\n", "RuntimeError: see above\n"]
+    assert peers.reason_in(log) == "ValueError: too small"
+    assert peers.reason_in(["nothing"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--vllm-env", "x"], "KEY=VALUE"),
+        (["--budgets", "all", "1GiB"], "give it alone"),
+        (["--vllm-offload", "1", "--device", "cpu"], "offloads nothing"),
+        (["--sequences", "0"], "at least 1"),
+        (["--vllm-python", "/no/python"], "cannot start --vllm-python /no/python"),
+    ],
+)
+def test_what_cannot_be_meant(arguments, match, model_dir, tmp_path):
+    with pytest.raises(UsageError, match=match):
+        versus_vllm.main(["--model", str(model_dir), "--device", "cpu", *arguments, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "rows.csv").exists()

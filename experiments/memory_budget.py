@@ -33,7 +33,7 @@ from .generate import add_engine_arguments, engine_config
 from .machines import Machine, machine_of
 from .plots import plot_memory_budget
 from .presets import PRESETS, Source, add_model_source, model_source
-from .workloads import Lengths, drawn_lengths, make_requests, poisson_arrivals, sharegpt_lengths, trace_lengths
+from .workloads import Lengths, add_workload_arguments, make_requests, workload_of
 
 # offload and balanced at one α, so that they differ only in how the streamed half is spread over the layers.
 DEFAULT_PLACEMENTS = (
@@ -59,12 +59,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"{', '.join(POLICIES)}; with a share of experts on the device where it takes one, and + a format for "
         "compressed experts (default: %(default)s)",
     )  # fmt: skip
-    p.add_argument("--requests", type=int, help="number of requests")
-    p.add_argument("--context", type=int, help="longest prompt + output")
-    p.add_argument("--output-tokens", type=int, help="output tokens of every request")
-    p.add_argument("--trace", metavar="CSV", help="request lengths from a trace instead of drawn ones")
-    p.add_argument("--sharegpt", action="store_true", help="lengths like ShareGPT's conversations, outputs included")
-    p.add_argument("--rate", type=float, help="requests a second, a Poisson process (default: all at once)")
+    add_workload_arguments(p)
     p.add_argument("--repeats", type=int, default=1)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", required=True, metavar="DIR")
@@ -159,14 +154,7 @@ def sweep(args: argparse.Namespace) -> list[dict]:
     machine, source = machine_of(args), model_source(args)
     config = source.config
     context = min(args.context or 1024, config.max_position_embeddings)
-    if args.trace:
-        lengths = trace_lengths(args.trace, args.requests, context)
-    elif args.sharegpt:
-        lengths = sharegpt_lengths(args.requests or 64, context, args.seed)
-    else:
-        lengths = drawn_lengths(args.requests or 64, context, args.output_tokens or 64, args.seed)
-    if args.rate is not None:
-        lengths = poisson_arrivals(lengths, args.rate, args.seed)
+    lengths = workload_of(args, context)
     if args.budgets or preset:
         budgets = [parse_bytes(text) for text in (args.budgets or preset.budgets)]
         if None in budgets:

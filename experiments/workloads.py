@@ -1,10 +1,10 @@
-"""Requests for experiments: lengths drawn, ShareGPT-like or from a trace; all at once or as a Poisson process.
-
-Prompts are random token ids.
+"""Requests for experiments: lengths drawn, fixed, ShareGPT-like or from a trace; all at once, as a Poisson process, or
+as a trace has them. Prompts are random token ids.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +36,12 @@ def drawn_lengths(requests: int, context: int, output_tokens: int, seed: int) ->
     low = max(output_tokens + 1, context // 2)
     totals = np.random.default_rng(seed).integers(low, context + 1, size=requests)
     return [Lengths(0.0, int(total) - output_tokens, output_tokens) for total in totals]
+
+
+def fixed_lengths(requests: int, context: int, output_tokens: int) -> list[Lengths]:
+    """All alike: `output_tokens` after a prompt that fills the rest of `context`; all arrive at once."""
+    longest = drawn_lengths(requests, context, output_tokens, 0)[0]
+    return [replace(longest, prompt=context - output_tokens)] * requests
 
 
 # Mean prompt and output of ShareGPT conversations as the vLLM paper has them (arXiv 2309.06180, Fig. 11), and a spread
@@ -92,6 +98,45 @@ def trace_lengths(path: Path | str, requests: int | None, context: int, at_once:
     if not lengths:
         raise UsageError(f"{path} holds no request")
     return lengths
+
+
+def add_workload_arguments(p: argparse.ArgumentParser) -> None:
+    """What `workload_of` reads."""
+    p.add_argument("--requests", type=int, help="number of requests")
+    p.add_argument("--context", type=int, help="longest prompt + output")
+    p.add_argument("--output-tokens", type=int, help="output tokens of every request, drawn and fixed")
+    p.add_argument(
+        "--workload", default="drawn", metavar="drawn|fixed|sharegpt|CSV",
+        help="drawn: prompt + output uniform in [context/2, context]; fixed: all of `context`; sharegpt: lengths like "
+        f"ShareGPT's conversations; or a trace with columns {', '.join(TRACE_COLUMNS)} (default: %(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--arrivals", default="at_once", metavar="at_once|trace|RATE",
+        help="trace: as the trace has them; a number: as many a second, a Poisson process (default: %(default)s)",
+    )  # fmt: skip
+
+
+def workload_of(args: argparse.Namespace, context: int) -> list[Lengths]:
+    """Lengths and arrivals that the arguments ask for. UsageError if they cannot be meant."""
+    requests, output = args.requests or 64, args.output_tokens or 64
+    from_trace = args.workload not in ("drawn", "fixed", "sharegpt")
+    if args.arrivals == "trace" and not from_trace:
+        raise UsageError("--arrivals trace needs a trace: give its file to --workload")
+    if from_trace:
+        lengths = trace_lengths(args.workload, args.requests, context, at_once=args.arrivals != "trace")
+    elif args.workload == "sharegpt":
+        lengths = sharegpt_lengths(requests, context, args.seed)
+    elif args.workload == "fixed":
+        lengths = fixed_lengths(requests, context, output)
+    else:
+        lengths = drawn_lengths(requests, context, output, args.seed)
+    if args.arrivals in ("at_once", "trace"):
+        return lengths
+    try:
+        rate = float(args.arrivals)
+    except ValueError:
+        raise UsageError(f"--arrivals takes at_once, trace or a number a second, got {args.arrivals!r}") from None
+    return poisson_arrivals(lengths, rate, args.seed)
 
 
 def make_requests(lengths: list[Lengths], vocab_size: int, seed: int) -> list[Request]:

@@ -29,8 +29,8 @@ def panel_of(bench: Bench, kv_gib: int) -> tuple[str, int]:
         return f"{kv_gib} GiB", kv_gib << 30
     largest = Run("vllm", BATCH, max(CONTEXTS))
     share = (kv_gib << 30) / demand(published_source(MODEL), largest)
-    mib = round(share * demand(bench.source, scaled(bench, largest)) / (1 << 20))
-    return f"{mib} MiB", mib << 20
+    mib = round(share * demand(bench.source, scaled(bench, largest)) / (1 << 20), 2)
+    return f"{mib:g} MiB", int(mib * (1 << 20))
 
 
 def runs(bench: Bench) -> list[tuple[str, Run]]:

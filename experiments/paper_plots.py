@@ -120,7 +120,7 @@ def plot_kv_capacity(directory: Path) -> Path:
     """kv_capacity.png beside points.csv of fig2_kv_capacity; returns its path."""
     points, about = _read(directory)
     points[["kv", "unit"]] = points.panel.str.split(" ", expand=True)
-    points["kv"] = points.kv.astype(int)
+    points["kv"] = points.kv.astype(float)
     figure, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
     colours = ("#009E73", "#0072B2", "#D55E00")
     for (context, rows), colour in zip(points[points.status == "ok"].groupby("context"), colours, strict=False):

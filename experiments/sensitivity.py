@@ -70,11 +70,12 @@ def simulated_points() -> Iterator[Point]:
 def measured_points(machine: Machine, source: Source) -> Iterator[Point]:
     weights = source.config.expert_bytes_total + source.config.non_expert_bytes
     common = dict(output=32, max_batched_tokens=512)
+    # As much as 32 requests of 1,024 tokens need.
+    kv = 32 * 1024 * source.config.kv_bytes_per_token
     for context in MEASURED_CONTEXTS:
-        kv = 32 * 1024 * source.config.kv_bytes_per_token
         yield Point("context", context, machine, source, 8, context, budget=weights + kv, **common)
     for rate in MEASURED_LINKS if machine.device == "cpu" else ():
-        yield Point("link", rate, machine, source, 32, 256, budget=weights, link_bandwidth=rate, **common)
+        yield Point("link", rate, machine, source, 32, 256, budget=weights + kv, link_bandwidth=rate, **common)
 
 
 def serve(point: Point, placement: str) -> dict:

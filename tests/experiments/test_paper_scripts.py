@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 from dataclasses import replace
@@ -13,18 +14,26 @@ from fluxmoe.experiments import (
     fig1_memory,
     fig2_kv_capacity,
     fig6_knee,
+    paper_sweep,
     plan,
+    presets,
     sensitivity,
+    table1_models,
+    validate_simulator,
 )
 from fluxmoe.experiments.common import UsageError
+from fluxmoe.experiments.machines import Machine
 from fluxmoe.experiments.paper_plots import plot_exp1
-from fluxmoe.experiments.paper_sweep import calibrated, speed, sweep
-from fluxmoe.experiments.paper_systems import SYSTEMS, Calibration, Run, calibrate, simulate
-from fluxmoe.models.published import published_config
+from fluxmoe.experiments.paper_sweep import calibrated, equal_room, scaled, speed, sweep
+from fluxmoe.experiments.paper_systems import SYSTEMS, Calibration, Run, calibrate, serve, settings_of
+from fluxmoe.experiments.presets import PRESETS, published_source
 from fluxmoe.runtime.hardware import HardwareProfile
 
 CALIBRATION = {"launch_s": 8e-5, "host_link_shared": 34e9, "huffman_bandwidth": 260e9}
-OLMOE = published_config("olmoe-1b-7b")
+OLMOE = published_source("olmoe-1b-7b")
+L40 = HardwareProfile.load("4xL40")
+BENCH = Calibration(**CALIBRATION).bench(L40, OLMOE, 1)
+SWEEPS = (exp1_performance_bound, exp2_capacity_bound, fig2_kv_capacity)
 
 
 @pytest.fixture
@@ -34,67 +43,157 @@ def calibration(tmp_path):
     return path
 
 
-def test_a_sweep_keeps_what_cannot_start(tmp_path, calibration):
-    runs = [("batch", Run(system, OLMOE, 1, 4, 256, alpha=0.875)) for system in SYSTEMS]
-    runs += [("context", Run(system, OLMOE, 1, 4, context)) for system in SYSTEMS for context in (64, 256)]
-    runs += [("batch", Run("vllm", OLMOE, 1, 8, 256, budget=1 << 30))]
-    rows = sweep(runs, tmp_path / "out", calibration)
-    assert [row["status"] for row in rows] == ["ok"] * 18 + ["too_small"]
+@pytest.fixture
+def tiny_presets(monkeypatch):
+    """Every preset that a script serves on a CPU, small enough for a test."""
+    tiny = dict(experts=4, top_k=2, hidden=64, moe_intermediate=32, heads=2, kv_heads=2, head_dim=32, vocab=512)
+    for name in ("small", "next", "deep-next", "deep-mixtral"):
+        model = {**PRESETS[name].model, **tiny, "layers": 8}
+        if name == "deep-mixtral":  # so large that compressing it leaves room for a request
+            model |= {"moe_intermediate": 256}
+        monkeypatch.setitem(presets.PRESETS, name, replace(PRESETS[name], model=model))
+    monkeypatch.setattr(paper_sweep, "MEASURED_SCALE", 32)
+
+
+def read(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_sweep_keeps_what_cannot_start_and_resumes(tmp_path, monkeypatch):
+    runs = [("batch", Run(system, 4, 256, alpha=0.875)) for system in SYSTEMS]
+    runs += [("context", Run(system, 4, context)) for system in SYSTEMS for context in (64, 256)]
+    runs += [("batch", Run("vllm", 8, 256, budget=1 << 30))]
+    rows = sweep(BENCH, runs, tmp_path / "out")
+    assert [row["status"] for row in rows] == ["ok"] * 24 + ["too_small"]
     assert "the least that works" in rows[-1]["reason"]
-    assert speed(rows, "batch", "ours", 4, 256) > speed(rows, "batch", "fluxmoe", 4, 256) > 0
-    assert len(list(csv.DictReader((tmp_path / "out" / "points.csv").open()))) == 19
+    assert speed(rows, "batch", "ours", Run("ours", 4, 256)) > speed(rows, "batch", "fluxmoe", Run("", 4, 256)) > 0
     assert plot_exp1(tmp_path / "out").stat().st_size > 5000
     about = json.loads((tmp_path / "out" / "provenance.json").read_text())
-    assert about["simulated"]
-    assert about["calibration"] == CALIBRATION
+    assert about["simulated"] == "4xL40"
+    assert about["machine"]["decode_bandwidth"]["huffman"] == 260e9
+
+    lines = (tmp_path / "out" / "points.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "out" / "points.csv").write_text("".join(lines[:-2]))
+    served = []
+    monkeypatch.setattr(paper_sweep, "serve", lambda run, bench: served.append(run) or serve(run, bench))
+    again = sweep(BENCH, runs, tmp_path / "out")
+    assert [(r["system"], r["tokens_per_s"]) for r in again] == [(r["system"], r["tokens_per_s"]) for r in rows]
+    assert len(served) == 2
+    with pytest.raises(UsageError, match="points of another model"):
+        sweep(BENCH, runs[:-1], tmp_path / "out")
+
+
+def test_a_baseline_at_its_best_is_no_slower():
+    model = published_source("qwen3-next-80b-a3b")
+    bench = Calibration(**CALIBRATION).bench(L40, model, 4)
+    tight = Run("vllm", 256, 1024, budget=42 << 30)
+    as_run, best = serve(tight, bench), serve(replace(tight, system="vllm-best"), bench)
+    assert as_run["max_sequences"] == 256 > best["max_sequences"]
+    assert best["tokens_per_s"] > 2 * as_run["tokens_per_s"]
+    assert {s.preemption for s in settings_of(replace(tight, system="vllm-best"))} == {"swap", "recompute"}
+    with pytest.raises(ValueError, match="unknown system"):
+        list(settings_of(replace(tight, system="none")))
 
 
 def test_calibration_meets_its_three_figures():
-    base = HardwareProfile.load("4xL40")
-    model = published_config("qwen3-30b-a3b")
-    found = calibrate(base, model, halvings=12)
-    assert isinstance(found, Calibration)
+    model = published_source("qwen3-30b-a3b")
+    found = calibrate(L40, model, halvings=12)
 
     def at(system):
-        return simulate(Run(system, model, 4, 32, 4096), found.profile(base), found.parameters)["tokens_per_s"]
+        return serve(Run(system, 32, 4096), found.bench(L40, model, 4))["tokens_per_s"]
 
     assert at("vllm") == pytest.approx(6 * 54.6, rel=0.05)
     assert at("vllm-o") == pytest.approx(54.6, rel=0.05)
     assert at("fluxmoe") == pytest.approx(0.639 * 6 * 54.6, rel=0.05)
 
 
-def test_a_calibration_is_kept(tmp_path, calibration):
-    profile, found = calibrated(calibration)
+def test_a_calibration_is_kept(calibration):
+    found = calibrated(calibration)
+    profile = found.profile(L40)
     assert profile.decode_bandwidth["huffman"] == 260e9
     assert profile.host_bandwidth_each == 8.5e9
-    assert found.parameters.eager_launch_s == 8e-5
+    assert found.bench(L40, OLMOE, 2).theirs.eager_launch_s == 8e-5
 
 
-@pytest.mark.parametrize("module", [exp1_performance_bound, exp2_capacity_bound, fig2_kv_capacity])
+@pytest.mark.parametrize("module", SWEEPS)
 def test_all_figures_are_taken_from_runs_that_are_made(module):
+    bench = replace(BENCH, machine=Machine("sim", L40, 4))
     rows = [
         {"panel": panel, "system": run.system, "batch": run.batch, "context": run.context, "tokens_per_s": 2.0}
-        for panel, run in module.runs()
+        for panel, run in module.runs(bench)
     ]
-    for name, (_, ours) in module.ratios(rows).items():
+    for name, (_, ours) in module.ratios(rows, bench).items():
         assert ours in (2.0, 1.0, 0.0), name
 
 
-def test_memory_and_knee(tmp_path, capsys):
+@pytest.mark.parametrize("module", [exp2_capacity_bound, fig2_kv_capacity])
+def test_the_papers_sweeps_for_real(module, tiny_presets, tmp_path, capsys):
+    args = ["--device", "cpu", "--checkpoints", str(tmp_path / "models"), "--out", str(tmp_path / "out")]
+    module.main([*args, "--link-bandwidth", "1GB"] if module is not fig2_kv_capacity else args)
+    out = capsys.readouterr().out
+    assert "measured" in out
+    assert "simulated" not in out
+    rows = read(tmp_path / "out" / "points.csv")
+    assert {row["status"] for row in rows} <= {"ok", "too_small"}
+    ok = [row for row in rows if row["status"] == "ok"]
+    assert len(ok) >= len(rows) / 5
+    assert all(float(row["tokens_per_s"]) > 0 for row in ok)
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["simulated"] is None
+
+
+def test_the_budget_leaves_the_share_that_the_papers_machine_leaves(tiny_presets, tmp_path):
+    args = argparse.Namespace(device="cpu", checkpoints=tmp_path)
+    bench = paper_sweep.bench_of(args, "qwen3-next-80b-a3b", 4, "deep-next")
+    largest = Run("vllm", 256, 4096)
+    assert equal_room(BENCH, "qwen3-next-80b-a3b", 4, largest) is None
+    here = scaled(bench, largest)
+    budget = equal_room(bench, "qwen3-next-80b-a3b", 4, largest)
+    left = budget - paper_sweep.fixed_bytes(bench, here)
+    paper = published_source("qwen3-next-80b-a3b").config
+    room = 0.9 * 4 * 48 * 2**30 - paper.expert_bytes_total - paper.non_expert_bytes
+    needed = 256 * (4096 * paper.kv_bytes_per_token + paper.state_bytes_per_sequence)
+    assert left / paper_sweep.demand(bench.source, here) == pytest.approx(room / needed, rel=1e-3)
+
+
+def test_what_memory_holds(tiny_presets, tmp_path, capsys):
     fig1_memory.main(["--out", str(tmp_path / "fig1")])
-    rows = list(csv.DictReader((tmp_path / "fig1" / "points.csv").open()))
+    rows = read(tmp_path / "fig1" / "points.csv")
     at_256 = next(row for row in rows if (row["batch"], row["context"]) == ("256", "4096"))
     assert int(at_256["kv_cache"]) == 256 * 4096 * 12 * 2 * 2 * 256 * 2
-    fig6_knee.main(
-        ["--model", "olmoe-1b-7b", "--profile", "H100-SXM", "--batches", "1", "4", "--out", str(tmp_path / "fig6")]
-    )
+    models = ["--checkpoints", str(tmp_path / "models")]
+    fig1_memory.main(["--device", "cpu", *models, "--out", str(tmp_path / "held")])
+    held = read(tmp_path / "held" / "points.csv")
+    assert len(held) == len(rows)
+    # 8 layers of 4 experts: 3 · 64 · 32 weights of 2 bytes.
+    assert {int(row["experts"]) for row in held} == {8 * 4 * 3 * 64 * 32 * 2}
+    kv = [int(row["kv_cache"]) for row in held if row["panel"] == "context"]
+    assert kv == sorted(kv)
+    assert kv[-1] > kv[0]
+
+    table1_models.main(["--out", str(tmp_path / "table")])
+    table1_models.main(["--device", "cpu", *models, "--out", str(tmp_path / "mine")])
+    assert "| qwen3-next-80b-a3b | 48 | 512 | 10 | 79.673 |" in capsys.readouterr().out
+    mine = read(tmp_path / "mine" / "table.csv")
+    assert {row["model"] for row in mine} == set(table1_models.MEASURED)
+
+
+@pytest.mark.parametrize("device", ["sim", "cpu"])
+def test_knee(device, tiny_presets, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fig6_knee, "ALPHAS", [0.5, 0.75, 1.0])
+    where = ["--device", "sim", "--profile", "H100-SXM", "--config", "olmoe-1b-7b"]
+    if device == "cpu":
+        where = ["--device", "cpu", "--preset", "small", "--checkpoints", str(tmp_path / "models")]
+        where += ["--link-bandwidth", "10MB"]
+    fig6_knee.main([*where, "--batches", "1", "4", "--prompt-tokens", "16", "--out", str(tmp_path / "fig6")])
     assert capsys.readouterr().out.count("loads hide down to") == 4
-    rows = list(csv.DictReader((tmp_path / "fig6" / "points.csv").open()))
+    rows = read(tmp_path / "fig6" / "points.csv")
     dense = [float(r["load_s"]) for r in rows if r["host_format"] == "dense" and r["batch"] == "1"]
     packed = [float(r["load_s"]) for r in rows if r["host_format"] == "planar12" and r["batch"] == "1"]
     assert dense == sorted(dense, reverse=True)
     assert dense[-1] == 0
-    assert packed[0] == pytest.approx(0.75 * dense[0], rel=0.02)
+    if device == "sim":
+        assert packed[0] == pytest.approx(0.75 * dense[0], rel=0.02)
 
 
 def test_plan_says_what_fits_and_what_helps(tmp_path, capsys):
@@ -115,15 +214,51 @@ def test_plan_says_what_fits_and_what_helps(tmp_path, capsys):
         plan.main([*small, "--batch", "0"])
 
 
+def test_plan_takes_several_of_a_gpu(capsys):
+    plan.main(["--config", "olmoe-1b-7b", "--gpu", "H100-SXM×2", "--batch", "4", "--context", "256"])
+    assert "2 x H100-SXM" in capsys.readouterr().out
+
+
 def test_sensitivity(tmp_path, monkeypatch, capsys):
-    four = HardwareProfile.load("4xL40")
-    points = [("context", x, OLMOE, four, 2, x, None) for x in (1024, 2048)]
-    points += [("link", x, OLMOE, replace(four, host_bandwidth=x * 1e9), 2, 1024, 3 << 30) for x in (5, 50)]
-    monkeypatch.setattr(sensitivity, "points", lambda: iter(points))
+    def point(panel, x, profile, context, budget=None):
+        return sensitivity.Point(panel, x, Machine("sim", profile, 1), OLMOE, 2, context, 512, budget)
+
+    points = [point("context", x, L40, x) for x in (1024, 2048)]
+    points += [point("link", x, replace(L40, host_bandwidth=x * 1e9), 1024, 3 << 30) for x in (5, 50)]
+    points += [point("gpu", name, HardwareProfile.load(name), 1024) for name in ("A100-80GB", "H100-SXM")]
+    monkeypatch.setattr(sensitivity, "simulated_points", lambda: iter(points))
     sensitivity.main(["--out", str(tmp_path)])
     assert "figure:" in capsys.readouterr().out
-    rows = list(csv.DictReader((tmp_path / "points.csv").open()))
-    assert len(rows) == 4 * len(sensitivity.PLACEMENTS)
+    rows = read(tmp_path / "points.csv")
+    assert len(rows) == 6 * len(sensitivity.PLACEMENTS)
+    speed = {(r["panel"], r["x"], r["placement"]): float(r["tokens_per_s"] or 0) for r in rows}
+    assert speed["link", "50", "host+planar12"] > 2 * speed["link", "5", "host+planar12"]
+    assert speed["context", "1024", "packed"] > speed["context", "2048", "packed"]
+    assert speed["gpu", "H100-SXM", "packed"] > speed["gpu", "A100-80GB", "packed"]
+
+
+def test_sensitivity_for_real(tiny_presets, tmp_path, monkeypatch):
+    monkeypatch.setattr(sensitivity, "MEASURED_CONTEXTS", (64,))
+    monkeypatch.setattr(sensitivity, "MEASURED_LINKS", (2e7, 1e9))
+    sensitivity.main(["--device", "cpu", "--checkpoints", str(tmp_path / "models"), "--out", str(tmp_path / "out")])
+    rows = read(tmp_path / "out" / "points.csv")
     speed = {(r["panel"], float(r["x"]), r["placement"]): float(r["tokens_per_s"] or 0) for r in rows}
-    assert speed["link", 50, "host+planar12"] > 2 * speed["link", 5, "host+planar12"]
-    assert speed["context", 1024, "packed"] > speed["context", 2048, "packed"]
+    assert speed["link", 2e7, "host+planar12"] < speed["link", 1e9, "host+planar12"]
+
+
+def test_validation_compares_what_was_measured(tiny_presets, tmp_path, capsys, calibration, monkeypatch):
+    models, results = str(tmp_path / "models"), tmp_path / "results" / "cpu"
+    fig2_kv_capacity.main(["--device", "cpu", "--checkpoints", models, "--out", str(results / "fig2_kv_capacity")])
+    with pytest.raises(UsageError, match=r"holds no profile\.json"):
+        validate_simulator.measured_rows(results, tmp_path / "models")
+    profile = replace(HardwareProfile.load("laptop"), name="mine", copy_overlap=0.5)
+    (results / "profile.json").write_text(json.dumps(profile.to_json()))
+    rows = validate_simulator.measured_rows(results, tmp_path / "models")
+    measured = [r for r in read(results / "fig2_kv_capacity" / "points.csv") if r["status"] == "ok"]
+    assert [row["stated"] for row in rows] == [float(row["tokens_per_s"]) for row in measured][: len(rows)]
+    assert len(rows) > len(measured) / 2
+    assert all(row["simulated"] > 0 for row in rows)
+    two = [{"source": "a", "stated": 1.0, "simulated": 3.0}, {"source": "a", "stated": 2.0, "simulated": 3.0}]
+    assert validate_simulator.ratio_errors(two) == pytest.approx([1.0])
+    with pytest.raises(UsageError, match="the simulator is what is validated"):
+        validate_simulator.main(["--device", "cpu", "--out", str(tmp_path)])

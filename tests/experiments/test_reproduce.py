@@ -10,21 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fluxmoe.experiments import ablation, figures, reproduce
-from fluxmoe.experiments.common import UsageError
-from fluxmoe.experiments.workloads import drawn_lengths, poisson_arrivals, sharegpt_lengths
+from fluxmoe.experiments.common import Parser, UsageError
+from fluxmoe.experiments.workloads import (
+    Lengths,
+    add_workload_arguments,
+    drawn_lengths,
+    poisson_arrivals,
+    sharegpt_lengths,
+    workload_of,
+)
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
 def test_every_experiment_takes_its_arguments():
     for experiment in reproduce.EXPERIMENTS:
-        module, *arguments = (part.format(out="x") for part in experiment.arguments)
+        module, *arguments = (part.format(out="x", vllm="y") for part in experiment.arguments)
         script = importlib.import_module(f"fluxmoe.experiments.{module}")
-        if hasattr(script, "parser") and module not in (
-            "exp1_performance_bound",
-            "exp2_capacity_bound",
-            "fig2_kv_capacity",
-        ):
+        if hasattr(script, "parser") and script.parser.__module__ == script.__name__:
             script.parser().parse_args(arguments)
     assert len({experiment.name for experiment in reproduce.EXPERIMENTS}) == len(reproduce.EXPERIMENTS)
 
@@ -34,8 +37,10 @@ def test_what_is_there_is_not_made_again(tmp_path, capfd):
     one = reproduce.script("fig1_memory", out=f"{out}/fig1_memory", result="memory.png")
     broken = reproduce.Experiment("broken", ("fig1_memory", "--model", "none", "--out", "{out}/b"), "{out}/b/none")
     gpu = reproduce.Experiment("gpu", ("gpu_suite",), "{out}/suite.json", needs_gpu=True)
-    assert reproduce.run_all((gpu, one, broken, one), str(out), gpu=False) == ["broken"]
+    peer = reproduce.script("versus_vllm", "--vllm-python", "{vllm}", result="versus.png")
+    assert reproduce.run_all((gpu, peer, one, broken, one), str(out), gpu=False) == ["broken"]
     said = capfd.readouterr().out
+    assert "versus_vllm: needs --vllm-python" in said
     assert "gpu: needs a GPU" in said
     assert said.count("fig1_memory …") == 1
     assert "fig1_memory: there already" in said
@@ -72,6 +77,30 @@ def test_poisson_arrivals():
     assert gaps.std() == pytest.approx(0.2, rel=0.1)
     with pytest.raises(UsageError, match="positive requests"):
         poisson_arrivals(shapes, 0.0, 1)
+
+
+def test_workloads_by_argument(tmp_path):
+    parser = Parser()
+    add_workload_arguments(parser)
+    parser.add_argument("--seed", default=3)
+
+    def lengths(*arguments):
+        return workload_of(parser.parse_args(arguments), 100)
+
+    assert lengths() == drawn_lengths(64, 100, 64, 3)
+    few = ("--requests", "5", "--output-tokens", "10")
+    assert lengths("--workload", "fixed", *few) == [Lengths(0.0, 90, 10)] * 5
+    assert lengths("--workload", "sharegpt", *few) == sharegpt_lengths(5, 100, 3)
+    assert lengths("--arrivals", "2.5", *few) == poisson_arrivals(drawn_lengths(5, 100, 10, 3), 2.5, 3)
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n1.5,20,4\n2.0,30,200\n")
+    assert lengths("--workload", str(trace)) == [Lengths(0.0, 20, 4), Lengths(0.0, 1, 99)]
+    assert [s.arrived_at for s in lengths("--workload", str(trace), "--arrivals", "trace")] == [1.5, 2.0]
+    for wrong, match in (("trace", "needs a trace"), ("soon", "at_once, trace or a number"), ("-1", "positive")):
+        with pytest.raises(UsageError, match=match):
+            lengths(f"--arrivals={wrong}")
+    with pytest.raises(OSError, match="nowhere"):
+        lengths("--workload", "nowhere")
 
 
 def test_ablation_on_the_simulator(tmp_path, capsys):

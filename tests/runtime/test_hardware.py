@@ -40,6 +40,22 @@ def test_devices_share_the_host():
     assert HardwareProfile.from_json(values | {"host_link_shared": 40e9}).host_bandwidth_each == 10e9
 
 
+def test_several_of_a_device(tmp_path):
+    for name in ("H100-SXM×4", "H100-SXMx4"):
+        four = HardwareProfile.load(name)
+        assert (four.name, four.num_devices) == ("H100-SXM×4", 4)
+        assert four.memory_bandwidth == HardwareProfile.load("H100-SXM").memory_bandwidth
+    shared = HardwareProfile.from_json(HardwareProfile.load("4xL40").to_json() | {"host_link_shared": 40e9})
+    assert shared.of_devices(2).host_bandwidth_each == shared.host_bandwidth_each == 10e9
+    with pytest.raises(ProfileError, match="laptop has no link_bandwidth; 2 devices"):
+        HardwareProfile.load("laptop×2")
+    with pytest.raises(ProfileError, match="at least one device, got 0"):
+        HardwareProfile.load("H100-SXM×0")
+    mine = tmp_path / "mybox2"
+    mine.write_text(json.dumps(HardwareProfile.load("laptop").to_json()))
+    assert HardwareProfile.load(mine).num_devices == 1
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -49,6 +65,7 @@ def test_devices_share_the_host():
         ({"num_devices": 0}, "num_devices must be positive"),
         ({"decode_bandwidth": {"huffman": -2}}, "huffman must not be negative"),
         ({"device": "tpu"}, "cpu or cuda"),
+        ({"copy_overlap": 1.5}, "copy_overlap must be from 0 to 1, got 1.5"),
         ({"colour": 1}, "unknown field 'colour'"),
     ],
 )

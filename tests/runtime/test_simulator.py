@@ -178,3 +178,47 @@ def test_the_planner_lowers_alpha_while_requests_wait():
     alphas = [step.device_experts for step in sim.steps(requests(300, 900, 100))]
     assert min(alphas) < alphas[0]
     assert min(alphas) >= int(np.floor(0.8 * MODEL.num_experts)) * MODEL.num_layers
+
+
+def test_states_for_a_full_batch_if_asked():
+    """As vLLM reserves them: as many states as the batch has sequences, and less KV than where the batch is fitted."""
+    model, four = published_config("qwen3-next-80b-a3b"), HardwareProfile.load("4xL40")
+    tight = dict(model=model, profile=four, max_batch=256, max_context=4096)
+    fitted, full = (run(fit_batch=fit, **tight)[2] for fit in (True, False))
+    assert fitted.deployment.max_sequences < full.deployment.max_sequences == 256
+    assert fitted.scheduler.num_blocks > full.scheduler.num_blocks
+    with pytest.raises(BudgetError, match="states"):
+        engine(fit_batch=False, **{**tight, "max_batch": 4096})
+
+
+def test_copies_that_take_compute_make_layers_longer():
+    """Compute and copies of about one length: side by side with a copy engine, one after the other without."""
+    link = MODEL.expert_bytes_total / run(placement="resident")[0][-1].duration_s
+    times = {}
+    for overlap in (1.0, 0.5, 0.0):
+        profile = replace(PROFILE, host_bandwidth=link, host_latency_s=0.0, copy_overlap=overlap)
+        steps, _, _ = run(placement="host", profile=profile)
+        times[overlap] = steps[-1].duration_s
+    assert times[0.5] == pytest.approx((times[0.0] + times[1.0]) / 2, rel=0.1)
+    assert 1.2 < times[0.0] / times[1.0] < 2
+    resident = [run(profile=replace(PROFILE, copy_overlap=overlap))[0][-1].time_s for overlap in (1.0, 0.0)]
+    assert resident[0] == resident[1]
+
+
+def test_a_link_may_be_held_to_a_rate():
+    slow = replace(PROFILE, host_bandwidth=PROFILE.host_bandwidth / 4)
+    held = run(placement="host", link_bandwidth=slow.host_bandwidth)[0]
+    as_slow = run(placement="host", profile=slow)[0]
+    assert held[-1].time_s == as_slow[-1].time_s
+    assert run(placement="host", link_bandwidth=1e15)[0][-1].time_s == run(placement="host")[0][-1].time_s
+
+
+def test_a_run_of_full_size():
+    """256 requests of 4,096 tokens on Qwen3-Next over 4 devices: seconds here, where the real machine takes minutes."""
+    model, four = published_config("qwen3-next-80b-a3b"), HardwareProfile.load("4xL40")
+    settings = dict(max_batch=256, max_batched_tokens=2048, max_context=4096, placement="packed")
+    outputs: dict = {}
+    sim = engine(model, four, **settings)
+    steps = list(sim.steps(requests(256, 3072, 1024), outputs))
+    assert len(outputs) == 256
+    assert sum(step.prefill_tokens for step in steps) >= 256 * 3072

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,12 +67,14 @@ class WorkerPeer:
 
     def run(self, prompts: list[list[int]], output_tokens: int) -> float:
         """Seconds of one call that generates `output_tokens` for each of `prompts`."""
-        self._process.stdin.write(json.dumps({"prompts": prompts, "output_tokens": output_tokens}) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has stopped; its log says why
+            self._process.stdin.write(json.dumps({"prompts": prompts, "output_tokens": output_tokens}) + "\n")
+            self._process.stdin.flush()
         return self._answer()["seconds"]
 
     def close(self) -> None:
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -120,11 +123,15 @@ def kv_bytes(model: ModelConfig, dtype: str, budget: int | None) -> int | None:
 
 
 def vllm(python: str, dtype: str, settings: dict, environment: dict[str, str], kv: int | None, offload_gib: float = 0):
-    """vLLM; kv: bytes of its KV cache (None: 2 GiB on a CPU), to which what is offloaded is added."""
+    """vLLM; kv: bytes of its KV cache, to which what is offloaded is added (None: 2 GiB on a CPU; on a GPU what it takes
+    by itself)."""
     if kv is not None and kv + int(offload_gib * 2**30) <= 0:
         raise RefusedError(f"its weights in {dtype} alone are {-kv >> 20} MiB more than the budget")
     offload = {"cpu_offload_gb": offload_gib} if offload_gib else {}
-    kv = (2 << 30) if kv is None else kv + int(offload_gib * 2**30)
+    if kv is not None:
+        kv += int(offload_gib * 2**30)
+    elif settings["device"] == "cpu":
+        kv = 2 << 30
     name = f"vllm {dtype}" + (f", {offload_gib:g} GiB offloaded" if offload_gib else "")
     return WorkerPeer(
         name, python, "vllm_worker.py", {**settings, "dtype": dtype, "kv_bytes": kv, "offload": offload}, environment

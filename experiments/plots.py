@@ -120,7 +120,7 @@ def plot_memory_budget(directory: Path) -> Path:
 
 def plot_versus(directory: Path) -> Path:
     """versus.png beside rows.csv of versus_vllm: throughput against budget, or against sequences where there is one
-    budget; median of rounds, range as a bar. Crosses below the axis: does not start."""
+    budget; median of rounds, range as a bar. Crosses below the axis: does not start, or stopped."""
     rows = pd.read_csv(directory / "rows.csv", dtype={"budget": str})
     about = json.loads((directory / "provenance.json").read_text())
     over = "budget" if rows.budget.nunique() > 1 else "sequences"
@@ -136,7 +136,7 @@ def plot_versus(directory: Path) -> Path:
             speed.index, speed["median"], yerr=spread, color=colours[index], label=provider, capsize=2, linewidth=1.5,
             marker="D" if provider.startswith("fluxmoe") else "o", markersize=5, linestyle=line_of(about),
         )  # fmt: skip
-        refused = [x_of(x) for x in mine[mine.status == "refused"][over].unique()] if over == "budget" else []
+        refused = [x_of(x) for x in mine[mine.status != "ok"][over].unique()] if over == "budget" else []
         axis.plot(refused, [-0.03 * ok.tokens_per_s.max() * (index + 1)] * len(refused), "x", color=colours[index])
     axis.set_xscale("log", base=2)
     ticks = sorted({x_of(x) for x in rows[over].dropna()})

@@ -100,9 +100,14 @@ def run_budget(args: argparse.Namespace, source: Source, text: str, save: Callab
         for sequences in args.sequences:
             for number in range(-1, args.rounds):  # the first round warms up
                 prompts = rng.integers(0, source.config.vocab_size, size=(sequences, args.prompt_tokens)).tolist()
-                for name, runner in running.items():
+                for name, runner in list(running.items()):
                     time.sleep(_SETTLE_S)
-                    seconds = runner.run(prompts, args.output_tokens)
+                    try:
+                        seconds = runner.run(prompts, args.output_tokens)
+                    except RefusedError as error:
+                        save({"budget": text, "provider": name, "status": "stopped", "reason": str(error)})
+                        running.pop(name).close()
+                        continue
                     rate = sequences * args.output_tokens / seconds
                     if number >= 0:
                         timed = {"seconds": round(seconds, 4), "tokens_per_s": round(rate, 1)}
@@ -124,10 +129,10 @@ def main(argv: list[str] | None = None) -> None:
     machine = machine_of(args)
     if args.vllm_offload and machine.device == "cpu":
         raise UsageError("vLLM's CPU build offloads nothing: --vllm-offload needs --device cuda")
-    checkpoints = Path(args.checkpoints)
-    source = preset_source("small", checkpoints)
     if args.model:
         source = Source(Path(args.model), load_config(Path(args.model)), args.model)
+    else:
+        source = preset_source("small", Path(args.checkpoints))
     out = Path(args.out)
     asked = {k: getattr(args, k) for k in ("placements", "dtypes", "sequences", "rounds", "prompt_tokens",
                                            "output_tokens", "vllm_offload", "transformers", "eager")}  # fmt: skip
@@ -155,8 +160,8 @@ def main(argv: list[str] | None = None) -> None:
 def report(budget: str, rows: list[dict]) -> None:
     """Medians of one budget, a line a number of sequences, and ours over the best of the others."""
     for row in rows:
-        if row["status"] == "refused":
-            print(f"{budget}: {row['provider']} does not start: {row['reason']}", flush=True)
+        if row["status"] != "ok":
+            print(f"{budget}: {row['provider']} {row['status']}: {row['reason']}", flush=True)
     ok = [row for row in rows if row["status"] == "ok"]
     for sequences in dict.fromkeys(row["sequences"] for row in ok):
         rates: dict[str, list[float]] = {}

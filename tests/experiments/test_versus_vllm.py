@@ -79,6 +79,19 @@ def test_all_under_a_row_of_budgets(model_dir, tmp_path, capsys):
     assert (tmp_path / "out" / "versus.png").stat().st_size > 5000
 
 
+def test_an_engine_that_stops_is_a_row(model_dir, tmp_path, capsys):
+    dies = STAND_IN.replace("time.sleep(0.001)", 'raise MemoryError("out of blocks")')
+    (tmp_path / "vllm.py").write_text(dies)
+    versus_vllm.main([
+        "--vllm-python", sys.executable, "--model", str(model_dir), "--device", "cpu", "--sequences", "2",
+        "--prompt-tokens", "8", "--output-tokens", "4", "--rounds", "1", "--vllm-env", f"PYTHONPATH={tmp_path}",
+        "--out", str(tmp_path / "out"),
+    ])  # fmt: skip
+    assert "all: vllm bfloat16 stopped: MemoryError: out of blocks" in capsys.readouterr().out
+    with (tmp_path / "out" / "rows.csv").open() as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["stopped", "ok"]
+
+
 def test_a_budget_counts_fp32_weights_twice(model_dir):
     model = load_config(model_dir)
     weights = model.expert_bytes_total + model.non_expert_bytes

@@ -123,8 +123,8 @@ def kv_bytes(model: ModelConfig, dtype: str, budget: int | None) -> int | None:
 
 
 def vllm(python: str, dtype: str, settings: dict, environment: dict[str, str], kv: int | None, offload_gib: float = 0):
-    """vLLM; kv: bytes of its KV cache, to which what is offloaded is added (None: 2 GiB on a CPU; on a GPU what it takes
-    by itself)."""
+    """vLLM; kv: bytes of its KV cache, to which what is offloaded is added (None: 2 GiB on a CPU, its own choice on a
+    GPU)."""
     if kv is not None and kv + int(offload_gib * 2**30) <= 0:
         raise RefusedError(f"its weights in {dtype} alone are {-kv >> 20} MiB more than the budget")
     offload = {"cpu_offload_gb": offload_gib} if offload_gib else {}

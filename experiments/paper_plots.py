@@ -81,7 +81,7 @@ def plot_sensitivity(directory: Path) -> Path:
     points, about = _read(directory)
     labels = {
         "context": "context (tokens)",
-        "link": "bandwidth of the link over that of memory" if about.get("simulated") else "link held to (bytes/s)",
+        "link": "bandwidth of the link over that of memory" if about.get("simulated") else "link held to (GB/s)",
         "gpu": "GPU, 90 % of its memory",
     }
     panels = [panel for panel in labels if (points.panel == panel).any()]
@@ -102,10 +102,14 @@ def plot_sensitivity(directory: Path) -> Path:
                 )
                 axis.set_xticks(range(len(names)), names, fontsize=8)
                 continue
-            rows = rows.assign(x=rows.x.astype(float)).sort_values("x")
+            unit = 1e9 if panel == "link" and not about.get("simulated") else 1
+            rows = rows.assign(x=rows.x.astype(float) / unit).sort_values("x")
             style = "o" + line_of(about)
             axis.plot(rows.x, rows.tokens_per_s, style, color=colour, label=placement, linewidth=1.4, markersize=4)
-            axis.set_xscale("log", base=2 if panel == "context" else 10)
+            axis.set_xscale("log", base=2)
+            ticks = sorted(float(x) / unit for x in points[points.panel == panel].x.unique())
+            axis.set_xticks(ticks, [f"{tick:.3g}" if tick < 1000 else f"{tick:.0f}" for tick in ticks], fontsize=8)
+            axis.minorticks_off()
         at = points[points.panel == panel].iloc[0]
         size = f"{at.batch} requests" + ("" if panel == "context" else f" of {at.context}")
         axis.set_title(f"{about['models'][panel]}, {size}", fontsize=9)

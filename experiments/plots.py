@@ -68,11 +68,15 @@ def plot_memory_budget(directory: Path) -> Path:
     ran = points[points.status == "ok"]
     unit, name_of_unit = (MIB << 10, "GiB") if points.budget_bytes.max() >= 16 << 30 else (MIB, "MiB")
     top = ran.tokens_per_s.max() if len(ran) else 1.0
+    taken: set[str] = set()
     for index, (placement, rows) in enumerate(points.groupby("placement", sort=False)):
         where, _, expert_format = placement.partition("+")
         name, _, share = where.partition(":")
         key = f"{name}+" if expert_format and f"{name}+" in STYLE else name
         colour, marker, label = STYLE.get(key, ("#F0E442", "x", name))
+        if colour in taken:  # the same placement at another α
+            colour = next(c for c in ("#999999", "#F0E442", "#009E73", "#56B4E9") if c not in taken)
+        taken.add(colour)
         label += f", α = {share}" if share else ""
         label += f", {expert_format}" if expert_format else ""
         ok = rows[rows.status == "ok"]
@@ -125,19 +129,26 @@ def plot_versus(directory: Path) -> Path:
     about = json.loads((directory / "provenance.json").read_text())
     over = "budget" if rows.budget.nunique() > 1 else "sequences"
     figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    colours = ("#D55E00", "#0072B2", "#CC79A7", "#009E73", "#F0E442", "#000000", "#E69F00", "#56B4E9", "#999999")
     ok = rows[rows.status == "ok"]
     x_of = (lambda text: parse_bytes(text) / MIB) if over == "budget" else float
-    for index, (provider, mine) in enumerate(rows.groupby("provider", sort=False)):
+    # Ours as in the other figures, and first.
+    names = sorted(rows.provider.unique(), key=lambda name: (not name.startswith("fluxmoe"), name))
+    others = iter(("#0072B2", "#009E73", "#E69F00", "#F0E442", "#56B4E9", "#999999"))
+    for index, provider in enumerate(names):
+        mine, ours = rows[rows.provider == provider], provider.startswith("fluxmoe")
+        where, _, expert_format = provider.removeprefix("fluxmoe ").partition("+")
+        kind = where.partition(":")[0]
+        key = f"{kind}+" if expert_format and f"{kind}+" in STYLE else kind
+        colour = STYLE[key][0] if ours else next(others)
         speed = mine[mine.status == "ok"].groupby(over).tokens_per_s.agg(["median", "min", "max"])
         speed = speed.set_axis([x_of(x) for x in speed.index]).sort_index()
         spread = [speed["median"] - speed["min"], speed["max"] - speed["median"]]
         axis.errorbar(
-            speed.index, speed["median"], yerr=spread, color=colours[index], label=provider, capsize=2, linewidth=1.5,
-            marker="D" if provider.startswith("fluxmoe") else "o", markersize=5, linestyle=line_of(about),
+            speed.index, speed["median"], yerr=spread, color=colour, label=provider, capsize=2, linewidth=1.5,
+            marker="D" if ours else "o", markersize=5, linestyle=line_of(about),
         )  # fmt: skip
         refused = [x_of(x) for x in mine[mine.status != "ok"][over].unique()] if over == "budget" else []
-        axis.plot(refused, [-0.03 * ok.tokens_per_s.max() * (index + 1)] * len(refused), "x", color=colours[index])
+        axis.plot(refused, [-0.03 * ok.tokens_per_s.max() * (index + 1)] * len(refused), "x", color=colour)
     axis.set_xscale("log", base=2)
     ticks = sorted({x_of(x) for x in rows[over].dropna()})
     axis.set_xticks(ticks, [f"{t:.0f}" for t in ticks], fontsize=8)

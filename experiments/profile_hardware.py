@@ -115,14 +115,30 @@ def copy_overlap(device: torch.device) -> float:
 
 
 def decoders(device: torch.device) -> dict[str, float]:
-    """Format → bytes/s of bf16 put out."""
+    """Format → bytes/s of bf16 put out; on a CPU by one thread, as the copy thread decodes."""
     weight = (torch.randn(4096, 4096) * 0.02).bfloat16()
     out = torch.empty(4096, 4096, dtype=torch.bfloat16, device=device)
     rates = {}
     for name, codec in FORMATS.items():
         packed = codec.encode(weight).to(device)
-        rates[name] = weight.nbytes / best_seconds(lambda: codec.decode(packed, out), device)  # noqa: B023
+        rates[name] = weight.nbytes / best_seconds(lambda: codec.decode(packed, out, parallel=False), device)  # noqa: B023
     return rates
+
+
+def decode_latency(device: torch.device) -> float:
+    """Seconds that decoding a tensor of 32 x 64 weights takes: the most of the formats."""
+    weight = (torch.randn(32, 64) * 0.02).bfloat16()
+    out, calls = torch.empty(32, 64, dtype=torch.bfloat16, device=device), 50
+    latencies = []
+    for codec in FORMATS.values():
+        packed = codec.encode(weight).to(device)
+
+        def decode() -> None:
+            for _ in range(calls):
+                codec.decode(packed, out, parallel=False)  # noqa: B023
+
+        latencies.append(best_seconds(decode, device) / calls)
+    return max(latencies)
 
 
 def disk_reads(directory: str) -> float:
@@ -168,7 +184,7 @@ def launch_seconds(device: torch.device) -> float:
 def measure(device: torch.device, disk_dir: str) -> HardwareProfile:
     """The profile of this machine."""
     made_by = provenance(device.type)
-    bar = tqdm(total=8, desc="profile", leave=False)
+    bar = tqdm(total=9, desc="profile", leave=False)
 
     def step(name: str, work):
         bar.set_postfix_str(name)
@@ -192,6 +208,7 @@ def measure(device: torch.device, disk_dir: str) -> HardwareProfile:
         copy_overlap=step("copies under compute", lambda: copy_overlap(device)),
         kernel_host_bandwidth=step("reads of host memory", lambda: measure_links(device).read),
         decode_bandwidth=step("decoders", lambda: decoders(device)),
+        decode_latency_s=step("small decodes", lambda: decode_latency(device)),
         disk_bandwidth=step("disk", lambda: disk_reads(disk_dir)),
         launch_s=step("launches", lambda: launch_seconds(device)),
         measured=True,

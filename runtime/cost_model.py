@@ -206,7 +206,8 @@ class CostModel:
             if layout.decodes(tier):
                 if not self.profile.decode_bandwidth.get(stored):
                     raise ProfileError(f"profile {self.profile.name} has no decode_bandwidth of {stored}; measure it")
-                decode += count * layout.expert_bytes(DENSE) / self.profile.decode_bandwidth[stored]
+                each = layout.expert_bytes(DENSE) / self.profile.decode_bandwidth[stored]
+                decode += count * (each + 2 * self.profile.decode_latency_s)
         return link, decode
 
     @property

@@ -43,6 +43,7 @@ class HardwareProfile:
                             whose copies run on its cores and through its only memory
     kernel_host_bandwidth   kernels that read pinned memory in place
     decode_bandwidth        format → bytes/s of bf16 put out, decoding compressed experts to a buffer
+    decode_latency_s        of decoding one tensor, however small
     disk_bandwidth          reads of a large file
     launch_s                one kernel inside a graph, launch to launch; iteration_s: scheduler, sampling, batch
     link_bandwidth          all-reduce between devices, bytes/s of payload; link_latency_s: of one all-reduce
@@ -59,6 +60,7 @@ class HardwareProfile:
     kernel_host_bandwidth: float
     disk_bandwidth: float
     decode_bandwidth: Mapping[str, float] = field(default_factory=dict)
+    decode_latency_s: float = 0.0
     host_latency_s: float = 0.0
     host_link_shared: float = 0.0
     copy_overlap: float = 1.0
@@ -78,7 +80,8 @@ class HardwareProfile:
         for name in positive:
             if not _number(getattr(self, name)) or getattr(self, name) <= 0:
                 raise ProfileError(f"profile {self.name}: {name} must be positive, got {getattr(self, name)!r}")
-        rest = ("host_latency_s", "host_link_shared", "launch_s", "iteration_s", "link_bandwidth", "link_latency_s")
+        rest = ("decode_latency_s", "host_latency_s", "host_link_shared", "launch_s", "iteration_s")
+        rest += ("link_bandwidth", "link_latency_s")
         for name, value in [*((n, getattr(self, n)) for n in rest), *self.decode_bandwidth.items()]:
             if not _number(value) or value < 0:
                 raise ProfileError(f"profile {self.name}: {name} must not be negative, got {value!r}")

@@ -205,6 +205,14 @@ def test_copies_that_take_compute_make_layers_longer():
     assert resident[0] == resident[1]
 
 
+def test_every_decoded_tensor_costs_its_latency():
+    slow = replace(PROFILE, decode_latency_s=1e-4)
+    packed = dict(placement="packed", expert_format="huffman")
+    with_latency, without = run(profile=slow, **packed)[0], run(**packed)[0]
+    added = sum(a.transfer_s - b.transfer_s for a, b in zip(with_latency, without, strict=True))
+    assert added == pytest.approx(len(without) * 2 * MODEL.num_layers * MODEL.num_experts * 1e-4, rel=1e-3)
+
+
 def test_a_link_may_be_held_to_a_rate():
     slow = replace(PROFILE, host_bandwidth=PROFILE.host_bandwidth / 4)
     held = run(placement="host", link_bandwidth=slow.host_bandwidth)[0]

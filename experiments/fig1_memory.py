@@ -16,8 +16,8 @@ from fluxmoe.models.published import PUBLISHED
 from fluxmoe.runtime.config import EngineConfig
 from tqdm import tqdm
 
-from .common import Parser, cli_main, provenance, write_csv, write_json
-from .machines import SIMULATED, Machine, machine_of
+from .common import cli_main, provenance, write_csv, write_json
+from .machines import SIMULATED, Machine, figure_parser, machine_of
 from .paper_plots import plot_memory_split
 from .paper_sweep import MEASURED_SCALE
 from .presets import Source, preset_source, published_source
@@ -51,11 +51,8 @@ def held(machine: Machine, source: Source, batch: int, context: int) -> dict[str
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = Parser(prog="fluxmoe.experiments.fig1_memory", description=__doc__.splitlines()[0])
-    p.add_argument("--device", choices=["sim", "cpu", "cuda"], default="sim", help="(default: %(default)s)")
+    p = figure_parser("fig1_memory", __doc__.splitlines()[0])
     p.add_argument("--model", choices=list(PUBLISHED), default="qwen3-next-80b-a3b", help="of sim")
-    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
-    p.add_argument("--out", required=True, metavar="DIR")
     args = p.parse_args(argv)
     out = Path(args.out)
     if args.device == SIMULATED:

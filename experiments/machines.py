@@ -12,7 +12,7 @@ from fluxmoe.runtime.engine import Engine, resolve_device
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.simulator import SimEngine
 
-from .common import UsageError
+from .common import Parser, UsageError
 from .presets import Source
 
 SIMULATED = "sim"
@@ -43,6 +43,15 @@ class Machine:
         if source.checkpoint is None:
             raise UsageError(f"{source.name} has no weights here: it can only be simulated, with --device sim")
         return Engine(source.checkpoint, replace(settings, device=self.device))
+
+
+def figure_parser(module: str, description: str) -> Parser:
+    """The arguments of a script that simulates a figure of the paper, or makes it for real from a preset."""
+    p = Parser(prog=f"fluxmoe.experiments.{module}", description=description)
+    p.add_argument("--device", choices=[SIMULATED, "cpu", "cuda"], default=SIMULATED, help="(default: %(default)s)")
+    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
+    p.add_argument("--out", required=True, metavar="DIR")
+    return p
 
 
 def machine_of(args: argparse.Namespace) -> Machine:

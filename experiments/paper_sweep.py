@@ -18,8 +18,8 @@ from fluxmoe.runtime.budget import BudgetError, parse_bytes
 from fluxmoe.runtime.hardware import HardwareProfile
 from tqdm import tqdm
 
-from .common import Parser, provenance, read_csv, resume, write_csv, write_json
-from .machines import SIMULATED, machine_of
+from .common import provenance, read_csv, resume, write_csv, write_json
+from .machines import SIMULATED, figure_parser, machine_of
 from .paper_systems import CALIBRATED_ON, OUTPUT_SHARE, Bench, Calibration, Run, calibrate, serve, settings_of
 from .presets import Source, preset_source, published_source
 
@@ -33,11 +33,8 @@ COLUMNS = (
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
-    p = Parser(prog=f"fluxmoe.experiments.{module}", description=description)
-    p.add_argument("--device", choices=["sim", "cpu", "cuda"], default="sim", help="(default: %(default)s)")
-    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
+    p = figure_parser(module, description)
     p.add_argument("--link-bandwidth", metavar="BYTES", help="CPU: host experts come at no more than this a second")
-    p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument(
         "--calibration", metavar="FILE", default="results/simulated-4xL40/calibration.json",
         help="made if it does not exist (half a minute; default: %(default)s)",

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint (its config.json is enough)")
     source.add_argument("--config", choices=list(PUBLISHED), help="a published model by name")
-    p.add_argument("--gpu", required=True, metavar="NAME|FILE", help=f"{', '.join(list_profiles())}, or a profile")
+    p.add_argument("--gpu", required=True, metavar="NAME[×N]|FILE", help=f"{', '.join(list_profiles())}, or a profile")
     p.add_argument("--devices", type=int, help="how many of the profile's devices share the model (default: all)")
     p.add_argument("--budget", default="all", metavar="BYTES", help="of each device (default: 90 %% of its memory)")
     p.add_argument("--batch", type=int, default=64, help="requests at a time")
@@ -123,9 +123,10 @@ def main(argv: list[str] | None = None) -> None:
     }  # fmt: skip
     rows = evaluate(**asked)
     total = model.expert_bytes_total + model.non_expert_bytes
+    where = profile.name if asked["devices"] == profile.num_devices else f"{asked['devices']} of {profile.name}"
     print(
         f"{args.config or args.model}: {format_bytes(total)} of weights, "
-        f"{100 * model.expert_bytes_total / total:.0f} % experts; {asked['devices']} x {profile.name}; "
+        f"{100 * model.expert_bytes_total / total:.0f} % experts; {where}; "
         f"{args.batch} requests of {context} tokens. Simulated."
     )
     for row in rows:

@@ -22,8 +22,8 @@ from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.metrics import summarise
 from tqdm import tqdm
 
-from .common import Parser, cli_main, provenance, resume, write_csv, write_json
-from .machines import SIMULATED, Machine, machine_of
+from .common import cli_main, provenance, resume, write_csv, write_json
+from .machines import SIMULATED, Machine, figure_parser, machine_of
 from .memory_budget import split_placement
 from .paper_plots import plot_sensitivity
 from .presets import Source, preset_source, published_source
@@ -98,11 +98,7 @@ def serve(point: Point, placement: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = Parser(prog="fluxmoe.experiments.sensitivity", description=__doc__.splitlines()[0])
-    p.add_argument("--device", choices=["sim", "cpu", "cuda"], default="sim", help="(default: %(default)s)")
-    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
-    p.add_argument("--out", required=True, metavar="DIR")
-    args = p.parse_args(argv)
+    args = figure_parser("sensitivity", __doc__.splitlines()[0]).parse_args(argv)
     out = Path(args.out)
     if args.device == SIMULATED:
         points = list(simulated_points())

@@ -16,8 +16,8 @@ from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.cost_model import FORMAT_BITS
 from tqdm import tqdm
 
-from .common import Parser, cli_main, provenance, write_atomically, write_csv, write_json
-from .machines import SIMULATED, Machine, machine_of
+from .common import cli_main, provenance, write_atomically, write_csv, write_json
+from .machines import SIMULATED, Machine, figure_parser, machine_of
 from .presets import Source, preset_source, published_source
 
 MEASURED = ("small", "next", "deep-next", "deep-mixtral")
@@ -56,11 +56,7 @@ def held(machine: Machine, source: Source) -> dict[str, object]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = Parser(prog="fluxmoe.experiments.table1_models", description=__doc__.splitlines()[0])
-    p.add_argument("--device", choices=["sim", "cpu", "cuda"], default="sim", help="(default: %(default)s)")
-    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
-    p.add_argument("--out", required=True, metavar="DIR")
-    args = p.parse_args(argv)
+    args = figure_parser("table1_models", __doc__.splitlines()[0]).parse_args(argv)
     if args.device == SIMULATED:
         rows, about = [computed(published_source(name)) for name in PUBLISHED], {"simulated": "published configs"}
     else:

@@ -216,7 +216,7 @@ def test_plan_says_what_fits_and_what_helps(tmp_path, capsys):
 
 def test_plan_takes_several_of_a_gpu(capsys):
     plan.main(["--config", "olmoe-1b-7b", "--gpu", "H100-SXM×2", "--batch", "4", "--context", "256"])
-    assert "2 x H100-SXM" in capsys.readouterr().out
+    assert "experts; H100-SXM×2; 4 requests" in capsys.readouterr().out
 
 
 def test_sensitivity(tmp_path, monkeypatch, capsys):

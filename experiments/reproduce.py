@@ -125,7 +125,7 @@ EXPERIMENTS = (
         )
     ),
     script(
-        "ablation", "--device", "sim", "--profile", "H100-SXM", "--config", "qwen3-30b-a3b", "--budget", "40GiB",
+        "ablation", "--device", "sim", "--profile", "H100-SXM", "--config", "qwen3-30b-a3b", "--budget", "48GiB",
         "--requests", "128", "--context", "4096", "--output-tokens", "512", "--max-batch", "128",
         "--max-batched-tokens", "2048", out=f"{_H100}/ablation_qwen3-30b-a3b", result="rows.csv",
     ),

@@ -31,6 +31,14 @@ STYLE = {
 }
 
 
+def style_of(placement: str) -> tuple[str, str, str]:
+    """Colour, marker and label of a placement as scripts take it, NAME[:ALPHA][+FORMAT]."""
+    where, _, expert_format = placement.partition("+")
+    name = where.partition(":")[0]
+    key = f"{name}+" if expert_format and f"{name}+" in STYLE else name
+    return STYLE.get(key, ("#F0E442", "x", name))
+
+
 def line_of(about: dict) -> str:
     """The style of a result's lines, by its provenance."""
     return "--" if about.get("simulated") else "-"
@@ -71,9 +79,8 @@ def plot_memory_budget(directory: Path) -> Path:
     taken: set[str] = set()
     for index, (placement, rows) in enumerate(points.groupby("placement", sort=False)):
         where, _, expert_format = placement.partition("+")
-        name, _, share = where.partition(":")
-        key = f"{name}+" if expert_format and f"{name}+" in STYLE else name
-        colour, marker, label = STYLE.get(key, ("#F0E442", "x", name))
+        share = where.partition(":")[2]
+        colour, marker, label = style_of(placement)
         if colour in taken:  # the same placement at another α
             colour = next(c for c in ("#999999", "#F0E442", "#009E73", "#56B4E9") if c not in taken)
         taken.add(colour)
@@ -136,10 +143,7 @@ def plot_versus(directory: Path) -> Path:
     others = iter(("#0072B2", "#009E73", "#E69F00", "#F0E442", "#56B4E9", "#999999"))
     for index, provider in enumerate(names):
         mine, ours = rows[rows.provider == provider], provider.startswith("fluxmoe")
-        where, _, expert_format = provider.removeprefix("fluxmoe ").partition("+")
-        kind = where.partition(":")[0]
-        key = f"{kind}+" if expert_format and f"{kind}+" in STYLE else kind
-        colour = STYLE[key][0] if ours else next(others)
+        colour = style_of(provider.removeprefix("fluxmoe "))[0] if ours else next(others)
         speed = mine[mine.status == "ok"].groupby(over).tokens_per_s.agg(["median", "min", "max"])
         speed = speed.set_axis([x_of(x) for x in speed.index]).sort_index()
         spread = [speed["median"] - speed["min"], speed["max"] - speed["median"]]

@@ -52,8 +52,8 @@ _ADAPT = (
 # The CPU's copies held to the paper's ratio of link to memory: 25 over 778 GB/s.
 _HELD = ("--link-bandwidth", "1GB")
 _VERSUS = (
-    "--budgets", "256MiB", "384MiB", "432MiB", "480MiB", "560MiB", "704MiB", "960MiB", "1280MiB", "--placements",
-    "resident", "packed", "host+planar12", "--sequences", "64", "--prompt-tokens", "192", "--rounds", "1",
+    "--budgets", "256MiB", "384MiB", "432MiB", "480MiB", "560MiB", "960MiB", "1280MiB", "--placements", "resident",
+    "packed", "host+planar12", "--sequences", "64", "--prompt-tokens", "192", "--rounds", "1",
 )  # fmt: skip
 _SIZES = (
     "--requests", "128", "--context", "4096", "--output-tokens", "512", "--max-batch", "128", "--max-batched-tokens",
@@ -73,9 +73,18 @@ EXPERIMENTS = (
         "packed_overhead", "--preset", "small", "--device", "cpu", "--placements", "resident", "packed",
         result="rows.csv",
     ),
+    script(
+        "packed_overhead", "--preset", "small", "--device", "cpu", "--placements", "resident", "packed",
+        "packed+tiered", "packed+huffman", "--batches", "32", "--repeats", "1", "--output-tokens", "6",
+        out="{out}/packed_overhead_decoded", result="rows.csv",
+    ),
     script("bench_packing", "--preset", "small", result="gemm.csv"),
     script("fig5_exponents", "--model", "checkpoints/small", result="exponents.png"),
     script("exp3_adaptation", *_ADAPT, "--device", "cpu", result="adaptation.png"),
+    script(
+        "exp3_adaptation", *_ADAPT, "--device", "cpu", "--link-bandwidth", "4GB", out="{out}/exp3_adaptation_4GBps",
+        result="adaptation.png",
+    ),
     script("exp4_overhead", "--device", "cpu", result="overhead.png"),
     script("ablation", "--preset", "small", "--budget", "384MiB", "--device", "cpu", result="rows.csv"),
     script("bench_cpu_moe", result="rows.csv"),
@@ -94,8 +103,12 @@ EXPERIMENTS = (
         result="versus.png",
     ),
     script(
-        "versus_vllm", "--vllm-python", "{vllm}", "--transformers", "--dtypes", "bfloat16", "float32", "--device",
-        "cpu", *_VERSUS, out="{out}/versus_budget", result="versus.png",
+        "versus_vllm", "--vllm-python", "{vllm}", "--dtypes", "bfloat16", "float32", "--device", "cpu", *_VERSUS,
+        out="{out}/versus_budget", result="versus.png",
+    ),
+    script(
+        "versus_vllm", "--transformers", "--dtypes", "bfloat16", "float32", "--device", "cpu", "--placements",
+        "resident", "packed", "--sequences", "1", "8", out="{out}/versus_transformers", result="versus.png",
     ),
     script("table1_models", out=f"{_SIM}/table1_models", result="table.md"),
     script("fig1_memory", out=f"{_SIM}/fig1_memory", result="memory.png"),

@@ -104,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
         points = list(simulated_points())
     else:
         points = list(measured_points(machine_of(args), preset_source("small", Path(args.checkpoints))))
-    rows, identity = resume(out, {"points": [(p.panel, p.x, p.source.name, p.machine.about) for p in points]})
+    asked = [replace(p, machine=None, source=p.source.name) for p in points]
+    rows, identity = resume(out, {**points[0].machine.about, "points": asked})
     done = {(row["panel"], row["x"], row["placement"]) for row in rows}
     about = {**points[0].machine.about, "models": {p.panel: p.source.name for p in points}, "identity": identity}
     write_json(out / "provenance.json", {**provenance(args.device, 0), **about})

@@ -246,7 +246,7 @@ def test_sensitivity_for_real(tiny_presets, tmp_path, monkeypatch):
     assert speed["link", 2e7, "host+planar12"] < speed["link", 1e9, "host+planar12"]
 
 
-def test_validation_compares_what_was_measured(tiny_presets, tmp_path, capsys, calibration, monkeypatch):
+def test_validation_compares_what_was_measured(tiny_presets, tmp_path):
     models, results = str(tmp_path / "models"), tmp_path / "results" / "cpu"
     fig2_kv_capacity.main(["--device", "cpu", "--checkpoints", models, "--out", str(results / "fig2_kv_capacity")])
     with pytest.raises(UsageError, match=r"holds no profile\.json"):

@@ -105,18 +105,8 @@ def test_workloads_by_argument(tmp_path):
 
 def test_ablation_on_the_simulator(tmp_path, capsys):
     small = ["--device", "sim", "--profile", "H100-SXM", "--config", "olmoe-1b-7b", "--budget", "12GiB"]
-    small += [
-        "--requests",
-        "8",
-        "--context",
-        "128",
-        "--output-tokens",
-        "16",
-        "--max-batch",
-        "8",
-        "--out",
-        str(tmp_path),
-    ]
+    small += ["--requests", "8", "--context", "128", "--output-tokens", "16", "--max-batch", "8"]
+    small += ["--out", str(tmp_path)]
     ablation.main(small)
     out = capsys.readouterr().out
     assert "tokens: identical" in out

@@ -29,7 +29,6 @@ that is `batch_invariant`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -38,6 +37,7 @@ from torch import Tensor
 from ._paged_attention import _decode_kernel, _merge_kernel, _prefill_kernel
 from .norm import DTYPES
 from .ops import KernelError
+from .tiles import capability_of, num_sms_of
 
 # Heads that share a KV head are rows of one tile, whose accumulator must fit in registers.
 MAX_GROUP = 64
@@ -110,15 +110,6 @@ def padded_dim(head_dim: int) -> int:
     return max(triton.next_power_of_2(head_dim), 16)
 
 
-@cache
-def _device_facts(device: torch.device) -> tuple[int, int]:
-    """(SMs, compute capability as one number); one SM of sm_90 stands for the interpreter."""
-    if device.type != "cuda":
-        return 1, 90
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, 10 * properties.major + properties.minor
-
-
 def _shape_constexprs(
     tile: AttentionTile, heads: int, kv_heads: int, head_dim: int, block_size: int, window: int
 ) -> dict:
@@ -184,10 +175,9 @@ def paged_attention(
         raise KernelError(f"window and max_query_len must not be negative, got {window} and {max_query_len}")
     if not tokens or not sequences:
         return out
-    num_sms, capability = _device_facts(q.device)
     group, itemsize = heads // kv_heads, q.dtype.itemsize
     queries = max(INVARIANT_ROWS // group, 1) if batch_invariant else max(max_query_len, 1)
-    tile = attention_tile(head_dim, group, itemsize, queries, capability)
+    tile = attention_tile(head_dim, group, itemsize, queries, capability_of(q.device))
     shape = _shape_constexprs(tile, heads, kv_heads, head_dim, block_size, window)
     launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     inputs = (q, k_cache, v_cache, block_table, context_lens, query_start, out)
@@ -200,7 +190,7 @@ def paged_attention(
         return out
     if num_splits is None:
         span = block_table.shape[1] * block_size if max_context is None else max_context
-        num_splits = choose_num_splits(sequences, kv_heads, min(span, window) if window else span, num_sms)
+        num_splits = choose_num_splits(sequences, kv_heads, min(span, window) if window else span, num_sms_of(q.device))
     if not 1 <= num_splits <= MAX_SPLITS:
         raise KernelError(f"num_splits must be 1 to {MAX_SPLITS}, got {num_splits}")
     direct = num_splits == 1

@@ -29,6 +29,8 @@ from typing import NamedTuple
 
 import torch
 
+from .launches import compiled_for
+
 TUNED_DIR = Path(__file__).with_name("tuned")
 # What a program may use, by compute capability (CUDA C programming guide, table of capabilities).
 _SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -144,9 +146,26 @@ def tile_fields(tile: Tile) -> dict:
     return asdict(tile)
 
 
+@cache
+def _cuda_facts(device: torch.device) -> tuple[int, int]:
+    """(SMs, compute capability) of a GPU: asked at every launch, and never different."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, 10 * properties.major + properties.minor
+
+
+def _facts(device: torch.device) -> tuple[int, int]:
+    if device.type == "cuda":
+        return _cuda_facts(device)
+    target = compiled_for(device)
+    return (target.num_sms, target.capability) if target else (1, 90)
+
+
 def capability_of(device: torch.device) -> int:
-    """Compute capability as one number (90 for sm_90); 90 where kernels are interpreted, on a CPU."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    """Compute capability as one number (90 for sm_90): the device's, or that which is compiled for on the meta device;
+    90 where kernels are interpreted, on a CPU."""
+    return _facts(device)[1]
+
+
+def num_sms_of(device: torch.device) -> int:
+    """SMs, likewise; 1 where kernels are interpreted."""
+    return _facts(device)[0]

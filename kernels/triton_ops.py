@@ -1,6 +1,7 @@
 """TritonOps: the operations of a decoder on the Triton kernels, with every buffer made once.
 
-Runs on CUDA, and on the CPU where kernels are interpreted (TRITON_INTERPRET=1: slow, for tests). Activations have
+Runs on CUDA, on the CPU where kernels are interpreted (TRITON_INTERPRET=1: slow, for tests), and on the meta device
+inside `launches.compile_only`, where launches are compiled and nothing runs. Activations have
 the weights' dtype; router logits, softmax and all sums are fp32. Dense projections are torch's (cuBLAS), unless
 `batch_invariant` asks for one order of summation whatever the batch: then they, too, run on our tile.
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from . import grouped_gemm, paged_attention
 from .delta_net import gated_delta_net
 from .expert_table import DOWN, GATE_UP
+from .launches import compiled_for
 from .norm import rms_norm
 from .ops import (
     DENSE,
@@ -37,7 +39,7 @@ from .packing.blocks import block_bytes, decode_block, encode_block
 from .packing.formats import Packed
 from .rope_kv import rope_and_cache
 from .routing import Router
-from .tiles import Tile, Tiles, capability_of, choose_tiles, fit, invariant_tile, planar12_tile
+from .tiles import Tile, Tiles, capability_of, choose_tiles, fit, invariant_tile, num_sms_of, planar12_tile
 
 # What torch gives cuBLAS on each stream (its default for Hopper, the largest): 32 MiB.
 _CUBLAS_BYTES = 32 << 20
@@ -67,7 +69,8 @@ class TritonOps:
         self.act_dtype, self.batch_invariant = dims.dtype, batch_invariant
         self._planar12 = planar12
         self._expert_shapes = ((2 * dims.intermediate, dims.hidden), (dims.hidden, dims.intermediate))
-        if self.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        on_gpu, compiled = self.device.type == "cuda", compiled_for(self.device) is not None
+        if not (on_gpu or compiled or triton.knobs.runtime.interpret):
             raise KernelError("Triton kernels need a CUDA device, or TRITON_INTERPRET=1 to be interpreted (slowly)")
         if dims.dtype not in grouped_gemm.TL_DTYPES:
             raise KernelError(f"Triton kernels take bfloat16, float16 or float32 weights, got {dims.dtype}")
@@ -75,9 +78,8 @@ class TritonOps:
             raise KernelError(f"the KV block size must be a multiple of 16, got {limits.block_size}")
         tokens, rows = limits.tokens, limits.tokens * dims.top_k
         self._capability = capability_of(self.device)
-        on_gpu = self.device.type == "cuda"
         self._gpu = torch.cuda.get_device_name(self.device) if on_gpu else None
-        self._num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
+        self._num_sms = num_sms_of(self.device)
         self._router = Router(tokens, dims.experts, dims.top_k, dims.renormalise, self.device)
         self._buffers = {
             "hidden": self._empty(tokens, dims.hidden),

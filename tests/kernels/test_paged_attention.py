@@ -252,7 +252,7 @@ def test_workspace_holds_every_smaller_batch():
 def test_default_splits_fit_the_workspace_promised(monkeypatch):
     from fluxmoe.kernels import paged_attention as module
 
-    monkeypatch.setattr(module, "_device_facts", lambda device: (8, 90))
+    monkeypatch.setattr(module, "num_sms_of", lambda device: 8)
     b = batch([(600, 1), (30, 1)])
     need = workspace_bytes(2, 4, 2, 24, b.table.shape[1] * 16, 8)
     assert need > 0

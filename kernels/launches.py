@@ -1,0 +1,126 @@
+"""Launches that are compiled and not run: what a GPU would be given, on a machine that may have none.
+
+    with compile_only(90) as launches:
+        rms_norm(torch.empty(8, 2048, dtype=torch.bfloat16, device="meta"), weight, 1e-6)
+    launches[0].compiled.asm["cubin"]
+
+Inside, every launch of a Triton kernel goes through Triton's own front end (specialisation, cache, ptxas) for the
+target asked for and stops there. Tensors live on the meta device: they have shapes and dtypes, and no memory. So what
+is compiled is what serving launches, argument by argument. What was compiled lies in Triton's cache on disk, where real
+launches of the same target find it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+from triton.runtime._allocation import _NULL_ALLOCATOR, _allocator
+from triton.runtime.jit import JITFunction
+
+from .ops import KernelError
+
+# SMs of an H100 SXM, for launches that are chosen by them.
+_NUM_SMS = 132
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch. constexprs: by argument name; may_allocate: whether an allocator for global scratch was set."""
+
+    kernel: JITFunction
+    constexprs: dict[str, object]
+    num_warps: int
+    compiled: triton.compiler.CompiledKernel
+    may_allocate: bool
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Global memory that each program needs beside its arguments (descriptors that it makes)."""
+        return self.compiled.metadata.global_scratch_size
+
+
+@dataclass(frozen=True)
+class Case:
+    """A public operation at the sizes of a real model, for the audit; `launch` calls it on tensors of the meta device.
+
+    wide: kernels that must load 16 bytes a thread; weights_per_step: weights that a thread decodes in a step of the
+    tile loop, for kernels that have such a loop beside the dense one; accepts: problem → why it is accepted here.
+    """
+
+    name: str
+    launch: Callable[[], object]
+    wide: tuple[JITFunction, ...] = ()
+    weights_per_step: int = 0
+    accepts: dict[str, str] = field(default_factory=dict)
+
+
+class CompileOnlyDriver(DriverBase):
+    """What Triton asks of a driver before it launches. num_sms: what launches that are chosen by it see."""
+
+    def __init__(self, capability: int, num_sms: int = _NUM_SMS) -> None:
+        self.capability, self.num_sms = capability, num_sms
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False  # never chosen by Triton itself
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> str:
+        # The key of a kernel's cache in memory: never that of a real device.
+        return f"sm_{self.capability}, compiled only"
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise KernelError("a launch that is only compiled has no launcher")
+
+    def get_benchmarker(self) -> Callable:
+        raise KernelError("a launch that is only compiled cannot be timed")
+
+
+@contextmanager
+def compile_only(capability: int, num_sms: int = _NUM_SMS) -> Iterator[list[Launch]]:
+    """While open, launches are compiled for sm_<capability>, recorded in the list, and not run. Not thread-safe.
+
+    KernelError where kernels are interpreted: nothing would be compiled.
+    """
+    if triton.knobs.runtime.interpret:
+        raise KernelError("TRITON_INTERPRET is set, so that nothing is compiled; unset it")
+    launches: list[Launch] = []
+    run, active = JITFunction.run, driver._active
+
+    def compile_and_record(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object):
+        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        constants = compiled.src.constants
+        names = {i: p.name for i, p in enumerate(kernel.params) if p.is_constexpr}
+        constexprs = {names[path[0]]: value for path, value in constants.items() if path[0] in names}
+        may_allocate = _allocator.get() is not _NULL_ALLOCATOR
+        launches.append(Launch(kernel, constexprs, compiled.metadata.num_warps, compiled, may_allocate))
+        return compiled
+
+    JITFunction.run = compile_and_record
+    driver.set_active(CompileOnlyDriver(capability, num_sms))
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+        driver.set_active(active)
+
+
+def compiled_for(device: torch.device) -> CompileOnlyDriver | None:
+    """The driver inside `compile_only`, for tensors on the meta device; None for real ones."""
+    active = driver._active
+    return active if device.type == "meta" and isinstance(active, CompileOnlyDriver) else None

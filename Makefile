@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test figures reproduce lint format clean
+.PHONY: demo test compat figures reproduce lint format clean
 
 $(STAMP): requirements.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -17,6 +17,21 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest
+
+# The kernels under the oldest Triton that they must run on: compiled and audited, then interpreted. In an environment of
+# its own; Triton goes in last and alone, since torch's CUDA builds want the one that they were released with.
+COMPAT := .venv-compat
+
+$(COMPAT)/.installed: requirements.txt pyproject.toml
+	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install --quiet -r requirements.txt "numpy<2.4"
+	$(COMPAT)/bin/python -m pip install --quiet --no-deps triton==3.6.0
+	$(COMPAT)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+compat: $(COMPAT)/.installed
+	$(COMPAT)/bin/python -m fluxmoe.kernels.audit --arch sm_90
+	$(COMPAT)/bin/python -m pytest tests/kernels
 
 # Every figure again, from the committed results alone.
 figures: $(STAMP)
@@ -35,4 +50,4 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(COMPAT) build *.egg-info .pytest_cache .ruff_cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from fluxmoe.kernels.audit import Report, audit, cases
+from fluxmoe.kernels.audit import Report, audit, cases_of
 from fluxmoe.kernels.tiles import ROW_BOUNDS, Tile, default_tile, planar12_tile
 
 from .gpu import ResultRows, Roofs, Timing
@@ -25,19 +25,16 @@ L2_BYTES_PER_S = 7.5e12
 LATENCY_S = 0.8e-6
 # A kernel inside a graph: launch to launch, its index loads, its epilogue.
 FIXED_S = 4e-6
+GEMMS = ("gate_up", "down")
 
 
 def audited(arch: str) -> dict[tuple[str, Tile], Report]:
     """The machine code of both GEMMs at each tile of the rule."""
-    by_name = {case.name: case for case in cases(arch)}
     capability = int(arch.removeprefix("sm_"))
     tiles = {f"{bound:.0f} rows": default_tile(bound, capability, 2) for bound in ROW_BOUNDS}
     tiles |= {f"planar12, {rows} rows": planar12_tile(rows, capability) for rows in (16, 32, 64)}
-    return {
-        (name, tile): audit(by_name[f"grouped_gemm {name}, {label}"], arch)
-        for label, tile in tiles.items()
-        for name in ("gate_up", "down")
-    }
+    wanted = {f"grouped_gemm {name}, {label}": (name, tile) for label, tile in tiles.items() for name in GEMMS}
+    return {wanted[case.name]: audit(case, arch)[0] for case in cases_of(arch) if case.name in wanted}
 
 
 def gemm_limits(

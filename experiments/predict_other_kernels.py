@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from fluxmoe.kernels.audit import Case, Report, audit, cases
+from fluxmoe.kernels.audit import Report, audit, cases_of
 
 from .common import Parser, cli_main, provenance, write_csv, write_json
 from .predict_kernels import CLOCK_HZ, FIXED_S, ISSUES_PER_CLOCK, ROOFS, SMS
@@ -33,28 +33,28 @@ class Work(NamedTuple):
     flops: float = 0.0
 
 
-def _once(size: str, nbytes: float, programs: float, case: Case, code: Report) -> Work:
+def _once(size: str, nbytes: float, programs: float, code: Report) -> Work:
     """A kernel without a loop: every warp issues its code once."""
-    return Work(size, nbytes, programs * case.num_warps * code.instructions, programs)
+    return Work(size, nbytes, programs * code.num_warps * code.instructions, programs)
 
 
-def _token_wise(case: Case, code: Report, tokens: int) -> Work | None:
+def _token_wise(code: Report, tokens: int) -> Work | None:
     """Norms, RoPE and routing of `tokens`; None for other kernels."""
-    c, kind = case.constexprs, case.name.split("/")[0]
-    if kind == "rms_norm":
-        return _once(f"{tokens} tokens", 4 * tokens * c["HIDDEN"], tokens, case, code)
-    if kind == "rope_and_cache":
+    c = code.constexprs
+    if code.kernel == "_rms_norm_kernel":
+        return _once(f"{tokens} tokens", 4 * tokens * c["HIDDEN"], tokens, code)
+    if code.kernel == "_rope_and_cache_kernel":
         row = (c["HEADS"] + 2 * c["KV_HEADS"]) * c["HEAD_DIM"]
-        return _once(f"{tokens} tokens", 4 * tokens * row, 3 * tokens, case, code)
-    if kind.startswith("route_kernel") and tokens <= c["BLOCK_T"]:
-        return _once(f"{tokens} tokens", 4 * tokens * c["BLOCK_E"], 1, case, code)
+        return _once(f"{tokens} tokens", 4 * tokens * row, 3 * tokens, code)
+    if code.kernel == "_route_kernel" and tokens <= c["BLOCK_T"]:
+        return _once(f"{tokens} tokens", 4 * tokens * c["BLOCK_E"], 1, code)
     return None
 
 
-def _attention(case: Case, code: Report, sequences: int, queries: int) -> Work | None:
+def _attention(code: Report, sequences: int, queries: int) -> Work | None:
     """Attention of `sequences` at CONTEXT; queries: 1, or a whole prompt."""
-    c, kind = case.constexprs, case.name.split("/")[0]
-    if kind not in ("attention_decode", "attention_prefill") or (queries > 1) != (kind == "attention_prefill"):
+    c, kind = code.constexprs, "attention_decode" if queries == 1 else "attention_prefill"
+    if not code.name.startswith(kind):
         return None
     rows = math.ceil(queries * c["GROUP"] / c["BLOCK_ROWS"])
     seen = CONTEXT if queries == 1 else CONTEXT / 2  # causal: half of the keys, in the mean
@@ -66,24 +66,24 @@ def _attention(case: Case, code: Report, sequences: int, queries: int) -> Work |
     programs = sequences * c["KV_HEADS"] * rows if queries > 1 else SMS
     flops = 4 * sequences * queries * seen * heads * c["HEAD_DIM"]
     size = f"{sequences} sequences, {'decode' if queries == 1 else 'prompts'} of {CONTEXT}"
-    return Work(size, nbytes, steps * code.loop["all"] * case.num_warps, programs, flops)
+    return Work(size, nbytes, steps * code.loop["all"] * code.num_warps, programs, flops)
 
 
-def _delta(case: Case, code: Report, sequences: int) -> Work | None:
+def _delta(code: Report, sequences: int) -> Work | None:
     """A decode step of Gated DeltaNet."""
-    if case.name != "delta_net/qwen3-next":
+    if code.kernel != "_delta_kernel" or not code.name.startswith("delta_net_decode"):
         return None
-    c = case.constexprs
+    c = code.constexprs
     state = 2 * 4 * sequences * c["VALUE_HEADS"] * c["DK"] * c["DV"]
-    return _once(f"{sequences} sequences, decode", state, sequences * c["VALUE_HEADS"], case, code)
+    return _once(f"{sequences} sequences, decode", state, sequences * c["VALUE_HEADS"], code)
 
 
-def predict(case: Case, code: Report) -> list[dict]:
+def predict(code: Report) -> list[dict]:
     """Rows of one kernel; none for those that `predict_kernels` has, or that belong to no layer's launch."""
-    works = [_token_wise(case, code, tokens) for tokens in TOKENS]
-    works += [_attention(case, code, sequences, 1) for sequences in (1, 32, 128)]
-    works += [_attention(case, code, 1, CONTEXT)]
-    works += [_delta(case, code, sequences) for sequences in (1, 32, 128)]
+    works = [_token_wise(code, tokens) for tokens in TOKENS]
+    works += [_attention(code, sequences, 1) for sequences in (1, 32, 128)]
+    works += [_attention(code, 1, CONTEXT)]
+    works += [_delta(code, sequences) for sequences in (1, 32, 128)]
     rows = []
     for work in (work for work in works if work is not None):
         slots = min(SMS, work.programs) * ISSUES_PER_CLOCK * CLOCK_HZ
@@ -95,7 +95,7 @@ def predict(case: Case, code: Report) -> list[dict]:
         limit = max(limits, key=limits.get)
         rows.append(
             {
-                "kind": "predicted", "kernel": case.name, "size": work.size,
+                "kind": "predicted", "kernel": code.name, "size": work.size,
                 "predicted_us": 1e6 * (limits[limit] + FIXED_S),
                 "limit": limit if limits[limit] > FIXED_S else "launch",
                 **{f"{name}_us": 1e6 * seconds for name, seconds in limits.items()},
@@ -109,10 +109,11 @@ def main(argv: list[str] | None = None) -> None:
     p = Parser(prog="fluxmoe.experiments.predict_other_kernels", description=__doc__.splitlines()[0])
     p.add_argument("--out", required=True, metavar="DIR")
     out, rows = Path(p.parse_args(argv).out), []
-    wanted = ("rms_norm", "rope_and_cache", "route_kernel", "attention_decode", "attention_prefill", "delta_net/")
-    for case in cases("sm_90"):
+    wanted = ("rms_norm", "rope_and_cache", "routing", "attention_decode", "attention_prefill", "delta_net_decode")
+    for case in cases_of("sm_90"):
         if case.name.startswith(wanted) and "mixtral" not in case.name:
-            rows += predict(case, audit(case, "sm_90"))
+            for code in audit(case, "sm_90"):
+                rows += predict(code)
     for row in rows:
         print(f"{row['kernel']:<34} {row['size']:<32} {row['predicted_us']:9.1f} µs, limited by {row['limit']}")
     write_csv(out / "rows.csv", rows)

@@ -20,6 +20,9 @@ value_heads / key_heads value heads in a row share a query and key head.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -27,8 +30,9 @@ from torch import Tensor
 
 from . import portable
 from .delta_net_torch import L2_EPS
+from .launches import Case
 from .norm import DTYPES
-from .ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights, KernelError
+from .ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights, KernelError, PackedLinear
 
 
 @triton.jit
@@ -43,6 +47,7 @@ def _conv_kernel(
     STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr,
     TAPS: tl.constexpr,
+    TAPS_P2: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -72,12 +77,15 @@ def _conv_kernel(
             total += (x.to(tl.float32) + old.to(tl.float32)) * weight[None, :]
         total = total / (1.0 + tl.exp(-total))
         tl.store(out_ptr + t[:, None].to(tl.int64) * CHANNELS + c[None, :], total, mask=(t < length)[:, None] & inside)
-    # Ascending: what an iteration reads of the old state lies behind all that was written before it.
-    for tap in tl.static_range(TAPS - 1):
-        at = length - (TAPS - 1) + tap
-        x = tl.load(x_ptr + at.to(tl.int64) * STRIDE + c, mask=inside & (at >= 0), other=0.0)
-        old = tl.load(state_ptr + (at + TAPS - 1) * CHANNELS + c, mask=inside & (at < 0) & (not first), other=0.0)
-        tl.store(state_ptr + tap * CHANNELS + c, x + old, mask=inside)
+    # All of the new state is read before any of it is written: rows move up inside the state, and threads that read a
+    # row above, or the convolution's last tile, are not those that overwrite it.
+    tap = tl.arange(0, TAPS_P2)[:, None]
+    at = length - (TAPS - 1) + tap
+    inside = inside[None, :] & (tap < TAPS - 1)
+    x = tl.load(x_ptr + at.to(tl.int64) * STRIDE + c[None, :], mask=inside & (at >= 0), other=0.0)
+    old = tl.load(state_ptr + (at + TAPS - 1) * CHANNELS + c[None, :], mask=inside & (at < 0) & (not first), other=0.0)
+    tl.debug_barrier()
+    tl.store(state_ptr + tap * CHANNELS + c[None, :], x + old, mask=inside)
 
 
 @triton.jit
@@ -180,7 +188,7 @@ def gated_delta_net(
     block_t, block_c = _CONV_TILE[tokens == sequences]
     _conv_kernel[(sequences, triton.cdiv(dims.channels, block_c))](
         projected, weights.conv, conv_state, *where, mixed, STRIDE=stride, CHANNELS=dims.channels, TAPS=dims.taps,
-        BLOCK_T=block_t, BLOCK_C=block_c, num_warps=4,
+        TAPS_P2=triton.next_power_of_2(dims.taps), BLOCK_T=block_t, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
     constexprs, num_warps = _launch(dims, stride)
     _delta_kernel[(sequences, dims.value_heads)](
@@ -190,29 +198,24 @@ def gated_delta_net(
     return out
 
 
-def audit_cases(capability: int = 90) -> list[dict]:
-    """What a compiler check builds on any GPU: both kernels as launched for Qwen3-Next-80B-A3B."""
+def audit_cases() -> Iterator[Case]:
+    """For `kernels.audit`: a decode step of 64 sequences and two prompts, of Qwen3-Next-80B-A3B."""
     dims = DeltaNetDims(key_heads=16, value_heads=32, key_dim=128, value_dim=128, taps=4)
-    where = dict.fromkeys(("slots_ptr", "query_start_ptr", "context_lens_ptr"), "*i32")
-    common = {"num_stages": 1, "matrix": False, "wide_loads": False}
-    cases = []
-    for decode, (block_t, block_c) in _CONV_TILE.items():
-        signature = {"x_ptr": "*bf16", "weight_ptr": "*fp32", "state_ptr": "*bf16", **where, "out_ptr": "*fp32"}
-        constexprs = {"STRIDE": dims.projected, "CHANNELS": dims.channels, "TAPS": 4}
-        constexprs |= {"BLOCK_T": block_t, "BLOCK_C": block_c}
-        name = f"delta_net_conv/{'decode' if decode else 'prefill'}"
-        cases.append(
-            {"name": name, "kernel": _conv_kernel, "signature": signature, "constexprs": constexprs, "num_warps": 4}
-            | common
-        )
-    constexprs, num_warps = _launch(dims, dims.projected)
-    signature = {"qkv_ptr": "*fp32", "gates_ptr": "*bf16"}
-    signature |= dict.fromkeys(("rate_ptr", "dt_ptr", "norm_ptr", "state_ptr"), "*fp32")
-    signature |= {**where, "out_ptr": "*bf16", "eps": "fp32"}
-    cases.append(
-        {
-            "name": "delta_net/qwen3-next", "kernel": _delta_kernel, "signature": signature, "constexprs": constexprs,
-            "num_warps": num_warps, **common,
-        }
-    )  # fmt: skip
-    return cases
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    in_proj = PackedLinear(empty(0, dtype=torch.uint8), dims.projected, 2048, torch.bfloat16)
+    weights = DeltaNetWeights(in_proj, empty(dims.channels, 4), empty(32), empty(32), empty(128))
+    for name, sequences, tokens in (("decode", 64, 64), ("prefill", 2, 512)):
+        ids = partial(empty, dtype=torch.int32)
+        metadata = AttentionMetadata(
+            ids(sequences + 1), ids(sequences), ids(sequences, 1), ids(tokens), empty(tokens, dtype=torch.int64), 32,
+            state_slots=ids(sequences),
+        )  # fmt: skip
+        launch = partial(
+            gated_delta_net, empty(tokens, dims.projected, dtype=torch.bfloat16), weights, dims, metadata,
+            empty(64, 3, dims.channels, dtype=torch.bfloat16), empty(64, 32, 128, 128), empty(tokens, dims.channels),
+            empty(tokens, dims.value_size, dtype=torch.bfloat16), 1e-6,
+        )  # fmt: skip
+        yield Case(f"delta_net_{name}/qwen3-next", launch)

@@ -17,20 +17,22 @@ triton_kernels; a slot buffer summed afterwards, SonicMoE (arXiv 2512.14080).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .expert_table import DOWN, GATE_UP, ExpertTable
+from .expert_table import DOWN, FORMAT_DENSE, FORMAT_PLANAR12, GATE_UP, ExpertTable
+from .launches import Case
 from .ops import KernelError
 from .planar12_gemm import planar12_times_rows
 from .portable import cast, dot
 from .routing import Routing
-from .tiles import ROW_BOUNDS, Tile, default_tile, invariant_tile, planar12_tile
+from .tiles import ROW_BOUNDS, Tile, capability_of, default_tile, invariant_tile, planar12_tile
 
 TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -143,7 +145,7 @@ def _combine_kernel(
     residual_ptr,  # (T, H)
     out_ptr,  # (T, H), may be residual_ptr
     num_tokens_ptr,  # (1,) int32
-    T, H, TOP_K: tl.constexpr, PADDED: tl.constexpr, BLOCK_H: tl.constexpr,
+    H, TOP_K: tl.constexpr, PADDED: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Grid: (T, cdiv(H, BLOCK_H))."""
     t = tl.program_id(0).to(tl.int64)
@@ -158,7 +160,7 @@ def _combine_kernel(
     tl.store(out_ptr + t * H + h, cast(total + experts, out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _linear_kernel(
     x_ptr,  # (T, K)
     w_ptr,  # (N, K)
@@ -199,6 +201,11 @@ def _options(tile: Tile) -> dict:
     return dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
+def _scratch(nbytes: int, alignment: int, stream: int | None) -> Tensor:
+    """What Triton asks for where programs make descriptors, in the order of the current stream."""
+    return torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+
+
 def _launch(
     x: Tensor, table: ExpertTable, routing: Routing, y: Tensor, n: int, k: int, tensor: int, w_dtype: torch.dtype,
     tile: Tile, num_sms: int,
@@ -217,6 +224,9 @@ def _launch(
         return y
     if table.planar12 and (w_dtype != torch.bfloat16 or tile.block_n != 64 or not tile.swap_ab):
         raise KernelError(f"planar12 experts need bf16 and a tile of 64 swapped weight rows, got {w_dtype} and {tile}")
+    if tile.tma:
+        # Descriptors that a program makes lie in global memory. Set here, since contexts of threads start without.
+        triton.set_allocator(_scratch)
     _grouped_gemm_kernel[(programs(tile, routing.max_blocks, n, num_sms),)](
         x, table.addresses, table.formats, y, routing.order, routing.weights, routing.block_map, routing.num_blocks,
         n, k, x.stride(0), y.stride(0), TENSOR=tensor, TOP_K=routing.experts.shape[1], W_DTYPE=TL_DTYPES[w_dtype],
@@ -249,7 +259,7 @@ def combine(
     if tokens:
         block = min(1024, triton.next_power_of_2(hidden))
         _combine_kernel[(tokens, triton.cdiv(hidden, block))](
-            y, residual, out, y if num_tokens is None else num_tokens, tokens, hidden, TOP_K=top_k,
+            y, residual, out, y if num_tokens is None else num_tokens, hidden, TOP_K=top_k,
             PADDED=num_tokens is not None, BLOCK_H=block, num_warps=4,
         )  # fmt: skip
     return out
@@ -258,6 +268,8 @@ def combine(
 def linear(x: Tensor, w: Tensor, y: Tensor, tile: Tile, add: bool = False) -> Tensor:
     """y [T, N] = (or +=) x [T, K] @ w [N, K]^T with the grouped GEMM's tile: batch-invariant if the tile is fixed."""
     (tokens, k), n = x.shape, w.shape[0]
+    if n * k >= 2**31:
+        raise KernelError(f"a weight of {n} x {k} elements exceeds the 2^31 that a tile can index")
     if tokens:
         _linear_kernel[(triton.cdiv(tokens, tile.block_m), triton.cdiv(n, tile.block_n))](
             x, w, y, tokens, n, k, x.stride(0), y.stride(0), ADD=add, **_constants(tile, k), **_options(tile)
@@ -297,42 +309,38 @@ def moe_torch(
     return out
 
 
-def audit_cases(capability: int = 90) -> list[dict]:
-    """What `kernels.audit` compiles: both GEMMs at every tile of the rule, and its variants for prefill."""
+def audit_cases() -> Iterator[Case]:
+    """For `kernels.audit`: both GEMMs at every tile of the rule and its variants for prefill, on Qwen3-30B-A3B's
+    experts; planar12 beside dense experts in one launch; and the operations around them."""
+    hidden, intermediate, experts, top_k = 2048, 768, 128, 8
+    capability = capability_of(torch.device("meta"))
     tiles = {f"{bound:.0f} rows": default_tile(bound, capability, 2) for bound in ROW_BOUNDS}
     tiles["invariant"] = invariant_tile(capability, 2)
     largest = tiles["inf rows"]
     tiles |= {f"planar12, {rows} rows": planar12_tile(rows, capability) for rows in (16, 32, 64)}
     tiles["persistent"] = replace(largest, persistent=True)
     tiles["tma"] = replace(largest, tma=True)
-    pointers = {
-        "x_ptr": "*bf16", "addresses_ptr": "*i64", "formats_ptr": "*u8", "y_ptr": "*bf16", "order_ptr": "*i32",
-        "slot_weights_ptr": "*fp32", "block_map_ptr": "*i32", "num_blocks_ptr": "*i32", "w_ptr": "*bf16",
-        "residual_ptr": "*bf16", "out_ptr": "*bf16", "num_tokens_ptr": "*i32",
-    }  # fmt: skip
-    sizes = dict.fromkeys(("N", "K", "T", "H", "stride_x", "stride_y"), "i32")
-    common = {"signature": pointers | sizes, "aligned": ("N", "K", "H", "stride_x", "stride_y")}
-    cases = [
-        {
-            "name": f"grouped_gemm {name}, {label}",
-            "kernel": _grouped_gemm_kernel,
-            "constexprs": {
-                "TENSOR": tensor, "TOP_K": 8, "W_DTYPE": tl.bfloat16, "GROUP_M": tile.group_m, "TMA": tile.tma,
-                "PLANAR12": "planar12" in label, **_constants(tile, 128),
-            },
-            "matrix": True, "wide_loads": True, **_options(tile), **common,
-            "weights_per_step": 64 * 128 // (32 * tile.num_warps) if "planar12" in label else 0,
-        }
-        for label, tile in tiles.items()
-        for name, tensor in (("gate_up", GATE_UP), ("down", DOWN))
-    ]  # fmt: skip
-    tile = tiles["invariant"]
-    cases.append(
-        {"name": "linear", "kernel": _linear_kernel, "constexprs": {"ADD": False, **_constants(tile, tile.block_k)},
-         "matrix": True, "wide_loads": True, **_options(tile), **common}
-    )  # fmt: skip
-    cases.append(
-        {"name": "combine", "kernel": _combine_kernel, "num_warps": 4, "num_stages": 3, "wide_loads": True,
-         "constexprs": {"TOP_K": 8, "PADDED": True, "BLOCK_H": 1024}, **common}
-    )  # fmt: skip
-    return cases
+    tokens, block = 64, torch.zeros(16, dtype=torch.uint8)  # kernels see the table's addresses alone
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    ids = partial(empty, dtype=torch.int32)
+    x, h, y = empty(tokens, hidden), empty(tokens * top_k, intermediate), empty(tokens * top_k, hidden)
+    for label, tile in tiles.items():
+        packed = "planar12" in label
+        table = ExpertTable.from_blocks([(block, block)] * experts, "cpu", FORMAT_PLANAR12 if packed else FORMAT_DENSE)
+        routing = Routing(
+            ids(tokens, top_k), empty(tokens, top_k, dtype=torch.float32), ids(tokens * top_k), ids(experts + 1),
+            ids(tokens * top_k, 4), ids(1), tile.block_m,
+        )  # fmt: skip
+        decoded = 64 * 128 // (32 * tile.num_warps) if packed else 0
+        for name, launch in (
+            ("gate_up", partial(gate_up, x, table, routing, h, x.dtype, tile)),
+            ("down", partial(down, h, table, routing, y, x.dtype, tile)),
+        ):
+            yield Case(f"grouped_gemm {name}, {label}", launch, (_grouped_gemm_kernel,), decoded)
+    vocabulary = empty(151936, hidden)
+    logits = empty(tokens, len(vocabulary), dtype=torch.float32)
+    yield Case("linear", partial(linear, x, vocabulary, logits, tiles["invariant"]), (_linear_kernel,))
+    yield Case("combine", partial(combine, y, x, top_k, ids(1)), (_combine_kernel,))

@@ -12,8 +12,9 @@ launches of the same target find it.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 
 import torch
@@ -32,13 +33,15 @@ _NUM_SMS = 132
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch. constexprs: by argument name; may_allocate: whether an allocator for global scratch was set."""
+    """One launch. constexprs: by argument name; may_allocate: whether an allocator for global scratch was set;
+    printed: what its compilation printed (ptxas's log where knobs.nvidia.dump_ptxas_log is set)."""
 
     kernel: JITFunction
     constexprs: dict[str, object]
     num_warps: int
     compiled: triton.compiler.CompiledKernel
     may_allocate: bool
+    printed: str
 
     @property
     def scratch_bytes(self) -> int:
@@ -74,9 +77,9 @@ class CompileOnlyDriver(DriverBase):
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.capability, 32)
 
-    def get_current_device(self) -> str:
-        # The key of a kernel's cache in memory: never that of a real device.
-        return f"sm_{self.capability}, compiled only"
+    def get_current_device(self) -> CompileOnlyDriver:
+        # The key of a kernel's cache in memory: no real device's, and new in every `compile_only`.
+        return self
 
     def get_current_stream(self, device: object) -> int:
         return 0
@@ -103,12 +106,15 @@ def compile_only(capability: int, num_sms: int = _NUM_SMS) -> Iterator[list[Laun
     run, active = JITFunction.run, driver._active
 
     def compile_and_record(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object):
-        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        with redirect_stdout(io.StringIO()) as printed:
+            compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
         constants = compiled.src.constants
         names = {i: p.name for i, p in enumerate(kernel.params) if p.is_constexpr}
         constexprs = {names[path[0]]: value for path, value in constants.items() if path[0] in names}
         may_allocate = _allocator.get() is not _NULL_ALLOCATOR
-        launches.append(Launch(kernel, constexprs, compiled.metadata.num_warps, compiled, may_allocate))
+        launches.append(
+            Launch(kernel, constexprs, compiled.metadata.num_warps, compiled, may_allocate, printed.getvalue())
+        )
         return compiled
 
     JITFunction.run = compile_and_record

@@ -10,15 +10,19 @@ a row has the same bits in any batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import portable
+from .launches import Case
 from .ops import KernelError
 
-DTYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A program holds its row in registers; beyond this many elements, 8 warps would spill.
 MAX_HIDDEN = 32768
 
@@ -77,21 +81,9 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
-def audit_cases(capability: int = 90) -> list[dict]:
-    """What a compiler check builds on any GPU: the kernel as launched for Qwen3-30B-A3B and Mixtral-8x7B."""
-    cases = []
+def audit_cases() -> Iterator[Case]:
+    """For `kernels.audit`: the norm of Qwen3-30B-A3B and of Mixtral-8x7B."""
     for model, hidden in (("qwen3-30b-a3b", 2048), ("mixtral-8x7b", 4096)):
-        constexprs, num_warps = _launch(hidden)
-        cases.append(
-            {
-                "name": f"rms_norm/{model}",
-                "kernel": _rms_norm_kernel,
-                "signature": {"x_ptr": "*bf16", "weight_ptr": "*fp32", "out_ptr": "*bf16", "eps": "fp32"},
-                "constexprs": constexprs,
-                "num_warps": num_warps,
-                "num_stages": 1,
-                "matrix": False,
-                "wide_loads": True,
-            }
-        )
-    return cases
+        x = torch.empty(64, hidden, dtype=torch.bfloat16, device="meta")
+        weight = torch.empty(hidden, device="meta")
+        yield Case(f"rms_norm/{model}", partial(rms_norm, x, weight, 1e-6), wide=(_rms_norm_kernel,))

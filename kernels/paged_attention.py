@@ -28,13 +28,16 @@ that is `batch_invariant`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 from torch import Tensor
 
 from ._paged_attention import _decode_kernel, _merge_kernel, _prefill_kernel
+from .launches import Case
 from .norm import DTYPES
 from .ops import KernelError
 from .tiles import capability_of, num_sms_of
@@ -273,46 +276,26 @@ def paged_attention_torch(
     return out
 
 
-def audit_cases(capability: int = 90) -> list[dict]:
-    """What a compiler check builds: the kernels as launched on this GPU for three models."""
-    inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16")
-    inputs |= dict.fromkeys(("block_table_ptr", "context_lens_ptr", "query_start_ptr"), "*i32") | {"out_ptr": "*bf16"}
-    partials = dict.fromkeys(("acc_ptr", "largest_ptr", "total_ptr"), "*fp32")
-    decode = {"scale_log2": "fp32", "num_splits": "i32", "stride_table_b": "i32"}
-    prefill = inputs | {"scale_log2": "fp32", "num_sequences": "i32", "stride_table_b": "i32"}
-    merge = partials | {"query_start_ptr": "*i32", "out_ptr": "*bf16", "num_splits": "i32"}
-    cases = []
-
-    def add(name: str, kernel, signature: dict, constexprs: dict, warps: int, stages: int, attends: bool = True):
-        cases.append(
-            {
-                "name": f"attention_{name}",
-                "kernel": kernel,
-                "signature": signature,
-                "constexprs": constexprs,
-                "num_warps": warps,
-                "num_stages": stages,
-                "matrix": attends,
-                "wide_loads": attends,
-            }
-        )
-
+def audit_cases() -> Iterator[Case]:
+    """For `kernels.audit`: decode, decode of long contexts in shares, prefill and batch-invariant, of three models."""
+    bf16, ids = dict(dtype=torch.bfloat16, device="meta"), dict(dtype=torch.int32, device="meta")
     for model, heads, kv_heads, dim, block_size in (
         ("qwen3-30b-a3b", 32, 4, 128, 32),
         ("mixtral-8x7b", 32, 8, 128, 16),
         ("qwen3-next", 16, 2, 256, 32),
     ):
-        group = heads // kv_heads
-        for name, queries in (("decode", 1), ("prefill", 512), ("invariant", INVARIANT_ROWS // group)):
-            tile = attention_tile(dim, group, 2, queries, capability)
-            shape = _shape_constexprs(tile, heads, kv_heads, dim, block_size, 0)
-            launch = (tile.num_warps, tile.num_stages)
-            if name == "decode":
-                signature = inputs | dict.fromkeys(partials, "*bf16") | decode
-                add(f"decode/{model}", _decode_kernel, signature, _decode_constexprs(shape, True), *launch)
-                signature = inputs | partials | decode
-                add(f"split/{model}", _decode_kernel, signature, _decode_constexprs(shape, False), *launch)
-            else:
-                add(f"{name}/{model}", _prefill_kernel, prefill, _prefill_constexprs(shape, tile), *launch)
-        add(f"merge/{model}", _merge_kernel, merge, _merge_constexprs(heads, dim, MAX_SPLITS), 4, 1, attends=False)
-    return cases
+        workspace = torch.empty(workspace_bytes(2, heads, kv_heads, dim, 4096, 132), dtype=torch.uint8, device="meta")
+        cache = torch.empty(256, kv_heads, block_size, dim, **bf16)
+        for name, sequences, queries, extra in (
+            ("decode", 128, 1, {"num_splits": 1}),
+            ("split", 2, 1, {"num_splits": 8, "workspace": workspace}),
+            ("prefill", 2, 512, {}),
+            ("invariant", 64, 1, {"batch_invariant": True}),
+        ):
+            q = torch.empty(sequences * queries, heads, dim, **bf16)
+            tables = (torch.empty(sequences, 4096 // block_size, **ids), torch.empty(sequences, **ids))
+            launch = partial(
+                paged_attention, q, cache, cache, *tables, torch.empty(sequences + 1, **ids), scale=dim**-0.5,
+                block_size=block_size, max_query_len=queries, out=torch.empty_like(q), **extra,
+            )  # fmt: skip
+            yield Case(f"attention_{name}/{model}", launch, wide=(_decode_kernel, _prefill_kernel))

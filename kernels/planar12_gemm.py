@@ -1,8 +1,9 @@
 """The tile loop of the grouped GEMM on experts in format planar12: decoded in registers, escapes handled inside.
 
 A block holds the planes of one weight [N, K] (`packing.planar12`, E = 1), each on a multiple of 256 bytes. A step of
-the loop is one tile of the format, 64 x 128: bytes of its two halves of columns, and nibbles that serve both; decoded
-weights go from registers into the matrix instruction (swap AB), so they touch shared memory only compressed.
+the loop is one tile of the format, 64 x 128: bytes of its two halves of columns, and nibbles that serve both. Decoded
+weights are the register operand of the matrix instruction (swap AB). They pass through shared memory once more on the
+way, bf16, because the layout in which bytes are loaded widest is not that of the operand.
 
 Escapes are patched after decoding. There is no loop over them: a loop inside would stop Triton from pipelining the
 outer one. Eight branches, most of them not taken (a Gaussian's tile has 0.6 escapes), cover every tile that has few;
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language import target_info
 
 from .packing._planar12 import unpack_planar12
 from .packing.formats import BLOCK_ALIGNMENT
-from .portable import dot
+from .portable import INTERPRETED, dot
 
 ALIGNMENT = tl.constexpr(BLOCK_ALIGNMENT)
 
@@ -33,6 +35,19 @@ def _patch(w, escape, column, BLOCK_N: tl.constexpr):
     hit = (tl.arange(0, BLOCK_N)[:, None] == row) & (tl.arange(0, 64)[None, :] == column)
     bits = tl.where(hit, (escape & 0xFFFF).to(tl.uint16), w.to(tl.uint16, bitcast=True))
     return bits.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _fence(acc):
+    """acc, which nothing may know before all matrix instructions that make it are done.
+
+    wgmma, which only Hopper has, runs asynchronously and reads decoded weights from registers. Without this ptxas
+    either waits for each (C7515, in the dense loop of the same kernel too), or lets the next step overwrite the
+    registers of those in flight (triton issues 9433 and 11781): the moves use the accumulator, so the wait comes first.
+    """
+    if INTERPRETED or not target_info.cuda_capability_geq(9) or target_info.cuda_capability_geq(10):
+        return acc
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -89,7 +104,7 @@ def planar12_times_rows(
                         else:
                             high = _patch(high, escape, column - 64, BLOCK_N)
         acc = dot(low, x_low.T, acc)
-        acc = dot(high, x_high.T, acc)
+        acc = _fence(dot(high, x_high.T, acc))
         x_ptrs += 128
         byte_ptrs += 128
         nibble_ptrs += 64

@@ -19,12 +19,16 @@ Example: block_size 16, slot 37 is block 2, offset 5; its key of head h goes to 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import portable
+from .launches import Case
 from .norm import DTYPES
 from .ops import KernelError
 
@@ -235,7 +239,7 @@ def rope_and_cache(
         return q_out
     constexprs, num_warps = _launch(heads, kv_heads, head_dim, block_size, qk_norm, clip)
     if qk_norm == "none":
-        # Never read; a tensor rather than None keeps one signature for the compiler check below.
+        # Never read; a tensor rather than None keeps one signature.
         q_norm = k_norm = cos
     _rope_and_cache_kernel[(tokens, 3)](
         qkv, q_norm, k_norm, cos, sin, positions, slot_mapping, k_cache, v_cache, q_out, eps, float(clip),
@@ -273,30 +277,21 @@ def rope_and_cache_torch(
     return q_out
 
 
-def audit_cases(capability: int = 90) -> list[dict]:
-    """What a compiler check builds on any GPU: the kernel as launched for three models."""
-    floats = ("q_norm_ptr", "k_norm_ptr", "cos_ptr", "sin_ptr")
-    signature = {"qkv_ptr": "*bf16", **dict.fromkeys(floats, "*fp32")}
-    signature |= {"positions_ptr": "*i32", "slot_mapping_ptr": "*i64"}
-    signature |= dict.fromkeys(("k_cache_ptr", "v_cache_ptr", "q_out_ptr"), "*bf16") | {"eps": "fp32", "clip": "fp32"}
-    cases = []
+def audit_cases() -> Iterator[Case]:
+    """For `kernels.audit`: a batch of 64 tokens of three models."""
     shapes = (
         ("qwen3-30b-a3b", 32, 4, 128, "head"),
         ("mixtral-8x7b", 32, 8, 128, "none"),
         ("qwen3-next", 16, 2, 256, "head"),
     )
+    bf16, ids = dict(dtype=torch.bfloat16, device="meta"), dict(dtype=torch.int32, device="meta")
     for model, heads, kv_heads, dim, qk_norm in shapes:
-        constexprs, num_warps = _launch(heads, kv_heads, dim, 16, qk_norm, 0.0)
-        cases.append(
-            {
-                "name": f"rope_and_cache/{model}",
-                "kernel": _rope_and_cache_kernel,
-                "signature": signature,
-                "constexprs": constexprs,
-                "num_warps": num_warps,
-                "num_stages": 1,
-                "matrix": False,
-                "wide_loads": True,
-            }
-        )
-    return cases
+        qkv = torch.empty(64, (heads + 2 * kv_heads) * dim, **bf16)
+        weight = None if qk_norm == "none" else torch.empty(dim, device="meta")
+        table, cache = torch.empty(4096, dim // 2, device="meta"), torch.empty(256, kv_heads, 16, dim, **bf16)
+        positions, q = torch.empty(64, **ids), torch.empty(64, heads, dim, **bf16)
+        launch = partial(
+            rope_and_cache, qkv, weight, weight, table, table, positions, positions.long(), cache, cache, q,
+            heads=heads, kv_heads=kv_heads, head_dim=dim, block_size=16, qk_norm=qk_norm,
+        )  # fmt: skip
+        yield Case(f"rope_and_cache/{model}", launch, wide=(_rope_and_cache_kernel,))

@@ -22,13 +22,16 @@ most once in a token's row, so the sum over earlier tokens is the rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launches import Case
 from .ops import KernelError
 
 # Elements of the [BLOCK_T, BLOCK_E] matrices of a program, of which some six live at a time, and of one warp's part:
@@ -154,7 +157,7 @@ def _store_blocks(
         tl.store(row + 3, 0, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "MAX_BLOCKS"])
 def _route_kernel(
     logits_ptr,  # (T, E) fp32
     num_tokens_ptr,  # (1,) int32: tokens from there on are padding
@@ -182,7 +185,7 @@ def _route_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _top_k_kernel(
     logits_ptr, num_tokens_ptr, experts_ptr, weights_ptr,
     chunk_counts_ptr,  # (chunks, E) int32: slots of each expert in each chunk
@@ -202,7 +205,7 @@ def _top_k_kernel(
     tl.store(chunk_counts_ptr + chunk * E + e, tl.sum(chosen, axis=0), mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["CHUNKS", "MAX_BLOCKS"])
 def _scan_kernel(
     chunk_counts_ptr,  # (chunks, E) int32: in, counts; out, first position of each (chunk, expert)
     expert_start_ptr, block_map_ptr, num_blocks_ptr, CHUNKS, E, MAX_BLOCKS,
@@ -229,7 +232,7 @@ def _scan_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _place_kernel(
     experts_ptr, chunk_starts_ptr, num_tokens_ptr, order_ptr, T, E,
     TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr, PADDED: tl.constexpr,
@@ -368,22 +371,12 @@ def routing_torch(logits: Tensor, top_k: int, renormalise: bool, block_m: int) -
     )  # fmt: skip
 
 
-def audit_cases(capability: int = 90) -> list[dict]:
-    """What `kernels.audit` compiles: routing at the sizes of Qwen3-30B-A3B and Qwen3-Next, one chunk and many."""
-    int_pointers = ("num_tokens", "experts", "order", "expert_start", "block_map", "num_blocks", "chunk_counts")
-    pointers = {f"{name}_ptr": "*i32" for name in (*int_pointers, "chunk_starts")}
-    signature = pointers | {"logits_ptr": "*fp32", "weights_ptr": "*fp32"}
-    signature |= dict.fromkeys(("T", "E", "MAX_BLOCKS", "stride_t", "CHUNKS"), "i32")
-    cases = []
+def audit_cases() -> Iterator[Case]:
+    """For `kernels.audit`: one chunk and many, at the sizes of Qwen3-30B-A3B and Qwen3-Next."""
     for experts, top_k in ((128, 8), (512, 10)):
-        rows = block_t(experts)
-        sizes = launch_sizes(experts, top_k, rows) | {"BLOCK_M": 16, "BLOCK_C": rows}
-        sizes |= {"TOP_K": top_k, "RENORMALISE": True, "PADDED": True}
-        warps = sizes.pop("num_warps")
-        for kernel in (_route_kernel, _top_k_kernel, _scan_kernel, _place_kernel):
-            cases.append(
-                {"name": f"{kernel.__name__.strip('_')}, {experts} experts", "kernel": kernel, "num_warps": warps,
-                 "num_stages": 3, "signature": signature, "aligned": ("E", "stride_t"),
-                 "constexprs": {name: value for name, value in sizes.items() if name in kernel.arg_names}}
-            )  # fmt: skip
-    return cases
+        most = block_t(experts)
+        for tokens in (most, 8 * most):
+            router = Router(tokens, experts, top_k, True, "meta")
+            logits = torch.empty(tokens, experts, device="meta")
+            num_tokens = torch.empty(1, dtype=torch.int32, device="meta")
+            yield Case(f"routing/{experts} experts, {tokens} tokens", partial(router, logits, 16, num_tokens))

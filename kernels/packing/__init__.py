@@ -21,12 +21,4 @@ from .tiered import Tiered
 
 FORMATS: dict[str, PackedFormat] = {each.name: each for each in (Planar12(), Tiered(), Huffman())}
 
-__all__ = ["FORMATS", "Packed", "PackedFormat", "PackingError", "audit_cases"]
-
-
-def audit_cases(capability: int = 90) -> list[dict]:
-    """What a compiler check builds on any GPU: the decoders to a buffer."""
-    # Triton is imported where it is needed: a machine without a GPU may lack it.
-    from . import _huffman, _planar12, _tiered
-
-    return [case for module in (_planar12, _tiered, _huffman) for case in module.audit_cases(capability)]
+__all__ = ["FORMATS", "Packed", "PackedFormat", "PackingError"]

@@ -73,33 +73,9 @@ def _huffman_kernel(
         place += 256
 
 
-def _launch() -> tuple[dict, int]:
-    return {"LANES": _LANES}, _LANES // 32
-
-
 def decode(planes: dict[str, Tensor], out: Tensor) -> None:
     """Planes of a weight that is not raw → out int16 of its shape, on one device."""
-    constexprs, num_warps = _launch()
     lanes = planes["offsets"].numel() - 1
     args = (planes[name] for name in ("bytes", "table", "offsets", "stream"))
     grid = (triton.cdiv(lanes, _LANES),)
-    _huffman_kernel[grid](*args, out, out.numel(), lanes, **constexprs, num_warps=num_warps)
-
-
-def audit_cases(capability: int = 90) -> list[dict]:
-    """The kernel as launched for any weight of a multiple of 16 elements."""
-    constexprs, num_warps = _launch()
-    pointers = {"byte_ptr": "*u8", "table_ptr": "*i16", "offset_ptr": "*i32", "stream_ptr": "*i32", "out_ptr": "*i16"}
-    return [
-        {
-            "name": "packing/huffman",
-            "kernel": _huffman_kernel,
-            "signature": pointers | {"size": "i32", "lanes": "i32"},
-            "constexprs": constexprs,
-            "num_warps": num_warps,
-            "num_stages": 1,
-            "matrix": False,
-            "wide_loads": False,
-            "aligned": ("size", "lanes"),
-        }
-    ]
+    _huffman_kernel[grid](*args, out, out.numel(), lanes, LANES=_LANES, num_warps=_LANES // 32)

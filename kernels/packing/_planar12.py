@@ -106,34 +106,9 @@ def _planar12_kernel(
             tl.store(patched, (escape & 0xFFFF).to(tl.uint16).to(tl.int16, bitcast=True), mask=index < end)
 
 
-def _launch() -> tuple[dict, int]:
-    return {"PATCH": _PATCH}, 4
-
-
 def decode(planes: dict[str, Tensor], out: Tensor) -> None:
     """Planes of a weight that is not raw → out int16 of its shape, on one device."""
     rows, cols = out.shape[-2:]
-    constexprs, num_warps = _launch()
     grid = (triton.cdiv(cols, TILE_COLS), triton.cdiv(rows, TILE_ROWS), planes["base"].numel())
     args = (planes[name] for name in ("bytes", "nibbles", "base", "offsets", "escapes", "raw_tiles"))
-    _planar12_kernel[grid](*args, out, rows, cols, **constexprs, num_warps=num_warps)
-
-
-def audit_cases(capability: int = 90) -> list[dict]:
-    """The kernel as launched for any weight whose rows are whole vectors."""
-    constexprs, num_warps = _launch()
-    pointers = {"byte_ptr": "*u8", "nibble_ptr": "*u8", "base_ptr": "*i32", "offset_ptr": "*i32", "escape_ptr": "*i32"}
-    pointers |= {"raw_ptr": "*i16"}
-    return [
-        {
-            "name": "packing/planar12",
-            "kernel": _planar12_kernel,
-            "signature": pointers | {"out_ptr": "*i16", "ROWS": "i32", "COLS": "i32"},
-            "constexprs": constexprs,
-            "num_warps": num_warps,
-            "num_stages": 1,
-            "matrix": False,
-            "wide_loads": True,
-            "aligned": ("ROWS", "COLS"),
-        }
-    ]
+    _planar12_kernel[grid](*args, out, rows, cols, PATCH=_PATCH, num_warps=4)

@@ -97,34 +97,9 @@ def _tiered_kernel(
         tl.store(out_ptr + place, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask=place < size)
 
 
-def _launch() -> tuple[dict, int]:
-    return {"QUARTER": 1024}, 4
-
-
 def decode(planes: dict[str, Tensor], out: Tensor) -> None:
     """Planes of a weight that is not raw → out int16 of its shape, on one device."""
-    constexprs, num_warps = _launch()
     args = [planes[name] for name in ("bytes", "first", "table", "offsets", "second", "third")]
     args[2], args[5] = args[2].view(torch.int32), args[5].view(torch.int32)
     grid = (planes["offsets"].numel() // 2 - 1,)
-    _tiered_kernel[grid](*args, out, out.numel(), **constexprs, num_warps=num_warps)
-
-
-def audit_cases(capability: int = 90) -> list[dict]:
-    """The kernel as launched for any weight of a multiple of 16 elements."""
-    constexprs, num_warps = _launch()
-    names = ("byte_ptr", "first_ptr", "table_ptr", "offset_ptr", "second_ptr", "third_ptr", "out_ptr")
-    kinds = ("*u8", "*u8", "*i32", "*i32", "*i32", "*i32", "*i16")
-    return [
-        {
-            "name": "packing/tiered",
-            "kernel": _tiered_kernel,
-            "signature": dict(zip(names, kinds, strict=True)) | {"size": "i32"},
-            "constexprs": constexprs,
-            "num_warps": num_warps,
-            "num_stages": 1,
-            "matrix": False,
-            "wide_loads": False,
-            "aligned": ("size",),
-        }
-    ]
+    _tiered_kernel[grid](*args, out, out.numel(), QUARTER=1024, num_warps=4)

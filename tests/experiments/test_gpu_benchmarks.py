@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from fluxmoe.experiments.gpu_suite import Step, run_suite
 from fluxmoe.experiments.moe_peers import PEERS, PeerMissingError
 from fluxmoe.experiments.moe_shapes import SHAPES, Shape
 from fluxmoe.experiments.predict_kernels import expected_blocks
-from fluxmoe.kernels.audit import Case, Report
+from fluxmoe.kernels.audit import Report
 from fluxmoe.kernels.routing import routing_torch
 from fluxmoe.kernels.tiles import Tile, Tiles
 
@@ -158,16 +159,14 @@ def test_engine_check_sees_differences_and_forgives_ties():
 
 def test_predictions_of_other_kernels_are_their_slowest_limit():
     pytest.importorskip("triton.backends.nvidia")
-    norm = Case("rms_norm/x", None, {}, {"HIDDEN": 2048}, num_warps=4, num_stages=1)
-    few, many = predict_other_kernels.predict(norm, Report("rms_norm/x", "sm_90", instructions=100))[1::2]
+    norm = Report("rms_norm/x", "sm_90", "_rms_norm_kernel", {"HIDDEN": 2048}, num_warps=4, instructions=100)
+    few, many = predict_other_kernels.predict(norm)[1::2]
     assert (few["limit"], many["limit"]) == ("launch", "hbm")
     assert many["predicted_us"] == pytest.approx(1e6 * (4 * 4096 * 2048 / (0.9 * 3.35e12) + 4e-6))
-    busy = predict_other_kernels.predict(norm, Report("rms_norm/x", "sm_90", instructions=10_000))[-1]
+    busy = predict_other_kernels.predict(replace(norm, instructions=10_000))[-1]
     assert busy["limit"] == "issue"
     shape = {"KV_HEADS": 4, "GROUP": 8, "HEAD_DIM": 128, "BLOCK_ROWS": 16, "BLOCK_KV": 64}
-    decode = Case("attention_decode/x", None, {}, shape, num_warps=4, num_stages=1)
-    rows = predict_other_kernels.predict(decode, Report("attention_decode/x", "sm_90", loop={"all": 400}))
+    decode = Report("attention_decode/x", "sm_90", "_decode_kernel", shape, num_warps=4, loops=[{"all": 400}])
+    rows = predict_other_kernels.predict(decode)
     assert [row["bytes"] // 4096 // 2048 for row in rows] == [1, 32, 128]  # K and V of 4 heads of 128, bf16
-    assert (
-        predict_other_kernels.predict(Case("grouped_gemm", None, {}, {}, 4, 1), Report("grouped_gemm", "sm_90")) == []
-    )
+    assert predict_other_kernels.predict(Report("grouped_gemm", "sm_90", "_grouped_gemm_kernel")) == []

@@ -11,56 +11,79 @@ import pytest
 
 pytest.importorskip("triton.backends.nvidia")
 
+COMPILING = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+
 
 def audit(*arguments: str) -> subprocess.CompletedProcess:
     """In a process of its own: this one interprets kernels."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fluxmoe.kernels.audit", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, env=COMPILING, timeout=280)
+
+
+def run_file(path) -> list[str]:
+    """Lines that a script of ours prints where kernels are compiled; Triton reads kernels from files alone."""
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=COMPILING, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 # All kernels where tiles differ most, the GEMMs everywhere: compiling takes a second a kernel.
 @pytest.mark.parametrize(("arch", "only"), [("sm_80", "grouped"), ("sm_89", "grouped"), ("sm_90", ""), ("sm_100", "")])
 def test_every_kernel_keeps_the_rules(arch, only, tmp_path):
-    done = audit("--arch", arch, "--only", only, "--json", str(tmp_path / "audit.json"))
+    done = audit("--arch", arch, "--only", only, "--json", str(tmp_path / "audit.json"), "--dump", str(tmp_path / "d"))
     assert done.returncode == 0, done.stdout + done.stderr
-    reports = json.loads((tmp_path / "audit.json").read_text())
-    assert {report["arch"] for report in reports} == {arch}
-    gemms = [report for report in reports if report["name"].startswith("grouped_gemm")]
+    rows = json.loads((tmp_path / "audit.json").read_text())
+    assert {row["arch"] for row in rows} == {arch}
+    assert {path.suffix for path in (tmp_path / "d").iterdir()} == {".ttgir", ".ptx", ".sass"}
+    assert len(list((tmp_path / "d").iterdir())) == 3 * len(rows)
+    assert all(row["spills"] == 0 and row["hazards"] == [] and not row["serialized_wgmma"] for row in rows)
+    gemms = [row for row in rows if row["kernel"] == "_grouped_gemm_kernel"]
     assert len(gemms) > 10
-    for report in gemms:
+    for row in gemms:
         kind = {"sm_80": "mma", "sm_89": "mma"}.get(arch)
-        assert kind is None or report["matrix"][kind] > 0
+        assert kind is None or row["matrix"][kind] > 0
     if arch == "sm_90":
-        decode = next(report for report in gemms if report["name"] == "grouped_gemm gate_up, 16 rows")
+        decode = next(row for row in gemms if row["name"] == "grouped_gemm gate_up, 16 rows")
         assert "wgmma" in decode["matrix"], "swap AB is there to feed wgmma at 16 tokens"
         assert decode["async_copies"] > 0, "weights are not pipelined"
-        packed = [report for report in gemms if "planar12" in report["name"]]
+        packed = [row for row in gemms if row["constexprs"]["PLANAR12"]]
         assert len(packed) == 6
-        for report in packed:
-            assert 1 < report["integer_per_weight"] <= 6
-            assert report["decode_loop"]["loads"] > 0
+        for row in packed:
+            assert 1 < row["integer_per_weight"] <= 6
+            dense, decoding = row["loops"]
+            assert decoding["loads"] > 0
+            # A wait for each half of a format's tile, and one in all where nothing is decoded.
+            assert [(loop["arrives"], loop["matrix"], loop["waits"]) for loop in (dense, decoding)] == [
+                (1, 8, 1), (2, 8, 2),
+            ]  # fmt: skip
+        assert {row["scratch_bytes"] > 0 for row in gemms if row["constexprs"]["TMA"]} == {True}
 
 
-def test_an_interpreted_audit_is_refused():
-    done = subprocess.run(
-        [sys.executable, "-m", "fluxmoe.kernels.audit"], capture_output=True, text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        pytest.param((), {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set", id="interpreted"),
+        pytest.param(("--arch", "sm_90", "--only", "no such kernel"), {}, "no case's name contains", id="no case"),
+        pytest.param(("--arch", "sm_999"), {}, "argument --arch: invalid choice: 'sm_999'", id="no such GPU"),
+        pytest.param(("--json", "/no/such/place"), {}, "/no/such/place cannot be written", id="nowhere to write"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, environment, message):
+    command = [sys.executable, "-m", "fluxmoe.kernels.audit", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=COMPILING | environment)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: TRITON_INTERPRET is set")
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
-def test_unknown_names_are_refused():
-    done = audit("--arch", "sm_90", "--only", "no such kernel")
-    assert done.returncode == 2
-    assert "no case's name contains" in done.stderr
-
-
-def test_broken_rules_are_reported():
-    code = """
-import triton, triton.language as tl
-from fluxmoe.kernels.audit import Case, audit
+def test_broken_rules_are_reported(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("""
+from functools import partial
+import torch, triton, triton.language as tl
+from fluxmoe.kernels.audit import audit
+from fluxmoe.kernels.launches import Case
 
 @triton.jit
 def narrow(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
@@ -73,16 +96,75 @@ def spilling(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + i)
     tl.store(y_ptr + i, x * tl.sum(x))
 
-signature = {"x_ptr": "*fp32", "y_ptr": "*fp32", "N": "i32"}
-print(audit(Case("narrow", narrow, signature, {"BLOCK": 128}, 4, 1, True, True), "sm_90").problems)
-print(audit(Case("spilling", spilling, signature, {"BLOCK": 16384}, 1, 1), "sm_90").problems)
-"""
-    path = "import runpy, sys, tempfile, pathlib\n"
-    path += f"p = pathlib.Path(tempfile.mkdtemp()) / 'case.py'; p.write_text({code!r}); runpy.run_path(str(p))"
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", path], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    narrow, spilling = done.stdout.splitlines()
-    assert "no matrix instructions" in narrow
+@triton.jit
+def scratching(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    rows = tl.make_tensor_descriptor(x_ptr, shape=[N, 64], strides=[64, 1], block_shape=[BLOCK, 64])
+    i = tl.arange(0, BLOCK)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    tl.store(y_ptr + i, rows.load([0, 0]))
+
+x = torch.empty(1 << 20, device="meta")
+def launch(kernel, size, warps):
+    kernel[(1,)](x, x, 77, BLOCK=size, num_warps=warps)
+
+for kernel, size, warps in ((narrow, 128, 4), (spilling, 16384, 1), (scratching, 16, 4)):
+    case = Case(kernel.__name__, partial(launch, kernel, size, warps), wide=(narrow,))
+    print(audit(case, "sm_90")[0].problems)
+accepting = Case("accepting", partial(launch, spilling, 16384, 1), accepts={"spills": "it is a test"})
+print(audit(accepting, "sm_90")[0].problems)
+""")
+    narrow, spilling, scratching, accepting = run_file(path)
     assert "4 bytes wide" in narrow
     assert "spilled" in spilling
+    assert "of global scratch a program, and the launch sets no allocator" in scratching
+    assert accepting == "[]"
+
+
+def test_without_its_fence_the_tile_loop_of_planar12_is_found_out(tmp_path):
+    path = tmp_path / "unfenced.py"
+    path.write_text("""
+import triton
+from fluxmoe.kernels import planar12_gemm
+from fluxmoe.kernels.audit import audit, cases_of
+
+@triton.jit
+def nothing(acc):
+    return acc
+
+planar12_gemm._fence = nothing
+case = next(case for case in cases_of("sm_90") if case.name == "grouped_gemm down, planar12, 16 rows")
+report, = audit(case, "sm_90")
+print(report.serialized_wgmma, bool(report.ptxas_warnings), report.problems)
+""")
+    (line,) = run_file(path)
+    assert line.startswith("True True ['ptxas lets every wgmma wait")
+
+
+def test_tma_tiles_are_launched_with_an_allocator(tmp_path):
+    path = tmp_path / "tma.py"
+    path.write_text("""
+from fluxmoe.kernels.audit import cases_of
+from fluxmoe.kernels.launches import compile_only
+
+cases = {case.name: case for case in cases_of("sm_90")}
+with compile_only(90) as launches:
+    cases["grouped_gemm down, inf rows"].launch()
+    cases["grouped_gemm down, tma"].launch()
+print(*(launch.may_allocate for launch in launches))
+""")
+    assert run_file(path) == ["False True"]
+
+
+def test_the_convolutions_state_is_overwritten_only_once_all_threads_have_read_it(tmp_path):
+    path = tmp_path / "barrier.py"
+    path.write_text("""
+from fluxmoe.kernels.audit import cases_of
+from fluxmoe.kernels.launches import compile_only
+
+for case in cases_of("sm_90"):
+    if case.name.startswith("delta_net"):
+        with compile_only(90) as launches:
+            case.launch()
+        code = launches[0].compiled.asm["ttir"]
+        print(code.rindex("tt.load") < code.rindex("barrier") < code.rindex("tt.store"), code.count("barrier"))
+""")
+    assert run_file(path) == ["True 1", "True 1"]

@@ -193,6 +193,9 @@ def test_what_does_not_fit_is_refused():
         gate_up(x, layer.table, routing, h, torch.bfloat16, TILES["persistent"])
     with pytest.raises(KernelError, match="contiguous rows"):
         down(h.t(), layer.table, routing, x, torch.bfloat16, TILES["swap"])
+    huge = torch.empty(1 << 16, 1 << 15, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(KernelError, match=r"65536 x 32768 elements exceeds the 2\^31"):
+        linear(huge[:1], huge, huge[:1], TILES["swap"])
     with pytest.raises(KernelError, match="TMA"):
         gate_up(x, layer.table, routing, h, torch.bfloat16, Tile(16, 128, 32, 4, 2, tma=True))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from fluxmoe.kernels.ops import DeltaNetDims, Limits, Ops
+from fluxmoe.kernels.ops import DeltaNetDims, ExpertOps, Limits, Ops
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import non_expert_bytes
 
@@ -34,7 +34,9 @@ def limits_of(model: ModelConfig, config: EngineConfig) -> Limits:
     return Limits(max(config.max_batched_tokens, config.max_batch), config.max_batch, context, config.block_size)
 
 
-def lay_out(model: ModelConfig, config: EngineConfig, ops: Ops, measure: Callable[[], Bandwidths]) -> ExpertLayout:
+def lay_out(
+    model: ModelConfig, config: EngineConfig, ops: ExpertOps, measure: Callable[[], Bandwidths]
+) -> ExpertLayout:
     """Tier and format of every expert. measure: bandwidths of the tiers, asked for only where they decide."""
     device_tier = Tier.RESIDENT if config.device_format == DENSE else Tier.PACKED
     bandwidths: Bandwidths | None = None
@@ -77,12 +79,13 @@ class Deployment:
     """
 
     def __init__(
-        self, model: ModelConfig, config: EngineConfig, ops: Ops, layout: ExpertLayout, device: torch.device,
-        total: int, graph_bytes: int = 0, shares: int = 1,
+        self, model: ModelConfig, config: EngineConfig, ops: Ops, expert_ops: ExpertOps, layout: ExpertLayout,
+        device: torch.device, total: int, graph_bytes: int = 0, shares: int = 1,
     ) -> None:  # fmt: skip
         self.model, self.config, self.ops, self.layout = model, config, ops, layout
         self.limits = limits_of(model, config)
         self._spare_states = 1 if graph_bytes else 0
+        self.workspace_bytes = ops.workspace_bytes + expert_ops.workspace_bytes + graph_bytes + self.popularity_bytes
         self.block_bytes = PagedKVCache.bytes_per_block(
             ops, len(model.attention_layers), config.block_size, model.num_kv_heads, model.head_dim, model.dtype
         )
@@ -90,7 +93,7 @@ class Deployment:
             "non_expert_weights": non_expert_bytes(model, ops, self.limits.context),
             **{line: layout.tier_bytes(tier) for tier, line in EXPERT_LINES.items()},
             "slots": self._slot_bytes(device),
-            "workspace": ops.workspace_bytes + graph_bytes + self.popularity_bytes,
+            "workspace": self.workspace_bytes,
         }
         self.max_sequences = config.max_batch
         if model.delta is not None:

@@ -15,11 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fluxmoe.kernels.cpu.experts import CpuExperts
 from fluxmoe.kernels.cpu.ops import CpuOps
-from fluxmoe.kernels.ops import AttentionMetadata, LayerDims, Limits, Ops
+from fluxmoe.kernels.ops import AttentionMetadata, ExpertOps, Limits, Ops
+from fluxmoe.kernels.torch_experts import TorchExperts
 from fluxmoe.kernels.torch_ops import TorchOps
 from fluxmoe.models.checkpoint import Checkpoint
-from fluxmoe.models.decoder import Decoder, layer_dims
+from fluxmoe.models.config import ModelConfig
+from fluxmoe.models.decoder import Decoder, expert_dims, layer_dims
 from torch import Tensor
 from tqdm import tqdm
 
@@ -61,19 +64,26 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _make_ops(config: EngineConfig, dims: LayerDims, limits: Limits, device: torch.device) -> Ops:
+def _make_ops(model: ModelConfig, config: EngineConfig, limits: Limits, device: torch.device) -> tuple[Ops, ExpertOps]:
+    """The kernels that settings and device ask for."""
+    dims, experts = layer_dims(model), expert_dims(model)
     if config.kernels not in ("auto", "torch", "triton"):
         raise DeviceError(f"unknown kernels {config.kernels!r}; choose auto, torch or triton")
     if config.kernels == "torch":
-        return TorchOps(dims, limits, device)
+        return TorchOps(dims, limits, device), TorchExperts(experts, limits.tokens, device)
     if device.type == "cpu" and config.kernels == "auto":
-        return CpuOps(dims, limits, config.threads)
+        return CpuOps(dims, limits, config.threads), CpuExperts(experts, limits.tokens, config.threads)
     # Imported where it is used: triton exists on few platforms, and the CPU kernels on all.
+    from fluxmoe.kernels.triton_experts import TritonExperts
     from fluxmoe.kernels.triton_ops import TritonOps
 
     formats = config.formats
     planar12 = config.device_format == "planar12" or (formats.host == "planar12" and formats.slot == "packed")
-    return TritonOps(dims, limits, device, batch_invariant=config.batch_invariant, planar12=planar12)
+    invariant = config.batch_invariant
+    return (
+        TritonOps(dims, limits, device, batch_invariant=invariant),
+        TritonExperts(experts, limits.tokens, device, batch_invariant=invariant, planar12=planar12),
+    )
 
 
 class Engine:
@@ -89,8 +99,8 @@ class Engine:
         checkpoint = Checkpoint(model_dir)
         self.model = model = checkpoint.config
         limits = limits_of(model, config)
-        self.ops = _make_ops(config, layer_dims(model), limits, self.device)
-        layout = lay_out(model, config, self.ops, lambda: measure_bandwidths(self.device))
+        self.ops, self.expert_ops = _make_ops(model, config, limits, self.device)
+        layout = lay_out(model, config, self.expert_ops, lambda: measure_bandwidths(self.device))
         self.timeline = Timeline(config.timeline)
         # Only where nothing waits for the device in mid-pass, as the plain torch path does.
         graphs = config.cuda_graphs and self.device.type == "cuda" and config.kernels != "torch"
@@ -101,7 +111,9 @@ class Engine:
         self._links: Links | None = None
         self._compute = ComputeProfile()
         total = available_bytes(self.device) if config.budget_bytes is None else config.budget_bytes
-        self.deployment = Deployment(model, config, self.ops, layout, self.device, total, self._graph_bytes)
+        self.deployment = Deployment(
+            model, config, self.ops, self.expert_ops, layout, self.device, total, self._graph_bytes
+        )
         self.placement, self.budget = self.deployment.placement, self.deployment.budget
         if config.adaptive:
             self.pool = self._open_pool()
@@ -181,8 +193,8 @@ class Engine:
 
     def _make_store(self, layout: ExpertLayout) -> ExpertStore:
         if self.pool is None:
-            return ExpertStore(layout, self.device, decode=self.ops.decode_expert, disk_dir=self.config.disk_dir)
-        return MovingStore(layout, self.device, self.pool, self.deployment.most_streamed, self.ops.decode_expert)
+            return ExpertStore(layout, self.device, decode=self.expert_ops.decode_expert, disk_dir=self.config.disk_dir)
+        return MovingStore(layout, self.device, self.pool, self.deployment.most_streamed, self.expert_ops.decode_expert)
 
     def _make_residency(self, pool: BlockPool) -> Residency:
         config, store = self.config, self.store
@@ -210,10 +222,10 @@ class Engine:
 
     def _load(self, checkpoint: Checkpoint, context: int) -> Decoder:
         """Stream the checkpoint into decoder and store, one tensor at a time through one staging block."""
-        decoder = Decoder(self.model, self.ops, context)
+        decoder = Decoder(self.model, self.ops, self.expert_ops, context)
         for role, layer, weight in checkpoint.dense_tensors():
             decoder.load(role, layer, weight)
-        layout, ops = self.deployment.layout, self.ops
+        layout, ops = self.deployment.layout, self.expert_ops
         staging = {name: tuple(torch.empty(n, dtype=torch.uint8) for n in layout.sizes[name]) for name in layout.sizes}
         total = self.model.num_layers * self.model.num_experts
         experts = tqdm(
@@ -334,7 +346,9 @@ class Engine:
             "resident_experts": self.store.tier_bytes(Tier.RESIDENT),
             "packed_experts": self.store.tier_bytes(Tier.PACKED),
             "slots": self.streamer.slot_bytes,
-            "workspace": self.ops.workspace_bytes + self._graph_bytes + self.deployment.popularity_bytes,
+            "workspace": sum(ops.workspace_bytes for ops in (self.ops, self.expert_ops))
+            + self._graph_bytes
+            + self.deployment.popularity_bytes,
             "kv_cache": self.kv.nbytes,
         }
 

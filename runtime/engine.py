@@ -200,7 +200,6 @@ class Engine:
             self.scheduler,
             self.budget,
             pool,
-            on_change=self.graphs.forget if self.graphs is not None else lambda: None,
             planner=planner,
             every=config.plan_every,
             grow_kv=config.grow_kv,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -83,7 +83,7 @@ class _Convoy:
 class Residency:
     """Applies moves between iterations, and shares the pool out between experts and KV.
 
-    on_change: called after addresses or plans changed. planner: decides every `every` iterations from the median of
+    planner: decides every `every` iterations from the median of
     what they saw; None: only `request` moves experts. links: if given, the planner also chooses between whole and
     on-demand transfer. popularity: fp32 [L, E] on the device, to which every pass adds how many tokens each expert was
     routed; None: not counted. copy: how bytes reach the device, for tests that inject failures.
@@ -91,14 +91,14 @@ class Residency:
 
     def __init__(
         self, store: MovingStore, kv: GrowableKVCache, scheduler: Scheduler, budget: MemoryBudget, pool: BlockPool,
-        on_change: Callable[[], None] = lambda: None, planner: Planner | None = None, every: int = 8,
-        grow_kv: bool = True, links: Links | None = None, popularity: Tensor | None = None,
+        planner: Planner | None = None, every: int = 8, grow_kv: bool = True, links: Links | None = None,
+        popularity: Tensor | None = None,
         copy: Copy = lambda target, source: target.copy_(source, non_blocking=True),
     ) -> None:  # fmt: skip
         self.store, self.kv, self.scheduler, self.budget, self.pool = store, kv, scheduler, budget, pool
         self.planner, self.every, self.grow_kv, self.links = planner, every, grow_kv, links
         self.popularity = popularity
-        self._on_change, self._copy = on_change, copy
+        self._copy = copy
         self._requested: list[Move] = []
         self._convoy: _Convoy | None = None
         self._window: list[Seen] = []
@@ -129,15 +129,12 @@ class Residency:
 
         seen: the iteration that has ended, from which the planner learns.
         """
-        epochs = list(self.store.epochs)
         self._end_convoy()
         if self.planner is not None and seen is not None:
             self._plan(seen)
         if self._convoy is None:  # heaps must not move while a copy writes into them
             self._begin_requested()
         self._share_out()
-        if self.store.epochs != epochs:
-            self._on_change()
 
     def _end_convoy(self) -> None:
         if self._convoy is None or not self._convoy.done.is_set():

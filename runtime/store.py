@@ -80,6 +80,10 @@ class LayerPlan(NamedTuple):
     def host_bytes(self, tensor_type: int) -> int:
         return sum(source.numel() for source, _ in self.host_runs[tensor_type])
 
+    def copies(self) -> list[tuple[int, int, int]]:
+        """(address, bytes, begin in the buffer) of every copy from host memory: what a captured load has fixed."""
+        return [(source.data_ptr(), source.numel(), at) for runs in self.host_runs for source, at in runs]
+
 
 class ExpertStore:
     """Holds every expert once. Fill with `put`, check with `seal`; use as a context manager, or call `close`.

@@ -21,7 +21,7 @@ from fluxmoe.runtime.region import MemfdPool, RegionError
 from fluxmoe.runtime.request import Request, SamplingParams
 from fluxmoe.runtime.residency import ComputeProfile
 from fluxmoe.runtime.store import StoreError
-from fluxmoe.runtime.streamer import ThreadStreamer
+from fluxmoe.runtime.streamer_cpu import ThreadStreamer
 
 from .test_store import CPU, FUSED, SIZES, block_of, decode
 

@@ -93,8 +93,6 @@ class ExpertHeap:
             if moved is not None:
                 self._unit_of[moved] = unit
         self._owners.pop()
-        if self._units.is_cuda:
-            torch.cuda.current_stream().synchronize()  # pages must not be unmapped under a kernel or copy
         self._region.resize(len(self._owners) * self.unit_bytes)
         return moved
 

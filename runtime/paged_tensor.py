@@ -108,7 +108,7 @@ class PagedTensor:
             blocks: list[int | None] = [None] * self.pages_each
             if instead_of is not None:
                 self._turn(instead_of, expert, PageState.EVICTING)
-                blocks = [self.region.unmap(page, keep=True) for page in self._pages(instead_of, expert)]
+                blocks = [self.region.unmap(page, keep=True, idle=True) for page in self._pages(instead_of, expert)]
                 self._turn(instead_of, expert, PageState.UNMAPPED)
             for page, block in zip(self._pages(layer, expert), blocks, strict=True):
                 self.region.map(page, block)

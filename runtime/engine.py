@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,12 @@ class Engine:
 
     def __init__(self, model_dir: Path | str, config: EngineConfig | None = None) -> None:
         self.config = config = config or EngineConfig()
+        with ExitStack() as undo:
+            self._build(Path(model_dir), config, undo)
+            self._resources = undo.pop_all()
+
+    def _build(self, model_dir: Path, config: EngineConfig, resources: ExitStack) -> None:
+        """Make all parts; those that hold threads, files or locked memory are closed by `resources`, in any case."""
         self.device = resolve_device(config.device)
         checkpoint = Checkpoint(model_dir)
         self.model = model = checkpoint.config
@@ -105,65 +112,71 @@ class Engine:
         self.placement, self.budget = self.deployment.placement, self.deployment.budget
         if config.adaptive:
             self.pool = self._open_pool()
+            resources.callback(self.pool.close)
         num_blocks = self.deployment.reserve_kv()
         self.store = self._make_store(layout)
-        try:
-            self.decoder = self._load(checkpoint, limits.context)
-            self.kv, self.scheduler = self._cache_and_scheduler(num_blocks, limits)
-            has_states = model.delta is not None
-            self.states = StateCache(*self.deployment.state_sizes, self.device) if has_states else None
-            self.streamer = make_streamer(
-                self.store,
-                config.slots,
-                self.device,
-                poison=config.poison,
-                timeline=self.timeline,
-                delay=config.load_delay,
-                link_bandwidth=config.link_bandwidth,
-            )
-        except BaseException:
-            self.store.close()
-            raise
+        resources.callback(self.store.close)
+        self.kv = self._make_cache(num_blocks)
+        resources.callback(self.kv.close)
+        self.scheduler = self._make_scheduler(limits)
+        self.decoder = self._load(checkpoint, limits.context)
+        has_states = model.delta is not None
+        self.states = StateCache(*self.deployment.state_sizes, self.device) if has_states else None
+        self.streamer = make_streamer(
+            self.store,
+            config.slots,
+            self.device,
+            poison=config.poison,
+            timeline=self.timeline,
+            delay=config.load_delay,
+            link_bandwidth=config.link_bandwidth,
+        )
+        resources.callback(self.streamer.close)
         self.graphs: DecodeGraphs | None = None
         if graphs:
             spare = self.deployment.max_sequences
             self.graphs = DecodeGraphs(self._forward, self.streamer, *per_graph, self.device, spare)
         if self.pool is not None:
             self.residency = self._make_residency(self.pool)
+            resources.callback(self.residency.close)
         self._iteration = 0
         self._counted = Counters(0, 0, 0, 0)
 
-    def _cache_and_scheduler(self, num_blocks: int, limits: Limits) -> tuple[PagedKVCache, Scheduler]:
+    def _make_cache(self, num_blocks: int) -> PagedKVCache:
         config, model = self.config, self.model
         host_blocks = num_blocks if config.preemption == "swap" else 0
         kv_layers = len(model.attention_layers)
         sizes = (config.block_size, model.num_kv_heads, model.head_dim, model.dtype, self.device)
         pin = host_blocks > 0 and self.device.type == "cuda"
         if self.pool is None:
-            cache = PagedKVCache(self.ops, kv_layers, num_blocks, *sizes, host_blocks=host_blocks, pin=pin)
-        else:
-            most = self.deployment.useful_blocks
-            cache = GrowableKVCache(self.ops, kv_layers, most, *sizes, pool=self.pool, host_blocks=host_blocks, pin=pin)
+            return PagedKVCache(self.ops, kv_layers, num_blocks, *sizes, host_blocks=host_blocks, pin=pin)
+        most = self.deployment.useful_blocks
+        cache = GrowableKVCache(self.ops, kv_layers, most, *sizes, pool=self.pool, host_blocks=host_blocks, pin=pin)
+        try:
             num_blocks = num_blocks // cache.quantum * cache.quantum
             if not num_blocks:
-                cache.close()
                 raise BudgetError(
                     f"a budget of {format_bytes(self.budget.total)} leaves less than "
                     f"{format_bytes(cache.quantum_bytes)} for KV, the least that can be mapped at a time; give more"
                 )
             cache.resize(num_blocks)
-            self.budget.release("kv_cache", self.budget.lines()["kv_cache"] - cache.nbytes)
-        scheduler = Scheduler(
-            num_blocks,
-            config.block_size,
+        except BaseException:
+            cache.close()
+            raise
+        self.budget.release("kv_cache", self.budget.lines()["kv_cache"] - cache.nbytes)
+        return cache
+
+    def _make_scheduler(self, limits: Limits) -> Scheduler:
+        return Scheduler(
+            self.kv.num_blocks,
+            self.config.block_size,
             self.deployment.max_sequences,
             limits.tokens,
-            config.preemption,
+            self.config.preemption,
             limits.context,
-            eos_token_ids=model.eos_token_ids,
-            host_blocks=host_blocks,
+            eos_token_ids=self.model.eos_token_ids,
+            host_blocks=self.kv.host_blocks,
         )
-        return cache, scheduler
 
     # Experts that move.
 
@@ -338,14 +351,8 @@ class Engine:
         }
 
     def close(self) -> None:
-        """Stop the copy thread, remove the spill file. The engine cannot be used afterwards."""
-        self.streamer.close()
-        if self.residency is not None:
-            self.residency.settle()
-        self.store.close()
-        if self.pool is not None:
-            self.kv.close()
-            self.pool.close()
+        """Stop copies, give files and locked memory back; the engine cannot be used any more. Idempotent."""
+        self._resources.close()
 
     def __enter__(self) -> Engine:
         return self

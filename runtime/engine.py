@@ -3,12 +3,13 @@
     Checkpoint ─► ExpertStore (tiers) ─► streamer (slots) ─► Decoder ─► sampling
     Scheduler ◄─► PagedKVCache            ▲ tables            ▲ batch
 
-Construction charges every device byte to a MemoryBudget (see `deployment`). Nothing big is loaded before the budget is
-known to suffice.
+Construction charges every device byte to a MemoryBudget, and what the host holds beside it to another (see
+`deployment`). Nothing is loaded before the budget is known to suffice, and both to fit the memory that is free.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -25,13 +26,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .batch import build_batch
-from .budget import BudgetError, available_bytes, format_bytes
+from .budget import BudgetError, MemoryBudget, available_bytes, by_line, format_bytes, lies_in_memory, taken_bytes
 from .config import EngineConfig
-from .deployment import EXPERT_LINES, Deployment, lay_out, limits_of, make_planner
+from .deployment import EXPERT_LINES, Deployment, host_lines, lay_out, limits_of, make_planner
 from .graphs import DecodeGraphs
 from .hardware import measure_bandwidths, measure_links
 from .kv_cache import GrowableKVCache, PagedKVCache
 from .layout import ExpertLayout
+from .memory import FreeMemory, MemoryCheck
 from .metrics import StepMetrics
 from .moving_store import MovingStore
 from .placement import DEVICE_TIERS, Tier
@@ -93,6 +95,12 @@ class Engine:
     def _build(self, model_dir: Path, config: EngineConfig, resources: ExitStack) -> None:
         """Make all parts; those that hold threads, files or locked memory are closed by `resources`, in any case."""
         self.device = resolve_device(config.device)
+        # Before the kernels make their workspace, which the budget is charged with.
+        free, self._taken_before = FreeMemory.now(self.device), taken_bytes(self.device)
+        total = available_bytes(self.device)
+        if config.budget_bytes is not None:
+            free.check_budget(config.budget_bytes)
+            total = config.budget_bytes
         checkpoint = Checkpoint(model_dir)
         self.model = model = checkpoint.config
         limits = limits_of(model, config)
@@ -102,18 +110,31 @@ class Engine:
         # Only where nothing waits for the device in mid-pass, as the plain torch path does.
         graphs = config.cuda_graphs and self.device.type == "cuda" and config.kernels != "torch"
         per_graph = (config.max_batch, -(-limits.context // config.block_size), config.block_size)
-        self._graph_bytes = DecodeGraphs.buffer_bytes(*per_graph) if graphs else 0
+        buffers = DecodeGraphs.buffer_bytes(*per_graph) if graphs else 0
+        # An estimate: see `pool_bytes`.
+        pool_bytes = DecodeGraphs.pool_bytes(config.max_batch, model.hidden_size, self.ops.act_dtype.itemsize)
+        self._graph_bytes = buffers + pool_bytes if graphs else 0
         self.pool: BlockPool | None = None
         self.residency: Residency | None = None
         self._links: Links | None = None
         self._compute = ComputeProfile()
-        total = available_bytes(self.device) if config.budget_bytes is None else config.budget_bytes
-        self.deployment = Deployment(model, config, self.ops, layout, self.device, total, self._graph_bytes)
+        in_host = host_lines(config, layout, lies_in_memory(self._disk_dir), buffers)
+        shared = free.shared and config.budget_bytes is None
+        if shared:
+            total = self._beside(total, in_host)
+        self.deployment = Deployment(
+            model, config, self.ops, layout, self.device, total, self._graph_bytes, swap_inside=shared
+        )
         self.placement, self.budget = self.deployment.placement, self.deployment.budget
         if config.adaptive:
             self.pool = self._open_pool()
             resources.callback(self.pool.close)
         num_blocks = self.deployment.reserve_kv()
+        in_host |= self.deployment.swap_lines(num_blocks)
+        free.check(self._most_bytes, in_host)
+        self.host_budget = MemoryBudget(sum(in_host.values()))
+        for line, nbytes in in_host.items():
+            self.host_budget.reserve(line, nbytes)
         self.store = self._make_store(layout)
         resources.callback(self.store.close)
         self.kv = self._make_cache(num_blocks)
@@ -142,6 +163,30 @@ class Engine:
         self._iteration = 0
         self._counted = Counters(0, 0, 0, 0)
 
+    @property
+    def _disk_dir(self) -> Path:
+        return Path(self.config.disk_dir or tempfile.gettempdir())
+
+    @staticmethod
+    def _beside(total: int, in_host: dict[str, int]) -> int:
+        """What is left for the device's part where both share one memory."""
+        host = sum(in_host.values())
+        if host >= total:
+            raise BudgetError(
+                f"host memory takes {format_bytes(host)} ({by_line(in_host)}), and of what is free only "
+                f"{format_bytes(total)} can be given away; keep fewer experts in memory (--placement disk)"
+            )
+        return total - host
+
+    @property
+    def _most_bytes(self) -> int:
+        """Device bytes that the engine may ever hold."""
+        if self.pool is None:
+            return self.budget.used
+        lines = self.budget.lines()
+        pooled = sum(lines[line] for line in (*EXPERT_LINES.values(), "kv_cache"))
+        return self.budget.used - pooled + self.pool.max_blocks * self.pool.block_bytes
+
     def _make_cache(self, num_blocks: int) -> PagedKVCache:
         config, model = self.config, self.model
         host_blocks = num_blocks if config.preemption == "swap" else 0
@@ -153,7 +198,10 @@ class Engine:
         most = self.deployment.useful_blocks
         cache = GrowableKVCache(self.ops, kv_layers, most, *sizes, pool=self.pool, host_blocks=host_blocks, pin=pin)
         try:
-            num_blocks = num_blocks // cache.quantum * cache.quantum
+            # The pool has no more beside the experts, whose lines are rounded up to its blocks by now.
+            lines = self.budget.lines()
+            room = self.pool.max_blocks * self.pool.block_bytes - sum(lines[line] for line in EXPERT_LINES.values())
+            num_blocks = min(num_blocks, room // self.deployment.block_bytes) // cache.quantum * cache.quantum
             if not num_blocks:
                 raise BudgetError(
                     f"a budget of {format_bytes(self.budget.total)} leaves less than "
@@ -187,14 +235,14 @@ class Engine:
         # All experts and all KV that can be used, and whole blocks of both: more would only make blocks larger.
         useful = self.placement.tiers.size * largest + deployment.useful_blocks * deployment.block_bytes
         held = sum(lines[line] for line in EXPERT_LINES.values())
-        pool = make_pool(self.device, min(self.budget.free + held, useful + useful // 64 + (16 << 20)))
+        pool = make_pool(self.device, min(deployment.kv_room + held, useful + useful // 64 + (16 << 20)))
         for line in EXPERT_LINES.values():
             self.budget.reserve(line, pool.pages(lines[line]) * pool.block_bytes - lines[line])
         return pool
 
     def _make_store(self, layout: ExpertLayout) -> ExpertStore:
         if self.pool is None:
-            return ExpertStore(layout, self.device, decode=self.ops.decode_expert, disk_dir=self.config.disk_dir)
+            return ExpertStore(layout, self.device, decode=self.ops.decode_expert, disk_dir=self._disk_dir)
         return MovingStore(layout, self.device, self.pool, self.deployment.most_streamed, self.ops.decode_expert)
 
     def _make_residency(self, pool: BlockPool) -> Residency:
@@ -340,15 +388,33 @@ class Engine:
 
     def held_bytes(self) -> dict[str, int]:
         """What the parts really hold on the device, line by line, to be compared with the ledger."""
-        states = {} if self.states is None else {"states": self.states.nbytes}
-        return states | {
+        optional = {} if self.states is None else {"states": self.states.nbytes}
+        optional |= {"graphs": self._graph_bytes} if self._graph_bytes else {}
+        return optional | {
             "non_expert_weights": self.decoder.nbytes,
             "resident_experts": self.store.tier_bytes(Tier.RESIDENT),
             "packed_experts": self.store.tier_bytes(Tier.PACKED),
             "slots": self.streamer.slot_bytes,
-            "workspace": self.ops.workspace_bytes + self._graph_bytes + self.deployment.popularity_bytes,
+            "workspace": self.ops.workspace_bytes + self.deployment.popularity_bytes,
             "kv_cache": self.kv.nbytes,
         }
+
+    def memory_check(self) -> MemoryCheck:
+        """The ledgers beside what is really held, to be asked after warm-up.
+
+        On CUDA: the device's ledger, and by how much more is taken on the GPU than before the engine was made, kernels'
+        code and what other processes do included. More than 2 % above the ledger is a warning.
+
+        On a CPU: both ledgers, but for a spill file, and by how much more memory this process has touched. Less is
+        usual: a workspace is touched as far as it was needed, and malloc may have kept what others gave back. Compiled
+        kernels, threads and what malloc keeps are in no ledger: only above 2 % and 256 MiB it is a warning.
+        """
+        ledger = self.budget.used
+        if self.device.type == "cpu":
+            ledger += self.host_budget.used - self.host_budget.lines().get("spill", 0)
+        now = taken_bytes(self.device)
+        held = None if now is None or self._taken_before is None else now - self._taken_before
+        return MemoryCheck.of(self.device, ledger, held)
 
     def close(self) -> None:
         """Stop copies, give files and locked memory back; the engine cannot be used any more. Idempotent."""

@@ -36,11 +36,11 @@ class HostMemory:
         self.pin, self._cuda = pin, cuda
         self._mappings = ExitStack()
 
-    def zeros(self, nbytes: int) -> Tensor:
-        """uint8 [nbytes] of zeros, at the beginning of a page. HostMemoryError leaves nothing mapped or registered."""
+    def empty(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes] of anything, from the beginning of a page. HostMemoryError leaves nothing behind."""
         if not self.pin or not nbytes:
             try:
-                raw = torch.zeros(nbytes + PAGE, dtype=torch.uint8)
+                raw = torch.empty(nbytes + PAGE, dtype=torch.uint8)
             except RuntimeError:
                 raise HostMemoryError(f"cannot allocate {format_bytes(nbytes)} of host memory") from None
             skip = -raw.data_ptr() % PAGE

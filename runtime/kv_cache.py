@@ -133,7 +133,7 @@ class PagedKVCache:
         self._memory = HostMemory(pin)
         try:
             self.host_k, self.host_v = (
-                self._memory.zeros(prod(shape) * dtype.itemsize).view(dtype).view(shape)
+                self._memory.empty(prod(shape) * dtype.itemsize).zero_().view(dtype).view(shape)
                 for shape in ((host_blocks, num_layers, *k_shape), (host_blocks, num_layers, *v_shape))
             )
         except BaseException:

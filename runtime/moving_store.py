@@ -138,7 +138,7 @@ class MovingStore(ExpertStore):
         most = layout.num_layers * layout.num_experts
         try:
             self._host = [
-                tuple(self._memory.zeros(layout.num_experts * stride) for stride in self._strides)
+                tuple(self._memory.empty(layout.num_experts * stride) for stride in self._strides)
                 for _ in range(layout.num_layers)
             ]
             for tier in self.device_tiers:

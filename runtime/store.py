@@ -84,6 +84,19 @@ class LayerPlan(NamedTuple):
         return [(source.data_ptr(), source.numel(), at) for runs in self.host_runs for source, at in runs]
 
 
+def spill_offsets(layout: ExpertLayout) -> tuple[list[tuple[int, int]], int]:
+    """Where each (layer, tensor type) of the DISK tier begins in the spill file, at pages; the bytes of the file."""
+    offsets, end = [], 0
+    for layer in range(layout.num_layers):
+        begins = []
+        for d in (0, 1):
+            begins.append(end)
+            if members := len(layout.placement.members(layer, Tier.DISK)):
+                end += -(-members * layout.stride(layout.stored(Tier.DISK), d) // PAGE) * PAGE
+        offsets.append((begins[0], begins[1]))
+    return offsets, end
+
+
 class ExpertStore:
     """Holds every expert once. Fill with `put`, check with `seal`; use as a context manager, or call `close`.
 
@@ -111,19 +124,10 @@ class ExpertStore:
             raise StoreError("the disk tier needs --device cpu for now; use placement host or balanced on CUDA")
         self._memory = HostMemory(pin)
         self._file = self._direct = None
-        # Where each (layer, type) begins in the spill file, on page boundaries.
-        self._offsets: list[tuple[int, int]] = []
-        end = 0
-        for i in layers:
-            begins = []
-            for d in (0, 1):
-                begins.append(end)
-                end += -(-self._payload_bytes(i, Tier.DISK, d) // PAGE) * PAGE
-            self._offsets.append((begins[0], begins[1]))
-        self.disk_bytes = end
+        self._offsets, self.disk_bytes = spill_offsets(layout)
         self.direct_io = False
         try:
-            if end:
+            if self.disk_bytes:
                 self._open_spill(Path(disk_dir or tempfile.gettempdir()))
             self._arenas = {tier: [self._arena(i, tier) for i in layers] for tier in (*DEVICE_TIERS, Tier.HOST)}
         except BaseException:
@@ -152,7 +156,7 @@ class ExpertStore:
 
     def _arena(self, layer: int, tier: Tier) -> tuple[Tensor, Tensor]:
         sizes = [self._payload_bytes(layer, tier, d) for d in (0, 1)]
-        make = self._memory.zeros if tier is Tier.HOST else lambda size: aligned_empty(size, self.device)
+        make = self._memory.empty if tier is Tier.HOST else lambda size: aligned_empty(size, self.device)
         try:
             gate_up, down = (make(size) for size in sizes)
         except (RuntimeError, HostMemoryError) as error:

@@ -67,9 +67,8 @@ def mapped_bytes() -> int:
 def test_memory_is_as_large_as_what_it_holds(nbytes):
     cuda = FakeCuda()
     memory = HostMemory(True, cuda)
-    tensor = memory.zeros(nbytes)
+    tensor = memory.empty(nbytes)
     assert tensor.shape == (nbytes,)
-    assert not tensor.any()
     assert cuda.registered == {tensor.data_ptr(): -(-nbytes // PAGE) * PAGE}
     tensor.fill_(7)
     memory.close()
@@ -79,7 +78,7 @@ def test_memory_is_as_large_as_what_it_holds(nbytes):
 
 def test_closing_unmaps():
     memory, size, before = HostMemory(True, FakeCuda()), 1 << 30, mapped_bytes()
-    memory.zeros(size)
+    memory.empty(size)
     assert mapped_bytes() - before >= size
     memory.close()
     assert mapped_bytes() - before < size // 2
@@ -89,18 +88,18 @@ def test_closing_unmaps():
 def test_nothing_takes_nothing(pin):
     cuda = FakeCuda()
     memory = HostMemory(pin, cuda)
-    assert memory.zeros(0).numel() == 0
+    assert memory.empty(0).numel() == 0
     assert cuda.registered == {}
-    assert memory.zeros(5).data_ptr() % PAGE == 0
+    assert memory.empty(5).data_ptr() % PAGE == 0
     memory.close()
 
 
 def test_what_the_driver_refuses_is_one_sentence_and_leaves_nothing():
     cuda, before = FakeCuda(refuse_after=1), mapped_bytes()
     memory = HostMemory(True, cuda)
-    first = memory.zeros(10)
+    first = memory.empty(10)
     with pytest.raises(HostMemoryError, match="cannot page-lock 1 GiB of host memory: error 2; ulimit"):
-        memory.zeros(1 << 30)
+        memory.empty(1 << 30)
     assert list(cuda.registered) == [first.data_ptr()]
     assert mapped_bytes() - before < 1 << 29
     memory.close()
@@ -110,7 +109,7 @@ def test_what_the_driver_refuses_is_one_sentence_and_leaves_nothing():
 @pytest.mark.parametrize("pin", [False, True])
 def test_memory_that_no_machine_has_is_one_sentence(pin):
     with pytest.raises(HostMemoryError, match="cannot allocate 1024 TiB of host memory"):
-        HostMemory(pin, FakeCuda()).zeros(1 << 50)
+        HostMemory(pin, FakeCuda()).empty(1 << 50)
 
 
 def test_a_store_locks_its_host_tier_and_gives_it_back(fake):
@@ -159,7 +158,7 @@ def test_the_real_runtime_locks_memory():
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
     memory = HostMemory(True)
-    tensor = memory.zeros(3 * PAGE + 1)
+    tensor = memory.empty(3 * PAGE + 1)
     assert tensor.is_pinned()
     tensor.fill_(5)
     assert (tensor.cuda() == 5).all()

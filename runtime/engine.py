@@ -9,7 +9,6 @@ Construction charges every device byte to a MemoryBudget, and what the host hold
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .batch import build_batch
-from .budget import BudgetError, MemoryBudget, available_bytes, by_line, format_bytes, lies_in_memory, taken_bytes
+from .budget import BudgetError, available_bytes, format_bytes, lies_in_memory, taken_bytes
 from .config import EngineConfig
 from .deployment import EXPERT_LINES, Deployment, host_lines, lay_out, limits_of, make_planner
 from .graphs import DecodeGraphs
@@ -97,10 +96,8 @@ class Engine:
         self.device = resolve_device(config.device)
         # Before the kernels make their workspace, which the budget is charged with.
         free, self._taken_before = FreeMemory.now(self.device), taken_bytes(self.device)
-        total = available_bytes(self.device)
-        if config.budget_bytes is not None:
-            free.check_budget(config.budget_bytes)
-            total = config.budget_bytes
+        total = available_bytes(self.device) if config.budget_bytes is None else config.budget_bytes
+        free.check_budget(total)
         checkpoint = Checkpoint(model_dir)
         self.model = model = checkpoint.config
         limits = limits_of(model, config)
@@ -118,10 +115,10 @@ class Engine:
         self.residency: Residency | None = None
         self._links: Links | None = None
         self._compute = ComputeProfile()
-        in_host = host_lines(config, layout, lies_in_memory(self._disk_dir), buffers)
+        in_host = host_lines(config, layout, lies_in_memory(config.spill_dir), buffers)
         shared = free.shared and config.budget_bytes is None
         if shared:
-            total = self._beside(total, in_host)
+            total = free.beside(total, in_host)
         self.deployment = Deployment(
             model, config, self.ops, layout, self.device, total, self._graph_bytes, swap_inside=shared
         )
@@ -131,10 +128,7 @@ class Engine:
             resources.callback(self.pool.close)
         num_blocks = self.deployment.reserve_kv()
         in_host |= self.deployment.swap_lines(num_blocks)
-        free.check(self._most_bytes, in_host)
-        self.host_budget = MemoryBudget(sum(in_host.values()))
-        for line, nbytes in in_host.items():
-            self.host_budget.reserve(line, nbytes)
+        self.host_budget = free.host_budget(self._most_bytes, in_host)
         self.store = self._make_store(layout)
         resources.callback(self.store.close)
         self.kv = self._make_cache(num_blocks)
@@ -144,14 +138,9 @@ class Engine:
         has_states = model.delta is not None
         self.states = StateCache(*self.deployment.state_sizes, self.device) if has_states else None
         self.streamer = make_streamer(
-            self.store,
-            config.slots,
-            self.device,
-            poison=config.poison,
-            timeline=self.timeline,
-            delay=config.load_delay,
-            link_bandwidth=config.link_bandwidth,
-        )
+            self.store, config.slots, self.device, poison=config.poison, timeline=self.timeline,
+            delay=config.load_delay, link_bandwidth=config.link_bandwidth,
+        )  # fmt: skip
         resources.callback(self.streamer.close)
         self.graphs: DecodeGraphs | None = None
         if graphs:
@@ -162,21 +151,6 @@ class Engine:
             resources.callback(self.residency.close)
         self._iteration = 0
         self._counted = Counters(0, 0, 0, 0)
-
-    @property
-    def _disk_dir(self) -> Path:
-        return Path(self.config.disk_dir or tempfile.gettempdir())
-
-    @staticmethod
-    def _beside(total: int, in_host: dict[str, int]) -> int:
-        """What is left for the device's part where both share one memory."""
-        host = sum(in_host.values())
-        if host >= total:
-            raise BudgetError(
-                f"host memory takes {format_bytes(host)} ({by_line(in_host)}), and of what is free only "
-                f"{format_bytes(total)} can be given away; keep fewer experts in memory (--placement disk)"
-            )
-        return total - host
 
     @property
     def _most_bytes(self) -> int:
@@ -215,16 +189,11 @@ class Engine:
         return cache
 
     def _make_scheduler(self, limits: Limits) -> Scheduler:
+        config, sequences = self.config, self.deployment.max_sequences
         return Scheduler(
-            self.kv.num_blocks,
-            self.config.block_size,
-            self.deployment.max_sequences,
-            limits.tokens,
-            self.config.preemption,
-            limits.context,
-            eos_token_ids=self.model.eos_token_ids,
-            host_blocks=self.kv.host_blocks,
-        )
+            self.kv.num_blocks, config.block_size, sequences, limits.tokens, config.preemption, limits.context,
+            eos_token_ids=self.model.eos_token_ids, host_blocks=self.kv.host_blocks,
+        )  # fmt: skip
 
     # Experts that move.
 
@@ -242,7 +211,7 @@ class Engine:
 
     def _make_store(self, layout: ExpertLayout) -> ExpertStore:
         if self.pool is None:
-            return ExpertStore(layout, self.device, decode=self.ops.decode_expert, disk_dir=self._disk_dir)
+            return ExpertStore(layout, self.device, decode=self.ops.decode_expert, disk_dir=self.config.spill_dir)
         return MovingStore(layout, self.device, self.pool, self.deployment.most_streamed, self.ops.decode_expert)
 
     def _make_residency(self, pool: BlockPool) -> Residency:

@@ -41,8 +41,10 @@ class CudaStreamer(Streamer):
         # The events recorded in the graph that is being captured. Others lie before it, and are waited for outside.
         self._captured: set = set()
         # What the host has chosen for the launches of each layer, and how often that has changed.
-        self._chosen: list[tuple] | None = None
+        self._chosen: list[tuple] = []
         self._changes = 0
+        # The store's epochs for which all tables are right, once no load of an older plan is under way.
+        self._prepared: list[int] | None = None
 
     def _make_events(self) -> tuple[list, list]:
         """(by slot and tensor type, by slot): recorded after loads, and after the kernels that read them."""
@@ -55,16 +57,19 @@ class CudaStreamer(Streamer):
         Returns how often what a graph has fixed has changed: the copies of the pass's loads, and which kernels read the
         layers. Graphs captured at another count are wrong; new addresses of experts alone leave it as it is.
         """
-        if self._chosen is not None and not self.store.moves:
+        epochs = list(self.store.epochs)
+        if epochs == self._prepared:
             return self._changes
-        begin, chosen = self.schedule.next_pass(self._next_visit), []
+        begin, chosen, settled = self.schedule.next_pass(self._next_visit), [], True
         for layer, next_plan in enumerate(self.store.plans):
             rank = self._rank.get(layer)
             # The plan of the load that the pass reads may be older than that of the load which it begins.
             plan = next_plan if rank is None else self._plan_of(rank if self.keeps_all else begin + rank)
             chosen.append((self._table(plan).planar12, plan.copies(), next_plan.copies()))
+            settled &= plan is next_plan
         if chosen != self._chosen:
             self._chosen, self._changes = chosen, self._changes + 1
+        self._prepared = epochs if settled else None
         return self._changes
 
     @property

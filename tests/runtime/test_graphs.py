@@ -8,7 +8,7 @@ import pytest
 import torch
 from fluxmoe.kernels.ops import AttentionMetadata
 from fluxmoe.runtime.batch import Batch
-from fluxmoe.runtime.graphs import DecodeGraphs, StepBuffers, batch_sizes
+from fluxmoe.runtime.graphs import DecodeGraphs, StepBuffers, batch_sizes, capture_cuda
 from fluxmoe.runtime.placement import Tier, place
 from fluxmoe.runtime.region import MemfdPool
 from fluxmoe.runtime.streamer_cuda import CudaStreamer
@@ -328,7 +328,8 @@ def test_tables_are_never_made_inside_a_capture():
     with filled(place("balanced", 5, 4, alpha=0.4)) as store:
         streamer = Logged(store, 2, cuda=cuda)
         one_pass(streamer, cuda, 5)
-        streamer._tables.clear()
+        streamer.prepare()
+        store.epochs[3] += 1  # as when an expert has moved
         with pytest.raises(AssertionError, match="prepared before a capture"), streamer.capture():
             one_pass(streamer, cuda, 5)
         streamer.prepare()
@@ -385,3 +386,34 @@ def test_a_load_under_way_when_an_expert_leaves_counts_as_changed_at_once():
     store.land([((0, 0), Tier.PACKED, unit)])
     assert streamer.prepare() > known
     store.close()
+
+
+def test_a_capture_that_cannot_be_ended_leaves_the_current_stream(monkeypatch):
+    """torch sets the capturing stream as the current one, and only a capture that ends well sets the old one back."""
+    current = ["compute"]
+
+    @contextmanager
+    def stream(to):
+        before, current[0] = current[0], to
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    class Capture:
+        def __init__(self, graph, **settings):
+            self.settings = settings
+
+        def __enter__(self):
+            current[0] = "capture"
+
+        def __exit__(self, *exception):
+            raise RuntimeError("work is not joined")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    with pytest.raises(RuntimeError, match="not joined"):
+        capture_cuda(lambda: None, pool=None)
+    assert current == ["compute"]

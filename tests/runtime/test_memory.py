@@ -41,7 +41,6 @@ def free(monkeypatch):
 
     def has(nbytes):
         monkeypatch.setattr(budget_module, "_cgroups", lambda root=None: [(2 * nbytes, nbytes)])
-        monkeypatch.setattr(budget_module, "_cgroup_free", lambda root=None: [nbytes])
 
     return has
 
@@ -86,6 +85,18 @@ def test_a_gpu_and_its_host_are_asked_apart(monkeypatch):
     with pytest.raises(BudgetError, match="81 GiB is more than the 80 GiB of memory that this GPU has"):
         free.check_budget(81 * GIB)
     assert FreeMemory.now(CPU) == (CPU, 30 * GIB, 30 * GIB)
+
+
+def test_a_system_that_does_not_say_what_is_free_needs_a_budget(model_dir, monkeypatch):
+    def unknown(entry):
+        raise BudgetError("cannot tell how much memory is free here; give a budget in bytes")
+
+    monkeypatch.setattr(budget_module, "_meminfo", unknown)
+    assert FreeMemory.now(CPU) == (CPU, None, None)
+    with Engine(model_dir, EngineConfig(**COMMON, placement="host", budget_bytes=64 * MIB)) as engine:
+        assert engine.host_budget.lines()["host_experts"] > 0
+    with pytest.raises(BudgetError, match="give a budget in bytes"):
+        Engine(model_dir, EngineConfig(**COMMON))
 
 
 def test_a_budget_beyond_the_machine_is_refused(model_dir, free):

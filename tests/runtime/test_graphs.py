@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import random
 from contextlib import contextmanager, suppress
+from functools import cache
+from typing import NamedTuple
 
 import pytest
 import torch
+from fluxmoe.kernels.expert_table import TABLE_FORMATS
 from fluxmoe.kernels.ops import AttentionMetadata
 from fluxmoe.runtime.batch import Batch
 from fluxmoe.runtime.graphs import DecodeGraphs, StepBuffers, batch_sizes, capture_cuda
@@ -13,8 +18,9 @@ from fluxmoe.runtime.placement import Tier, place
 from fluxmoe.runtime.region import MemfdPool
 from fluxmoe.runtime.streamer_cuda import CudaStreamer
 
+from .test_region import pool_of
 from .test_residency import EXPERTS, LAYERS, check_pass, moving_store
-from .test_store import filled
+from .test_store import block_of, filled
 from .test_streamer import Logged, Recorder, arenas_of, check_order
 
 CPU = torch.device("cpu")
@@ -417,3 +423,91 @@ def test_a_capture_that_cannot_be_ended_leaves_the_current_stream(monkeypatch):
     with pytest.raises(RuntimeError, match="not joined"):
         capture_cuda(lambda: None, pool=None)
     assert current == ["compute"]
+
+
+@cache
+def bytes_of(*which) -> bytes:
+    return block_of(*which).numpy().tobytes()
+
+
+class Deferred(CudaStreamer):
+    """Copies become part of the graph that is being captured, and are made when it is launched."""
+
+    work: list | None = None
+
+    def do(self, action):
+        if self.work is None:
+            action()
+        else:
+            self.work.append(action)
+
+    def _copy(self, target, source):
+        self.do(lambda: target.copy_(source))
+
+
+class Launched(NamedTuple):
+    work: list
+
+    def replay(self):
+        for action in self.work:
+            action()
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("pool", ["memfd", "vmm"])
+def test_graphs_read_the_right_experts_whatever_moves_between_steps(slots, pool):
+    """Kernels read addresses and formats when they run, as on a GPU, and keep what the host chose at their capture.
+
+    On 5 layers, which neither number of slots divides. Graphs outlive moves that change addresses alone.
+    """
+    rng = random.Random(slots)
+    blocks = MemfdPool(8 << 20) if pool == "memfd" else pool_of("vmm")
+    store = moving_store(place("packed", LAYERS, EXPERTS), pool=blocks)
+    streamer = Deferred(store, slots, cuda=Recorder())
+    names, passes = {number: name for name, number in TABLE_FORMATS.items()}, []
+
+    def kernel(table, layer, d, planar12):
+        def read():
+            passes.append(layer)
+            for expert in range(EXPERTS):
+                address, number = table.addresses[expert, d].item(), table.formats[expert, d].item()
+                assert planar12 or names[number] == "dense", "a kernel that does not decode meets a packed expert"
+                expected = bytes_of(layer, expert, d, names[number])
+                assert ctypes.string_at(address, len(expected)) == expected, (layer, expert, d)
+
+        return read
+
+    def forward(ids, meta, rows):
+        for layer in range(LAYERS):
+            with streamer.layer(layer) as page:
+                for d in (0, 1):
+                    page.wait(d)
+                    streamer.do(kernel(page.table, layer, d, page.table.planar12))
+        return ids[:, None].float()
+
+    def capture(work, pool):
+        streamer.work = []
+        try:
+            result = work()
+            return Launched(streamer.work), result
+        finally:
+            streamer.work = None
+
+    graphs = DecodeGraphs(forward, streamer, 2, 4, 16, CPU, 0, capture, lambda: "pool")
+    for step in range(80):
+        graphs.run(decode_step(2))
+        for _ in range(rng.choice([0, 0, 0, 0, 1, 1, 4])):
+            where = rng.randrange(LAYERS), rng.randrange(EXPERTS)
+            source = Tier(store.layout.placement.tiers[where])
+            # Mostly between packed and dense, which changes no copy; in the first steps nothing else.
+            others = {Tier.PACKED: [Tier.RESIDENT] * 4 + [Tier.HOST]}.get(source, [Tier.PACKED])
+            target = rng.choice(others) if step > 20 else others[0]
+            if target is Tier.HOST:
+                store.leave(where)
+            else:
+                unit = store.heaps[target].reserve()
+                store.fetch(where, target, unit, lambda to, block: to.copy_(block))
+                store.land([(where, target, unit)])
+    assert len(passes) == 80 * LAYERS * 2
+    assert 15 < graphs.replays < 78
+    store.close()

@@ -164,7 +164,8 @@ def code_digest() -> str:
 class ResultRows:
     """Rows of one experiment in rows.csv, whole after each; provenance.json beside it.
 
-    Rows that are there are not measured again, but for those that were wrong or failed with other code. A point at
+    Rows that are there are not measured again, but for those that were wrong or failed with other code, or lacked
+    something. A point at
     which the process ends twice (a hang, a crash) becomes a row that says so. Each row says what code and which run
     (UTC) made it, and its status: ok | wrong | failed | absent, with the reason.
     """
@@ -174,7 +175,7 @@ class ResultRows:
         self._attempt = self.out / "attempt.json"
         rows = read_csv(self.out / "rows.csv")
         self.rows: list[Mapping] = [
-            row for row in rows if row["status"] not in ("wrong", "failed") or row["code"] == code_digest()
+            row for row in rows if row["status"] == "ok" or (row["status"] != "absent" and row["code"] == code_digest())
         ]
         about = {"code": code_digest(), **provenance(device, 0), **facts}
         write_json(self.out / "provenance.json", {**about, "runs": self._runs(about["hardware"])})
@@ -188,9 +189,13 @@ class ResultRows:
         runs = load_json(path).get("runs", []) if path.exists() else []
         return [*runs, {"utc": self.run, "hardware": hardware}]
 
+    def find(self, **point: object) -> Mapping | None:
+        """The row of a point, if there is one."""
+        wanted = _plain(point).items()
+        return next((row for row in self.rows if all(str(row.get(k, "")) == value for k, value in wanted)), None)
+
     def has(self, **point: object) -> bool:
-        wanted = {name: str(value) for name, value in point.items()}
-        return any(all(str(row.get(name, "")) == value for name, value in wanted.items()) for row in self.rows)
+        return self.find(**point) is not None
 
     def measure(self, work: Callable[[], Mapping[str, object]], **point: object) -> dict | None:
         """The row of `point` with the columns that `work` returns; None if it is there already.

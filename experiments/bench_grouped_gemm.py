@@ -132,6 +132,12 @@ def rule_tiles(shape: Shape, tokens: int, device: torch.device, packed: bool = F
     return choose_tiles(shape.hidden, shape.intermediate, rows, capability, 2, name)
 
 
+def invariant_tiles(device: torch.device) -> Tiles:
+    """Those of a batch-invariant engine."""
+    fixed = invariant_tile(capability_of(device), 2)
+    return Tiles(fixed, fixed)
+
+
 def router_logits(shape: Shape, tokens: int, routing: str, seed: int, device: torch.device) -> Tensor:
     """fp32 [T, E]. uniform: any expert alike; zipf:S: expert r is chosen in proportion to 1 / (r + 1)^S."""
     kind, _, exponent = routing.partition(":")
@@ -190,8 +196,7 @@ class Point:
     def tiles(self, provider: str) -> Tiles | None:
         """None: the rule's."""
         if provider == "fluxmoe invariant":
-            fixed = invariant_tile(capability_of(self.device), 2)
-            return Tiles(fixed, fixed)
+            return invariant_tiles(self.device)
         if provider == "fluxmoe":
             rows = rows_per_expert(self.shape, self.tokens)
             return tuned_tiles(self._tuned, self.shape.hidden, self.shape.intermediate, rows)

@@ -27,7 +27,7 @@ from .gpu import ResultRows, WrongError, require_gpu
 ROWS = (16, 32, 64)
 TENSORS = ("gate_up", "down")
 # Qwen3-30B-A3B's expert, and for rehearsals the smallest that the format takes.
-_SIZES, _TINY = (2048, 768), (128, 128)
+SIZES, _TINY = (2048, 768), (128, 128)
 
 
 class Twins:
@@ -41,7 +41,8 @@ class Twins:
         packed = tuple(_packed(w).to(device) for w in (gate_up, down))
         formats = (FORMAT_DENSE, FORMAT_PLANAR12)
         # With a packed expert in each, both launch the same kernel.
-        self.tables = [ExpertTable.from_blocks([first, packed], device, [f, FORMAT_PLANAR12])
+        where = torch.device("cpu") if device.type == "meta" else device
+        self.tables = [ExpertTable.from_blocks([first, packed], where, [f, FORMAT_PLANAR12])
                        for first, f in zip((dense, packed), formats, strict=True)]  # fmt: skip
 
     def outputs(self, tensor: str, rows: int):
@@ -58,8 +59,7 @@ class Twins:
             return gemm(x, table, routing, out.fill_(torch.nan), torch.bfloat16, tile, num_sms_of(self.device))
 
         return [
-            partial(run, table, torch.empty(rows, n, dtype=torch.bfloat16, device=self.device))
-            for table in self.tables
+            partial(run, table, torch.empty(rows, n, dtype=torch.bfloat16, device=self.device)) for table in self.tables
         ]
 
 
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError("--repeats must be at least 1")
     device = require_gpu(args.rehearse)
     torch.manual_seed(0)
-    twins = Twins(*(_TINY if args.rehearse else _SIZES), device)
+    twins = Twins(*(_TINY if args.rehearse else SIZES), device)
     results = ResultRows(args.out, device.type, kind="rehearsed" if args.rehearse else "measured")
     for rows in ROWS[:1] if args.rehearse else ROWS:
         for tensor in TENSORS:

@@ -95,7 +95,9 @@ def predict_layer(
     total = 4 * FIXED_S + 2 * shape.hidden * (slots + 2 * tokens) / ROOFS.bytes_per_s
     limits = {}
     for name, n, k in (("gate_up", 2 * shape.intermediate, shape.hidden), ("down", shape.hidden, shape.intermediate)):
-        seconds = gemm_limits(n, k, blocks, slots, touched, tile, codes[name, tile], PLANAR12_BITS / 8 if planar12 else 2.0)
+        seconds = gemm_limits(
+            n, k, blocks, slots, touched, tile, codes[name, tile], PLANAR12_BITS / 8 if planar12 else 2.0
+        )
         limits[name] = max(seconds, key=seconds.get)
         total += seconds[limits[name]]
     return total, limits

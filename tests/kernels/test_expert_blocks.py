@@ -13,6 +13,7 @@ from fluxmoe.kernels.torch_ops import TorchOps
 from fluxmoe.kernels.triton_ops import TritonOps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 DIMS = LayerDims(
     hidden=128, heads=4, kv_heads=2, head_dim=32, experts=4, top_k=2, intermediate=248, vocab=64, dtype=torch.bfloat16
 )  # fmt: skip

@@ -13,6 +13,7 @@ from ..models.hf import save_random_model
 from ..models.test_parity import FP32, check_parity
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "olmoe", "qwen3_next"])

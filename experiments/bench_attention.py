@@ -20,7 +20,18 @@ from fluxmoe.kernels.tiles import num_sms_of
 from torch import Tensor
 
 from .common import Parser, UsageError, cli_main
-from .gpu import ResultRows, Roofs, Timing, WrongError, cold_copies, measure_roofs, require_gpu, time_calls
+from .gpu import (
+    ResultRows,
+    Roofs,
+    Timing,
+    WrongError,
+    base_seconds,
+    cold_copies,
+    measure_roofs,
+    ratio,
+    require_gpu,
+    time_calls,
+)
 
 # heads, kv_heads, head_dim
 SHAPES = {"mixtral": (32, 8, 128), "qwen3_30b": (32, 4, 128), "qwen3_next": (16, 2, 256), "olmoe": (16, 16, 128)}
@@ -120,9 +131,9 @@ class Point:
         return time_calls([partial(case.ours, invariant) for case in self.cases])
 
     @cached_property
-    def base_s(self) -> float:
+    def base_s(self) -> float | None:
         """Seconds of ours in this run: what ratios refer to."""
-        return self.time("fluxmoe").p50
+        return base_seconds(lambda: self.time("fluxmoe"))
 
 
 def bench(kind: str, roofs: Roofs, results: ResultRows, device: torch.device, **sizes) -> None:
@@ -139,7 +150,7 @@ def bench(kind: str, roofs: Roofs, results: ResultRows, device: torch.device, **
             point.base_s = timing.p50
         return {
             **timing.columns, "bytes": point.nbytes, "flops": point.flops, "floor_us": floor * 1e6,
-            "share_of_floor": floor / timing.p50, "time_over_ours": timing.p50 / point.base_s,
+            "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, point.base_s),
         }  # fmt: skip
 
     for provider in missing:

@@ -22,7 +22,18 @@ from fluxmoe.kernels.ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights
 from torch import Tensor
 
 from .common import Parser, UsageError, cli_main
-from .gpu import AbsentError, ResultRows, Timing, WrongError, cold_copies, measure_roofs, require_gpu, time_calls
+from .gpu import (
+    AbsentError,
+    ResultRows,
+    Timing,
+    WrongError,
+    base_seconds,
+    cold_copies,
+    measure_roofs,
+    ratio,
+    require_gpu,
+    time_calls,
+)
 
 DIMS = DeltaNetDims(key_heads=16, value_heads=32, key_dim=128, value_dim=128, taps=4)
 _TINY = DeltaNetDims(key_heads=1, value_heads=2, key_dim=16, value_dim=16, taps=4)
@@ -137,9 +148,9 @@ class Point:
             self.cases[0].conv, self.cases[0].state = states
 
     @cached_property
-    def base_s(self) -> float:
+    def base_s(self) -> float | None:
         """Seconds of ours in this run: what ratios refer to."""
-        return self.time("fluxmoe").p50
+        return base_seconds(lambda: self.time("fluxmoe"))
 
 
 def _check(got: Tensor, expected: Tensor) -> None:
@@ -180,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
                 point.base_s = timing.p50
             return {
                 **timing.columns, "bytes": nbytes, "flops": flops, "floor_us": floor * 1e6,
-                "share_of_floor": floor / timing.p50, "time_over_ours": timing.p50 / point.base_s,
+                "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, point.base_s),
             }  # fmt: skip
 
         for provider in missing:

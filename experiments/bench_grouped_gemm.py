@@ -35,7 +35,18 @@ from fluxmoe.kernels.tiles import (
 from torch import Tensor
 
 from .common import Parser, UsageError, cli_main
-from .gpu import ResultRows, Roofs, Timing, WrongError, cold_copies, measure_roofs, require_gpu, time_calls
+from .gpu import (
+    ResultRows,
+    Roofs,
+    Timing,
+    WrongError,
+    base_seconds,
+    cold_copies,
+    measure_roofs,
+    ratio,
+    require_gpu,
+    time_calls,
+)
 from .moe_peers import PEERS
 from .moe_shapes import MODEL_SHAPES, SHAPES, TOKENS, Shape
 
@@ -219,13 +230,13 @@ class Point:
         return self.layers[0].packed[1] if provider == "fluxmoe planar12" else 16.0
 
     @cached_property
-    def base_s(self) -> float:
+    def base_s(self) -> float | None:
         """Seconds of ours, dense, in this run: what ratios refer to."""
-        return self.time("fluxmoe").p50
+        return base_seconds(lambda: self.time("fluxmoe"))
 
 
 def layer_columns(
-    shape: Shape, tokens: int, touched: float, timing: Timing, base_s: float, roofs: Roofs, bits: float = 16.0
+    shape: Shape, tokens: int, touched: float, timing: Timing, base_s: float | None, roofs: Roofs, bits: float = 16.0
 ) -> dict:
     """Columns of a row: time, the bytes and flops that it stands for, and how far from the floor it is."""
     nbytes, flops = shape.work(tokens, touched, bits)
@@ -234,7 +245,7 @@ def layer_columns(
         **timing.columns, "experts_touched": touched, "bits_per_weight": bits, "bytes": nbytes, "flops": flops,
         "share_of_copy_bandwidth": nbytes / timing.p50 / roofs.bytes_per_s,
         "share_of_matmul_rate": flops / timing.p50 / roofs.flops_per_s, "floor_us": floor * 1e6,
-        "share_of_floor": floor / timing.p50, "time_over_ours": timing.p50 / base_s,
+        "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, base_s),
     }  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def jobs(tuned: Path | None, rehearse: bool) -> Iterator[Job]:
         return
     for rows in bit_equality.ROWS:
         yield Job(f"bits {rows}", "bit_tiles", (rows,))
-    for name, sizes in check_engine.MODELS.items():
+    for name in check_engine.MODELS:
         for dtype in check_engine.TOLERANCES:
             for packed in (True, False) if dtype == "bfloat16" else (False,):
                 for invariant in (False, True):
@@ -90,9 +90,8 @@ def jobs(tuned: Path | None, rehearse: bool) -> Iterator[Job]:
                 yield Job(f"tiles {shape} {bound} {part}", "candidate_tiles", (shape, bound, part))
     for shape in ("qwen3_30b", "mixtral"):
         for sequences, queries, context in ((1, 1, 4096), (32, 1, 4096), (128, 1, 4096), (1, 2048, 2048)):
-            yield Job(
-                f"attention {shape} {sequences} {queries}", "attention_point", (shape, sequences, queries, context)
-            )
+            where = f"attention {shape} {sequences} {queries}"
+            yield Job(where, "attention_point", (shape, sequences, queries, context))
     for sequences, tokens in ((1, 1), (32, 1), (128, 1), (1, 512), (1, 2048)):
         yield Job(f"delta net {sequences} {tokens}", "delta_point", (sequences, tokens))
     for name in FORMATS:

@@ -118,6 +118,19 @@ def time_calls(work: Sequence[Callable[[], object]], seconds: float = 0.15, grap
     return _percentiles([_elapsed(once) / len(work) for _ in range(rounds)], method)
 
 
+def base_seconds(work: Callable[[], Timing]) -> float | None:
+    """Seconds of what ratios refer to; None where it is wrong or fails, of which its own row says why."""
+    try:
+        return work().p50
+    except Exception:
+        return None
+
+
+def ratio(timing: Timing, base_s: float | None) -> float | str:
+    """Time over that of the base; empty without one."""
+    return timing.p50 / base_s if base_s else ""
+
+
 def _captured(work: Callable[[], None]) -> Callable[[], None] | None:
     """What replays `work` as a graph; None if it cannot be captured."""
     stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()

@@ -23,7 +23,7 @@ from .common import Parser, UsageError, cli_main, provenance, read_csv, write_cs
 from .gpu import code_digest, require_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
-_COLUMNS = ("test", "status", "reason", "seconds", "code")
+COLUMNS = ("test", "status", "reason", "seconds", "code")
 _ROWS, _DONE = "FLUXMOE_TEST_ROWS", "FLUXMOE_TESTS_DONE"
 
 
@@ -86,7 +86,7 @@ def run_tests(out: Path, arguments: list[str], workers: int) -> int:
     rows = out / "rows.csv"
     kept = [row for row in read_csv(rows) if row["status"] == "ok" or row["code"] == code_digest()]
     kept = [row for row in kept if row["status"] != "absent"]
-    write_csv(rows, kept, _COLUMNS)
+    write_csv(rows, kept, COLUMNS)
     with tempfile.NamedTemporaryFile("w", prefix="fluxmoe-done-") as done:
         done.write("\n".join(row["test"] for row in kept))
         done.flush()

@@ -73,7 +73,7 @@ PRESETS = {
     "gpu-short": Preset(
         dict(arch="qwen3_moe", layers=4, experts=64, top_k=8, hidden=2048, moe_intermediate=768, heads=32, kv_heads=4,
              head_dim=128, vocab=32768, max_positions=2048),
-        requests=64, context=1024, output_tokens=64, max_batch=32, budgets=("2GiB", "3GiB", "4GiB"),
+        requests=128, context=1024, output_tokens=64, max_batch=64, budgets=("2304MiB", "2816MiB", "3584MiB"),
     ),
     # The same, deeper: 4.8 GB of experts, KV of a full batch 1.1 GB.
     "gpu": Preset(

@@ -163,10 +163,10 @@ class Suite:
 
 
 def _verdict(status: int | str, slice_ended: bool) -> str:
-    """ok | wrong (rows that are) | failed | out of time (its own) | unfinished (the slice's)."""
-    if status in (EXIT_AGAIN, "out of time"):
+    """ok | wrong (rows that are) | failed | out of time (its own) | unfinished (the slice's, or a lost device)."""
+    if status == "out of time":
         return "unfinished" if slice_ended else "out of time"
-    return {0: "ok", 1: "wrong", "stalled": "failed"}.get(status, "failed")
+    return {0: "ok", 1: "wrong", EXIT_AGAIN: "unfinished"}.get(status, "failed")
 
 
 def _last_words(log: Path) -> str:

@@ -150,8 +150,7 @@ class Suite:
     def save(self) -> None:
         """suite.json, then the archive; what is too big for it is said in both."""
         path = self.out / "suite.json"
-        order = [step.name for step in self.steps if step.name in self.records]
-        content = {"steps": [self.records[name] for name in order], "runs": self.runs}
+        content = {"steps": list(self.records.values()), "runs": self.runs}
         write_json(path, content)
         if left_out := gpu_archive.pack(self.out):
             print(f"too big for {gpu_archive.NAME}: {', '.join(left_out)}", flush=True)

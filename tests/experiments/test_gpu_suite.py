@@ -137,6 +137,12 @@ def test_a_second_pass_is_for_what_may_go_better(tmp_path, monkeypatch):
     assert [step.name for step in Suite(tmp_path, steps).pending()] == ["every", "hangs", "wrong"]
 
 
+def test_some_steps_alone_leave_the_records_of_others(tmp_path):
+    steps = [pretended("one", "print(1)"), pretended("two", "print(2)")]
+    run(Suite(tmp_path, steps))
+    assert run(Suite(tmp_path, [pretended("three", "print(3)")])) == {"one": "ok", "two": "ok", "three": "ok"}
+
+
 def test_children_end_with_their_step(tmp_path):
     """A child that would live on holds a lock; it is free once the step was killed."""
     lock = tmp_path / "lock"

@@ -257,7 +257,7 @@ def test_default_splits_fit_the_workspace_promised(monkeypatch):
     b = batch([(600, 1), (30, 1)])
     need = workspace_bytes(2, 4, 2, 24, b.table.shape[1] * 16, 8)
     assert need > 0
-    assert_matches(run(b, workspace=torch.empty(need, dtype=torch.uint8)), reference(b), torch.float32)
+    assert_matches(run(b, workspace=torch.empty(need, dtype=torch.uint8, device=DEVICE)), reference(b), torch.float32)
     with pytest.raises(ValueError, match=r"splits of 2 sequences need \d+ contiguous bytes, got none"):
         run(b, workspace=None)
 

@@ -23,7 +23,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from fluxmoe.runtime.budget import BudgetError, parse_bytes
+from fluxmoe.runtime.memory.budget import BudgetError, parse_bytes
 from fluxmoe.runtime.metrics import summarise
 from tqdm import tqdm
 

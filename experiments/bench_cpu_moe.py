@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from fluxmoe.kernels.cpu import gemm, moe, planar
 from fluxmoe.kernels.cpu.ops import default_threads
 from fluxmoe.kernels.expert_table import FORMAT_PLANAR12, ExpertTable
+from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.hardware import measure_bandwidths
-from fluxmoe.runtime.placement import Tier
 
 from .common import Parser, cli_main, provenance, write_csv, write_json
 

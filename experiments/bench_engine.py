@@ -17,9 +17,9 @@ import json
 from functools import partial
 
 import torch
-from fluxmoe.runtime.budget import parse_bytes
 from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.engine import Engine, resolve_device
+from fluxmoe.runtime.memory.budget import parse_bytes
 from fluxmoe.runtime.metrics import summarise
 
 from .common import Parser, UsageError, cli_main

@@ -27,7 +27,7 @@ from fluxmoe.kernels.packing import FORMATS, Packed, PackedFormat
 from fluxmoe.kernels.packing.histogram import exponent_histogram
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.decoder import expert_dims
-from fluxmoe.runtime.streamer import LayerPage
+from fluxmoe.runtime.experts.streamer import LayerPage
 from torch import Tensor
 from tqdm import tqdm
 

@@ -30,9 +30,9 @@ from fluxmoe.kernels.tiles import capability_of, choose_tiles, num_sms_of, read_
 from fluxmoe.models import ARCHITECTURES
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import Decoder, expert_dims, layer_dims
+from fluxmoe.runtime.experts.streamer import LayerPage
 from fluxmoe.runtime.kv_cache import PagedKVCache
 from fluxmoe.runtime.state_cache import StateCache
-from fluxmoe.runtime.streamer import LayerPage
 from fluxmoe.runtime.timeline import Timeline
 
 from . import bench_attention, bench_delta_net, bench_grouped_gemm, bit_equality, check_engine, tune_grouped_gemm

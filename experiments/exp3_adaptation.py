@@ -27,9 +27,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from fluxmoe.runtime.budget import parse_bytes
-from fluxmoe.runtime.placement import Tier
-from fluxmoe.runtime.planner import Move
+from fluxmoe.runtime.experts.placement import Tier
+from fluxmoe.runtime.experts.planner import Move
+from fluxmoe.runtime.memory.budget import parse_bytes
 from tqdm import tqdm
 
 from .common import Parser, UsageError, cli_main, provenance, write_csv, write_json

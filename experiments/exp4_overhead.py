@@ -28,9 +28,9 @@ from fluxmoe.kernels.cpu.experts import CpuExperts
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.ops import ExpertDims, ExpertOps
 from fluxmoe.runtime.engine import resolve_device
-from fluxmoe.runtime.paged_tensor import PagedTensor
-from fluxmoe.runtime.region import make_pool
-from fluxmoe.runtime.streamer import LayerPage
+from fluxmoe.runtime.experts.streamer import LayerPage
+from fluxmoe.runtime.memory.paged_tensor import PagedTensor
+from fluxmoe.runtime.memory.region import make_pool
 from torch import Tensor
 from tqdm import tqdm
 

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from fluxmoe.runtime.planner import knee
+from fluxmoe.runtime.experts.planner import knee
 from tqdm import tqdm
 
 from .common import Parser, UsageError, cli_main, provenance, write_csv, write_json

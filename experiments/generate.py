@@ -16,11 +16,11 @@ from pathlib import Path
 
 from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.models.config import load_config
-from fluxmoe.runtime.budget import parse_bytes
 from fluxmoe.runtime.engine import Engine, EngineConfig, resolve_device
+from fluxmoe.runtime.experts.placement import POLICIES
 from fluxmoe.runtime.hardware import HardwareProfile, list_profiles
+from fluxmoe.runtime.memory.budget import parse_bytes
 from fluxmoe.runtime.metrics import StepMetrics, summarise
-from fluxmoe.runtime.placement import POLICIES
 from fluxmoe.runtime.request import Request, RequestOutput, SamplingParams
 
 from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json

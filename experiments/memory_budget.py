@@ -22,9 +22,9 @@ from pathlib import Path
 
 from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.models.config import ModelConfig
-from fluxmoe.runtime.budget import BudgetError, format_bytes, parse_bytes
+from fluxmoe.runtime.experts.placement import POLICIES, Tier, place
+from fluxmoe.runtime.memory.budget import BudgetError, format_bytes, parse_bytes
 from fluxmoe.runtime.metrics import summarise
-from fluxmoe.runtime.placement import POLICIES, Tier, place
 from fluxmoe.runtime.request import RequestOutput
 from tqdm import tqdm
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from fluxmoe.runtime.budget import BudgetError, parse_bytes
 from fluxmoe.runtime.hardware import HardwareProfile
+from fluxmoe.runtime.memory.budget import BudgetError, parse_bytes
 from tqdm import tqdm
 
 from .common import provenance, read_csv, resume, write_csv, write_json

@@ -19,10 +19,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from fluxmoe.runtime.budget import BudgetError
 from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.cost_model import FORMAT_BITS, CostParameters
 from fluxmoe.runtime.hardware import HardwareProfile
+from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.metrics import summarise
 
 from .machines import SIMULATED, Machine

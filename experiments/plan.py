@@ -15,9 +15,9 @@ from pathlib import Path
 
 from fluxmoe.models.config import ModelConfig, load_config
 from fluxmoe.models.published import PUBLISHED, published_config
-from fluxmoe.runtime.budget import BudgetError, format_bytes, parse_bytes
 from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.hardware import HardwareProfile, list_profiles
+from fluxmoe.runtime.memory.budget import BudgetError, format_bytes, parse_bytes
 from fluxmoe.runtime.metrics import summarise
 from fluxmoe.runtime.simulator import SimEngine
 

@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
-from fluxmoe.runtime.budget import parse_bytes
+from fluxmoe.runtime.memory.budget import parse_bytes
 from matplotlib.figure import Figure
 
 MIB = 1 << 20

@@ -23,9 +23,9 @@ from fluxmoe.kernels.cpu.copy import stream_copy
 from fluxmoe.kernels.cpu.ops import default_threads
 from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.runtime.engine import resolve_device
+from fluxmoe.runtime.experts.placement import Tier
+from fluxmoe.runtime.experts.store import PAGE, aligned_empty
 from fluxmoe.runtime.hardware import HardwareProfile, best_seconds, measure_bandwidths, measure_links
-from fluxmoe.runtime.placement import Tier
-from fluxmoe.runtime.store import PAGE, aligned_empty
 from tqdm import tqdm
 
 from .bench_cpu_moe import peak_flops

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fluxmoe.runtime.budget import BudgetError
 from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.hardware import HardwareProfile
+from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.metrics import summarise
 from tqdm import tqdm
 

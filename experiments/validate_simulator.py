@@ -17,10 +17,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
-from fluxmoe.runtime.budget import BudgetError
 from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.cost_model import CostParameters
 from fluxmoe.runtime.hardware import HardwareProfile
+from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.metrics import summarise
 from tqdm import tqdm
 

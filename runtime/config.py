@@ -8,10 +8,10 @@ from pathlib import Path
 
 from fluxmoe.kernels.packing import FORMATS
 
+from .experts.layout import DENSE, ExpertFormats
+from .experts.placement import COMPRESSING
+from .experts.streamer import Delay
 from .hardware import HardwareProfile
-from .layout import DENSE, ExpertFormats
-from .placement import COMPRESSING
-from .streamer import Delay
 
 
 class SettingError(ValueError):

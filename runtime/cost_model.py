@@ -26,9 +26,9 @@ from fluxmoe.kernels.ops import DENSE, ExpertDims, Limits
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import expert_dims, layer_dims
 
+from .experts.layout import ExpertLayout
+from .experts.placement import DEVICE_TIERS, Tier
 from .hardware import HardwareProfile, ProfileError
-from .layout import ExpertLayout
-from .placement import DEVICE_TIERS, Tier
 from .scheduler import Step
 
 # Bits a weight of our own formats, on experts with the statistics of trained ones.

@@ -16,15 +16,15 @@ from fluxmoe.kernels.ops import DeltaNetDims, ExpertOps, Limits, Ops
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import non_expert_bytes
 
-from .budget import MemoryBudget, format_bytes, require
 from .config import EngineConfig
+from .experts.layout import DENSE, ExpertLayout
+from .experts.placement import Placement, Tier, place
+from .experts.planner import Planner, PlannerConfig
+from .experts.store import spill_offsets
+from .experts.streamer import slot_bytes
 from .kv_cache import PagedKVCache
-from .layout import DENSE, ExpertLayout
-from .placement import Placement, Tier, place
-from .planner import Planner, PlannerConfig
+from .memory.budget import MemoryBudget, format_bytes, require
 from .state_cache import StateCache
-from .store import spill_offsets
-from .streamer import slot_bytes
 
 Bandwidths = Mapping[Tier, float]
 EXPERT_LINES = {Tier.RESIDENT: "resident_experts", Tier.PACKED: "packed_experts"}

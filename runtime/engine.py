@@ -28,26 +28,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .batch import build_batch
-from .budget import BudgetError, available_bytes, format_bytes, lies_in_memory, taken_bytes
 from .config import EngineConfig
 from .deployment import EXPERT_LINES, Deployment, host_lines, lay_out, limits_of, make_planner
+from .experts.layout import ExpertLayout
+from .experts.moving_store import MovingStore
+from .experts.placement import DEVICE_TIERS, Tier
+from .experts.planner import Links
+from .experts.store import ExpertStore
+from .experts.streamer import Counters, make_streamer
 from .graphs import DecodeGraphs
 from .hardware import measure_bandwidths, measure_links
 from .kv_cache import GrowableKVCache, PagedKVCache
-from .layout import ExpertLayout
-from .memory import FreeMemory, MemoryCheck
+from .memory.budget import BudgetError, available_bytes, format_bytes, lies_in_memory, taken_bytes
+from .memory.check import FreeMemory, MemoryCheck
+from .memory.region import BlockPool, make_pool
 from .metrics import StepMetrics
-from .moving_store import MovingStore
-from .placement import DEVICE_TIERS, Tier
-from .planner import Links
-from .region import BlockPool, make_pool
 from .request import Request, RequestOutput, Sequence
 from .residency import ComputeProfile, Residency, Seen
 from .sampling import sample
 from .scheduler import Scheduler
 from .state_cache import StateCache
-from .store import ExpertStore
-from .streamer import Counters, make_streamer
 from .timeline import Timeline
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from .placement import Tier
-from .planner import Links
+from .experts.placement import Tier
+from .experts.planner import Links
 
 _SHIPPED = Path(__file__).resolve().parent / "profiles"
 _PROBE_BYTES = 128 << 20

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.ops import Ops
-from .host_memory import HostMemory
-from .region import BlockPool, GrowableRegion, RegionError
+from .memory.host_memory import HostMemory
+from .memory.region import BlockPool, GrowableRegion, RegionError
 
 
 class BlockAllocator:

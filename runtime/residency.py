@@ -21,14 +21,14 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from .budget import MemoryBudget
-from .courier import Courier, StreamCourier, ThreadCourier
 from .deployment import EXPERT_LINES
+from .experts.courier import Courier, StreamCourier, ThreadCourier
+from .experts.moving_store import Copy, MovingStore, Where
+from .experts.placement import Tier
+from .experts.planner import Links, Move, Observation, Planner, PlannerError, choose_transfer, transfer_costs
 from .kv_cache import GrowableKVCache
-from .moving_store import Copy, MovingStore, Where
-from .placement import Tier
-from .planner import Links, Move, Observation, Planner, PlannerError, choose_transfer, transfer_costs
-from .region import BlockPool, RegionError
+from .memory.budget import MemoryBudget
+from .memory.region import BlockPool, RegionError
 from .scheduler import Scheduler
 
 # How much an expert's use in the window before counts beside the newest.

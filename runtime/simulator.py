@@ -25,11 +25,11 @@ from fluxmoe.models.config import ModelConfig
 from .config import EngineConfig
 from .cost_model import CostModel, CostParameters, SimOps
 from .deployment import EXPERT_LINES, Deployment, lay_out, limits_of, make_planner
+from .experts.layout import DENSE, ExpertLayout
+from .experts.placement import DEVICE_TIERS, Placement, Tier
+from .experts.planner import Move, Observation, Planner, PlannerError
 from .hardware import HardwareProfile, ProfileError
-from .layout import DENSE, ExpertLayout
 from .metrics import StepMetrics
-from .placement import DEVICE_TIERS, Placement, Tier
-from .planner import Move, Observation, Planner, PlannerError
 from .request import Request, RequestOutput
 from .scheduler import Scheduler, Step
 

@@ -9,7 +9,7 @@ import pytest
 from fluxmoe.experiments import exp3_adaptation
 from fluxmoe.experiments.common import UsageError
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
-from fluxmoe.runtime.placement import Tier, place
+from fluxmoe.runtime.experts.placement import Tier, place
 
 
 def test_steps_are_spread_or_not():

@@ -13,8 +13,8 @@ import pytest
 import torch
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
 from fluxmoe.runtime import engine as engine_module
-from fluxmoe.runtime.budget import BudgetError
 from fluxmoe.runtime.engine import DeviceError, Engine, EngineConfig
+from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.request import Request, SamplingParams
 
 

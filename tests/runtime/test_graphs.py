@@ -13,15 +13,15 @@ import torch
 from fluxmoe.kernels.expert_table import TABLE_FORMATS
 from fluxmoe.kernels.ops import AttentionMetadata
 from fluxmoe.runtime.batch import Batch
+from fluxmoe.runtime.experts.placement import Tier, place
+from fluxmoe.runtime.experts.streamer_cuda import CudaStreamer
 from fluxmoe.runtime.graphs import DecodeGraphs, StepBuffers, batch_sizes, capture_cuda
-from fluxmoe.runtime.placement import Tier, place
-from fluxmoe.runtime.region import MemfdPool
-from fluxmoe.runtime.streamer_cuda import CudaStreamer
+from fluxmoe.runtime.memory.region import MemfdPool
 
-from .test_region import pool_of
+from .experts.test_store import block_of, filled
+from .experts.test_streamer import Logged, Recorder, arenas_of, check_order
+from .memory.test_region import pool_of
 from .test_residency import EXPERTS, LAYERS, check_pass, moving_store
-from .test_store import block_of, filled
-from .test_streamer import Logged, Recorder, arenas_of, check_order
 
 CPU = torch.device("cpu")
 

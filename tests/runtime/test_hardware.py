@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
+from fluxmoe.runtime.experts.placement import Tier, place
 from fluxmoe.runtime.hardware import HardwareProfile, ProfileError, list_profiles, measure_bandwidths
-from fluxmoe.runtime.placement import Tier, place
 
 
 @pytest.mark.parametrize("name", list_profiles())

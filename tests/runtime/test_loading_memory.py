@@ -15,7 +15,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from fluxmoe.runtime.engine import Engine, EngineConfig
-from fluxmoe.runtime.placement import Tier
+from fluxmoe.runtime.experts.placement import Tier
 
 def status(key):
     for line in Path("/proc/self/status").read_text().splitlines():

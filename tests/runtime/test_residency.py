@@ -11,22 +11,22 @@ import pytest
 import torch
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
 from fluxmoe.kernels.expert_table import TABLE_FORMATS
-from fluxmoe.runtime.budget import BudgetError
-from fluxmoe.runtime.courier import StreamCourier
 from fluxmoe.runtime.engine import Engine, EngineConfig
+from fluxmoe.runtime.experts.courier import StreamCourier
+from fluxmoe.runtime.experts.layout import ExpertFormats, ExpertLayout
+from fluxmoe.runtime.experts.moving_store import MovingStore
+from fluxmoe.runtime.experts.placement import Tier, place
+from fluxmoe.runtime.experts.planner import Move, Plan
+from fluxmoe.runtime.experts.store import StoreError
+from fluxmoe.runtime.experts.streamer_cpu import ThreadStreamer
 from fluxmoe.runtime.hardware import HardwareProfile
-from fluxmoe.runtime.layout import ExpertFormats, ExpertLayout
-from fluxmoe.runtime.moving_store import MovingStore
-from fluxmoe.runtime.placement import Tier, place
-from fluxmoe.runtime.planner import Move, Plan
-from fluxmoe.runtime.region import MemfdPool, RegionError
+from fluxmoe.runtime.memory.budget import BudgetError
+from fluxmoe.runtime.memory.region import MemfdPool, RegionError
 from fluxmoe.runtime.request import Request, SamplingParams
 from fluxmoe.runtime.residency import ComputeProfile
-from fluxmoe.runtime.store import StoreError
-from fluxmoe.runtime.streamer_cpu import ThreadStreamer
 
-from .test_store import CPU, FUSED, SIZES, block_of, decode
-from .test_streamer import Recorder
+from .experts.test_store import CPU, FUSED, SIZES, block_of, decode
+from .experts.test_streamer import Recorder
 
 LAYERS, EXPERTS = 5, 6
 PACKED = ExpertFormats("planar12", "planar12")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from fluxmoe.models.config import ConfigError
 from fluxmoe.models.published import PUBLISHED, published_config
-from fluxmoe.runtime.budget import BudgetError
 from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.cost_model import CostParameters
+from fluxmoe.runtime.experts.placement import Tier
+from fluxmoe.runtime.experts.planner import Move
 from fluxmoe.runtime.hardware import HardwareProfile, ProfileError
-from fluxmoe.runtime.placement import Tier
-from fluxmoe.runtime.planner import Move
+from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.request import Request, SamplingParams
 from fluxmoe.runtime.simulator import SimEngine
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
 from fluxmoe.kernels.ops import DeltaNetDims
-from fluxmoe.runtime.budget import BudgetError
 from fluxmoe.runtime.engine import Engine, EngineConfig
+from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.request import Request, SamplingParams
 from fluxmoe.runtime.state_cache import StateCache
 

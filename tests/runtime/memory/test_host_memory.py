@@ -6,15 +6,16 @@ import mmap
 
 import pytest
 import torch
-from fluxmoe.runtime import kv_cache, moving_store, store
-from fluxmoe.runtime.host_memory import PAGE, HostMemory, HostMemoryError
+from fluxmoe.runtime import kv_cache
+from fluxmoe.runtime.experts import moving_store, store
+from fluxmoe.runtime.experts.placement import Tier, place
+from fluxmoe.runtime.experts.store import StoreError
 from fluxmoe.runtime.kv_cache import PagedKVCache
-from fluxmoe.runtime.placement import Tier, place
-from fluxmoe.runtime.store import StoreError
+from fluxmoe.runtime.memory.host_memory import PAGE, HostMemory, HostMemoryError
 
-from .test_kv_cache import PlainLayout
-from .test_residency import moving_store as filled_moving
-from .test_store import CPU, block_of, filled
+from ..experts.test_store import CPU, block_of, filled
+from ..test_kv_cache import PlainLayout
+from ..test_residency import moving_store as filled_moving
 
 
 class FakeCuda:

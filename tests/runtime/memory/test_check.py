@@ -11,15 +11,15 @@ import torch
 from fluxmoe.experiments import generate
 from fluxmoe.experiments.common import cli_main
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
-from fluxmoe.runtime import budget as budget_module
 from fluxmoe.runtime import engine as engine_module
-from fluxmoe.runtime import memory as memory_module
-from fluxmoe.runtime.budget import BudgetError, free_bytes, lies_in_memory, taken_bytes, total_bytes
 from fluxmoe.runtime.deployment import Deployment
 from fluxmoe.runtime.engine import Engine, EngineConfig
+from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.graphs import DecodeGraphs
-from fluxmoe.runtime.memory import PROCESS_BYTES, FreeMemory, MemoryCheck
-from fluxmoe.runtime.placement import Tier
+from fluxmoe.runtime.memory import budget as budget_module
+from fluxmoe.runtime.memory import check as memory_module
+from fluxmoe.runtime.memory.budget import BudgetError, free_bytes, lies_in_memory, taken_bytes, total_bytes
+from fluxmoe.runtime.memory.check import PROCESS_BYTES, FreeMemory, MemoryCheck
 from fluxmoe.runtime.request import Request, SamplingParams
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

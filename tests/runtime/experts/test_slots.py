@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fluxmoe.runtime.slots import SlotSchedule
+from fluxmoe.runtime.experts.slots import SlotSchedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -9,10 +9,10 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-from fluxmoe.runtime import store as store_module
-from fluxmoe.runtime.layout import ExpertFormats, ExpertLayout
-from fluxmoe.runtime.placement import Placement, Tier, place
-from fluxmoe.runtime.store import PAGE, ExpertStore, StoreError, aligned_empty
+from fluxmoe.runtime.experts import store as store_module
+from fluxmoe.runtime.experts.layout import ExpertFormats, ExpertLayout
+from fluxmoe.runtime.experts.placement import Placement, Tier, place
+from fluxmoe.runtime.experts.store import PAGE, ExpertStore, StoreError, aligned_empty
 
 # Sizes that are no multiple of the alignment. A stand-in for compression: `tiered` holds the lower half of every byte,
 # and can only be decoded; `planar12` likewise, and is what the GEMM would read.

@@ -19,11 +19,11 @@ import torch
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP, ExpertTable
 from torch import Tensor
 
+from ..timeline import Timeline
 from .layout import ExpertLayout
 from .placement import Tier
 from .slots import SlotSchedule
 from .store import ExpertStore, LayerPlan, StoreError, aligned_empty
-from .timeline import Timeline
 
 Delay = Callable[[int, int], float]
 # NaN in bf16 and in fp32.

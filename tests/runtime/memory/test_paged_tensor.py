@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fluxmoe.runtime.paged_tensor import PagedTensor, Pager, PageState
-from fluxmoe.runtime.region import RegionError
+from fluxmoe.runtime.experts.tensor_pager import TensorPager
+from fluxmoe.runtime.memory.paged_tensor import PagedTensor, PageState
+from fluxmoe.runtime.memory.region import RegionError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,7 +63,7 @@ def grouped(x, offsets, gate_up, down):
 def test_unchanged_kernels_see_no_difference(weights, slots):
     rng = random.Random(0)
     tensors = paged(weights, slots)
-    pager = Pager(tensors, copies(weights, lambda: time.sleep(rng.choice([0, 0, 0.002]))), poison=True)
+    pager = TensorPager(tensors, copies(weights, lambda: time.sleep(rng.choice([0, 0, 0.002]))), poison=True)
     expert_of_row = torch.tensor([0, 0, 1, 3, 3, 3, 3, 3])
     offsets = torch.tensor([2, 3, 3, 8], dtype=torch.int32)
     for _ in range(4):
@@ -86,7 +87,7 @@ def test_unchanged_kernels_see_no_difference(weights, slots):
 
 def test_addresses_never_change_and_a_pass_recycles_the_pool(weights):
     tensor = paged(weights)[0]
-    pager = Pager([tensor], copies(weights[:1]))
+    pager = TensorPager([tensor], copies(weights[:1]))
     seen = set()
     for _ in range(3):
         for layer in range(LAYERS):
@@ -102,7 +103,7 @@ def test_addresses_never_change_and_a_pass_recycles_the_pool(weights):
 
 def test_blocks_are_not_taken_while_they_are_read(weights):
     tensors, began = paged(weights), threading.Semaphore(0)
-    pager = Pager(tensors, copies(weights, began.release), poison=True)
+    pager = TensorPager(tensors, copies(weights, began.release), poison=True)
     with pager.layer(0) as views:
         for _ in range(4):
             assert began.acquire(timeout=5)  # two types, layers 0 and 1
@@ -119,7 +120,7 @@ def test_a_load_that_fails_is_an_error_of_the_visit(weights):
             raise OSError("the disk is gone")
         view.copy_(weights[0][layer])
 
-    pager = Pager([paged(weights)[0]], [broken])
+    pager = TensorPager([paged(weights)[0]], [broken])
     for layer in (0, 1):
         with pager.layer(layer):
             pass
@@ -168,7 +169,7 @@ def test_no_order_of_loads_leaks_or_shares_a_block(order):
 @pytest.mark.parametrize("slots", [2, 3, 5])
 def test_a_pass_after_one_that_was_given_up(weights, slots):
     tensors = paged(weights, slots)
-    pager = Pager(tensors, copies(weights), poison=True)
+    pager = TensorPager(tensors, copies(weights), poison=True)
     for stop in range(LAYERS):
         with suppress(KeyboardInterrupt):
             for layer in range(LAYERS):

@@ -10,12 +10,12 @@ from contextlib import nullcontext, suppress
 
 import pytest
 import torch
-from fluxmoe.runtime import store as store_module
-from fluxmoe.runtime.placement import Placement, Tier, place
-from fluxmoe.runtime.store import StoreError
-from fluxmoe.runtime.streamer import slot_bytes, slots_used
-from fluxmoe.runtime.streamer_cpu import ThreadStreamer
-from fluxmoe.runtime.streamer_cuda import CudaStreamer
+from fluxmoe.runtime.experts import store as store_module
+from fluxmoe.runtime.experts.placement import Placement, Tier, place
+from fluxmoe.runtime.experts.store import StoreError
+from fluxmoe.runtime.experts.streamer import slot_bytes, slots_used
+from fluxmoe.runtime.experts.streamer_cpu import ThreadStreamer
+from fluxmoe.runtime.experts.streamer_cuda import CudaStreamer
 from fluxmoe.runtime.timeline import Timeline
 
 from .test_store import CPU, FORMATS, block_of, filled, layout_of, mixed

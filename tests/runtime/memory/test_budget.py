@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fluxmoe.runtime import budget as budget_module
-from fluxmoe.runtime.budget import BudgetError, MemoryBudget, available_bytes, format_bytes, parse_bytes, require
+from fluxmoe.runtime.memory import budget as budget_module
+from fluxmoe.runtime.memory.budget import BudgetError, MemoryBudget, available_bytes, format_bytes, parse_bytes, require
 from hypothesis import given
 from hypothesis import strategies as st
 

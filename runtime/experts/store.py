@@ -23,8 +23,8 @@ from fluxmoe.kernels.expert_table import TABLE_FORMATS
 from fluxmoe.kernels.ops import Recipes
 from torch import Tensor
 
-from .budget import format_bytes
-from .host_memory import PAGE, HostMemory, HostMemoryError
+from ..memory.budget import format_bytes
+from ..memory.host_memory import PAGE, HostMemory, HostMemoryError
 from .layout import ExpertLayout
 from .placement import DEVICE_TIERS, Tier
 

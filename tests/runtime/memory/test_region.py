@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fluxmoe.runtime.region import BLOCK_BYTES, GrowableRegion, MemfdPool, RegionError, make_pool
-from fluxmoe.runtime.region_cuda import VmmPool
+from fluxmoe.runtime.memory.region import BLOCK_BYTES, GrowableRegion, MemfdPool, RegionError, make_pool
+from fluxmoe.runtime.memory.region_cuda import VmmPool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -329,7 +329,7 @@ def test_a_touched_unmapped_page_is_no_silent_read(tmp_path):
     import sys
 
     code = (
-        "import torch; from fluxmoe.runtime.region import MemfdPool; r = MemfdPool(1 << 20).reserve(1 << 20); "
+        "import torch; from fluxmoe.runtime.memory.region import MemfdPool; r = MemfdPool(1 << 20).reserve(1 << 20); "
         "t = r.tensor(0, (4,), torch.uint8); r.map(0); print(int(t[0]), flush=True); r.unmap(0); print(int(t[0]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

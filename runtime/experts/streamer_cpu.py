@@ -8,9 +8,9 @@ from itertools import count
 
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP
 
+from ..timeline import Timeline
 from .store import TENSOR_NAMES, ExpertStore, StoreError
 from .streamer import Counters, Delay, Streamer
-from .timeline import Timeline
 
 
 class ThreadStreamer(Streamer):

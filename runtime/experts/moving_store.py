@@ -22,10 +22,10 @@ from fluxmoe.kernels.expert_table import DOWN, GATE_UP, TABLE_FORMATS
 from fluxmoe.kernels.ops import Recipes
 from torch import Tensor
 
-from .host_memory import HostMemory
+from ..memory.host_memory import HostMemory
+from ..memory.region import BlockPool, GrowableRegion
 from .layout import DENSE, ExpertLayout
 from .placement import DEVICE_TIERS, Placement, Tier
-from .region import BlockPool, GrowableRegion
 from .store import Block, ExpertStore, LayerPlan, StoreError
 
 Where = tuple[int, int]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fluxmoe.runtime.placement import POLICIES, PlacementError, Tier, place
+from fluxmoe.runtime.experts.placement import POLICIES, PlacementError, Tier, place
 from hypothesis import given
 from hypothesis import strategies as st
 

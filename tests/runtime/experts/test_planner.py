@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from fluxmoe.runtime.placement import Tier, place
-from fluxmoe.runtime.planner import (
+from fluxmoe.runtime.experts.placement import Tier, place
+from fluxmoe.runtime.experts.planner import (
     Links,
     Observation,
     Planner,

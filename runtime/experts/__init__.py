@@ -1,0 +1,1 @@
+"""The expert pager: everything that the paper is about, behind `pager.ExpertPager`."""

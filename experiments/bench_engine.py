@@ -18,7 +18,8 @@ from functools import partial
 
 import torch
 from fluxmoe.runtime.config import EngineConfig
-from fluxmoe.runtime.engine import Engine, resolve_device
+from fluxmoe.runtime.devices import resolve_device
+from fluxmoe.runtime.engine import Engine
 from fluxmoe.runtime.memory.budget import parse_bytes
 from fluxmoe.runtime.metrics import summarise
 

@@ -20,7 +20,9 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from fluxmoe.runtime.engine import Engine, EngineConfig, resolve_device
+from fluxmoe.runtime.config import EngineConfig
+from fluxmoe.runtime.devices import resolve_device
+from fluxmoe.runtime.engine import Engine
 from fluxmoe.runtime.request import Request, SamplingParams
 
 from .common import Parser, cli_main

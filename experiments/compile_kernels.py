@@ -24,7 +24,7 @@ import torch
 import triton
 from fluxmoe.kernels.expert_table import FORMAT_DENSE, FORMAT_PLANAR12, ExpertTable
 from fluxmoe.kernels.launches import compile_only
-from fluxmoe.kernels.ops import AttentionMetadata, Limits
+from fluxmoe.kernels.ops import AttentionMetadata, ExpertOps, Limits
 from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.kernels.tiles import capability_of, choose_tiles, num_sms_of, read_tuned, tuned_tiles
 from fluxmoe.models import ARCHITECTURES
@@ -34,6 +34,7 @@ from fluxmoe.runtime.experts.streamer import LayerPage
 from fluxmoe.runtime.kv_cache import PagedKVCache
 from fluxmoe.runtime.state_cache import StateCache
 from fluxmoe.runtime.timeline import Timeline
+from torch import Tensor
 
 from . import bench_attention, bench_delta_net, bench_grouped_gemm, bit_equality, check_engine, tune_grouped_gemm
 from .common import Parser, UsageError, cli_main, write_json
@@ -183,7 +184,7 @@ def forward_passes(
     expert_ops = TritonExperts(expert_dims(config), limits.tokens, META, batch_invariant=invariant, planar12=packed)
     blocks = -(-context // _BLOCK_SIZE)
     with torch.device("meta"):
-        decoder = Decoder(config, ops, expert_ops, context)
+        decoder = Decoder(config, ops, context)
         for role in _dense_roles(config):
             decoder.load(role.kind, role.layer, torch.empty(role.shape, dtype=config.dtype))
         heads = (_BLOCK_SIZE, config.num_kv_heads, config.head_dim, config.dtype, META)
@@ -197,23 +198,17 @@ def forward_passes(
     for sequences, tokens, graph in passes:
         metadata = _metadata(sequences, tokens, blocks, graph)
         token_ids, rows = (torch.empty(n, dtype=torch.int64, device=META) for n in (tokens, sequences))
-        decoder.forward(token_ids, metadata, cache, _Pager(table), rows, Timeline(False), states)
+        decoder.forward(token_ids, metadata, cache, _Resident(expert_ops, table), rows, Timeline(False), states)
 
 
-class _Pager:
-    """Every layer's experts are there."""
+class _Resident:
+    """Every layer's experts are there, and the same."""
 
-    def __init__(self, table: ExpertTable) -> None:
-        self._page = LayerPage(table, lambda tensor_type: None)
+    def __init__(self, ops: ExpertOps, table: ExpertTable) -> None:
+        self._ops, self._page = ops, LayerPage(table, lambda tensor_type: None)
 
-    def layer(self, index: int) -> _Pager:
-        return self
-
-    def __enter__(self) -> LayerPage:
-        return self._page
-
-    def __exit__(self, *exception: object) -> None:
-        pass
+    def add(self, layer: int, x: Tensor, logits: Tensor, residual: Tensor, num_tokens: Tensor | None = None) -> Tensor:
+        return self._ops.moe_add(x, self._ops.route(logits, num_tokens), self._page, residual)
 
 
 def _dense_roles(config: ModelConfig) -> Iterator:

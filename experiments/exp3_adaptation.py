@@ -83,13 +83,13 @@ def run_variant(args: argparse.Namespace, machine: Machine, source: Source, vari
     )  # fmt: skip
     rows, outputs = [], {}
     with machine.open(source, settings) as engine:
-        residency = engine if machine.simulated else engine.residency
+        pager = engine if machine.simulated else engine.pager
         bar = tqdm(engine.steps(requests, outputs), variant, unit="step")
         for step in bar:
             done = (step.iteration - args.start) // args.every
             due = (step.iteration - args.start) % args.every == 0 and 0 <= done < args.times
             if due and variant not in ("static", "planned"):
-                residency.request(moves_of_step(residency.tiers, variant != "unspread"))
+                pager.request(moves_of_step(pager.tiers, variant != "unspread"))
             lines = engine.budget.lines()
             rows.append(
                 {
@@ -100,8 +100,8 @@ def run_variant(args: argparse.Namespace, machine: Machine, source: Source, vari
                     "stall_s": step.stall_s, "transfer_s": step.transfer_s, "preemptions": step.preemptions,
                 }
             )  # fmt: skip
-        if not machine.simulated and residency.refused and variant != "planned":
-            raise UsageError(f"a move was refused: {residency.refused[0]}")
+        if not machine.simulated and pager.mover.refused and variant != "planned":
+            raise UsageError(f"a move was refused: {pager.mover.refused[0]}")
     digest = hashlib.sha256(json.dumps([outputs[r.request_id].token_ids for r in requests]).encode())
     return rows, digest.hexdigest()[:16]
 

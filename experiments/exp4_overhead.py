@@ -27,10 +27,9 @@ import torch.nn.functional as F
 from fluxmoe.kernels.cpu.experts import CpuExperts
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.ops import ExpertDims, ExpertOps
-from fluxmoe.runtime.engine import resolve_device
+from fluxmoe.runtime.devices import device_of, resolve_device
 from fluxmoe.runtime.experts.streamer import LayerPage
 from fluxmoe.runtime.memory.paged_tensor import PagedTensor
-from fluxmoe.runtime.memory.region import make_pool
 from torch import Tensor
 from tqdm import tqdm
 
@@ -154,7 +153,7 @@ def measure(experts: Experts, kernel: str, batch: int, repeats: int, rng: random
 def map_costs(device: torch.device, count: int = 200) -> list[dict]:
     """µs of one map of a new block, of a remap of a kept one, and of an unmap."""
     times: dict[str, list[float]] = {"map": [], "unmap": [], "remap": []}
-    with make_pool(device, (count + 1) * (2 << 20)) as pool:
+    with device_of(device).make_pool((count + 1) * (2 << 20)) as pool:
         region = pool.reserve(2 * count * pool.block_bytes)
         for page in range(count):
             times["map"].append(seconds_of_host(lambda: region.map(page)))  # noqa: B023

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.models.config import load_config
-from fluxmoe.runtime.engine import Engine, EngineConfig, resolve_device
+from fluxmoe.runtime.config import EngineConfig
+from fluxmoe.runtime.devices import resolve_device
+from fluxmoe.runtime.engine import Engine
 from fluxmoe.runtime.experts.placement import POLICIES
 from fluxmoe.runtime.hardware import HardwareProfile, list_profiles
 from fluxmoe.runtime.memory.budget import parse_bytes
@@ -243,7 +245,7 @@ def run(args: argparse.Namespace) -> dict:
         memory = {**engine.budget.lines(), "budget": engine.budget.total}
         host_memory, memory_check = engine.host_budget.lines(), engine.memory_check()._asdict()
         formats = {"device_format": settings.device_format, "host_format": settings.formats.host}
-        placement = {"name": engine.placement.name, **formats, **engine.store.layout.placement.counts()}
+        placement = {"name": engine.placement.name, **formats, **engine.pager.placement.counts()}
     ordered = [outputs[request.request_id] for request in requests]
     totals = summarise(steps)
     generated = sum(len(output.token_ids) for output in ordered)

@@ -8,7 +8,8 @@ from typing import Any
 
 from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.cost_model import CostParameters
-from fluxmoe.runtime.engine import Engine, resolve_device
+from fluxmoe.runtime.devices import resolve_device
+from fluxmoe.runtime.engine import Engine
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.simulator import SimEngine
 

@@ -22,9 +22,8 @@ from fluxmoe.kernels.cpu import gemm
 from fluxmoe.kernels.cpu.copy import stream_copy
 from fluxmoe.kernels.cpu.ops import default_threads
 from fluxmoe.kernels.packing import FORMATS
-from fluxmoe.runtime.engine import resolve_device
+from fluxmoe.runtime.devices import HOST, PAGE, resolve_device
 from fluxmoe.runtime.experts.placement import Tier
-from fluxmoe.runtime.experts.store import PAGE, aligned_empty
 from fluxmoe.runtime.hardware import HardwareProfile, best_seconds, measure_bandwidths, measure_links
 from tqdm import tqdm
 
@@ -154,7 +153,7 @@ def decode_latency(device: torch.device) -> float:
 def disk_reads(directory: str, file_bytes: int) -> float:
     """Bytes/s of a file read past the page cache (where the file system allows that), in chunks of 32 MiB."""
     with tempfile.NamedTemporaryFile(dir=directory, prefix="fluxmoe-profile-") as file:
-        chunk = aligned_empty(32 << 20, torch.device("cpu")).random_()
+        chunk = HOST.empty(32 << 20).random_()
         for _ in range(file_bytes // chunk.numel()):
             file.write(memoryview(chunk.numpy()))
         file.flush()

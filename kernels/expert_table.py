@@ -103,6 +103,6 @@ def _entries(blocks: Sequence[Pair], formats: int | Sequence[int]) -> tuple[Tens
     each = [formats] * len(blocks) if isinstance(formats, int) else list(formats)
     if len(each) != len(blocks):
         raise ValueError(f"{len(blocks)} experts need as many formats, got {len(each)}")
-    addresses = torch.tensor([[block.data_ptr() for block in pair] for pair in blocks], dtype=torch.int64)
-    numbers = torch.tensor([[number, number] for number in each], dtype=torch.uint8)
+    addresses = torch.tensor([[block.data_ptr() for block in pair] for pair in blocks], dtype=torch.int64, device="cpu")
+    numbers = torch.tensor([[number, number] for number in each], dtype=torch.uint8, device="cpu")
     return addresses.reshape(-1, 2), numbers.reshape(-1, 2)

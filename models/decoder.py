@@ -1,8 +1,7 @@
 """The decoder that all architectures share: attention or Gated DeltaNet, then a mixture of experts, in every layer.
 
 The architectures differ in what ModelConfig says (QK-norm, clipping, window, gates, shared expert, …), not in code. The
-decoder owns the non-expert weights. Expert weights it never sees: for each layer it asks an `ExpertPager` for a
-table of addresses, and hands that to the kernels.
+decoder owns the non-expert weights. Expert weights it never sees: each layer's experts are added by who pages them.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ from fluxmoe.kernels.ops import (
     AttentionMetadata,
     DeltaNetWeights,
     ExpertDims,
-    ExpertOps,
     LayerDims,
-    LayerExperts,
     Ops,
     PackedLinear,
     RopeTable,
@@ -31,10 +28,12 @@ from .config import ModelConfig
 from .rope import rope_tables
 
 
-class ExpertPager(Protocol):
-    """Where a decoder gets its experts: inside the context they may be read, after it their slot is recycled."""
+class Experts(Protocol):
+    """What computes experts, wherever they are; see runtime.experts.pager.ExpertPager."""
 
-    def layer(self, index: int) -> AbstractContextManager[LayerExperts]: ...
+    def add(
+        self, layer: int, x: Tensor, logits: Tensor, residual: Tensor, num_tokens: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class LayerCache(Protocol):
@@ -158,16 +157,14 @@ class DecoderLayer:
 class Decoder:
     """Forward pass over a flat batch of tokens; weights arrive one by one through `load`."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, expert_ops: ExpertOps, max_context: int) -> None:
-        self.config, self.ops, self.expert_ops = config, ops, expert_ops
+    def __init__(self, config: ModelConfig, ops: Ops, max_context: int) -> None:
+        self.config, self.ops = config, ops
         cos, sin = rope_tables(config, max_context)
         self.rope = RopeTable(cos.to(ops.device), sin.to(ops.device))
         self.layers = [DecoderLayer() for _ in range(config.num_layers)]
         self.embed_tokens: PackedLinear | None = None
         self.lm_head: PackedLinear | None = None
         self.final_norm: Tensor | None = None
-        # fp32 [L, E]: if given, every pass adds how many tokens each expert was routed.
-        self.popularity: Tensor | None = None
 
     def load(self, role: str, layer: int | None, weight: Tensor) -> None:
         """Place one non-expert tensor (roles of models.checkpoint) on the device, packed where it is a matrix."""
@@ -228,7 +225,7 @@ class Decoder:
         token_ids: Tensor,
         metadata: AttentionMetadata,
         cache: LayerCache,
-        experts: ExpertPager,
+        experts: Experts,
         logit_rows: Tensor,
         tracer: Tracer,
         states: LayerStates | None = None,
@@ -251,14 +248,12 @@ class Decoder:
                     mixed = ops.delta_net(normed, layer.delta, metadata, states.conv[delta], states.recurrent[delta])
                     delta += 1
                 hidden = ops.project_add(mixed, layer.matrices["o_proj"], hidden)
-            with experts.layer(index) as paged, tracer.span("compute", f"experts {index}"):
+            with tracer.span("compute", f"router {index}"):
                 normed = ops.rms_norm(hidden, layer.vectors["post_attn_norm"])
                 if layer.shared is not None:
                     hidden = ops.shared_add(normed, layer.shared, hidden)
-                routing = self.expert_ops.route(ops.router(normed, layer.matrices["router"]), metadata.num_tokens)
-                hidden = self.expert_ops.moe_add(normed, routing, paged, hidden)
-                if self.popularity is not None:
-                    self.expert_ops.count_routed(routing, self.popularity[index])
+                logits = ops.router(normed, layer.matrices["router"])
+            hidden = experts.add(index, normed, logits, hidden, metadata.num_tokens)
         last = hidden[logit_rows]
         return ops.logits(ops.rms_norm(last, self.final_norm), self.lm_head)
 

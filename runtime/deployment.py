@@ -2,62 +2,32 @@
 
 Pure arithmetic over sizes, so that the engine and the simulator decide alike. Bytes are charged to a MemoryBudget in
 this order: non-expert weights, experts on the device, slots, workspace, graphs, recurrent states; what is left is KV
-cache. What the host holds beside it has a ledger of its own (`host_lines`, `swap_lines`).
+cache. What the host holds beside it has a ledger of its own (the pager's `host_lines`, `swap_lines`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import numpy as np
 import torch
-from fluxmoe.kernels.ops import DeltaNetDims, ExpertOps, Limits, Ops
+from fluxmoe.kernels.ops import DeltaNetDims, Limits, Ops
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import non_expert_bytes
 
 from .config import EngineConfig
-from .experts.layout import DENSE, ExpertLayout
-from .experts.placement import Placement, Tier, place
+from .experts.footprint import Footprint
+from .experts.layout import DENSE
+from .experts.placement import Placement, Tier
 from .experts.planner import Planner, PlannerConfig
-from .experts.store import spill_offsets
-from .experts.streamer import slot_bytes
 from .kv_cache import PagedKVCache
 from .memory.budget import MemoryBudget, format_bytes, require
 from .state_cache import StateCache
-
-Bandwidths = Mapping[Tier, float]
-EXPERT_LINES = {Tier.RESIDENT: "resident_experts", Tier.PACKED: "packed_experts"}
 
 
 def limits_of(model: ModelConfig, config: EngineConfig) -> Limits:
     """What the workspace must hold."""
     context = min(config.max_context or model.max_position_embeddings, model.max_position_embeddings)
     return Limits(max(config.max_batched_tokens, config.max_batch), config.max_batch, context, config.block_size)
-
-
-def lay_out(
-    model: ModelConfig, config: EngineConfig, ops: ExpertOps, measure: Callable[[], Bandwidths]
-) -> ExpertLayout:
-    """Tier and format of every expert. measure: bandwidths of the tiers, asked for only where they decide."""
-    device_tier = Tier.RESIDENT if config.device_format == DENSE else Tier.PACKED
-    bandwidths: Bandwidths | None = None
-    if config.placement == "balanced" and config.alpha is None:
-        if config.profile is not None:
-            fused = config.device_format in ops.fused_formats
-            bandwidths = config.profile.bandwidths(None if fused else config.device_format)
-        else:
-            # A GEMM that decodes in its loop is bound by bytes, and both tiers deliver the same compressed ones.
-            bandwidths = dict(measure())
-            bandwidths |= {Tier.PACKED: bandwidths[Tier.RESIDENT]}
-    placement = place(
-        config.placement, model.num_layers, model.num_experts, alpha=config.alpha, dense=config.dense_share,
-        device_tier=device_tier, bandwidths=bandwidths,
-    )  # fmt: skip
-    formats, used = config.formats, {DENSE}
-    used |= {formats.packed} if (placement.tiers == Tier.PACKED).any() else set()
-    used |= {formats.host} if config.adaptive or np.isin(placement.tiers, (Tier.HOST, Tier.DISK)).any() else set()
-    return ExpertLayout(placement, {name: ops.expert_bytes(name) for name in used}, formats, ops.fused_formats)
 
 
 def make_planner(
@@ -72,24 +42,8 @@ def make_planner(
     )  # fmt: skip
 
 
-def host_lines(config: EngineConfig, layout: ExpertLayout, spill_in_memory: bool, buffers: int = 0) -> dict[str, int]:
-    """Bytes of host memory by line, without swap space: experts that lie there, what loading and steps pass through.
-
-    spill_in_memory: the file of the DISK tier takes memory too. buffers: of the host, that steps are copied from.
-    """
-    host = layout.tier_bytes(Tier.HOST)
-    if config.adaptive:  # a copy of every expert
-        host = layout.placement.tiers.size * layout.expert_bytes(layout.stored(Tier.HOST))
-    lines = {
-        "host_experts": host,
-        "spill": spill_offsets(layout)[1] if spill_in_memory else 0,
-        "staging": sum(sum(sizes) for sizes in layout.sizes.values()) + buffers,
-    }
-    return {line: nbytes for line, nbytes in lines.items() if nbytes}
-
-
 class Deployment:
-    """One model under one budget of `total` bytes; `budget` holds all but the KV cache.
+    """One model under one budget of `total` bytes; `budget` holds all but the KV cache. experts: what they take.
 
     graph_bytes: of captured graphs, which also take a state slot for their padding. shares: devices that hold equal
     parts of the model; all sizes are those of one. swap_inside: swap space comes out of `total` too, so KV takes no
@@ -97,10 +51,10 @@ class Deployment:
     """
 
     def __init__(
-        self, model: ModelConfig, config: EngineConfig, ops: Ops, expert_ops: ExpertOps, layout: ExpertLayout,
-        device: torch.device, total: int, graph_bytes: int = 0, shares: int = 1, swap_inside: bool = False,
+        self, model: ModelConfig, config: EngineConfig, ops: Ops, experts: Footprint, total: int,
+        graph_bytes: int = 0, shares: int = 1, swap_inside: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.config, self.ops, self.layout = model, config, ops, layout
+        self.model, self.config, self.ops, self.layout = model, config, ops, experts.layout
         self.limits = limits_of(model, config)
         self._spare_states = 1 if graph_bytes else 0
         self.block_bytes = PagedKVCache.bytes_per_block(
@@ -108,10 +62,9 @@ class Deployment:
         )
         lines = {
             "non_expert_weights": non_expert_bytes(model, ops, self.limits.context),
-            **{line: layout.tier_bytes(tier) for tier, line in EXPERT_LINES.items()},
-            "slots": self._slot_bytes(device),
-            "workspace": ops.workspace_bytes + expert_ops.workspace_bytes + self.popularity_bytes,
+            **experts.lines(),
         }
+        lines["workspace"] += ops.workspace_bytes
         if graph_bytes:
             lines["graphs"] = graph_bytes
         self._state_bytes = 0
@@ -164,12 +117,6 @@ class Deployment:
         slots = self.max_sequences + self._spare_states
         return self.model.delta, len(self.model.delta_layers), slots, self.ops.act_dtype
 
-    @property
-    def popularity_bytes(self) -> int:
-        """Counts of routed tokens, fp32 [L, E], for the planner."""
-        counted = self.config.adaptive and self.config.planning
-        return 4 * self.placement.tiers.size if counted else 0
-
     def _sequences(self, free: int, state_bytes: int) -> int:
         """How many sequences may run: with `fit_batch`, fewer than `max_batch` where their states would leave KV for
         less than half of the context of each."""
@@ -177,19 +124,6 @@ class Deployment:
             return self.config.max_batch
         blocks = -(-self.limits.context // (2 * self.config.block_size))
         return min(self.config.max_batch, max(1, free // (state_bytes + blocks * self.block_bytes)))
-
-    @property
-    def most_streamed(self) -> int:
-        """With experts that move: how many of a layer a slot must hold."""
-        experts = self.model.num_experts
-        placed = int((self.placement.tiers == Tier.HOST).sum(axis=1).max(initial=0))
-        return max(1, placed, experts - math.ceil(self.config.least_alpha * experts))
-
-    def _slot_bytes(self, device: torch.device) -> int:
-        if self.config.adaptive:
-            streamed = self.most_streamed * self.layout.expert_bytes(self.layout.stored(Tier.HOST))
-            return self.config.slots * streamed
-        return slot_bytes(self.layout, self.config.slots, device)
 
     def _hint(self) -> str:
         if self.placement.alpha == 0:

@@ -1,7 +1,7 @@
 """The engine: one budget, one checkpoint, requests in, tokens and per-iteration metrics out.
 
-    Checkpoint ─► ExpertStore (tiers) ─► streamer (slots) ─► Decoder ─► sampling
-    Scheduler ◄─► PagedKVCache            ▲ tables            ▲ batch
+    Checkpoint ─► ExpertPager ─► Decoder ─► sampling
+    Scheduler ◄─► PagedKVCache      ▲ batch
 
 Construction charges every device byte to a MemoryBudget, and what the host holds beside it to another (see
 `deployment`). Nothing is loaded before the budget is known to suffice, and both to fit the memory that is free.
@@ -15,33 +15,26 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import torch
-from fluxmoe.kernels.cpu.experts import CpuExperts
-from fluxmoe.kernels.cpu.ops import CpuOps
-from fluxmoe.kernels.ops import AttentionMetadata, ExpertOps, Limits, Ops
-from fluxmoe.kernels.torch_experts import TorchExperts
-from fluxmoe.kernels.torch_ops import TorchOps
+from fluxmoe.kernels.ops import AttentionMetadata, Limits
 from fluxmoe.models.checkpoint import Checkpoint
-from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import Decoder, expert_dims, layer_dims
 from torch import Tensor
 from tqdm import tqdm
 
 from .batch import build_batch
 from .config import EngineConfig
-from .deployment import EXPERT_LINES, Deployment, host_lines, lay_out, limits_of, make_planner
-from .experts.layout import ExpertLayout
-from .experts.moving_store import MovingStore
-from .experts.placement import DEVICE_TIERS, Tier
+from .deployment import Deployment, limits_of, make_planner
+from .devices import device_of, resolve_device
+from .experts.footprint import EXPERT_LINES
+from .experts.pager import Counters, ExpertPager
+from .experts.placement import DEVICE_TIERS
 from .experts.planner import Links
-from .experts.store import ExpertStore
-from .experts.streamer import Counters, make_streamer
 from .graphs import DecodeGraphs
-from .hardware import measure_bandwidths, measure_links
+from .hardware import measure_links
 from .kv_cache import GrowableKVCache, PagedKVCache
-from .memory.budget import BudgetError, available_bytes, format_bytes, lies_in_memory, taken_bytes
+from .memory.budget import BudgetError, format_bytes
 from .memory.check import FreeMemory, MemoryCheck
-from .memory.region import BlockPool, make_pool
+from .memory.region import BlockPool
 from .metrics import StepMetrics
 from .request import Request, RequestOutput, Sequence
 from .residency import ComputeProfile, Residency, Seen
@@ -49,43 +42,6 @@ from .sampling import sample
 from .scheduler import Scheduler
 from .state_cache import StateCache
 from .timeline import Timeline
-
-
-class DeviceError(ValueError):
-    """A device was asked for that this machine lacks."""
-
-
-def resolve_device(name: str) -> torch.device:
-    """auto | cpu | cuda → a device that exists here."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise DeviceError(f"unknown device {name!r}; choose auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("no CUDA device can be used here; run with --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def _make_ops(model: ModelConfig, config: EngineConfig, limits: Limits, device: torch.device) -> tuple[Ops, ExpertOps]:
-    """The kernels that settings and device ask for."""
-    dims, experts = layer_dims(model), expert_dims(model)
-    if config.kernels not in ("auto", "torch", "triton"):
-        raise DeviceError(f"unknown kernels {config.kernels!r}; choose auto, torch or triton")
-    if config.kernels == "torch":
-        return TorchOps(dims, limits, device), TorchExperts(experts, limits.tokens, device)
-    if device.type == "cpu" and config.kernels == "auto":
-        return CpuOps(dims, limits, config.threads), CpuExperts(experts, limits.tokens, config.threads)
-    # Imported where it is used: triton exists on few platforms, and the CPU kernels on all.
-    from fluxmoe.kernels.triton_experts import TritonExperts
-    from fluxmoe.kernels.triton_ops import TritonOps
-
-    formats = config.formats
-    planar12 = config.device_format == "planar12" or (formats.host == "planar12" and formats.slot == "packed")
-    invariant = config.batch_invariant
-    return (
-        TritonOps(dims, limits, device, batch_invariant=invariant),
-        TritonExperts(experts, limits.tokens, device, batch_invariant=invariant, planar12=planar12),
-    )
 
 
 class Engine:
@@ -105,17 +61,20 @@ class Engine:
         """Make all parts; those that hold threads, files or locked memory are closed by `resources`, in any case."""
         self.device = resolve_device(config.device)
         # Before the kernels make their workspace, which the budget is charged with.
-        free, self._taken_before = FreeMemory.now(self.device), taken_bytes(self.device)
-        total = available_bytes(self.device) if config.budget_bytes is None else config.budget_bytes
+        kind = device_of(self.device)
+        free, self._taken_before = FreeMemory.now(kind), kind.taken_bytes()
+        total = kind.available_bytes() if config.budget_bytes is None else config.budget_bytes
         free.check_budget(total)
         checkpoint = Checkpoint(model_dir)
         self.model = model = checkpoint.config
         limits = limits_of(model, config)
-        self.ops, self.expert_ops = _make_ops(model, config, limits, self.device)
-        layout = lay_out(model, config, self.expert_ops, lambda: measure_bandwidths(self.device))
+        self.ops = kind.make_ops(layer_dims(model), limits, config)
         self.timeline = Timeline(config.timeline)
+        self.pager = ExpertPager(
+            expert_dims(model), model.num_layers, config, self.device, limits.tokens, timeline=self.timeline
+        )
         # Only where nothing waits for the device in mid-pass, as the plain torch path does.
-        graphs = config.cuda_graphs and self.device.type == "cuda" and config.kernels != "torch"
+        graphs = config.cuda_graphs and kind.graphs and config.kernels != "torch"
         per_graph = (config.max_batch, -(-limits.context // config.block_size), config.block_size)
         buffers = DecodeGraphs.buffer_bytes(*per_graph) if graphs else 0
         # An estimate: see `pool_bytes`.
@@ -125,12 +84,13 @@ class Engine:
         self.residency: Residency | None = None
         self._links: Links | None = None
         self._compute = ComputeProfile()
-        in_host = host_lines(config, layout, lies_in_memory(config.spill_dir), buffers)
+        in_host = self.pager.host_lines()
+        in_host["staging"] += buffers
         shared = free.shared and config.budget_bytes is None
         if shared:
             total = free.beside(total, in_host)
         self.deployment = Deployment(
-            model, config, self.ops, self.expert_ops, layout, self.device, total, self._graph_bytes, swap_inside=shared
+            model, config, self.ops, self.pager.footprint, total, self._graph_bytes, swap_inside=shared
         )
         self.placement, self.budget = self.deployment.placement, self.deployment.budget
         if config.adaptive:
@@ -139,28 +99,22 @@ class Engine:
         num_blocks = self.deployment.reserve_kv()
         in_host |= self.deployment.swap_lines(num_blocks)
         self.host_budget = free.host_budget(self._most_bytes, in_host)
-        self.store = self._make_store(layout)
-        resources.callback(self.store.close)
+        resources.callback(self.pager.close)
+        self.pager.open(self.pool)
         self.kv = self._make_cache(num_blocks)
         resources.callback(self.kv.close)
         self.scheduler = self._make_scheduler(limits)
         self.decoder = self._load(checkpoint, limits.context)
         has_states = model.delta is not None
         self.states = StateCache(*self.deployment.state_sizes, self.device) if has_states else None
-        self.streamer = make_streamer(
-            self.store, config.slots, self.device, poison=config.poison, timeline=self.timeline,
-            delay=config.load_delay, link_bandwidth=config.link_bandwidth,
-        )  # fmt: skip
-        resources.callback(self.streamer.close)
         self.graphs: DecodeGraphs | None = None
         if graphs:
             spare = self.deployment.max_sequences
-            self.graphs = DecodeGraphs(self._forward, self.streamer, *per_graph, self.device, spare)
+            self.graphs = DecodeGraphs(self._forward, self.pager, *per_graph, self.device, spare)
         if self.pool is not None:
             self.residency = self._make_residency(self.pool)
-            resources.callback(self.residency.close)
         self._iteration = 0
-        self._counted = Counters(0, 0, 0, 0)
+        self._counted = Counters()
 
     @property
     def _most_bytes(self) -> int:
@@ -176,7 +130,7 @@ class Engine:
         host_blocks = num_blocks if config.preemption == "swap" else 0
         kv_layers = len(model.attention_layers)
         sizes = (config.block_size, model.num_kv_heads, model.head_dim, model.dtype, self.device)
-        pin = host_blocks > 0 and self.device.type == "cuda"
+        pin = host_blocks > 0 and device_of(self.device).asynchronous
         if self.pool is None:
             return PagedKVCache(self.ops, kv_layers, num_blocks, *sizes, host_blocks=host_blocks, pin=pin)
         most = self.deployment.useful_blocks
@@ -214,30 +168,21 @@ class Engine:
         # All experts and all KV that can be used, and whole blocks of both: more would only make blocks larger.
         useful = self.placement.tiers.size * largest + deployment.useful_blocks * deployment.block_bytes
         held = sum(lines[line] for line in EXPERT_LINES.values())
-        pool = make_pool(self.device, min(deployment.kv_room + held, useful + useful // 64 + (16 << 20)))
-        for line in EXPERT_LINES.values():
-            self.budget.reserve(line, pool.pages(lines[line]) * pool.block_bytes - lines[line])
+        pool = device_of(self.device).make_pool(min(deployment.kv_room + held, useful + useful // 64 + (16 << 20)))
+        for line, nbytes in self.pager.lines(pool).items():
+            if line in EXPERT_LINES.values():
+                self.budget.reserve(line, nbytes - lines[line])
         return pool
 
-    def _make_store(self, layout: ExpertLayout) -> ExpertStore:
-        if self.pool is None:
-            return ExpertStore(
-                layout, self.device, decode=self.expert_ops.decode_expert, disk_dir=self.config.spill_dir
-            )
-        return MovingStore(layout, self.device, self.pool, self.deployment.most_streamed, self.expert_ops.decode_expert)
-
     def _make_residency(self, pool: BlockPool) -> Residency:
-        config, store = self.config, self.store
-        planner = popularity = None
+        config, planner = self.config, None
         if config.planning:
-            each = {tier: heap.unit_bytes for tier, heap in store.heaps.items()}
+            each = {tier: heap.unit_bytes for tier, heap in self.pager.store.heaps.items()}
             planner = make_planner(config, each, pool.max_blocks * pool.block_bytes, self.kv.quantum_bytes)
-            popularity = torch.zeros(*self.placement.tiers.shape, device=self.device)
-            self.decoder.popularity = popularity
-            if config.transfer == "auto" or self.device.type == "cuda":
+            if config.transfer == "auto" or device_of(self.device).asynchronous:
                 self._links = measure_links(self.device) if config.profile is None else config.profile.links
         return Residency(
-            store,
+            self.pager,
             self.kv,
             self.scheduler,
             self.budget,
@@ -246,25 +191,20 @@ class Engine:
             every=config.plan_every,
             grow_kv=config.grow_kv,
             links=self._links if config.transfer == "auto" else None,
-            popularity=popularity,
         )
 
     def _load(self, checkpoint: Checkpoint, context: int) -> Decoder:
-        """Stream the checkpoint into decoder and store, one tensor at a time through one staging block."""
-        decoder = Decoder(self.model, self.ops, self.expert_ops, context)
+        """Stream the checkpoint into decoder and pager, one tensor at a time."""
+        decoder = Decoder(self.model, self.ops, context)
         for role, layer, weight in checkpoint.dense_tensors():
             decoder.load(role, layer, weight)
-        layout, ops = self.deployment.layout, self.expert_ops
-        staging = {name: tuple(torch.empty(n, dtype=torch.uint8) for n in layout.sizes[name]) for name in layout.sizes}
         total = self.model.num_layers * self.model.num_experts
         experts = tqdm(
             checkpoint.experts(), "experts", total, disable=not self.config.progress, leave=False, unit="expert"
         )
         for layer, expert, gate_up, down in experts:
-            stored = self.store.stored(layer, expert)
-            recipes = ops.pack_expert(gate_up, down, staging[stored], stored)
-            self.store.put(layer, expert, staging[stored], recipes)
-        self.store.seal()
+            self.pager.put(layer, expert, gate_up, down)
+        self.pager.seal()
         return decoder
 
     # Serving.
@@ -334,12 +274,12 @@ class Engine:
         for sequence in finished:
             sequence.finish_s = now
             outputs[sequence.request.request_id] = sequence.output()
-        before, after = self._counted, self.streamer.counters()
+        before, after = self._counted, self.pager.counters()
         self._counted = after
         if self.residency is not None:
             stall, load = (after.stall_ns - before.stall_ns) / 1e9, (after.transfer_ns - before.transfer_ns) / 1e9
             compute = time.perf_counter() - started - stall
-            if self.device.type == "cuda" and self._links is not None:
+            if device_of(self.device).asynchronous and self._links is not None:
                 # Copies and waits happen on the device, untimed: loads are modelled, compute is profiled.
                 load = (after.streamed_bytes - before.streamed_bytes) / self._links.copy
                 compute = self._compute.compute_s(len(step.chunks), compute)
@@ -361,25 +301,19 @@ class Engine:
             preemptions=step.num_preempted,
             swapped_blocks=len(step.swap_out) + len(step.swap_in),
             finished=len(finished),
-            device_experts=int(np.isin(self.store.layout.placement.tiers, DEVICE_TIERS).sum()),
+            device_experts=int(np.isin(self.pager.tiers, DEVICE_TIERS).sum()),
         )
 
     def _forward(self, token_ids: Tensor, metadata: AttentionMetadata, logit_rows: Tensor) -> Tensor:
-        return self.decoder.forward(token_ids, metadata, self.kv, self.streamer, logit_rows, self.timeline, self.states)
+        return self.decoder.forward(token_ids, metadata, self.kv, self.pager, logit_rows, self.timeline, self.states)
 
     def held_bytes(self) -> dict[str, int]:
         """What the parts really hold on the device, line by line, to be compared with the ledger."""
         optional = {} if self.states is None else {"states": self.states.nbytes}
         optional |= {"graphs": self._graph_bytes} if self._graph_bytes else {}
-        return optional | {
-            "non_expert_weights": self.decoder.nbytes,
-            "resident_experts": self.store.tier_bytes(Tier.RESIDENT),
-            "packed_experts": self.store.tier_bytes(Tier.PACKED),
-            "slots": self.streamer.slot_bytes,
-            "workspace": sum(ops.workspace_bytes for ops in (self.ops, self.expert_ops))
-            + self.deployment.popularity_bytes,
-            "kv_cache": self.kv.nbytes,
-        }
+        held = self.pager.held_bytes()
+        held["workspace"] += self.ops.workspace_bytes
+        return optional | held | {"non_expert_weights": self.decoder.nbytes, "kv_cache": self.kv.nbytes}
 
     def memory_check(self) -> MemoryCheck:
         """The ledgers beside what is really held, to be asked after warm-up.
@@ -392,11 +326,12 @@ class Engine:
         kernels, threads and what malloc keeps are in no ledger: only above 2 % and 256 MiB it is a warning.
         """
         ledger = self.budget.used
-        if self.device.type == "cpu":
+        kind = device_of(self.device)
+        if kind.is_host:
             ledger += self.host_budget.used - self.host_budget.lines().get("spill", 0)
-        now = taken_bytes(self.device)
+        now = kind.taken_bytes()
         held = None if now is None or self._taken_before is None else now - self._taken_before
-        return MemoryCheck.of(self.device, ledger, held)
+        return MemoryCheck.of(kind, ledger, held)
 
     def close(self) -> None:
         """Stop copies, give files and locked memory back; the engine cannot be used any more. Idempotent."""

@@ -24,6 +24,7 @@ from fluxmoe.kernels.ops import AttentionMetadata
 from torch import Tensor
 
 from .batch import Batch
+from .devices import device_of
 
 # Bytes between the arrays of a packed step: what the widest of them (int64) and a vector load ask for.
 _ALIGNMENT = 16
@@ -88,7 +89,7 @@ class StepBuffers:
         for name, (dtype, shape) in shapes.items():
             places[name] = end
             end += -(-torch.Size(shape).numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-        self._host = torch.zeros(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._host = torch.zeros(end, dtype=torch.uint8, pin_memory=device_of(device).asynchronous)
         self._device = torch.zeros(end, dtype=torch.uint8, device=device)
 
         def views(buffer: Tensor) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .devices import device_of
 from .experts.placement import Tier
 from .experts.planner import Links
 
@@ -182,7 +183,7 @@ def measure_bandwidths(device: torch.device) -> dict[Tier, float]:
     placement gives each tier a share proportional to its bandwidth (arXiv 2604.02715 §4.2).
     """
     source = torch.ones(_PROBE_BYTES // 8, dtype=torch.int64, device=device)
-    host = torch.ones(_PROBE_BYTES // 8, dtype=torch.int64, pin_memory=device.type == "cuda")
+    host = torch.ones(_PROBE_BYTES // 8, dtype=torch.int64, device="cpu", pin_memory=device_of(device).asynchronous)
     target = torch.empty_like(source)
     return {
         Tier.RESIDENT: _PROBE_BYTES / best_seconds(lambda: source.sum(), device),
@@ -193,12 +194,7 @@ def measure_bandwidths(device: torch.device) -> dict[Tier, float]:
 def measure_links(device: torch.device) -> Links:
     """Copies from host memory, and reads of it in place, in a fraction of a second."""
     copy = measure_bandwidths(device)
-    if device.type == "cpu":
-        return Links(copy[Tier.HOST], copy[Tier.RESIDENT])
-    # Imported where it is used: triton exists on few platforms.
-    from fluxmoe.kernels.host_read import read_bandwidth
-
-    return Links(copy[Tier.HOST], read_bandwidth(_PROBE_BYTES))
+    return Links(copy[Tier.HOST], device_of(device).read_bandwidth(_PROBE_BYTES) or copy[Tier.RESIDENT])
 
 
 def best_seconds(work, device: torch.device, repeats: int = _REPEATS) -> float:
@@ -207,8 +203,7 @@ def best_seconds(work, device: torch.device, repeats: int = _REPEATS) -> float:
     for i in range(repeats + 1):
         begin = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        device_of(device).synchronize()
         if i:
             best = min(best, time.perf_counter() - begin)
     return best

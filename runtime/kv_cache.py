@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.ops import Ops
+from .devices import device_of
 from .memory.host_memory import HostMemory
 from .memory.region import BlockPool, GrowableRegion, RegionError
 
@@ -121,7 +122,7 @@ class PagedKVCache:
             if value < least:
                 raise ValueError(f"a KV cache needs {name} of at least {least}, got {value}")
         self.device = torch.device(device)
-        if pin and self.device.type != "cuda":
+        if pin and not device_of(self.device).asynchronous:
             raise ValueError(f"a pinned swap pool needs a CUDA device, got {self.device}; leave pin off")
         self.num_layers, self.num_blocks, self.host_blocks = num_layers, num_blocks, host_blocks
         self.block_size = block_size
@@ -208,7 +209,7 @@ class GrowableKVCache(PagedKVCache):
             self._layers += [(GrowableRegion(each), size) for each in region]
             tensors.append([each.tensor(0, (self.most_blocks, *shape), dtype) for each in region])
         self.k, self.v = tensors
-        self.num_blocks = 0
+        self.num_blocks, self._zeroed = 0, pool.zeroed
         self.quantum_bytes = self.quantum * num_layers * sum(sizes)
 
     @property
@@ -231,7 +232,7 @@ class GrowableKVCache(PagedKVCache):
             for region, before in done:
                 region.resize(before)
             raise
-        if self.device.type == "cuda" and num_blocks > self.num_blocks:
+        if not self._zeroed and num_blocks > self.num_blocks:
             for tensors in (self.k, self.v):
                 for tensor in tensors:
                     tensor[self.num_blocks : num_blocks].zero_()

@@ -24,7 +24,8 @@ from fluxmoe.models.config import ModelConfig
 
 from .config import EngineConfig
 from .cost_model import CostModel, CostParameters, SimOps
-from .deployment import EXPERT_LINES, Deployment, lay_out, limits_of, make_planner
+from .deployment import Deployment, limits_of, make_planner
+from .experts.footprint import EXPERT_LINES, Footprint, lay_out
 from .experts.layout import DENSE, ExpertLayout
 from .experts.placement import DEVICE_TIERS, Placement, Tier
 from .experts.planner import Move, Observation, Planner, PlannerError
@@ -71,9 +72,10 @@ class SimEngine:
         parameters = parameters or CostParameters()
         limits = limits_of(model, config)
         ops = SimOps(model, limits, self.devices, parameters)
-        layout = lay_out(model, config, ops.experts, lambda: profile.bandwidths(None))
+        layout = lay_out(model.num_layers, config, ops.experts, lambda: profile.bandwidths(None))
+        experts = Footprint(layout, config, ops.experts)
         total = int(profile.memory_bytes * _USABLE) if config.budget_bytes is None else config.budget_bytes
-        self.deployment = Deployment(model, config, ops, ops.experts, layout, ops.device, total, shares=self.devices)
+        self.deployment = Deployment(model, config, ops, experts, total, shares=self.devices)
         self.placement, self.budget = self.deployment.placement, self.deployment.budget
         self.costs = CostModel(model, profile, self.devices, parameters)
         self._copy_rate = copy_rate

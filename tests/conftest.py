@@ -5,12 +5,17 @@ import os
 # Before OpenMP starts: two workers of pytest whose threads spin while they wait take seven times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import hypothesis
 import pytest
 import torch
 
 # Before the first import of triton, which decides once. `fluxmoe.kernels.audit` compiles in a process of its own.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The machine may be busy: how long an example takes says nothing.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True)

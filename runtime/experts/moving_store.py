@@ -1,11 +1,10 @@
-"""Experts that can change tier while serving: a heap of blocks for each device tier, and a copy of all in host memory.
+"""MovingStore: experts that change tier while serving. A heap for each device tier, and a copy of all in host memory.
 
     HOST      every expert, in the format that the GEMM reads; page-locked on CUDA
     PACKED    a heap of such blocks on the device         (absent where the host's format is dense)
     RESIDENT  a heap of dense blocks on the device
 
-A heap has no gaps: when an expert leaves, the last takes its place and the heap's end is unmapped, so that another
-region can have the memory. What changes is a layer's plan and its table, never a block that a kernel may be reading.
+What changes is a layer's plan and its table, never a block that a kernel may be reading.
 
 An expert that has left the device streams from the next load of its layer on. For loads that were begun before, the
 table has its address in host memory: there kernels read it in place, once or twice.
@@ -13,111 +12,37 @@ table has its address in host memory: there kernels read it in place, once or tw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP, TABLE_FORMATS
 from fluxmoe.kernels.ops import Recipes
 from torch import Tensor
 
-from ..memory.host_memory import HostMemory
-from ..memory.region import BlockPool, GrowableRegion
+from ..devices import Device
+from ..memory.region import BlockPool
+from .heap import ExpertHeap
 from .layout import DENSE, ExpertLayout
 from .placement import DEVICE_TIERS, Placement, Tier
-from .store import Block, ExpertStore, LayerPlan, StoreError
+from .spill import StoreError
+from .store import Block, ExpertStore, LayerPlan, Where
 
-Where = tuple[int, int]
 Copy = Callable[[Tensor, Tensor], object]
 
 
-class ExpertHeap:
-    """At most `most` experts of one format, in units of equal size without gaps, in a region that grows and shrinks.
-
-    sizes, strides: bytes of the (GATE_UP, DOWN) blocks, and what they are rounded up to.
-    """
-
-    def __init__(self, pool: BlockPool, sizes: tuple[int, int], strides: tuple[int, int], most: int) -> None:
-        self._sizes, self._down_at, self.unit_bytes = sizes, strides[0], sum(strides)
-        self._region = GrowableRegion(pool.reserve(most * self.unit_bytes))
-        self._units = self._region.region.tensor(0, (most, self.unit_bytes), torch.uint8)
-        # None: reserved for an expert that is on its way.
-        self._owners: list[Where | None] = []
-        self._unit_of: dict[Where, int] = {}
-
-    @property
-    def nbytes(self) -> int:
-        return self._region.nbytes
-
-    def __contains__(self, where: Where) -> bool:
-        return where in self._unit_of
-
-    def __len__(self) -> int:
-        return len(self._owners)
-
-    def pair(self, unit: int) -> tuple[Tensor, Tensor]:
-        """The (gate/up, down) blocks of a unit."""
-        (gate_up, down), at = self._sizes, self._down_at
-        return self._units[unit][:gate_up], self._units[unit][at : at + down]
-
-    def pair_of(self, where: Where) -> tuple[Tensor, Tensor]:
-        return self.pair(self._unit_of[where])
-
-    def reserve(self) -> int:
-        """A unit at the end. RegionError when there is no memory."""
-        self._region.resize((len(self._owners) + 1) * self.unit_bytes)
-        self._owners.append(None)
-        return len(self._owners) - 1
-
-    def settle(self, unit: int, where: Where) -> None:
-        """A reserved unit holds the expert now."""
-        assert self._owners[unit] is None
-        self._owners[unit], self._unit_of[where] = where, unit
-
-    def cancel(self, unit: int) -> Where | None:
-        """Give up a reserved unit; returns the expert that moved into it."""
-        assert self._owners[unit] is None
-        return self._remove(unit)
-
-    def remove(self, where: Where) -> Where | None:
-        """Drop an expert; returns the one that moved into its unit."""
-        return self._remove(self._unit_of.pop(where))
-
-    def _remove(self, unit: int) -> Where | None:
-        last, moved = len(self._owners) - 1, None
-        if unit != last:
-            # On CUDA in the order of the compute stream: behind the kernels that read both units.
-            self._units[unit].copy_(self._units[last])
-            moved = self._owners[unit] = self._owners[last]
-            if moved is not None:
-                self._unit_of[moved] = unit
-        self._owners.pop()
-        self._region.resize(len(self._owners) * self.unit_bytes)
-        return moved
-
-    def check_integrity(self, expected: set[Where]) -> None:
-        """AssertionError unless exactly the experts `expected` are here, and the heap holds no page in vain."""
-        assert self._unit_of == {owner: unit for unit, owner in enumerate(self._owners) if owner is not None}
-        assert self._unit_of.keys() == expected, "the heap and the placement differ"
-        pool = self._region.region.pool
-        assert self.nbytes == pool.pages(len(self._owners) * self.unit_bytes) * pool.block_bytes
-
-    def close(self) -> None:
-        self._region.region.close()
-
-
 class MovingStore(ExpertStore):
-    """An ExpertStore whose experts move between the device and host memory, where each has a copy.
+    """Experts move between the device and host memory, where each has a copy.
 
-    layout: its HOST format is dense, or one that kernels read in place and that the PACKED tier has too. decode:
-    `Ops.decode_expert`, with which packed experts become dense. most_streamed: experts of a layer that a slot holds.
+    layout: its HOST format is dense, or one that kernels read in place and that the PACKED tier has too. pool: gives
+    the device tiers their memory. most_streamed: experts of a layer that a slot holds. decode: packed experts become
+    dense with it.
     """
 
     moves = True
 
     def __init__(
-        self, layout: ExpertLayout, device: torch.device, pool: BlockPool, most_streamed: int,
+        self, layout: ExpertLayout, device: Device, pool: BlockPool, most_streamed: int,
         decode: Callable[..., None] | None = None,
     ) -> None:  # fmt: skip
         tiers, stored = layout.placement.tiers, layout.stored(Tier.HOST)
@@ -129,13 +54,11 @@ class MovingStore(ExpertStore):
             raise StoreError("experts that are compressed on the device and move are so in host memory too")
         if tiers.size and (tiers == Tier.HOST).sum(axis=1).max() > most_streamed:
             raise StoreError(f"more than {most_streamed} experts of a layer lie in host memory; give slots more room")
-        self.layout, self.device, self.decode = layout, device, decode
+        super().__init__(layout, device, decode)
         self.most_streamed, self.format = most_streamed, stored
         self.device_tiers = (Tier.RESIDENT,) if stored == DENSE else (Tier.RESIDENT, Tier.PACKED)
         self._strides = self._both(stored)
-        self._memory = HostMemory(pin=device.type == "cuda")
         self.heaps: dict[Tier, ExpertHeap] = {}
-        most = layout.num_layers * layout.num_experts
         try:
             self._host = [
                 tuple(self._memory.empty(layout.num_experts * stride) for stride in self._strides)
@@ -143,21 +66,14 @@ class MovingStore(ExpertStore):
             ]
             for tier in self.device_tiers:
                 sizes, strides = layout.sizes[layout.stored(tier)], self._both(layout.stored(tier))
-                self.heaps[tier] = ExpertHeap(pool, sizes, strides, most)
+                self.heaps[tier] = ExpertHeap(pool, sizes, strides, most=tiers.size)
         except BaseException:
             self.close()
             raise
-        self._missing = {(i, e) for i in range(layout.num_layers) for e in range(layout.num_experts)}
-        self._recipes: dict[Where, Recipes] = {}
-        self._file = self._direct = None
-        self.disk_bytes, self.direct_io = 0, False
-        self.epochs = [0] * layout.num_layers
         self.plans = [self._plan(i) for i in range(layout.num_layers)]
 
     def _both(self, expert_format: str) -> tuple[int, int]:
         return self.layout.stride(expert_format, GATE_UP), self.layout.stride(expert_format, DOWN)
-
-    # What an ExpertStore offers.
 
     def _plan(self, layer: int) -> LayerPlan:
         places = (self.layout.slot_places(layer, GATE_UP), self.layout.slot_places(layer, DOWN))
@@ -183,11 +99,8 @@ class MovingStore(ExpertStore):
     def stored(self, layer: int, expert: int) -> str:
         return self.format
 
-    def put(self, layer: int, expert: int, blocks: Iterable[Tensor], recipes: Recipes = (None, None)) -> None:
-        """Store one expert, its blocks in the host's format."""
-        where, tier = (layer, expert), Tier(self.layout.placement.tiers[layer, expert])
-        assert where in self._missing, f"expert {expert} of layer {layer} is stored already or does not exist"
-        host = self._host_pair(where)
+    def _put(self, where: Where, blocks: Sequence[Tensor], recipes: Recipes) -> None:
+        host, tier = self._host_pair(where), self.tier_of(*where)
         for target, block in zip(host, blocks, strict=True):
             target.copy_(block)
         self._recipes[where] = recipes
@@ -198,9 +111,8 @@ class MovingStore(ExpertStore):
                 if self.layout.stored(tier) == self.format:
                     target.copy_(source)
                 else:
-                    self.decode(self.format, d, source.to(self.device), target, recipes[d])
+                    self.decode(self.format, d, source.to(self.device.torch), target, recipes[d])
             heap.settle(unit, where)
-        self._missing.remove(where)
 
     def _host_pair(self, where: Where) -> tuple[Tensor, Tensor]:
         layer, expert = where
@@ -213,25 +125,17 @@ class MovingStore(ExpertStore):
         return gate_up, down
 
     def blocks_in_place(self, layer: int) -> dict[int, Block]:
-        """Blocks of all experts, those that are not on the device in host memory: a slot's take precedence."""
         blocks = {}
         for expert in range(self.layout.num_experts):
-            where = (layer, expert)
-            tier = Tier(self.layout.placement.tiers[where])
+            where, tier = (layer, expert), self.tier_of(layer, expert)
             pair = self.heaps[tier].pair_of(where) if tier in self.heaps else self._host_pair(where)
             blocks[expert] = Block(pair, TABLE_FORMATS[self.layout.stored(tier)])
         return blocks
 
-    def decodes(self, plan, tensor_type, lie):
-        return iter(())
-
-    def _payload_bytes(self, layer: int, tier: Tier, tensor_type: int) -> int:
-        return 0
-
     def close(self) -> None:
         for heap in self.heaps.values():
             heap.close()
-        self._memory.close()
+        super().close()
 
     # Moves, between iterations only.
 
@@ -248,6 +152,10 @@ class MovingStore(ExpertStore):
         packed = self.heaps[Tier.PACKED].pair_of(where)
         for d in (GATE_UP, DOWN):
             self.decode(self.format, d, packed[d], blocks[d], self._recipes[where][d])
+
+    def fetched_bytes(self, target: Tier) -> int:
+        """Bytes that `fetch` into a tier brings from host memory."""
+        return sum(self.layout.sizes[self.format]) if self.layout.stored(target) == self.format else 0
 
     def land(self, arrived: Iterable[tuple[Where, Tier, int]], failed: Iterable[tuple[Tier, int]] = ()) -> None:
         """The bytes of experts are in the units that were reserved for them in a tier: kernels read them there from the
@@ -281,12 +189,8 @@ class MovingStore(ExpertStore):
         if where is not None:
             self.epochs[where[0]] += 1
 
-    @property
-    def transfer(self) -> str:
-        """How HOST experts reach kernels: whole | on_demand, see ExpertFormats."""
-        return self.layout.formats.transfer
-
     def set_transfer(self, transfer: str) -> None:
+        """How HOST experts reach kernels: whole | on_demand, see ExpertFormats."""
         old = self.layout
         formats = replace(old.formats, transfer=transfer)
         self.layout = ExpertLayout(old.placement, old.sizes, formats, old.fused)

@@ -15,45 +15,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP, ExpertTable
 from torch import Tensor
 
-from ..timeline import Timeline
-from .layout import ExpertLayout
+from .footprint import slots_used
 from .placement import Tier
 from .slots import SlotSchedule
-from .store import ExpertStore, LayerPlan, StoreError, aligned_empty
+from .store import ExpertStore, LayerPlan
 
-Delay = Callable[[int, int], float]
 # NaN in bf16 and in fp32.
 _POISON = 0xFF
 
 
-class Counters(NamedTuple):
-    """Totals since construction: bytes copied, ns that the reader waited for loads, ns spent loading, loads."""
+class Traffic(NamedTuple):
+    """Totals since construction: bytes copied by tier, ns that the reader waited for loads, ns spent loading, loads."""
 
-    streamed_bytes: int
+    host_bytes: int
+    disk_bytes: int
     stall_ns: int
     transfer_ns: int
     loads: int
-
-
-def slots_used(layout: ExpertLayout, slots: int) -> int:
-    """Slots that a layout needs: no more than it has streamed layers."""
-    if slots < 2:
-        raise StoreError(f"streaming needs at least 2 slots (one loads while one is read), got {slots} slots")
-    return min(slots, len(layout.streamed_layers))
-
-
-# Tiers whose compressed blocks wait in device memory until they are decoded. A CPU decodes straight from its host tier.
-_STAGED = {"cpu": (Tier.DISK,), "cuda": (Tier.HOST,)}
-
-
-def slot_bytes(layout: ExpertLayout, slots: int, device: torch.device) -> int:
-    """Device bytes of all slots, and of what is staged beside them, for the ledger."""
-    used, staged = slots_used(layout, slots), _STAGED[device.type]
-    return sum(used * layout.slot_bytes(d) + layout.staging_bytes(d, staged) for d in (GATE_UP, DOWN))
 
 
 class LayerPage:
@@ -74,7 +55,8 @@ class _Known(NamedTuple):
 class Streamer(ABC):
     """Slots, tables and the order of visits: what both kinds share. Layers must be visited in order."""
 
-    kind: str
+    # Tiers whose compressed blocks wait in device memory until they are decoded.
+    staged: tuple[Tier, ...]
 
     def __init__(self, store: ExpertStore, slots: int, poison: bool = False) -> None:
         self.store, self.poison = store, poison
@@ -85,12 +67,11 @@ class Streamer(ABC):
         keeps_all = not store.moves and len(self.order) == self.num_slots
         self.schedule = SlotSchedule(len(self.order), max(1, self.num_slots), keeps_all)
         self._slots = [
-            tuple(aligned_empty(store.slot_bytes(d), store.device) for d in (GATE_UP, DOWN))
-            for _ in range(self.num_slots)
+            tuple(store.device.empty(store.slot_bytes(d)) for d in (GATE_UP, DOWN)) for _ in range(self.num_slots)
         ]
         # One a tensor type for all loads: those of a type come one after the other.
-        staging = [layout.staging_bytes(d, _STAGED[self.kind]) for d in (GATE_UP, DOWN)]
-        self._staging = [aligned_empty(nbytes, store.device) for nbytes in staging]
+        staging = [layout.staging_bytes(d, self.staged) for d in (GATE_UP, DOWN)]
+        self._staging = [store.device.empty(nbytes) for nbytes in staging]
         for slot in self._slots if poison else ():
             self._spoil(slot)
         self._tables: dict[int, _Known] = {}
@@ -157,7 +138,7 @@ class Streamer(ABC):
         ordered = [blocks[expert] for expert in sorted(blocks)]
         pairs, formats = [block.pair for block in ordered], [block.table_format for block in ordered]
         if known is None:
-            table = ExpertTable.from_blocks(pairs, self.store.device, formats)
+            table = ExpertTable.from_blocks(pairs, self.store.device.torch, formats)
         else:
             table = known.table
             table.update(pairs, formats)
@@ -194,7 +175,7 @@ class Streamer(ABC):
         """The visit is computed, or in the order of the stream will be: its slot may be overwritten."""
 
     @abstractmethod
-    def counters(self) -> Counters: ...
+    def traffic(self) -> Traffic: ...
 
     @abstractmethod
     def close(self) -> None:
@@ -203,24 +184,3 @@ class Streamer(ABC):
 
 def _no_wait(tensor_type: int) -> None:
     pass
-
-
-def make_streamer(
-    store: ExpertStore,
-    slots: int,
-    device: torch.device,
-    *,
-    poison: bool = False,
-    timeline: Timeline | None = None,
-    delay: Delay | None = None,
-    link_bandwidth: float | None = None,
-) -> Streamer:
-    """The streamer for a device. poison: NaN in recycled slots; on the CPU, delay: seconds before a load, for tests;
-    link_bandwidth: bytes/s that copies do not pass."""
-    if device.type == "cuda":
-        from .streamer_cuda import CudaStreamer
-
-        return CudaStreamer(store, slots, poison)
-    from .streamer_cpu import ThreadStreamer
-
-    return ThreadStreamer(store, slots, poison, timeline, delay, link_bandwidth)

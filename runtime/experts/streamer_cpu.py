@@ -9,14 +9,17 @@ from itertools import count
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP
 
 from ..timeline import Timeline
-from .store import TENSOR_NAMES, ExpertStore, StoreError
-from .streamer import Counters, Delay, Streamer
+from .config import Delay
+from .placement import Tier
+from .spill import StoreError
+from .store import TENSOR_NAMES, ExpertStore
+from .streamer import Streamer, Traffic
 
 
 class ThreadStreamer(Streamer):
     """Loads on a copy thread. An error in the thread is raised by the reader that needs the load."""
 
-    kind = "cpu"
+    staged = (Tier.DISK,)  # it decodes straight from its host tier
 
     def __init__(
         self,
@@ -35,7 +38,7 @@ class ThreadStreamer(Streamer):
         self._loaded = [0, 0]  # loads done, by tensor type
         self._computed = 0  # visits computed or given up
         self._error: BaseException | None = None
-        self._bytes = self._stall_ns = self._transfer_ns = self._loads = 0
+        self._host_bytes = self._disk_bytes = self._stall_ns = self._transfer_ns = self._loads = 0
         self._thread: threading.Thread | None = None
         if self.order:
             self._thread = threading.Thread(target=self._run, name="expert-copy", daemon=True)
@@ -61,15 +64,18 @@ class ThreadStreamer(Streamer):
             begin = time.perf_counter_ns()
             if self._delay is not None and self._closing.wait(self._delay(layer, d)):
                 return
-            copied = self.store.read_into(plan, d, slot[d], self._staging[d], self._closing.is_set)
+            host, disk = self.store.read_into(plan, d, slot[d], self._staging[d], self._closing.is_set)
             if self._link_bandwidth:
-                self._closing.wait(max(0.0, copied / self._link_bandwidth - (time.perf_counter_ns() - begin) / 1e9))
+                self._closing.wait(
+                    max(0.0, (host + disk) / self._link_bandwidth - (time.perf_counter_ns() - begin) / 1e9)
+                )
             if self._closing.is_set():
                 return  # perhaps cut short: never to be taken for loaded
             end = time.perf_counter_ns()
             self._timeline.add(f"load {TENSOR_NAMES[d]}", f"layer {layer}", begin, end)
             with self._changed:
-                self._bytes += copied
+                self._host_bytes += host
+                self._disk_bytes += disk
                 self._transfer_ns += end - begin
                 self._loads += 1
                 self._loaded[d] = visit + 1
@@ -103,9 +109,9 @@ class ThreadStreamer(Streamer):
             self._computed = max(self._computed, visit + 1)
             self._changed.notify_all()
 
-    def counters(self) -> Counters:
+    def traffic(self) -> Traffic:
         with self._changed:
-            return Counters(self._bytes, self._stall_ns, self._transfer_ns, self._loads)
+            return Traffic(self._host_bytes, self._disk_bytes, self._stall_ns, self._transfer_ns, self._loads)
 
     def close(self) -> None:
         """Stop the copy thread; a load under way ends with its chunk (milliseconds). Idempotent."""

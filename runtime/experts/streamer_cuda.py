@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .placement import Tier
 from .store import ExpertStore, LayerPlan
-from .streamer import Counters, Streamer
+from .streamer import Streamer, Traffic
 
 
 class CudaStreamer(Streamer):
@@ -27,7 +27,7 @@ class CudaStreamer(Streamer):
     on the device and are not counted here.
     """
 
-    kind = "cuda"
+    staged = (Tier.HOST,)
 
     def __init__(self, store: ExpertStore, slots: int, poison: bool = False, cuda=torch.cuda) -> None:
         self._cuda = cuda
@@ -178,8 +178,8 @@ class CudaStreamer(Streamer):
     def _finish(self, visit: int) -> None:
         self._record(self._computed[self.schedule.slot(visit)], self._cuda.current_stream())
 
-    def counters(self) -> Counters:
-        return Counters(self._bytes, 0, 0, 2 * self._issued)
+    def traffic(self) -> Traffic:
+        return Traffic(self._bytes, 0, 0, 0, 2 * self._issued)
 
     def close(self) -> None:
         for stream in self._streams:

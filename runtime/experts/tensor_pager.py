@@ -16,6 +16,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from ..devices import device_of
 from ..memory.paged_tensor import PagedTensor
 from ..memory.region import RegionError
 from .slots import SlotSchedule
@@ -34,6 +35,7 @@ class TensorPager:
 
     def __init__(self, tensors: Sequence[PagedTensor], loads: Sequence[Load], poison: bool = False) -> None:
         self.tensors, self.loads, self.poison = tensors, loads, poison
+        self._device = device_of(tensors[0].device)
         layers, slots = tensors[0].num_layers, min(tensor.slots for tensor in tensors)
         # With blocks for all layers each is loaded once and stays.
         self.schedule = SlotSchedule(layers, slots, keeps_all=slots >= layers)
@@ -52,18 +54,14 @@ class TensorPager:
 
     def _run(self, d: int) -> None:
         try:
-            if self.tensors[d].device.type == "cuda":
-                stream = torch.cuda.Stream()
-                with torch.cuda.stream(stream):
-                    self._load_all(d, stream)
-            else:
-                self._load_all(d, None)
+            with self._device.own_stream() as finish:
+                self._load_all(d, finish)
         except BaseException as error:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
-    def _load_all(self, d: int, stream: torch.cuda.Stream | None) -> None:
+    def _load_all(self, d: int, finish: Callable[[], None]) -> None:
         tensor, schedule = self.tensors[d], self.schedule
         for visit in range(schedule.layers) if schedule.keeps_all else count():
             layer, follows = schedule.rank(visit), schedule.follows(visit)
@@ -79,8 +77,7 @@ class TensorPager:
             if self.poison:
                 view.view(torch.uint8).fill_(_POISON)
             self.loads[d](layer, view)
-            if stream is not None:
-                stream.synchronize()
+            finish()
             tensor.end_load(layer)
             with self._changed:
                 self._loaded[d] = visit + 1
@@ -115,10 +112,7 @@ class TensorPager:
         """The kernels of visits up to `visit` are in the order of the current stream; those that never began count."""
         if visit < self._computed:
             return
-        event = None
-        if self.tensors[0].device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
+        event = self._device.now()
         with self._changed:
             for done in range(self._computed, visit + 1) if event is not None else ():
                 self._events[done] = event

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import torch
+from ..devices import HOST, Device
+from .budget import BudgetError, MemoryBudget, by_line, format_bytes
 
-from .budget import BudgetError, MemoryBudget, by_line, format_bytes, free_bytes, total_bytes
-
-# What the ledgers may be wrong by. On the CPU, beside a share: compiled kernels, threads' stacks and what malloc keeps,
-# which are nobody's and do not grow with the model: 17 to 32 MiB were measured, 186 MiB where numba compiles anew.
+# What the ledgers may be wrong by, beside what the kind of a device allows.
 TOLERANCE = 0.02
-PROCESS_BYTES = 256 << 20
 
 
 class FreeMemory(NamedTuple):
@@ -21,21 +18,21 @@ class FreeMemory(NamedTuple):
     None, and checked by nobody, where the system does not say: outside Linux.
     """
 
-    device: torch.device
+    device: Device
     device_bytes: int | None
     host_bytes: int | None
 
     @classmethod
-    def now(cls, device: torch.device) -> FreeMemory:
-        return cls(device, _known(free_bytes, device), _known(free_bytes, torch.device("cpu")))
+    def now(cls, device: Device) -> FreeMemory:
+        return cls(device, _known(device.free_bytes), _known(HOST.free_bytes))
 
     @property
     def shared(self) -> bool:
-        return self.device.type == "cpu"
+        return self.device.is_host
 
     def check_budget(self, budget: int) -> None:
         """BudgetError for more than the device has."""
-        has = _known(total_bytes, self.device)
+        has = _known(self.device.total_bytes)
         if has is not None and budget > has:
             raise BudgetError(
                 f"a budget of {format_bytes(budget)} is more than the {format_bytes(has)} of memory that this "
@@ -86,9 +83,9 @@ class FreeMemory(NamedTuple):
             )
 
 
-def _known(ask: Callable[[torch.device], int], device: torch.device) -> int | None:
+def _known(ask: Callable[[], int]) -> int | None:
     try:
-        return ask(device)
+        return ask()
     except BudgetError:
         return None
 
@@ -102,11 +99,11 @@ class MemoryCheck(NamedTuple):
     warning: str | None
 
     @classmethod
-    def of(cls, device: torch.device, ledger: int, held: int | None) -> MemoryCheck:
+    def of(cls, device: Device, ledger: int, held: int | None) -> MemoryCheck:
         """A warning when more is held than the tolerance allows."""
         if held is None:
             return cls(ledger, None, None, None)
-        allowed = ledger * (1 + TOLERANCE) + (PROCESS_BYTES if device.type == "cpu" else 0)
+        allowed = ledger * (1 + TOLERANCE) + device.slack_bytes
         warning = None
         if held > allowed:
             warning = (

@@ -13,10 +13,9 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from ..devices import HOST
 from .budget import format_bytes
 
-# Direct reads want offsets, lengths and addresses in multiples of the logical block size; 4096 suits all devices.
-PAGE = 4096
 # For all contexts, and mapped: kernels read the memory under the host's own addresses.
 _PORTABLE, _MAPPED = 1, 2
 
@@ -40,11 +39,9 @@ class HostMemory:
         """uint8 [nbytes] of anything, from the beginning of a page. HostMemoryError leaves nothing behind."""
         if not self.pin or not nbytes:
             try:
-                raw = torch.empty(nbytes + PAGE, dtype=torch.uint8)
+                return HOST.empty(nbytes)
             except RuntimeError:
                 raise HostMemoryError(f"cannot allocate {format_bytes(nbytes)} of host memory") from None
-            skip = -raw.data_ptr() % PAGE
-            return raw[skip : skip + nbytes]
         with ExitStack() as undo:
             size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
             try:

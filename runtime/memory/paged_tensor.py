@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .region import BlockPool, RegionError, make_pool
+from ..devices import device_of
+from .region import BlockPool, RegionError
 
 
 class PageState(IntEnum):
@@ -56,7 +57,7 @@ class PagedTensor:
         self.device, self.slots = device, min(slots, num_layers)
         self.expert_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         # 64 KiB are the least block of any kind: a pool of one expert's bytes rounded to that holds it on a CPU.
-        self.pool = pool or make_pool(device, self._pool_bytes(num_experts))
+        self.pool = pool or device_of(device).make_pool(self._pool_bytes(num_experts))
         self.pages_each = self.pool.pages(self.expert_bytes)
         self.stride = self.pages_each * self.pool.block_bytes
         self.region = self.pool.reserve(num_layers * num_experts * self.stride)

@@ -9,7 +9,7 @@ one page at a time. Two kinds with one interface, each in a pool of its own:
     MemfdPool   CPU: a memfd, its parts mapped with mmap(MAP_FIXED); freed parts are punched out of the file
     VmmPool     CUDA (region_cuda.py): the driver's virtual memory management
 
-    pool = make_pool(device, max_bytes)
+    pool = device_of(device).make_pool(max_bytes)
     region = pool.reserve(nbytes)
     region.map(0)                                  # a block of the pool under the first page
     weights = region.tensor(0, (E, n, k), torch.bfloat16)
@@ -37,7 +37,12 @@ class RegionError(ValueError):
 
 
 class BlockPool(ABC):
-    """At most `max_blocks` blocks of `block_bytes`, handed out by number. Every block is free or under one page."""
+    """At most `max_blocks` blocks of `block_bytes`, handed out by number. Every block is free or under one page.
+
+    zeroed: a new block holds zeros.
+    """
+
+    zeroed: bool
 
     def __init__(self, block_bytes: int, max_blocks: int) -> None:
         self.block_bytes, self.max_blocks = block_bytes, max_blocks
@@ -211,18 +216,6 @@ class Region(ABC):
             raise RegionError(f"page {page} lies outside a region of {self.num_pages}")
 
 
-def make_pool(device: torch.device, max_bytes: int) -> BlockPool:
-    """A pool for tensors on `device`. RegionError where the platform lacks what it needs."""
-    if device.type == "cuda":
-        from .region_cuda import VmmPool
-
-        return VmmPool(max_bytes, device)
-    block_bytes = BLOCK_BYTES
-    while max_bytes // block_bytes > _MOST_BLOCKS:
-        block_bytes *= 2
-    return MemfdPool(max_bytes, block_bytes)
-
-
 class GrowableRegion:
     """The front of a region, which grows and shrinks at its end: addresses and content of what stays do not change."""
 
@@ -259,6 +252,8 @@ def _libc() -> ctypes.CDLL:
 class MemfdPool(BlockPool):
     """Blocks are parts of one anonymous file in memory. Linux only."""
 
+    zeroed = True
+
     def __init__(self, max_bytes: int, block_bytes: int = BLOCK_BYTES) -> None:
         if not hasattr(os, "memfd_create"):
             raise RegionError("regions on a CPU need Linux (memfd_create); run without dynamic residency")
@@ -268,6 +263,14 @@ class MemfdPool(BlockPool):
         self._libc = _libc()
         self.file = os.memfd_create("fluxmoe")
         os.ftruncate(self.file, self.max_blocks * block_bytes)
+
+    @classmethod
+    def of(cls, max_bytes: int) -> MemfdPool:
+        """With blocks as small as so many bytes allow."""
+        block_bytes = BLOCK_BYTES
+        while max_bytes // block_bytes > _MOST_BLOCKS:
+            block_bytes *= 2
+        return cls(max_bytes, block_bytes)
 
     def reserve(self, nbytes: int) -> Region:
         pages = self.pages(nbytes)

@@ -33,6 +33,8 @@ class VmmPool(BlockPool):
     `device` all the same.
     """
 
+    zeroed = False
+
     def __init__(
         self, max_bytes: int, device: torch.device | None = None, driver: Any = None,
         synchronize: Callable[[torch.device], object] = torch.cuda.synchronize,

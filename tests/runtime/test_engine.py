@@ -13,7 +13,9 @@ import pytest
 import torch
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
 from fluxmoe.runtime import engine as engine_module
-from fluxmoe.runtime.engine import DeviceError, Engine, EngineConfig
+from fluxmoe.runtime.devices import DeviceError
+from fluxmoe.runtime.engine import Engine, EngineConfig
+from fluxmoe.runtime.experts.pager import ExpertPager
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.request import Request, SamplingParams
 
@@ -156,7 +158,7 @@ def test_stop_tokens_end_a_request(model_dir, expected):
 
 def test_streaming_moves_each_layer_once_an_iteration(model_dir):
     _, steps, engine = serve(model_dir, placement="host")
-    layer_bytes = engine.streamer.slot_bytes // 2
+    layer_bytes = engine.pager.streamer.slot_bytes // 2
     total = sum(step.streamed_bytes for step in steps)
     # Prefetch runs at most S layers ahead of the last iteration.
     assert 5 * len(steps) <= total / layer_bytes <= 5 * len(steps) + 2
@@ -286,7 +288,7 @@ def held_by_process() -> tuple:
         ("_load", dict(placement="disk")),
         ("_load", dict(placement="packed", adaptive=True)),
         ("_make_scheduler", dict(placement="disk")),
-        ("make_streamer", dict(placement="packed", adaptive=True)),
+        ("seal", dict(placement="packed", adaptive=True)),
         ("Counters", dict(placement="disk")),
         ("Residency", dict(placement="packed", adaptive=True)),
     ],
@@ -295,7 +297,7 @@ def test_a_refused_start_leaves_nothing_open(wide_model_dir, monkeypatch, part, 
     def refuse(*arguments, **more):
         raise BudgetError("refused")
 
-    owner = engine_module.Engine if part.startswith("_") else engine_module
+    owner = engine_module.Engine if part.startswith("_") else ExpertPager if part == "seal" else engine_module
     monkeypatch.setattr(owner, part, refuse)
     before = held_by_process()
     with pytest.raises(BudgetError, match="refused"):

@@ -29,7 +29,7 @@ Engine(tiny, EngineConfig(**settings)).close()
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
 engine = Engine(model, EngineConfig(**settings))
-placed = sum(v for k, v in engine.budget.lines().items() if k != "kv_cache") + engine.store.tier_bytes(Tier.HOST)
+placed = sum(v for k, v in engine.budget.lines().items() if k != "kv_cache") + engine.pager.store.tier_bytes(Tier.HOST)
 print(status("VmHWM") - before, placed)
 engine.close()
 """

@@ -11,13 +11,14 @@ import pytest
 import torch
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
 from fluxmoe.kernels.expert_table import TABLE_FORMATS
+from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.engine import Engine, EngineConfig
 from fluxmoe.runtime.experts.courier import StreamCourier
 from fluxmoe.runtime.experts.layout import ExpertFormats, ExpertLayout
 from fluxmoe.runtime.experts.moving_store import MovingStore
 from fluxmoe.runtime.experts.placement import Tier, place
 from fluxmoe.runtime.experts.planner import Move, Plan
-from fluxmoe.runtime.experts.store import StoreError
+from fluxmoe.runtime.experts.spill import StoreError
 from fluxmoe.runtime.experts.streamer_cpu import ThreadStreamer
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.memory.budget import BudgetError
@@ -25,7 +26,7 @@ from fluxmoe.runtime.memory.region import MemfdPool, RegionError
 from fluxmoe.runtime.request import Request, SamplingParams
 from fluxmoe.runtime.residency import ComputeProfile
 
-from .experts.test_store import CPU, FUSED, SIZES, block_of, decode
+from .experts.test_store import FUSED, SIZES, block_of, decode
 from .experts.test_streamer import Recorder
 
 LAYERS, EXPERTS = 5, 6
@@ -34,7 +35,7 @@ PACKED = ExpertFormats("planar12", "planar12")
 
 def moving_store(placement, most_streamed=EXPERTS, pool=None, formats=PACKED) -> MovingStore:
     layout = ExpertLayout(placement, SIZES, formats, FUSED)
-    store = MovingStore(layout, CPU, pool or MemfdPool(8 << 20), most_streamed, decode)
+    store = MovingStore(layout, HOST, pool or MemfdPool(8 << 20), most_streamed, decode)
     for layer in range(len(placement.tiers)):
         for expert in range(placement.tiers.shape[1]):
             blocks = [block_of(layer, expert, d, store.stored(layer, expert)) for d in (0, 1)]
@@ -67,7 +68,7 @@ def test_kernels_find_every_expert_after_any_moves(slots, formats):
     for _ in range(60):
         check_pass(streamer)
         if rng.random() < 0.2:
-            store.set_transfer("on_demand" if store.transfer == "whole" else "whole")
+            store.set_transfer("on_demand" if store.layout.formats.transfer == "whole" else "whole")
         for _ in range(rng.randrange(5)):
             where = rng.randrange(LAYERS), rng.randrange(EXPERTS)
             source = Tier(store.layout.placement.tiers[where])
@@ -97,7 +98,7 @@ def test_stores_that_cannot_move_are_refused():
         moving_store(place("host", 2, 4), most_streamed=3)
     layout = ExpertLayout(place("packed", 2, 3), SIZES, ExpertFormats("tiered", "tiered"), FUSED)
     with pytest.raises(StoreError, match="one format that the GEMM reads"):
-        MovingStore(layout, CPU, MemfdPool(1 << 20), 3)
+        MovingStore(layout, HOST, MemfdPool(1 << 20), 3)
 
 
 @pytest.fixture(scope="module")
@@ -164,14 +165,14 @@ def test_kv_grows_into_what_experts_leave(model_dir, expected, preemption):
         if step.iteration % 10 == 9 and step.iteration < 30:
             expert = EXPERTS - 1 - step.iteration // 10
             moves = [Move(layer, expert, Tier.PACKED, Tier.HOST) for layer in range(LAYERS)]
-            engine.residency.request(moves)
+            engine.pager.request(moves)
 
     with Engine(model_dir, config) as engine:
         before = engine.budget.lines()
         tokens, steps = serve(engine, one_a_layer)
         after = engine.budget.lines()
-        assert engine.residency.refused == []
-        assert engine.residency.applied["to HOST"] == 3 * LAYERS
+        assert engine.pager.mover.refused == []
+        assert engine.pager.mover.applied["to HOST"] == 3 * LAYERS
     assert tokens == expected
     assert after["packed_experts"] < before["packed_experts"]
     assert after["kv_cache"] > before["kv_cache"]
@@ -183,7 +184,7 @@ def test_thousands_of_random_moves_under_load_with_failures(model_dir, expected)
     rng = random.Random(5)
 
     def random_moves(engine, step):
-        store, moves = engine.residency.store, []
+        store, moves = engine.pager.store, []
         for _ in range(rng.randrange(12)):
             layer, expert = rng.randrange(LAYERS), rng.randrange(EXPERTS)
             tier = Tier(store.layout.placement.tiers[layer, expert])
@@ -191,7 +192,7 @@ def test_thousands_of_random_moves_under_load_with_failures(model_dir, expected)
             moves.append(Move(layer, expert, tier, rng.choice(others)))
         if rng.random() < 0.1:
             store.set_transfer(rng.choice(["whole", "on_demand"]))
-        engine.residency.request(moves)
+        engine.pager.request(moves)
         store.check_integrity()
 
     def flaky(target, source):
@@ -209,13 +210,13 @@ def test_thousands_of_random_moves_under_load_with_failures(model_dir, expected)
             load_delay=lambda layer, d: rng.choice([0.0, 0.0, 0.0, 0.001]),
         )  # fmt: skip
         with Engine(model_dir, config) as engine:
-            engine.residency._copy = flaky
+            engine.pager.mover.copy = flaky
             tokens, steps = serve(engine, random_moves)
             assert tokens == expected
             requested += 6 * len(steps)
-            done += sum(engine.residency.applied.values())
-            assert any("injected" in reason for reason in engine.residency.refused)
-            assert {"to HOST", "to PACKED", "to RESIDENT"} <= engine.residency.applied.keys()
+            done += sum(engine.pager.mover.applied.values())
+            assert any("injected" in reason for reason in engine.pager.mover.refused)
+            assert {"to HOST", "to PACKED", "to RESIDENT"} <= engine.pager.mover.applied.keys()
     assert requested > done > 200
 
 
@@ -241,7 +242,7 @@ def test_idle_memory_makes_experts_dense(model_dir, expected):
     )  # fmt: skip
     with Engine(model_dir, config) as engine:
         tokens, steps = serve(engine)
-        tiers, applied = engine.store.layout.placement.tiers, engine.residency.applied
+        tiers, applied = engine.pager.store.layout.placement.tiers, engine.pager.mover.applied
     assert tokens == expected
     assert steps[0].device_experts == 0
     assert steps[-1].device_experts == LAYERS * EXPERTS
@@ -261,7 +262,7 @@ def test_the_planner_chooses_how_host_experts_cross(model_dir, expected):
         with Engine(model_dir, config) as engine:
             engine.residency.planner.decide = lambda tiers, *rest: Plan((), "stay", 1.0)
             tokens, steps = serve(engine)
-            assert engine.store.transfer == chosen
+            assert engine.pager.transfer == chosen
         assert tokens == expected
         assert (steps[-1].streamed_bytes == 0) == (chosen == "on_demand")
 
@@ -303,8 +304,8 @@ def test_moves_that_cannot_be_made_leave_the_state(model_dir):
     budget = tight_budget(model_dir, placement="packed")
     config = EngineConfig(**COMMON, placement="packed", budget_bytes=budget, adaptive=True, planning=False)
     with Engine(model_dir, config) as engine:
-        residency, tiers = engine.residency, engine.store.layout.placement.tiers
-        residency.request(
+        residency, mover, tiers = engine.residency, engine.pager.mover, engine.pager.tiers
+        mover.request(
             [
                 Move(0, 0, Tier.HOST, Tier.PACKED),
                 Move(0, 1, Tier.PACKED, Tier.DISK),
@@ -313,21 +314,21 @@ def test_moves_that_cannot_be_made_leave_the_state(model_dir):
             ]
         )
         residency.between_iterations()
-        assert "expert 0 of layer 0 is packed" in " ".join(residency.refused)
+        assert "expert 0 of layer 0 is packed" in " ".join(mover.refused)
         # Those to the host are made first.
-        reasons = " ".join(residency.refused)
+        reasons = " ".join(mover.refused)
         assert "cannot become on disk" in reasons
         assert "all that a slot holds" in reasons
-        assert len(residency.refused) == 4
-        assert (engine.store.layout.placement.tiers != tiers).sum() == 3
+        assert len(mover.refused) == 4
+        assert (engine.pager.tiers != tiers).sum() == 3
         # Memory that the pool refuses: an expert that left stays away.
         serve(engine)
-        assert not residency.busy
+        assert not mover.busy
         engine.pool.alloc = lambda: (_ for _ in ()).throw(RegionError("no memory today"))
-        residency.request([Move(1, 0, Tier.HOST, Tier.PACKED)])
+        mover.request([Move(1, 0, Tier.HOST, Tier.PACKED)])
         residency.between_iterations()
-        assert "stays in host memory: no memory today" in residency.refused[-1]
-        engine.store.check_integrity()
+        assert "stays in host memory: no memory today" in mover.refused[-1]
+        engine.pager.store.check_integrity()
 
 
 def test_a_budget_without_room_for_kv_is_one_sentence(model_dir):
@@ -351,8 +352,8 @@ def test_closing_gives_up_experts_that_are_on_their_way(model_dir):
         copied.append(source.numel())
 
     engine = Engine(model_dir, config)
-    engine.residency._copy = slow
-    engine.residency.request([Move(0, expert, Tier.HOST, Tier.PACKED) for expert in range(3)])
+    engine.pager.mover.copy = slow
+    engine.pager.request([Move(0, expert, Tier.HOST, Tier.PACKED) for expert in range(3)])
     engine.residency.between_iterations()
     assert entered.wait(5)
 
@@ -363,7 +364,7 @@ def test_closing_gives_up_experts_that_are_on_their_way(model_dir):
     closer = threading.Thread(target=close)
     closer.start()
     assert not closed.wait(0.1)
-    assert engine.residency._courier._closing.is_set()
+    assert engine.pager.mover.courier._closing.is_set()
     release.set()
     closer.join(10)
     assert closed.is_set()
@@ -388,23 +389,23 @@ def test_any_number_of_batches_arrive_on_one_stream_which_nobody_waits_for(model
     rng, cuda = random.Random(7), SlowEvents()
 
     def random_moves(engine, step):
-        store = engine.residency.store
+        store = engine.pager.store
         where = rng.randrange(LAYERS), rng.randrange(EXPERTS)
         tier = Tier(store.layout.placement.tiers[where])
         target = {Tier.HOST: Tier.PACKED, Tier.PACKED: Tier.RESIDENT, Tier.RESIDENT: Tier.PACKED}[tier]
-        engine.residency.request([Move(*where, tier, target if rng.random() < 0.8 else Tier.HOST)])
+        engine.pager.request([Move(*where, tier, target if rng.random() < 0.8 else Tier.HOST)])
         assert threading.active_count() == threads
 
     config = EngineConfig(
         **COMMON, placement="host", expert_format="planar12", adaptive=True, planning=False, least_alpha=0.0
     )
     with Engine(model_dir, config) as engine:
-        engine.residency._courier = StreamCourier(cuda)
+        engine.pager.mover.courier = StreamCourier(cuda)
         threads = threading.active_count()
         for _ in range(3):
             tokens, _ = serve(engine, random_moves)
             assert tokens == expected
-        applied = engine.residency.applied
+        applied = engine.pager.mover.applied
     batches = sum(entry[:2] == ("wait", "load0") for entry in cuda.log)
     assert batches >= 40
     assert cuda._streams == 1

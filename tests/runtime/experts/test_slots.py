@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from fluxmoe.runtime.experts.slots import SlotSchedule
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 
@@ -25,7 +25,6 @@ def test_where_slots_divide_the_layers_loads_run_ahead_by_all_slots_but_one(laye
         assert schedule.follows(visit + slots) == visit
 
 
-@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 6))
 def test_follows_is_the_last_earlier_visit_of_the_slot(layers, slots):
     schedule = SlotSchedule(layers, slots)
@@ -34,7 +33,6 @@ def test_follows_is_the_last_earlier_visit_of_the_slot(layers, slots):
         assert schedule.follows(visit) == max(before, default=-1)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 5), st.data())
 def test_any_passes_read_what_was_loaded_and_overwrite_nothing_that_is_read(layers, slots, data):
     """A machine of slots that does what the schedule allows as early, or as late, as it may."""
@@ -68,7 +66,6 @@ def test_any_passes_read_what_was_loaded_and_overwrite_nothing_that_is_read(laye
             assert loaded <= schedule.loads_after_pass(visit)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 40))
 def test_no_load_that_is_allowed_is_held_back(layers, slots, visit):
     schedule = SlotSchedule(layers, slots)

@@ -9,10 +9,13 @@ import tempfile
 import numpy as np
 import pytest
 import torch
+from fluxmoe.runtime.devices import HOST, PAGE
 from fluxmoe.runtime.experts import store as store_module
 from fluxmoe.runtime.experts.layout import ExpertFormats, ExpertLayout
 from fluxmoe.runtime.experts.placement import Placement, Tier, place
-from fluxmoe.runtime.experts.store import PAGE, ExpertStore, StoreError, aligned_empty
+from fluxmoe.runtime.experts.spill import StoreError
+from fluxmoe.runtime.experts.static_store import StaticStore
+from fluxmoe.runtime.experts.store import ExpertStore
 
 # Sizes that are no multiple of the alignment. A stand-in for compression: `tiered` holds the lower half of every byte,
 # and can only be decoded; `planar12` likewise, and is what the GEMM would read.
@@ -40,18 +43,18 @@ def small_chunks(monkeypatch):
 
 
 def read_all(store: ExpertStore, layer: int, d: int, **settings) -> tuple[int, torch.Tensor]:
-    slot = aligned_empty(store.layout.slot_bytes(d), CPU).fill_(0xFF)
-    staging = aligned_empty(store.layout.staging_bytes(d, (Tier.DISK,)), CPU).fill_(0xFF)
-    return store.read_into(store.plans[layer], d, slot, staging, **settings), slot
+    slot = HOST.empty(store.layout.slot_bytes(d)).fill_(0xFF)
+    staging = HOST.empty(store.layout.staging_bytes(d, (Tier.DISK,))).fill_(0xFF)
+    return sum(store.read_into(store.plans[layer], d, slot, staging, **settings)), slot
 
 
 def layout_of(placement: Placement, formats: ExpertFormats = DENSE_HOST) -> ExpertLayout:
     return ExpertLayout(placement, SIZES, formats, FUSED)
 
 
-def filled(placement: Placement, formats: ExpertFormats = DENSE_HOST, **settings) -> ExpertStore:
+def filled(placement: Placement, formats: ExpertFormats = DENSE_HOST, **settings) -> StaticStore:
     layout = layout_of(placement, formats)
-    store = ExpertStore(layout, "cpu", decode=decode, **settings)
+    store = StaticStore(layout, HOST, decode, **settings)
     for layer, row in enumerate(placement.tiers):
         for expert, tier in enumerate(row):
             blocks = [block_of(layer, expert, d, layout.stored(Tier(tier))) for d in (0, 1)]
@@ -119,20 +122,20 @@ def test_nothing_is_left_on_disk_even_without_close(tmp_path):
 
 def test_truncated_spill_file_is_named(tmp_path):
     with filled(place("disk", 2, 3), disk_dir=tmp_path) as store:
-        os.ftruncate(store._file, 100)
+        os.ftruncate(store.spill._file, 100)
         with pytest.raises(StoreError, match=r"down experts of layer 1 from .*fluxmoe-experts.*early"):
             read_all(store, 1, 1)
 
 
 def test_directory_that_does_not_exist(tmp_path):
     with pytest.raises(StoreError, match="nowhere"):
-        ExpertStore(layout_of(place("disk", 1, 1)), "cpu", disk_dir=tmp_path / "nowhere")
+        StaticStore(layout_of(place("disk", 1, 1)), HOST, disk_dir=tmp_path / "nowhere")
 
 
 def test_missing_and_doubled_experts():
-    store = ExpertStore(layout_of(place("host", 1, 2)), "cpu")
+    store = StaticStore(layout_of(place("host", 1, 2)), HOST)
     store.put(0, 0, [block_of(0, 0, d) for d in (0, 1)])
-    with pytest.raises(AssertionError, match="already"):
+    with pytest.raises(StoreError, match="already"):
         store.put(0, 0, [block_of(0, 0, d) for d in (0, 1)])
     with pytest.raises(StoreError, match="lacks expert 1 of layer 0"):
         store.seal()
@@ -162,17 +165,17 @@ def test_a_file_system_that_refuses_direct_reads_is_read_buffered(tmp_path, monk
     real = os.preadv
 
     with filled(place("disk", 1, 20), disk_dir=tmp_path) as store:
-        if not store.direct_io:
+        if not store.spill.direct_io:
             pytest.skip("the temporary directory has no direct reads to refuse")
 
         def preadv(handle, buffers, offset):
-            if handle == store._direct:
+            if handle == store.spill._direct:
                 raise OSError(errno.EINVAL, "Invalid argument")
             return real(handle, buffers, offset)
 
         monkeypatch.setattr(os, "preadv", preadv)
         _, slot = read_all(store, 0, 0)
-        assert not store.direct_io
+        assert not store.spill.direct_io
         assert torch.equal(store.slot_blocks(store.plans[0], (slot, slot))[19].pair[0], block_of(0, 19, 0))
 
 
@@ -190,9 +193,9 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(call, tmp_path, monkeypatch
 def test_the_spill_file_goes_to_the_temporary_directory_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with filled(place("disk", 1, 2)) as store:
-        assert store._spill_name.startswith(str(tmp_path))
+        assert store.spill.name.startswith(str(tmp_path))
 
 
 def test_host_memory_that_cannot_be_had_is_one_sentence():
     with pytest.raises(StoreError, match="cannot allocate 1024 TiB of host memory"):
-        ExpertStore(ExpertLayout(place("host", 1, 1), {"dense": (1 << 50, 64)}), "cpu")
+        StaticStore(ExpertLayout(place("host", 1, 1), {"dense": (1 << 50, 64)}), HOST)

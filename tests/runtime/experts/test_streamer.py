@@ -7,19 +7,22 @@ import random
 import threading
 import time
 from contextlib import nullcontext, suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fluxmoe.runtime.experts import store as store_module
+from fluxmoe.runtime.experts.config import PagingConfig
+from fluxmoe.runtime.experts.footprint import Footprint, slots_used
 from fluxmoe.runtime.experts.placement import Placement, Tier, place
-from fluxmoe.runtime.experts.store import StoreError
-from fluxmoe.runtime.experts.streamer import slot_bytes, slots_used
+from fluxmoe.runtime.experts.spill import StoreError
 from fluxmoe.runtime.experts.streamer_cpu import ThreadStreamer
 from fluxmoe.runtime.experts.streamer_cuda import CudaStreamer
 from fluxmoe.runtime.timeline import Timeline
 
 from .test_store import CPU, FORMATS, block_of, filled, layout_of, mixed
 
+KERNELS = SimpleNamespace(device=CPU, workspace_bytes=0)
 PLACEMENTS = [
     place("resident", 5, 4),
     place("packed", 5, 4),
@@ -55,9 +58,9 @@ def test_reader_sees_every_layer(placement, formats, slots):
                     if rng.random() < 0.2:
                         time.sleep(0.001)
                         check_layer(page, layer)
-        loads = streamer.counters().loads
+        loads = streamer.traffic().loads
         streamer.close()
-        assert streamer.slot_bytes == slot_bytes(store.layout, slots, CPU)
+        assert streamer.slot_bytes == Footprint(store.layout, PagingConfig(slots=slots), KERNELS).slot_bytes
     layers = len(store.layout.streamed_layers)
     if layers <= slots:
         assert loads == 2 * layers  # each layer keeps its slot
@@ -85,7 +88,7 @@ def test_a_skipped_wait_reads_poison():
             gate_up = page.table.blocks[0][0]
             assert (gate_up == 0xFF).all()
             check_layer(page, 2)
-        assert streamer.counters().stall_ns > 0
+        assert streamer.traffic().stall_ns > 0
         streamer.close()
 
 
@@ -96,7 +99,7 @@ def test_slot_is_not_recycled_while_it_is_read():
             check_layer(page, 0)
             time.sleep(0.05)  # the copier wants this slot for layer 2 all the while
             check_layer(page, 0)
-            assert streamer.counters().loads <= 4
+            assert streamer.traffic().loads <= 4
         streamer.close()
 
 
@@ -105,7 +108,7 @@ def test_error_in_the_copy_thread_reaches_the_reader():
         streamer = ThreadStreamer(store, 2)
         with streamer.layer(0) as page:
             check_layer(page, 0)
-        os.ftruncate(store._file, 10)
+        os.ftruncate(store.spill._file, 10)
 
         def visit_the_rest():
             for _ in range(2):
@@ -149,7 +152,7 @@ def test_close_gives_up_a_load_at_the_next_chunk(monkeypatch):
         closer.join(5)
         assert not closer.is_alive()
     assert chunks == [64]
-    assert streamer.counters().loads == 0
+    assert streamer.traffic().loads == 0
 
 
 def test_gate_up_can_be_read_while_down_still_loads():
@@ -159,7 +162,7 @@ def test_gate_up_can_be_read_while_down_still_loads():
         streamer = ThreadStreamer(store, 2, delay=delay)
         with streamer.layer(0) as page:
             page.wait(0)
-            assert streamer.counters().loads == 1
+            assert streamer.traffic().loads == 1
             release.set()
             page.wait(1)
         streamer.close()
@@ -408,6 +411,6 @@ def test_a_slower_link_makes_loads_as_long_as_it_would():
         with with_link.layer(layer) as page:
             page.wait(0)
             page.wait(1)
-    counters = with_link.counters()
+    counters = with_link.traffic()
     with_link.close()
-    assert counters.transfer_ns / 1e9 >= counters.streamed_bytes / link
+    assert counters.transfer_ns / 1e9 >= counters.host_bytes / link

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from fluxmoe.runtime.memory import budget as budget_module
-from fluxmoe.runtime.memory.budget import BudgetError, MemoryBudget, available_bytes, format_bytes, parse_bytes, require
+from fluxmoe.runtime.devices import HOST
+from fluxmoe.runtime.memory import machine
+from fluxmoe.runtime.memory.budget import BudgetError, MemoryBudget, format_bytes, parse_bytes, require
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -84,14 +84,14 @@ def test_never_over_and_nothing_lost(total, moves):
 
 
 def test_all_means_a_part_of_what_is_free():
-    assert 1 << 20 < available_bytes(torch.device("cpu")) < 1 << 46
+    assert 1 << 20 < HOST.available_bytes() < 1 << 46
 
 
 @pytest.mark.parametrize(
     ("membership", "mount", "names"),
     [
         ("0::/box/job", "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")),
-        ("5:cpu:/\n4:memory:/box/job", "sys/fs/cgroup/memory", tuple(budget_module._CGROUP_FILES[1])),
+        ("5:cpu:/\n4:memory:/box/job", "sys/fs/cgroup/memory", tuple(machine._CGROUP_FILES[1])),
     ],
     ids=["v2", "v1"],
 )
@@ -107,14 +107,14 @@ def test_a_container_leaves_what_its_tightest_cgroup_leaves(tmp_path, membership
 
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(membership + "\n")
-    assert budget_module._cgroup_free(tmp_path) == []
+    assert machine._cgroup_free(tmp_path) == []
     group("box/job", "max", 100)
     group("box", 1000, 400)
-    assert min(budget_module._cgroup_free(tmp_path)) == 630  # droppable page cache is free
+    assert min(machine._cgroup_free(tmp_path)) == 630  # droppable page cache is free
     group("box/job", 90, 120)
-    assert min(budget_module._cgroup_free(tmp_path)) == 0
+    assert min(machine._cgroup_free(tmp_path)) == 0
 
 
 def test_all_respects_the_container(monkeypatch):
-    monkeypatch.setattr(budget_module, "_cgroup_free", lambda: [10_000])
-    assert available_bytes(torch.device("cpu")) == 8_000
+    monkeypatch.setattr(machine, "_cgroup_free", lambda: [10_000])
+    assert HOST.available_bytes() == 8_000

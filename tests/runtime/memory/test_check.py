@@ -11,18 +11,20 @@ import torch
 from fluxmoe.experiments import generate
 from fluxmoe.experiments.common import cli_main
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
-from fluxmoe.runtime import engine as engine_module
 from fluxmoe.runtime.deployment import Deployment
+from fluxmoe.runtime.devices import HOST, CpuDevice, CudaDevice, device_of
 from fluxmoe.runtime.engine import Engine, EngineConfig
+from fluxmoe.runtime.experts import footprint
+from fluxmoe.runtime.experts.pager import ExpertPager
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.graphs import DecodeGraphs
-from fluxmoe.runtime.memory import budget as budget_module
-from fluxmoe.runtime.memory import check as memory_module
-from fluxmoe.runtime.memory.budget import BudgetError, free_bytes, lies_in_memory, taken_bytes, total_bytes
-from fluxmoe.runtime.memory.check import PROCESS_BYTES, FreeMemory, MemoryCheck
+from fluxmoe.runtime.memory import machine
+from fluxmoe.runtime.memory.budget import BudgetError
+from fluxmoe.runtime.memory.check import FreeMemory, MemoryCheck
+from fluxmoe.runtime.memory.machine import lies_in_memory
 from fluxmoe.runtime.request import Request, SamplingParams
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU, CUDA = HOST, device_of("cuda:0")
 GIB, MIB = 1 << 30, 1 << 20
 COMMON = dict(device="cpu", max_batch=8, max_batched_tokens=16, max_context=256)
 
@@ -40,7 +42,7 @@ def free(monkeypatch):
     """A machine in whose container so many bytes are free; set by the test."""
 
     def has(nbytes):
-        monkeypatch.setattr(budget_module, "_cgroups", lambda root=None: [(2 * nbytes, nbytes)])
+        monkeypatch.setattr(machine, "_cgroups", lambda root=None: [(2 * nbytes, nbytes)])
 
     return has
 
@@ -77,8 +79,9 @@ def test_what_is_held_must_be_free(device, device_bytes, lines, match):
 
 
 def test_a_gpu_and_its_host_are_asked_apart(monkeypatch):
-    monkeypatch.setattr(memory_module, "free_bytes", lambda device: 70 * GIB if device.type == "cuda" else 30 * GIB)
-    monkeypatch.setattr(memory_module, "total_bytes", lambda device: 80 * GIB)
+    monkeypatch.setattr(CudaDevice, "free_bytes", lambda device: 70 * GIB)
+    monkeypatch.setattr(CudaDevice, "total_bytes", lambda device: 80 * GIB)
+    monkeypatch.setattr(CpuDevice, "free_bytes", lambda device: 30 * GIB)
     free = FreeMemory.now(CUDA)
     assert free == (CUDA, 70 * GIB, 30 * GIB)
     free.check_budget(80 * GIB)
@@ -91,7 +94,7 @@ def test_a_system_that_does_not_say_what_is_free_needs_a_budget(model_dir, monke
     def unknown(entry):
         raise BudgetError("cannot tell how much memory is free here; give a budget in bytes")
 
-    monkeypatch.setattr(budget_module, "_meminfo", unknown)
+    monkeypatch.setattr(machine, "_meminfo", unknown)
     assert FreeMemory.now(CPU) == (CPU, None, None)
     with Engine(model_dir, EngineConfig(**COMMON, placement="host", budget_bytes=64 * MIB)) as engine:
         assert engine.host_budget.lines()["host_experts"] > 0
@@ -103,8 +106,8 @@ def test_a_budget_beyond_the_machine_is_refused(model_dir, free):
     free(GIB)
     with pytest.raises(BudgetError, match="3 GiB is more than the 2 GiB of memory that this machine or its container"):
         Engine(model_dir, EngineConfig(**COMMON, budget_bytes=3 * GIB))
-    assert total_bytes(CPU) == 2 * GIB
-    assert free_bytes(CPU) == GIB
+    assert CPU.total_bytes() == 2 * GIB
+    assert CPU.free_bytes() == GIB
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,7 @@ def test_a_budget_beyond_the_machine_is_refused(model_dir, free):
     ],
 )
 def test_host_and_device_together_are_refused_before_anything_is_loaded(model_dir, free, monkeypatch, settings, line):
-    monkeypatch.setattr(engine_module, "lies_in_memory", lambda directory: True)
+    monkeypatch.setattr(footprint, "lies_in_memory", lambda directory: True)
     with Engine(model_dir, EngineConfig(**COMMON, **settings)) as engine:
         device, host = engine._most_bytes, engine.host_budget.lines()
         budget = engine.budget.used
@@ -127,7 +130,7 @@ def test_host_and_device_together_are_refused_before_anything_is_loaded(model_di
         free(device + sum(host.values()))
         Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=budget)).close()
     free(device + sum(host.values()) - 1)
-    monkeypatch.setattr(Engine, "_make_store", lambda *arguments: pytest.fail("experts are stored"))
+    monkeypatch.setattr(ExpertPager, "open", lambda *arguments: pytest.fail("experts are stored"))
     monkeypatch.setattr(Engine, "_load", lambda *arguments: pytest.fail("a checkpoint is loaded"))
     with pytest.raises(BudgetError, match=f"{line} .*of memory are free"):
         Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=device))
@@ -164,7 +167,7 @@ def test_all_where_the_host_alone_is_too_much(model_dir, free):
 
 
 def test_the_host_ledger_is_what_is_held(model_dir, monkeypatch, tmp_path):
-    monkeypatch.setattr(engine_module, "lies_in_memory", lambda directory: directory == tmp_path)
+    monkeypatch.setattr(footprint, "lies_in_memory", lambda directory: directory == tmp_path)
     for settings in (
         dict(placement="offload", alpha=0.5, preemption="swap"),
         dict(placement="packed", adaptive=True, planning=False),
@@ -172,25 +175,26 @@ def test_the_host_ledger_is_what_is_held(model_dir, monkeypatch, tmp_path):
     ):
         with Engine(model_dir, EngineConfig(**COMMON, **settings)) as engine:
             lines = engine.host_budget.lines()
-            assert lines.get("host_experts", 0) == engine.store.tier_bytes(Tier.HOST)
+            assert lines.get("host_experts", 0) == engine.pager.store.tier_bytes(Tier.HOST)
             assert lines.get("swapped_kv", 0) == engine.kv.host_nbytes
-            assert lines.get("spill", 0) == engine.store.disk_bytes
+            assert lines.get("spill", 0) == engine.pager.store.disk_bytes
 
 
 def test_workspace_is_not_charged_twice(model_dir, monkeypatch):
     """What is free is asked before the kernels make their buffers, which the budget is charged with."""
     order = []
-    for name in ("_make_ops", "available_bytes", "taken_bytes"):
-        real = getattr(engine_module, name)
-        monkeypatch.setattr(engine_module, name, lambda *a, name=name, real=real: order.append(name) or real(*a))
+    for name in ("make_ops", "make_expert_ops", "available_bytes", "taken_bytes"):
+        real = getattr(CpuDevice, name)
+        monkeypatch.setattr(CpuDevice, name, lambda *a, name=name, real=real: order.append(name) or real(*a))
     Engine(model_dir, EngineConfig(**COMMON)).close()
-    assert order.index("_make_ops") > max(order.index("available_bytes"), order.index("taken_bytes"))
+    assert order[:2] == ["taken_bytes", "available_bytes"]
+    assert sorted(order[2:4]) == ["make_expert_ops", "make_ops"]
 
 
 def test_graphs_have_a_line_of_their_own(model_dir):
     with Engine(model_dir, EngineConfig(**COMMON)) as engine:
-        deployment, model, config = engine.deployment, engine.model, engine.config
-        arguments = (model, config, engine.ops, deployment.layout, CPU, GIB)
+        model, config = engine.model, engine.config
+        arguments = (model, config, engine.ops, engine.pager.footprint, GIB)
         plain, graphs = Deployment(*arguments).budget.lines(), Deployment(*arguments, graph_bytes=12345).budget.lines()
     assert "graphs" not in plain
     assert graphs == plain | {"graphs": 12345}
@@ -224,20 +228,20 @@ def test_more_than_the_tolerance_is_a_warning():
     assert MemoryCheck.of(CUDA, 100 * MIB, 102 * MIB) == (100 * MIB, 102 * MIB, 1.02, None)
     warning = MemoryCheck.of(CUDA, 100 * MIB, 103 * MIB).warning
     assert warning == "103 MiB of memory are held, 3.0 % more than the 100 MiB of the ledger"
-    assert MemoryCheck.of(CPU, 100 * MIB, 102 * MIB + PROCESS_BYTES).warning is None
-    assert MemoryCheck.of(CPU, 100 * MIB, 103 * MIB + PROCESS_BYTES).warning is not None
+    assert MemoryCheck.of(CPU, 100 * MIB, 102 * MIB + CPU.slack_bytes).warning is None
+    assert MemoryCheck.of(CPU, 100 * MIB, 103 * MIB + CPU.slack_bytes).warning is not None
     assert MemoryCheck.of(CUDA, 100 * MIB, 10 * MIB).warning is None
     assert MemoryCheck.of(CPU, 100 * MIB, None) == (100 * MIB, None, None, None)
 
 
 def test_memory_counts_as_taken_once_it_is_touched():
-    if taken_bytes(CPU) is None:
+    if CPU.taken_bytes() is None:
         pytest.skip("needs Linux's /proc to see resident memory")
-    before = taken_bytes(CPU)
+    before = CPU.taken_bytes()
     memory = torch.empty(128 * MIB, dtype=torch.uint8)
-    assert taken_bytes(CPU) - before < 64 * MIB
+    assert CPU.taken_bytes() - before < 64 * MIB
     memory.fill_(1)
-    assert 120 * MIB < taken_bytes(CPU) - before < 192 * MIB
+    assert 120 * MIB < CPU.taken_bytes() - before < 192 * MIB
 
 
 def test_the_engine_compares_ledgers_with_what_it_holds(model_dir, monkeypatch):
@@ -247,7 +251,7 @@ def test_the_engine_compares_ledgers_with_what_it_holds(model_dir, monkeypatch):
         assert check.ledger_bytes == engine.budget.used + engine.host_budget.used
         assert check.warning is None
         before = engine._taken_before
-        monkeypatch.setattr(engine_module, "taken_bytes", lambda device: before + check.ledger_bytes + GIB)
+        monkeypatch.setattr(CpuDevice, "taken_bytes", lambda device: before + check.ledger_bytes + GIB)
         assert engine.memory_check().held_bytes == check.ledger_bytes + GIB
         assert "more than the" in engine.memory_check().warning
 
@@ -267,7 +271,7 @@ def test_the_command_says_what_is_held(model_dir, tmp_path, monkeypatch, capsys)
     assert result["host_memory"].keys() == {"staging"}
     assert "warning" not in capsys.readouterr().err
     taken = iter((0, GIB))
-    monkeypatch.setattr(engine_module, "taken_bytes", lambda device: next(taken))
+    monkeypatch.setattr(CpuDevice, "taken_bytes", lambda device: next(taken))
     generate.main(arguments_of(model_dir))
     assert "warning: 1 GiB of memory are held" in capsys.readouterr().err
 

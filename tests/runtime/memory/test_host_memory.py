@@ -7,11 +7,12 @@ import mmap
 import pytest
 import torch
 from fluxmoe.runtime import kv_cache
-from fluxmoe.runtime.experts import moving_store, store
+from fluxmoe.runtime.devices import PAGE
+from fluxmoe.runtime.experts import store
 from fluxmoe.runtime.experts.placement import Tier, place
-from fluxmoe.runtime.experts.store import StoreError
+from fluxmoe.runtime.experts.spill import StoreError
 from fluxmoe.runtime.kv_cache import PagedKVCache
-from fluxmoe.runtime.memory.host_memory import PAGE, HostMemory, HostMemoryError
+from fluxmoe.runtime.memory.host_memory import HostMemory, HostMemoryError
 
 from ..experts.test_store import CPU, block_of, filled
 from ..test_kv_cache import PlainLayout
@@ -54,7 +55,7 @@ class FakeCuda:
 @pytest.fixture
 def fake(monkeypatch):
     cuda = FakeCuda()
-    for module in (store, moving_store, kv_cache):
+    for module in (store, kv_cache):
         monkeypatch.setattr(module, "HostMemory", lambda pin: HostMemory(True, cuda))
     return cuda
 
@@ -119,7 +120,7 @@ def test_a_store_locks_its_host_tier_and_gives_it_back(fake):
         sizes = sorted(fake.registered.values())
         assert sum(sizes) - held.tier_bytes(Tier.HOST) < len(sizes) * PAGE
         assert len(sizes) == 2 * 3
-        for expert, block in enumerate(held._payload(1, Tier.HOST, 0, held._arenas[Tier.HOST][1][0])):
+        for expert, block in enumerate(held._blocks("dense", 0, held._arenas[Tier.HOST][1][0], range(5))):
             assert torch.equal(block, block_of(1, expert, 0))
     assert fake.registered == {}
 

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fluxmoe.runtime.memory.region import BLOCK_BYTES, GrowableRegion, MemfdPool, RegionError, make_pool
+from fluxmoe.runtime.devices import HOST, device_of
+from fluxmoe.runtime.memory.region import BLOCK_BYTES, GrowableRegion, MemfdPool, RegionError
 from fluxmoe.runtime.memory.region_cuda import VmmPool
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -338,10 +339,10 @@ def test_a_touched_unmapped_page_is_no_silent_read(tmp_path):
 
 
 def test_pools_for_devices():
-    with make_pool(torch.device("cpu"), MIB) as pool:
+    with HOST.make_pool(MIB) as pool:
         assert isinstance(pool, MemfdPool)
     if not torch.cuda.is_available():
         with pytest.raises(RegionError, match="pip install cuda-bindings"):
-            make_pool(torch.device("cuda"), MIB)
+            device_of("cuda").make_pool(MIB)
     with pytest.raises(RegionError, match="multiple of"):
         MemfdPool(MIB, block_bytes=1000)

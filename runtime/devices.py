@@ -1,0 +1,284 @@
+"""What depends on the kind of a device, CPU or CUDA: the one place that asks which, and that everything else asks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from fluxmoe.kernels.ops import ExpertDims, ExpertOps, LayerDims, Limits, Ops
+from torch import Tensor
+
+from .memory import machine
+
+# Imported where they are used: triton exists on few platforms, and the parts of the pager ask this module.
+if TYPE_CHECKING:
+    from .experts.config import PagingConfig
+    from .experts.courier import Courier
+    from .experts.store import ExpertStore
+    from .experts.streamer import Streamer
+    from .memory.region import BlockPool
+    from .timeline import Timeline
+
+# Direct reads want offsets, lengths and addresses in multiples of the logical block size; 4096 suits all devices.
+PAGE = 4096
+
+
+class DeviceError(ValueError):
+    """A device was asked for that this machine lacks, or kernels that do not exist."""
+
+
+@dataclass(frozen=True)
+class Device(ABC):
+    """One device, `torch`, of a kind.
+
+    is_host         its memory is the host's
+    asynchronous    work is enqueued: copies come from page-locked memory, and the host times no load
+    graphs          passes can be captured and launched as graphs
+    reads_disk      the disk tier's file can be read into slots
+    usable          share of the free memory that `all` takes: room for the rest of the process, and for the page cache
+                    that loads stream through
+    slack_bytes     what a process may hold beside its ledgers: compiled kernels, threads' stacks, what malloc keeps.
+                    On a CPU 17 to 32 MiB were measured, 186 MiB where numba compiles anew.
+    """
+
+    torch: torch.device
+
+    kind: ClassVar[str]
+    is_host: ClassVar[bool]
+    asynchronous: ClassVar[bool]
+    graphs: ClassVar[bool]
+    reads_disk: ClassVar[bool]
+    usable: ClassVar[float]
+    slack_bytes: ClassVar[int]
+    _kernels: ClassVar[str]
+
+    # Memory.
+
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """Memory that is free now. BudgetError where the system does not say."""
+
+    @abstractmethod
+    def total_bytes(self) -> int:
+        """Memory that the device has, free or not. BudgetError where the system does not say."""
+
+    @abstractmethod
+    def taken_bytes(self) -> int | None:
+        """Memory that is taken now, for differences; None where this cannot be told."""
+
+    def available_bytes(self) -> int:
+        """What `all` means: a share of the memory that is free now."""
+        return int(self.free_bytes() * self.usable)
+
+    @abstractmethod
+    def empty(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes] on the device; on the host it starts at a page boundary, as direct reads need."""
+
+    @abstractmethod
+    def make_pool(self, max_bytes: int) -> BlockPool:
+        """A pool of physical blocks. RegionError where the platform lacks what it needs."""
+
+    # Order of work.
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait for all work that was enqueued."""
+
+    @abstractmethod
+    def now(self) -> torch.cuda.Event | None:
+        """A point in the order of the current stream; None where nothing is enqueued."""
+
+    @abstractmethod
+    def own_stream(self) -> AbstractContextManager[Callable[[], None]]:
+        """A context in which work of the calling thread has an order of its own; yields what waits for it."""
+
+    # Parts.
+
+    @property
+    @abstractmethod
+    def streamer(self) -> type[Streamer]:
+        """The kind of streamer."""
+
+    @abstractmethod
+    def make_streamer(self, store: ExpertStore, config: PagingConfig, timeline: Timeline) -> Streamer: ...
+
+    @abstractmethod
+    def make_courier(self) -> Courier: ...
+
+    @abstractmethod
+    def read_bandwidth(self, probe_bytes: int) -> float | None:
+        """Bytes/s of kernels that read host memory in place, measured; None where that is the device's own memory."""
+
+    def make_ops(self, dims: LayerDims, limits: Limits, config: PagingConfig) -> Ops:
+        """Kernels of all but experts. DeviceError for a name that does not exist, KernelError for sizes."""
+        match self._choose(config.kernels):
+            case "torch":
+                from fluxmoe.kernels.torch_ops import TorchOps
+
+                return TorchOps(dims, limits, self.torch)
+            case "numba":
+                from fluxmoe.kernels.cpu.ops import CpuOps
+
+                return CpuOps(dims, limits, config.threads)
+        from fluxmoe.kernels.triton_ops import TritonOps
+
+        return TritonOps(dims, limits, self.torch, batch_invariant=config.batch_invariant)
+
+    def make_expert_ops(self, dims: ExpertDims, max_tokens: int, config: PagingConfig) -> ExpertOps:
+        """Kernels of experts. DeviceError for a name that does not exist, KernelError for sizes."""
+        match self._choose(config.kernels):
+            case "torch":
+                from fluxmoe.kernels.torch_experts import TorchExperts
+
+                return TorchExperts(dims, max_tokens, self.torch)
+            case "numba":
+                from fluxmoe.kernels.cpu.experts import CpuExperts
+
+                return CpuExperts(dims, max_tokens, config.threads)
+        from fluxmoe.kernels.triton_experts import TritonExperts
+
+        return TritonExperts(
+            dims, max_tokens, self.torch, batch_invariant=config.batch_invariant,
+            planar12=config.gemm_reads_planar12,
+        )  # fmt: skip
+
+    def _choose(self, kernels: str) -> str:
+        if kernels not in ("auto", "torch", "triton"):
+            raise DeviceError(f"unknown kernels {kernels!r}; choose auto, torch or triton")
+        return self._kernels if kernels == "auto" else kernels
+
+
+class CpuDevice(Device):
+    kind, _kernels = "cpu", "numba"
+    is_host, asynchronous, graphs, reads_disk = True, False, False, True
+    usable, slack_bytes = 0.8, 256 << 20
+
+    def free_bytes(self) -> int:
+        return machine.free_bytes()
+
+    def total_bytes(self) -> int:
+        return machine.total_bytes()
+
+    def taken_bytes(self) -> int | None:
+        return machine.touched_bytes()
+
+    def empty(self, nbytes: int) -> Tensor:
+        raw = torch.empty(nbytes + PAGE, dtype=torch.uint8, device="cpu")
+        skip = -raw.data_ptr() % PAGE
+        return raw[skip : skip + nbytes]
+
+    def make_pool(self, max_bytes: int) -> BlockPool:
+        from .memory.region import MemfdPool
+
+        return MemfdPool.of(max_bytes)
+
+    def synchronize(self) -> None:
+        pass
+
+    def now(self) -> None:
+        return None
+
+    @contextmanager
+    def own_stream(self) -> Iterator[Callable[[], None]]:
+        yield self.synchronize
+
+    @property
+    def streamer(self) -> type[Streamer]:
+        from .experts.streamer_cpu import ThreadStreamer
+
+        return ThreadStreamer
+
+    def make_streamer(self, store: ExpertStore, config: PagingConfig, timeline: Timeline) -> Streamer:
+        return self.streamer(store, config.slots, config.poison, timeline, config.load_delay, config.link_bandwidth)
+
+    def make_courier(self) -> Courier:
+        from .experts.courier import ThreadCourier
+
+        return ThreadCourier()
+
+    def read_bandwidth(self, probe_bytes: int) -> None:
+        return None
+
+
+class CudaDevice(Device):
+    kind, _kernels = "cuda", "triton"
+    is_host, asynchronous, graphs, reads_disk = False, True, True, False
+    usable, slack_bytes = 0.92, 0
+
+    def free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self.torch)[0]
+
+    def total_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self.torch)[1]
+
+    def taken_bytes(self) -> int:
+        free, total = torch.cuda.mem_get_info(self.torch)
+        return total - free
+
+    def empty(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.torch)
+
+    def make_pool(self, max_bytes: int) -> BlockPool:
+        from .memory.region_cuda import VmmPool
+
+        return VmmPool(max_bytes, self.torch)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch)
+
+    def now(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    @contextmanager
+    def own_stream(self) -> Iterator[Callable[[], None]]:
+        stream = torch.cuda.Stream(self.torch)
+        with torch.cuda.stream(stream):
+            yield stream.synchronize
+
+    @property
+    def streamer(self) -> type[Streamer]:
+        from .experts.streamer_cuda import CudaStreamer
+
+        return CudaStreamer
+
+    def make_streamer(self, store: ExpertStore, config: PagingConfig, timeline: Timeline) -> Streamer:
+        return self.streamer(store, config.slots, config.poison)
+
+    def make_courier(self) -> Courier:
+        from .experts.courier import StreamCourier
+
+        return StreamCourier()
+
+    def read_bandwidth(self, probe_bytes: int) -> float:
+        from fluxmoe.kernels.host_read import read_bandwidth
+
+        return read_bandwidth(probe_bytes)
+
+
+def device_of(device: torch.device | str) -> Device:
+    """What is known of a device, whether this machine has it or not. DeviceError for a kind that is neither."""
+    device = torch.device(device)
+    for kind in (CpuDevice, CudaDevice):
+        if device.type == kind.kind:
+            return kind(device)
+    raise DeviceError(f"unknown device {str(device)!r}; choose cpu or cuda")
+
+
+HOST = device_of("cpu")
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto | cpu | cuda → a device that exists here."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise DeviceError(f"unknown device {name!r}; choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("no CUDA device can be used here; run with --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

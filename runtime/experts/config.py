@@ -1,0 +1,119 @@
+"""PagingConfig: how experts are paged, and which kernels compute them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fluxmoe.kernels.packing import FORMATS
+
+from ..hardware import HardwareProfile
+from .layout import DENSE, ExpertFormats
+from .placement import COMPRESSING
+
+Delay = Callable[[int, int], float]
+
+
+class SettingError(ValueError):
+    """An invalid setting."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagingConfig:
+    """How experts are paged.
+
+    placement, alpha    see `placement.place`; dense_share: its `dense`
+    expert_format       dense, or a name of packing.FORMATS: how balanced, host and disk hold experts, and packed and
+                        hybrid, for which None means planar12 (for the others: dense)
+    host_format         format in host memory and files, so of what crosses PCIe; None: expert_format
+    slot_format         packed: the GEMM reads compressed experts in their slots, where it can | decoded
+    transfer            whole: the host's share of each layer is copied ahead of time | on_demand: kernels read the
+                        experts that were routed to in host memory | auto, with adaptive: whichever the planner expects
+                        to cost less
+    profile             the machine's rates, for balanced without alpha and transfer auto; None: measured in a fraction
+                        of a second
+    slots               streaming slots, S ≥ 2
+    adaptive            experts move between device and host memory while serving
+    planning            with adaptive: how often experts are routed to is counted, and a planner decides; False: only
+                        `request` moves experts
+    least_alpha         with adaptive: the least share of each layer on the device (sizes the slots)
+    disk_dir            where the disk tier spills; None: the system's temporary directory
+    kernels             auto (Triton on CUDA, numba on the CPU) | triton | torch (the slow reference)
+    batch_invariant     Triton: a token's result does not depend on who shares its batch; on the CPU always so
+    threads             CPU threads; None: all
+    poison              debug: fill recycled slots with NaN
+    link_bandwidth      CPU: loads wait so that host experts come at no more bytes/s, as over a slower link
+    load_delay          tests: seconds to wait before a load of (layer, tensor type)
+    """
+
+    placement: str = "resident"
+    alpha: float | None = None
+    dense_share: float = 0.0
+    expert_format: str | None = None
+    host_format: str | None = None
+    slot_format: str = "packed"
+    transfer: str = "whole"
+    profile: HardwareProfile | None = None
+    slots: int = 2
+    adaptive: bool = False
+    planning: bool = True
+    least_alpha: float = 0.5
+    disk_dir: Path | None = None
+    kernels: str = "auto"
+    batch_invariant: bool = False
+    threads: int | None = None
+    poison: bool = False
+    link_bandwidth: float | None = None
+    load_delay: Delay | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise SettingError(f"threads must be at least 1, got {self.threads}")
+        if self.link_bandwidth is not None and not self.link_bandwidth > 0:
+            raise SettingError(f"link_bandwidth must be positive bytes per second, got {self.link_bandwidth}")
+        for name in ("expert_format", "host_format"):
+            value = getattr(self, name)
+            if value not in (None, DENSE, *FORMATS):
+                raise SettingError(f"{name} must be one of {DENSE}, {', '.join(FORMATS)}, got {value!r}")
+        if self.placement == "resident" and self.device_format != DENSE:
+            raise SettingError(
+                f"placement resident holds experts dense; placement packed holds them in {self.expert_format}"
+            )
+        if self.placement in COMPRESSING and self.device_format == DENSE:
+            raise SettingError(f"placement {self.placement} holds compressed experts: choose {', '.join(FORMATS)}")
+        if self.slot_format not in ("packed", "decoded"):
+            raise SettingError(f"slot_format must be packed or decoded, got {self.slot_format!r}")
+        if self.transfer not in ("whole", "on_demand", "auto"):
+            raise SettingError(f"transfer must be whole, on_demand or auto, got {self.transfer!r}")
+        if self.transfer == "auto" and not self.counts_routing:
+            raise SettingError("transfer auto is the planner's choice: it needs adaptive")
+
+    @property
+    def spill_dir(self) -> Path:
+        """Where the disk tier's file goes."""
+        return Path(self.disk_dir or tempfile.gettempdir())
+
+    @property
+    def device_format(self) -> str:
+        """The format of experts that stay on the device, but for those that a placement keeps dense."""
+        return self.expert_format or ("planar12" if self.placement in COMPRESSING else DENSE)
+
+    @property
+    def formats(self) -> ExpertFormats:
+        """Formats of all tiers."""
+        packed = "planar12" if self.device_format == DENSE else self.device_format  # no policy will use it
+        transfer = "whole" if self.transfer == "auto" else self.transfer
+        return ExpertFormats(packed, self.host_format or self.device_format, self.slot_format, transfer)
+
+    @property
+    def gemm_reads_planar12(self) -> bool:
+        """Whether kernels may meet experts in that format, where they can read it."""
+        formats = self.formats
+        return self.device_format == "planar12" or (formats.host == "planar12" and formats.slot == "packed")
+
+    @property
+    def counts_routing(self) -> bool:
+        """Whether the pager counts how often each expert was routed to, for a planner."""
+        return self.adaptive and self.planning

@@ -1,0 +1,113 @@
+"""Where every expert goes, and what bytes its pager takes, line by line, before anything is allocated.
+
+Pure arithmetic over sizes, so that pager, ledger and simulator agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from fluxmoe.kernels.expert_table import DOWN, GATE_UP
+from fluxmoe.kernels.ops import ExpertOps
+
+from ..devices import device_of
+from ..memory.machine import lies_in_memory
+from ..memory.region import BlockPool
+from .config import PagingConfig
+from .layout import DENSE, ExpertLayout
+from .placement import Tier, place
+from .spill import StoreError, spill_offsets
+
+EXPERT_LINES = {Tier.RESIDENT: "resident_experts", Tier.PACKED: "packed_experts"}
+
+
+def lay_out(
+    num_layers: int, config: PagingConfig, ops: ExpertOps, measure: Callable[[], Mapping[Tier, float]]
+) -> ExpertLayout:
+    """Tier and format of every expert. measure: bandwidths of the tiers, asked for only where they decide."""
+    device_tier = Tier.RESIDENT if config.device_format == DENSE else Tier.PACKED
+    bandwidths: Mapping[Tier, float] | None = None
+    if config.placement == "balanced" and config.alpha is None:
+        if config.profile is not None:
+            fused = config.device_format in ops.fused_formats
+            bandwidths = config.profile.bandwidths(None if fused else config.device_format)
+        else:
+            # A GEMM that decodes in its loop is bound by bytes, and both tiers deliver the same compressed ones.
+            bandwidths = dict(measure())
+            bandwidths |= {Tier.PACKED: bandwidths[Tier.RESIDENT]}
+    placement = place(
+        config.placement, num_layers, ops.dims.experts, alpha=config.alpha, dense=config.dense_share,
+        device_tier=device_tier, bandwidths=bandwidths,
+    )  # fmt: skip
+    formats, used = config.formats, {DENSE}
+    used |= {formats.packed} if (placement.tiers == Tier.PACKED).any() else set()
+    used |= {formats.host} if config.adaptive or np.isin(placement.tiers, (Tier.HOST, Tier.DISK)).any() else set()
+    return ExpertLayout(placement, {name: ops.expert_bytes(name) for name in used}, formats, ops.fused_formats)
+
+
+def slots_used(layout: ExpertLayout, slots: int) -> int:
+    """Slots that a layout needs: no more than it has streamed layers."""
+    if slots < 2:
+        raise StoreError(f"streaming needs at least 2 slots (one loads while one is read), got {slots} slots")
+    return min(slots, len(layout.streamed_layers))
+
+
+class Footprint:
+    """What a pager with this layout takes. ops: its kernels, or what has their sizes."""
+
+    def __init__(self, layout: ExpertLayout, config: PagingConfig, ops: ExpertOps) -> None:
+        self.layout, self.config = layout, config
+        self._ops_bytes, self._staged = ops.workspace_bytes, device_of(ops.device).streamer.staged
+
+    def lines(self, pool: BlockPool | None = None) -> dict[str, int]:
+        """Device bytes by line: experts that lie there, slots, workspace. pool: that experts which move will be in,
+        and to whose blocks their lines are rounded up."""
+        experts = {line: self.layout.tier_bytes(tier) for tier, line in EXPERT_LINES.items()}
+        if pool is not None:
+            experts = {line: pool.pages(nbytes) * pool.block_bytes for line, nbytes in experts.items()}
+        return {**experts, "slots": self.slot_bytes, "workspace": self._ops_bytes + self.count_bytes}
+
+    def host_lines(self) -> dict[str, int]:
+        """Host bytes by line: experts that lie there, a spill file that takes memory, what `put` passes through."""
+        layout = self.layout
+        host = layout.tier_bytes(Tier.HOST)
+        if self.config.adaptive:  # a copy of every expert
+            host = layout.placement.tiers.size * layout.expert_bytes(layout.stored(Tier.HOST))
+        spill = spill_offsets(layout)[1]
+        lines = {
+            "host_experts": host,
+            "spill": spill if spill and lies_in_memory(self.config.spill_dir) else 0,
+            "staging": sum(sum(sizes) for sizes in layout.sizes.values()),
+        }
+        return {line: nbytes for line, nbytes in lines.items() if nbytes}
+
+    @property
+    def most_streamed(self) -> int:
+        """With experts that move: how many of a layer a slot must hold."""
+        experts = self.layout.num_experts
+        placed = int((self.layout.placement.tiers == Tier.HOST).sum(axis=1).max(initial=0))
+        return max(1, placed, experts - math.ceil(self.config.least_alpha * experts))
+
+    @property
+    def slot_bytes(self) -> int:
+        """Device bytes of all slots, and of what is staged beside them."""
+        layout, slots = self.layout, self.config.slots
+        if self.config.adaptive:
+            return slots * self.most_streamed * layout.expert_bytes(layout.stored(Tier.HOST))
+        used = slots_used(layout, slots)
+        return sum(used * layout.slot_bytes(d) + layout.staging_bytes(d, self._staged) for d in (GATE_UP, DOWN))
+
+    @property
+    def counts_reads(self) -> bool:
+        """Whether kernels may read experts in host memory, which the pager counts."""
+        return self.config.adaptive or self.layout.formats.transfer == "on_demand"
+
+    @property
+    def count_bytes(self) -> int:
+        """Counts by expert, fp32: of tokens [L, E], for a planner; of reads in host memory [L, E], and [E] to make
+        them from."""
+        layers, experts = self.layout.placement.tiers.shape
+        counts = layers if self.config.counts_routing else 0
+        return 4 * experts * (counts + (layers + 1 if self.counts_reads else 0))

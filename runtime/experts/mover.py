@@ -1,0 +1,158 @@
+"""Mover: experts change tier between passes, none of which waits for a copy (PAPER §4.3).
+
+    to HOST       a change of the layer's plan, since every expert has a copy in host memory
+    to PACKED     a unit in the heap, a copy from host memory in the background, then the change of plan
+    to RESIDENT   likewise; in a compressed store decoded from the packed block on the device
+
+A move that cannot be made (no memory, a slot that is full, a copy that fails) leaves the old state, and says why in
+`refused`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from ..memory.region import RegionError
+from .courier import Courier
+from .moving_store import Copy, MovingStore
+from .placement import Tier
+from .planner import Move
+from .store import Where
+
+MakeRoom = Callable[[int], None]
+
+
+@dataclass
+class _Arrival:
+    """A move whose bytes are on their way into `unit`."""
+
+    move: Move
+    unit: int
+    error: Exception | None = None
+
+    @property
+    def where(self) -> Where:
+        return self.move.layer, self.move.expert
+
+
+class Mover:
+    """Applies moves to a store. copy: how bytes reach the device, for tests that inject failures; courier: in what
+    order.
+
+    applied: moves made, by `to TIER`; refused: why others were not; copied_bytes: that they brought from host memory.
+    """
+
+    def __init__(
+        self, store: MovingStore, courier: Courier,
+        copy: Copy = lambda target, source: target.copy_(source, non_blocking=True),
+    ) -> None:  # fmt: skip
+        self.store, self.courier, self.copy = store, courier, copy
+        self._requested: list[Move] = []
+        # On their way; nothing else moves before all of them have arrived.
+        self._arrivals: list[_Arrival] = []
+        self.applied: Counter[str] = Counter()
+        self.refused: list[str] = []
+        self.copied_bytes = 0
+
+    def request(self, moves: Iterable[Move]) -> None:
+        """Moves to be made from the next `apply` on: those to the host first, which make room for the others."""
+        self._requested += moves
+
+    @property
+    def waits(self) -> bool:
+        """Whether moves wait for others to arrive."""
+        return bool(self._requested)
+
+    @property
+    def busy(self) -> bool:
+        """Whether moves wait or are under way."""
+        return bool(self._requested or self._arrivals)
+
+    def apply(self, make_room: MakeRoom | None = None) -> None:
+        """Between passes: what has arrived is read from the next pass on, what was requested begins. Never waits.
+
+        make_room: gives the pool so many free bytes, or raises RegionError; None: it has what it has.
+        """
+        if self._arrivals and self.courier.arrived:
+            self._land()
+        if not self._arrivals:  # heaps must not move while a copy writes into them
+            self._begin(make_room)
+
+    def _land(self) -> None:
+        arrivals, self._arrivals = self._arrivals, []
+        well = [arrival for arrival in arrivals if arrival.error is None]
+        failed = [arrival for arrival in arrivals if arrival.error is not None]
+        self.copied_bytes += sum(self.store.fetched_bytes(arrival.move.target) for arrival in well)
+        self.store.land(
+            [(arrival.where, arrival.move.target, arrival.unit) for arrival in well],
+            [(arrival.move.target, arrival.unit) for arrival in failed],
+        )
+        self.applied.update(f"to {Tier(arrival.move.target).name}" for arrival in well)
+        self.refused += [f"{_name(a.move)} stays {_tier(a.move.source)}: {a.error}" for a in failed]
+
+    def _begin(self, make_room: MakeRoom | None) -> None:
+        moves, self._requested = self._requested, []
+        arrivals: list[_Arrival] = []
+        for move in sorted(moves, key=lambda move: move.target != Tier.HOST):
+            where = (move.layer, move.expert)
+            tier = self.store.tier_of(*where)
+            if tier != move.source or tier == move.target or any(a.where == where for a in arrivals):
+                self.refused.append(f"{_name(move)} is {_tier(tier)}, or on its way")
+            elif move.target == Tier.HOST:
+                self._leave(move)
+            elif move.target not in self.store.heaps or self._skips(move):
+                self.refused.append(f"{_name(move)} cannot become {_tier(move.target)} from {_tier(tier)}")
+            else:
+                arrivals += self._reserve(move, make_room)
+        if arrivals:
+            self.courier.send([partial(self._bring, arrival) for arrival in arrivals])
+            self._arrivals = arrivals
+
+    def _skips(self, move: Move) -> bool:
+        """Compressed experts in host memory become dense by way of the packed tier."""
+        return move.source == Tier.HOST and move.target == Tier.RESIDENT and Tier.PACKED in self.store.heaps
+
+    def _leave(self, move: Move) -> None:
+        streamed = len(self.store.layout.placement.members(move.layer, Tier.HOST))
+        if streamed >= self.store.most_streamed:
+            self.refused.append(f"layer {move.layer} streams {streamed} experts already, all that a slot holds")
+            return
+        self.store.leave((move.layer, move.expert))
+        self.applied["to HOST"] += 1
+
+    def _reserve(self, move: Move, make_room: MakeRoom | None) -> list[_Arrival]:
+        heap = self.store.heaps[move.target]
+        try:
+            if make_room is not None:
+                make_room(heap.unit_bytes)
+            return [_Arrival(move, heap.reserve())]
+        except RegionError as error:
+            if move.source == Tier.RESIDENT:
+                # No room for both of its forms; its copy in host memory is there already. Not now: units are reserved.
+                self._requested.append(move._replace(target=Tier.HOST))
+            else:
+                self.refused.append(f"{_name(move)} stays {_tier(move.source)}: {error}")
+            return []
+
+    def _bring(self, arrival: _Arrival) -> None:
+        try:
+            self.store.fetch(arrival.where, arrival.move.target, arrival.unit, self.copy)
+        except Exception as error:
+            arrival.error = error
+
+    def close(self) -> None:
+        """Give up experts on their way; then nothing is written to the device any more. Idempotent."""
+        self.courier.close()
+
+
+def _name(move: Move) -> str:
+    return f"expert {move.expert} of layer {move.layer}"
+
+
+def _tier(tier: Tier) -> str:
+    return {Tier.RESIDENT: "dense", Tier.PACKED: "packed", Tier.HOST: "in host memory", Tier.DISK: "on disk"}[
+        Tier(tier)
+    ]

@@ -1,0 +1,300 @@
+"""ExpertPager: the experts of a model, wherever their bytes lie. The one door of this folder.
+
+    put ─► store (tiers) ─► streamer (slots) ─► table ─► kernels        x, logits or chosen experts ─► y
+
+    pager = ExpertPager(dims, num_layers, PagingConfig(placement="host"), "cuda", max_tokens=256)
+    pager.lines()                                      # what it will take; nothing is allocated but kernels' workspace
+    pager.open()
+    for …: pager.put(layer, expert, gate_up, down)     # one at a time: experts are never whole anywhere
+    pager.seal()
+    for layer in …: x = pager.add(layer, x, logits, residual)           # passes: layers in order, pass after pass
+
+A host is a serving engine, or a test. The pager knows no scheduler, no attention, no checkpoint format and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from fluxmoe.kernels.ops import ExpertDims, ExpertOps
+from torch import Tensor
+
+from ..devices import device_of
+from ..hardware import measure_bandwidths
+from ..memory.region import BlockPool
+from ..timeline import Timeline
+from .config import PagingConfig
+from .footprint import EXPERT_LINES, Footprint, lay_out
+from .mover import MakeRoom, Mover
+from .moving_store import MovingStore
+from .placement import Placement, Tier
+from .planner import Move
+from .spill import StoreError
+from .static_store import StaticStore
+from .store import ExpertStore
+from .streamer import Streamer
+
+
+class PagerError(ValueError):
+    """What a host asked of a pager cannot be."""
+
+
+class Counters(NamedTuple):
+    """Totals since `seal`: bytes that crossed to the device, whole from the host's and the disk's tier, on demand (of
+    experts that kernels read in host memory, each once a pass), and with moves; ns that passes waited for loads, and
+    that loads took (0 on CUDA, where both happen on the device); loads, two a layer."""
+
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    on_demand_bytes: int = 0
+    moved_bytes: int = 0
+    stall_ns: int = 0
+    transfer_ns: int = 0
+    loads: int = 0
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Brought by loads."""
+        return self.host_bytes + self.disk_bytes
+
+
+class ExpertPager:
+    """Experts of `num_layers` layers of `dims`, for passes of up to `max_tokens` tokens. Not thread-safe; use as a
+    context manager, or call `close`.
+
+    ops: kernels; None: those that config and device ask for. measure: bandwidths of the tiers, asked for only where
+    they decide. Raises PlacementError, LayoutError, StoreError, KernelError and DeviceError for settings that cannot
+    be.
+    """
+
+    def __init__(
+        self,
+        dims: ExpertDims,
+        num_layers: int,
+        config: PagingConfig,
+        device: torch.device | str,
+        max_tokens: int,
+        *,
+        ops: ExpertOps | None = None,
+        timeline: Timeline | None = None,
+        measure: Callable[[torch.device], Mapping[Tier, float]] = measure_bandwidths,
+    ) -> None:
+        self.config, self.device, self.max_tokens = config, device_of(device), max_tokens
+        self.timeline = timeline or Timeline(enabled=False)
+        self.ops = ops or self.device.make_expert_ops(dims, max_tokens, config)
+        layout = lay_out(num_layers, config, self.ops, lambda: measure(self.device.torch))
+        self.footprint = Footprint(layout, config, self.ops)
+        self._resources = ExitStack()
+        self.store: ExpertStore | None = None
+        self.streamer: Streamer | None = None
+        self.mover: Mover | None = None
+        # fp32 on the device: [L, E] how many tokens each expert was routed; of those in host memory that kernels read
+        # there, in how many passes; [E] scratch.
+        self.popularity: Tensor | None = None
+        self._reads: Tensor | None = None
+        self._on_demand_bytes = 0
+
+    # What it takes.
+
+    def lines(self, pool: BlockPool | None = None) -> dict[str, int]:
+        """Device bytes by line of the ledger; before anything is allocated, too. See `Footprint.lines`."""
+        return self.footprint.lines(pool)
+
+    def host_lines(self) -> dict[str, int]:
+        """Host bytes by line of the ledger; before anything is allocated, too."""
+        return self.footprint.host_lines()
+
+    def held_bytes(self) -> dict[str, int]:
+        """What is really held on the device, by the same lines."""
+        counts = (self.popularity, self._reads, self._scratch) if self._reads is not None else (self.popularity,)
+        return {
+            **{line: self.store.tier_bytes(tier) for tier, line in EXPERT_LINES.items()},
+            "slots": self.streamer.slot_bytes,
+            "workspace": self.ops.workspace_bytes + sum(count.nbytes for count in counts if count is not None),
+        }
+
+    # Filling.
+
+    def open(self, pool: BlockPool | None = None) -> None:
+        """Allocate the tiers. pool: where experts that move lie on the device; None: one of the pager's own, which
+        holds all of them. StoreError, HostMemoryError or RegionError, which leave nothing behind."""
+        assert self.store is None, "a pager is opened once"
+        layout, config, decode = self.footprint.layout, self.config, self.ops.decode_expert
+        with ExitStack() as undo:
+            if config.adaptive:
+                if pool is None:
+                    pool = self.device.make_pool(self._most_bytes())
+                    undo.callback(pool.close)
+                self.store = MovingStore(layout, self.device, pool, self.footprint.most_streamed, decode)
+            else:
+                self.store = StaticStore(layout, self.device, decode, config.spill_dir)
+            undo.callback(self.store.close)
+            self._resources = undo.pop_all()
+        # One expert at a time passes through here, arranged and compressed.
+        self._staging = {
+            name: tuple(torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes)
+            for name, sizes in layout.sizes.items()
+        }
+
+    def _most_bytes(self) -> int:
+        """Of all experts on the device in their largest format, and of what rounding to blocks takes."""
+        layout = self.footprint.layout
+        most = layout.placement.tiers.size * max(layout.expert_bytes(name) for name in layout.sizes)
+        return most + most // 64 + (16 << 20)
+
+    def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        """Arrange, compress and store one expert: gate_up [2I, H], down [H, I] in the dtype of `dims`, copied.
+
+        Each expert once, in any order. StoreError for one that is here already, does not exist, or is of another shape.
+        """
+        dims = self.ops.dims
+        for name, weight, shape in zip(("gate_up", "down"), (gate_up, down), dims.shapes, strict=True):
+            if tuple(weight.shape) != shape or weight.dtype != dims.dtype:
+                raise StoreError(
+                    f"{name} of an expert must be {list(shape)} {dims.dtype}, got {list(weight.shape)} {weight.dtype}"
+                )
+        if not (0 <= layer < self.footprint.layout.num_layers and 0 <= expert < dims.experts):
+            raise StoreError(f"expert {expert} of layer {layer} does not exist")
+        stored = self.store.stored(layer, expert)
+        recipes = self.ops.pack_expert(gate_up, down, self._staging[stored], stored)
+        self.store.put(layer, expert, self._staging[stored], recipes)
+
+    def seal(self) -> None:
+        """All experts are here; loads begin. StoreError where one is missing."""
+        self.store.seal()
+        self._staging = {}
+        layout, config = self.footprint.layout, self.config
+        on_device = dict(dtype=torch.float32, device=self.device.torch)
+        if config.counts_routing:
+            self.popularity = torch.zeros(layout.num_layers, layout.num_experts, **on_device)
+        if self.footprint.counts_reads:
+            self._reads = torch.zeros(layout.num_layers, layout.num_experts, **on_device)
+            self._scratch = torch.zeros(layout.num_experts, **on_device)
+        self.streamer = self.device.make_streamer(self.store, config, self.timeline)
+        self._resources.callback(self.streamer.close)
+        if config.adaptive:
+            self.mover = Mover(self.store, self.device.make_courier())
+            self._resources.callback(self.mover.close)
+
+    # Passes.
+
+    def add(self, layer: int, x: Tensor, logits: Tensor, residual: Tensor, num_tokens: Tensor | None = None) -> Tensor:
+        """residual + experts(x), routed by logits; may write to `residual`, and returns it.
+
+        x, residual [T, H] in `ops.act_dtype`; logits fp32 [T, E]; num_tokens int32 [1] on the device: later rows are
+        padding of a captured graph. A pass calls it for each layer, in order, and may be given up at any.
+        """
+        self._check(x)
+        with self.streamer.layer(layer) as page, self.timeline.span("compute", f"experts {layer}"):
+            routing = self.ops.route(logits, num_tokens)
+            out = self.ops.moe_add(x, routing, page, residual)
+            self._count(layer, routing)
+        return out
+
+    @torch.no_grad()
+    def experts(self, layer: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """y [T, H] = Σ topk_weights · expert(x), for a host that routes itself; in the dtype of x, any float.
+
+        topk_ids int32 or int64 [T, top_k], a token's all different, those outside 0 … E - 1 another rank's;
+        topk_weights [T, top_k]. A pass calls it for each layer, in order, and may be given up at any.
+        """
+        self._check(x)
+        inner = x.to(self.ops.act_dtype).contiguous()
+        with self.streamer.layer(layer) as page, self.timeline.span("compute", f"experts {layer}"):
+            routing = self.ops.route_to(topk_ids.contiguous(), topk_weights.contiguous())
+            out = self.ops.moe_add(inner, routing, page, torch.zeros_like(inner))
+            self._count(layer, routing)
+        return out.to(x.dtype)
+
+    def _check(self, x: Tensor) -> None:
+        if len(x) > self.max_tokens:
+            raise PagerError(f"a pass of {len(x)} tokens; this pager was made for at most {self.max_tokens}")
+
+    def _count(self, layer: int, routing: object) -> None:
+        if self.popularity is not None:
+            self.ops.count_routed(routing, self.popularity[layer])
+        if self._reads is not None and self.store.on_demand:
+            self.ops.count_routed(routing, self._scratch.zero_())
+            self._reads[layer] += self._scratch > 0
+
+    def counters(self) -> Counters:
+        """Totals so far. On CUDA, with reads in host memory, waits for the device."""
+        self._settle_reads()
+        done = self.streamer.traffic()
+        moved = self.mover.copied_bytes if self.mover else 0
+        return Counters(
+            done.host_bytes, done.disk_bytes, self._on_demand_bytes, moved, done.stall_ns, done.transfer_ns, done.loads
+        )
+
+    def _settle_reads(self) -> None:
+        """Turn counted reads into bytes, before any expert changes tier."""
+        if self._reads is None:
+            return
+        layout = self.store.layout
+        read = self._reads.cpu().numpy()[layout.placement.tiers == Tier.HOST].sum(dtype=np.float64)
+        if read:
+            self._on_demand_bytes += int(read) * layout.expert_bytes(layout.stored(Tier.HOST))
+        self._reads.zero_()
+
+    # Captured passes; see CudaStreamer.
+
+    @property
+    def steady(self) -> bool:
+        return self.streamer.steady
+
+    def prepare(self) -> int:
+        return self.streamer.prepare()
+
+    def capture(self) -> AbstractContextManager[None]:
+        return self.streamer.capture()
+
+    def replay(self) -> AbstractContextManager[None]:
+        return self.streamer.replay()
+
+    # Experts that move.
+
+    @property
+    def placement(self) -> Placement:
+        """Where every expert is now."""
+        return (self.store or self.footprint).layout.placement
+
+    @property
+    def tiers(self) -> np.ndarray:
+        """int8 [L, E]: the Tier of every expert now."""
+        return self.placement.tiers
+
+    def request(self, moves: Iterable[Move]) -> None:
+        """Moves to be made from the next `apply_moves` on. PagerError unless the pager is adaptive."""
+        if self.mover is None:
+            raise PagerError("experts stay where they are; make the pager with adaptive=True")
+        self.mover.request(moves)
+
+    def apply_moves(self, make_room: MakeRoom | None = None) -> None:
+        """Between passes; see `Mover.apply`."""
+        if self.mover.busy:
+            self._settle_reads()
+            self.mover.apply(make_room)
+
+    @property
+    def transfer(self) -> str:
+        """How HOST experts reach kernels: whole | on_demand."""
+        return self.store.layout.formats.transfer
+
+    def set_transfer(self, transfer: str) -> None:
+        """Change it, between passes, where experts may move."""
+        self._settle_reads()
+        self.store.set_transfer(transfer)
+
+    def close(self) -> None:
+        """Stop loads, give files, pinned memory and the pager's own pool back. Idempotent."""
+        self._resources.close()
+
+    def __enter__(self) -> ExpertPager:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,127 @@
+"""StaticStore: experts stay in the tier that they were put into.
+
+RESIDENT  one device arena a layer and tensor type; kernels read it in place
+PACKED    likewise, compressed
+HOST      one host arena a layer and tensor type (page-locked for CUDA): a layer's load is one copy a type
+DISK      the spill file: a layer's load is one read a type
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fluxmoe.kernels.expert_table import TABLE_FORMATS
+from fluxmoe.kernels.ops import Recipes
+from torch import Tensor
+
+from ..devices import Device
+from ..memory.budget import format_bytes
+from ..memory.host_memory import HostMemoryError
+from .layout import ExpertLayout
+from .placement import DEVICE_TIERS, Tier
+from .spill import SpillFile, StoreError, spill_offsets
+from .store import Block, ExpertStore, LayerPlan, Where
+
+
+class StaticStore(ExpertStore):
+    """disk_dir: where the spill file of the DISK tier goes (default: the system's temporary directory)."""
+
+    moves = False
+
+    def __init__(
+        self,
+        layout: ExpertLayout,
+        device: Device,
+        decode: Callable[..., None] | None = None,
+        disk_dir: Path | str | None = None,
+    ) -> None:
+        super().__init__(layout, device, decode)
+        layers = range(layout.num_layers)
+        self._members = {tier: [layout.placement.members(i, tier) for i in layers] for tier in Tier}
+        self._offsets, disk_bytes = spill_offsets(layout)
+        if disk_bytes and not device.reads_disk:
+            raise StoreError("the disk tier needs --device cpu for now; use placement host or balanced on CUDA")
+        try:
+            if disk_bytes:
+                self.spill = SpillFile(Path(disk_dir or tempfile.gettempdir()), disk_bytes)
+            self._arenas = {tier: [self._arena(i, tier) for i in layers] for tier in (*DEVICE_TIERS, Tier.HOST)}
+        except BaseException:
+            self.close()
+            raise
+        self.plans = [self._plan(i) for i in layers]
+
+    def _plan(self, layer: int) -> LayerPlan:
+        places = (self.layout.slot_places(layer, 0), self.layout.slot_places(layer, 1))
+        host_runs: tuple[list, list] = ([], [])
+        disk_run: list = [None, None]
+        for d in (0, 1):
+            if self.layout.streams(Tier.HOST) and (members := self._members[Tier.HOST][layer]):
+                host_runs[d].append((self._arenas[Tier.HOST][layer][d], places[d][members[0]][0]))
+            if members := self._members[Tier.DISK][layer]:
+                nbytes = self._payload_bytes(layer, Tier.DISK, d)
+                disk_run[d] = self._offsets[layer][d], nbytes, places[d][members[0]][0]
+        streamed = tuple(self.layout.streamed(layer))
+        return LayerPlan(layer, streamed, places, host_runs, tuple(disk_run), self._arenas[Tier.PACKED][layer])
+
+    def _stride(self, tier: Tier, tensor_type: int) -> int:
+        return self.layout.stride(self.layout.stored(tier), tensor_type)
+
+    def _payload_bytes(self, layer: int, tier: Tier, tensor_type: int) -> int:
+        members = self._members[tier][layer]
+        return len(members) * self._stride(tier, tensor_type) if members else 0
+
+    def _arena(self, layer: int, tier: Tier) -> tuple[Tensor, Tensor]:
+        sizes = [self._payload_bytes(layer, tier, d) for d in (0, 1)]
+        make = self._memory.empty if tier is Tier.HOST else self.device.empty
+        try:
+            gate_up, down = (make(size) for size in sizes)
+        except (RuntimeError, HostMemoryError) as error:
+            reason = error
+            if not isinstance(error, HostMemoryError):
+                where = "host" if self.device.is_host else self.device.kind
+                reason = f"cannot allocate {format_bytes(sum(sizes))} of {where} memory"
+            raise StoreError(
+                f"{reason} for the experts of a layer; another placement or alpha moves experts to another tier"
+            ) from None
+        return gate_up, down
+
+    def stored(self, layer: int, expert: int) -> str:
+        return self.layout.stored(self.tier_of(layer, expert))
+
+    def _put(self, where: Where, blocks: Sequence[Tensor], recipes: Recipes) -> None:
+        (layer, expert), tier = where, self.tier_of(*where)
+        place = self._members[tier][layer].index(expert)
+        for d, block in enumerate(blocks):
+            begin = place * self._stride(tier, d)
+            if tier is Tier.DISK:
+                self.spill.write(block, self._offsets[layer][d] + begin)
+            else:
+                self._arenas[tier][layer][d][begin : begin + block.numel()].copy_(block)
+        if self.layout.decodes(tier):
+            self._recipes[where] = recipes
+
+    def seal(self) -> None:
+        super().seal()
+        if self.spill is not None:
+            self.spill.flush()
+
+    def slot_bytes(self, tensor_type: int) -> int:
+        return self.layout.slot_bytes(tensor_type)
+
+    def tier_bytes(self, tier: Tier) -> int:
+        return sum(arena.nbytes for pair in self._arenas[tier] for arena in pair)
+
+    def blocks_in_place(self, layer: int) -> dict[int, Block]:
+        blocks = {}
+        for tier in (*DEVICE_TIERS, Tier.HOST):
+            members = self._members[tier][layer]
+            if members and not self.layout.streams(tier):
+                number = TABLE_FORMATS[self.layout.read(tier)]
+                arenas = (
+                    self._blocks(self.layout.stored(tier), d, arena, members)
+                    for d, arena in enumerate(self._arenas[tier][layer])
+                )
+                blocks |= {expert: Block(pair, number) for expert, *pair in zip(members, *arenas, strict=True)}
+        return blocks

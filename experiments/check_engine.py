@@ -87,7 +87,7 @@ _REHEARSAL = {"bfloat16": {"decoded first": {"resident": {}}}}
 
 def requests(new_tokens: int, lengths: tuple[int, ...]) -> list[Request]:
     params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
-    return [Request(i, tuple(range(3 + i, 3 + i + n)), params) for i, n in enumerate(lengths)]
+    return [Request(tuple(range(3 + i, 3 + i + n)), params) for i, n in enumerate(lengths)]
 
 
 def serve(model: Path, asked: list[Request], **settings) -> tuple[list[list[int]], list[torch.Tensor]]:
@@ -101,9 +101,9 @@ def serve(model: Path, asked: list[Request], **settings) -> tuple[list[list[int]
         def recording(run):
             def call(*arguments):
                 logits = run(*arguments)
-                sampled = [chunk.sequence.request.request_id for chunk in steps[-1].chunks if chunk.sample]
-                for request_id, row in zip(sampled, logits[: len(sampled)], strict=True):
-                    rows.setdefault(request_id, []).append(row.cpu().clone())
+                sampled = [chunk.sequence.order for chunk in steps[-1].chunks if chunk.sample]
+                for order, row in zip(sampled, logits[: len(sampled)], strict=True):
+                    rows.setdefault(order, []).append(row.cpu().clone())
                 return logits
 
             return call

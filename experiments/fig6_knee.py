@@ -37,7 +37,9 @@ def step_times(
     )  # fmt: skip
     requests = make_requests([Lengths(0.0, args.prompt_tokens, output)] * batch, source.config.vocab_size, 0)
     with machine.open(source, settings) as engine:
-        steps = [s for s in engine.steps(requests) if s.prefill_tokens == 0 and s.batch == batch]
+        for request in requests:
+            engine.add(request)
+        steps = [s for s in engine.steps() if s.prefill_tokens == 0 and s.batch == batch]
     if not steps:
         raise UsageError(f"no step had all {batch} requests; raise --max-batched-tokens")
     compute, load = zip(*((s.duration_s - s.stall_s, s.transfer_s) for s in steps), strict=True)

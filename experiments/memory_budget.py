@@ -25,7 +25,6 @@ from fluxmoe.models.config import ModelConfig
 from fluxmoe.runtime.budget import BudgetError, format_bytes, parse_bytes
 from fluxmoe.runtime.metrics import summarise
 from fluxmoe.runtime.placement import POLICIES, Tier, place
-from fluxmoe.runtime.request import RequestOutput
 from tqdm import tqdm
 
 from .common import Parser, UsageError, cli_main, provenance, read_csv, resume, write_csv, write_json
@@ -114,11 +113,12 @@ def run_point(
     except BudgetError as error:
         return {**row, "status": "too_small", "reason": str(error), "least_budget": error.least}
     with engine:
-        outputs: dict[int, RequestOutput] = {}
-        steps = list(engine.steps(requests, outputs))
+        handles = [engine.add(request) for request in requests]
+        steps = list(engine.steps())
+        outputs = [handle.output for handle in handles]
         totals = summarise(steps)
-        generated = sum(len(output.token_ids) for output in outputs.values())
-        digest = hashlib.sha256(json.dumps([outputs[r.request_id].token_ids for r in requests]).encode())
+        generated = sum(len(output.token_ids) for output in outputs)
+        digest = hashlib.sha256(json.dumps([output.token_ids for output in outputs]).encode())
         wall = totals["wall_s"]
         hidden = 1 - totals["stall_s"] / totals["transfer_s"] if totals["transfer_s"] else None
         return {
@@ -126,7 +126,7 @@ def run_point(
             **{key: totals[key] for key in totals if key in COLUMNS},
             "tokens_per_s": generated / wall,
             "total_tokens_per_s": (generated + sum(shape.prompt for shape in lengths)) / wall,
-            "refused": sum(output.finish_reason == "refused" for output in outputs.values()),
+            "refused": sum(output.finish_reason == "refused" for output in outputs),
             "generated_tokens": generated,
             "kv_blocks": engine.scheduler.num_blocks,
             "hidden_share": hidden,

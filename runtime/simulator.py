@@ -16,7 +16,7 @@ shorter of its compute and its copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,10 +27,9 @@ from .cost_model import CostModel, CostParameters, SimOps
 from .deployment import EXPERT_LINES, Deployment, lay_out, limits_of, make_planner
 from .hardware import HardwareProfile, ProfileError
 from .layout import DENSE, ExpertLayout
-from .metrics import StepMetrics
+from .loop import Executed, ServingLoop
 from .placement import DEVICE_TIERS, Placement, Tier
 from .planner import Move, Observation, Planner, PlannerError
-from .request import Request, RequestOutput
 from .scheduler import Scheduler, Step
 
 # Share of a device's memory that a run may use when no budget is given: vLLM's default.
@@ -51,7 +50,7 @@ class _Pipeline:
         self.done: dict[int, float] = {}
 
 
-class SimEngine:
+class SimEngine(ServingLoop):
     """Serves requests for `model` on `profile`, like Engine; `config.budget_bytes` is of one device.
 
     devices: of the profile's, how many share the model (default: all). BudgetError, PlacementError as Engine.
@@ -61,6 +60,7 @@ class SimEngine:
         self, model: ModelConfig, profile: HardwareProfile, config: EngineConfig,
         parameters: CostParameters | None = None, devices: int | None = None,
     ) -> None:  # fmt: skip
+        super().__init__()
         copy_rate = profile.host_bandwidth
         if config.link_bandwidth is not None:
             profile = replace(profile, host_bandwidth=min(profile.host_bandwidth, config.link_bandwidth))
@@ -89,7 +89,6 @@ class SimEngine:
         self._planner = self._make_planner() if config.adaptive and config.planning else None
         self._window: list[tuple[float, float]] = []
         self._moves: list[Move] = []
-        self._iteration = 0
         self.last_reason = ""
 
     def _adopt(self, layout: ExpertLayout) -> None:
@@ -111,50 +110,20 @@ class SimEngine:
     def __exit__(self, *exception: object) -> None:
         """Nothing is held."""
 
-    # Serving.
+    # Serving: what the loop asks for.
 
-    def steps(
-        self, requests: Iterable[Request], outputs: dict[int, RequestOutput] | None = None
-    ) -> Iterator[StepMetrics]:
-        """Serve `requests`, iteration by iteration, on the virtual clock; see Engine.steps."""
-        outputs = {} if outputs is None else outputs
-        pending = sorted(requests, key=lambda r: r.arrival_s, reverse=True)
-        while pending or self.scheduler.has_work:
-            while pending and pending[-1].arrival_s <= self._clock:
-                request = pending.pop()
-                refusal = self.scheduler.add(request)
-                if isinstance(refusal, str):
-                    outputs[request.request_id] = RequestOutput.refused(request, refusal, self._clock)
-            if self.scheduler.has_work:
-                yield self._step(outputs)
-            elif pending:
-                self._clock = pending[-1].arrival_s
+    def _clock_s(self) -> float:
+        return self._clock
 
-    def _step(self, outputs: dict[int, RequestOutput]) -> StepMetrics:
-        begin = self._clock
-        step = self.scheduler.schedule()
-        blocks_used = self.scheduler.blocks_used
+    def _wait(self, seconds: float) -> None:
+        self._clock += seconds
+
+    def _execute(self, step: Step) -> Executed:
         swapped = len(step.swap_out) + len(step.swap_in)
         states = (len(step.state_out) + len(step.state_in)) * self.model.state_bytes_per_sequence / self.devices
         moved = swapped * self.deployment.block_bytes + states
-        stall, load, streamed = self._pass(step, begin + self.costs.link_seconds(moved))
-        sampling = [chunk.sequence for chunk in step.chunks if chunk.sample]
-        for sequence in sampling:
-            sequence.first_token_s = self._clock if sequence.first_token_s is None else sequence.first_token_s
-        finished = self.scheduler.commit(step, {s.request.request_id: 0 for s in sampling})
-        for sequence in finished:
-            sequence.finish_s = self._clock
-            outputs[sequence.request.request_id] = sequence.output()
-        self._adapt(step, self._clock - begin - stall, load)
-        self._iteration += 1
-        return StepMetrics(
-            iteration=self._iteration - 1, time_s=self._clock, duration_s=self._clock - begin, batch=len(step.chunks),
-            prefill_tokens=step.prefill_tokens, decode_tokens=step.decode_tokens, kv_blocks_used=blocks_used,
-            kv_blocks=self.scheduler.num_blocks, waiting=self.scheduler.num_waiting,
-            streamed_bytes=streamed * self.devices, stall_s=stall, transfer_s=load,
-            preemptions=step.num_preempted, swapped_blocks=swapped, finished=len(finished),
-            device_experts=int(np.isin(self.placement.tiers, DEVICE_TIERS).sum()),
-        )  # fmt: skip
+        stall, load, streamed = self._pass(step, self._clock + self.costs.link_seconds(moved))
+        return Executed([0] * sum(chunk.sample for chunk in step.chunks), stall, load, streamed * self.devices)
 
     def _pass(self, step: Step, now: float) -> tuple[float, float, int]:
         """Run a pass from `now` on; moves the clock; returns seconds of waiting and of loads, bytes that crossed."""
@@ -210,16 +179,15 @@ class SimEngine:
 
     @property
     def tiers(self) -> np.ndarray:
-        """int8 [L, E]: where every expert is."""
         return self.placement.tiers
 
     def request(self, moves: Iterable[Move]) -> None:
         """Moves to be made before the next iteration."""
         self._moves += moves
 
-    def _adapt(self, step: Step, compute_s: float, load_s: float) -> None:
+    def _adapt(self, step: Step, executed: Executed, elapsed_s: float) -> None:
         if self._planner is not None and not step.prefill_tokens:
-            self._window.append((compute_s, load_s))
+            self._window.append((elapsed_s - executed.stall_s, executed.transfer_s))
             if len(self._window) >= self.config.plan_every:
                 self._plan()
         if self._moves:

@@ -28,7 +28,7 @@ def model_dir(tmp_path_factory):
 def tokens_of(directory) -> list:
     config = EngineConfig(device="cpu", placement="packed", max_context=64, max_batched_tokens=16)
     with Engine(directory, config) as engine:
-        work = [Request(0, tuple(range(9)), SamplingParams(max_new_tokens=5, ignore_eos=True))]
+        work = [Request(tuple(range(9)), SamplingParams(max_new_tokens=5, ignore_eos=True))]
         return [output.token_ids for output in engine.generate(work)]
 
 

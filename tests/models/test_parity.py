@@ -18,9 +18,7 @@ FP32 = {"mixtral": 2e-5, "qwen3_moe": 2e-5, "olmoe": 2e-5, "qwen3_next": 1e-4}
 def serve_with_logits(directory, prompts, **settings):
     """Greedy tokens of each prompt, and the logits row behind each token."""
     config = EngineConfig(**{"max_batch": 8, "max_batched_tokens": 24, "device": "cpu", **settings})
-    requests = [
-        Request(i, tuple(p), SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)) for i, p in enumerate(prompts)
-    ]
+    requests = [Request(tuple(p), SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)) for p in prompts]
     rows: dict[int, list[torch.Tensor]] = {i: [] for i in range(len(prompts))}
     with Engine(directory, config) as engine:
         schedule, forward = engine.scheduler.schedule, engine.decoder.forward
@@ -29,9 +27,9 @@ def serve_with_logits(directory, prompts, **settings):
 
         def recording(*arguments):
             logits = forward(*arguments)
-            sampled = [chunk.sequence.request.request_id for chunk in steps[-1].chunks if chunk.sample]
-            for request_id, row in zip(sampled, logits, strict=True):
-                rows[request_id].append(row.cpu().clone())
+            sampled = [chunk.sequence.order for chunk in steps[-1].chunks if chunk.sample]
+            for order, row in zip(sampled, logits, strict=True):
+                rows[order].append(row.cpu().clone())
             return logits
 
         engine.decoder.forward = recording

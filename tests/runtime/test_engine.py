@@ -32,7 +32,6 @@ def requests(count=10, sampled=True) -> list[Request]:
     rng = np.random.default_rng(1)
     return [
         Request(
-            i,
             tuple(rng.integers(0, 512, rng.integers(1, 60)).tolist()),
             SamplingParams(
                 max_new_tokens=int(rng.integers(1, 50)),
@@ -49,11 +48,11 @@ def requests(count=10, sampled=True) -> list[Request]:
 def serve(model_dir, work=None, **settings):
     config = EngineConfig(**{"device": "cpu", "max_batch": 6, "max_batched_tokens": 48, "max_context": 160, **settings})
     with Engine(model_dir, config) as engine:
-        outputs: dict = {}
-        steps = list(engine.steps(work or requests(), outputs))
+        handles = [engine.add(request) for request in work or requests()]
+        steps = list(engine.steps())
         engine.scheduler.check_integrity()
         assert engine.scheduler.blocks_used == 0
-        return [outputs[i].token_ids for i in sorted(outputs)], steps, engine
+        return [handle.output.token_ids for handle in handles], steps, engine
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +130,9 @@ def test_too_small_a_budget_names_the_least(model_dir):
 def test_impossible_requests_are_refused_alone(model_dir, expected):
     good = requests()
     work = [
-        Request("empty", (), SamplingParams(max_new_tokens=3)),
-        Request("long", tuple([1] * 300), SamplingParams(max_new_tokens=3)),
-        Request("foreign", (512,), SamplingParams(max_new_tokens=3)),
+        Request((), SamplingParams(max_new_tokens=3)),
+        Request(tuple([1] * 300), SamplingParams(max_new_tokens=3)),
+        Request((512,), SamplingParams(max_new_tokens=3)),
         *good,
     ]
     config = EngineConfig(device="cpu", max_batch=6, max_batched_tokens=48, max_context=160)
@@ -150,7 +149,7 @@ def test_stop_tokens_end_a_request(model_dir, expected):
     first = requests()[1]
     stop = expected[1][5]
     params = SamplingParams(max_new_tokens=first.params.max_new_tokens, ignore_eos=True, stop_token_ids=(stop,))
-    tokens, _, _ = serve(model_dir, [Request(0, first.prompt_ids, params)])
+    tokens, _, _ = serve(model_dir, [Request(first.prompt_ids, params)])
     assert tokens[0] == expected[1][: expected[1].index(stop) + 1]
 
 
@@ -163,7 +162,7 @@ def test_streaming_moves_each_layer_once_an_iteration(model_dir):
 
 
 def test_arrivals_are_honoured(model_dir):
-    work = [Request(i, (5, 6, 7), SamplingParams(max_new_tokens=2), arrival_s=0.05 * i) for i in range(3)]
+    work = [Request((5, 6, 7), SamplingParams(max_new_tokens=2), arrival_s=0.05 * i) for i in range(3)]
     config = EngineConfig(device="cpu", max_context=160)
     with Engine(model_dir, config) as engine:
         outputs = engine.generate(work)
@@ -238,7 +237,7 @@ def test_compressed_experts_give_the_same_tokens_from_fewer_bytes(wide_model_dir
 
 @pytest.mark.parametrize("expert_format", ["planar12", "huffman"])
 def test_the_reference_kernels_read_compressed_experts_from_decoded_slots(wide_model_dir, expert_format):
-    work = [Request(0, tuple(range(20)), SamplingParams(max_new_tokens=4, ignore_eos=True))]
+    work = [Request(tuple(range(20)), SamplingParams(max_new_tokens=4, ignore_eos=True))]
     plain = serve(wide_model_dir, work, kernels="torch")[0]
     packed = dict(kernels="torch", placement="packed", expert_format=expert_format, poison=True)
     tokens, _, engine = serve(wide_model_dir, work, **packed)

@@ -113,7 +113,6 @@ def requests(count=12) -> list[Request]:
     rng = np.random.default_rng(3)
     return [
         Request(
-            i,
             tuple(rng.integers(0, 512, rng.integers(1, 90)).tolist()),
             SamplingParams(max_new_tokens=int(rng.integers(20, 90)), ignore_eos=True),
         )
@@ -140,16 +139,15 @@ def expected(model_dir):
 
 
 def serve(engine, each_step=lambda engine, step: None) -> tuple[list, list]:
-    outputs: dict = {}
-    steps = []
-    for step in engine.steps(requests(), outputs):
+    steps, handles = [], [engine.add(request) for request in requests()]
+    for step in engine.steps():
         steps.append(step)
         assert engine.held_bytes() == engine.budget.lines()
         assert sum(engine.held_bytes().values()) <= engine.budget.total
         assert engine.kv.num_blocks == engine.scheduler.num_blocks
         engine.scheduler.check_integrity()
         each_step(engine, step)
-    return [outputs[i].token_ids for i in sorted(outputs)], steps
+    return [handle.output.token_ids for handle in handles], steps
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])

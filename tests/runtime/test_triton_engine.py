@@ -32,7 +32,7 @@ def test_bf16_logits_agree_within_its_precision(tmp_path):
 
 def tokens_of(directory, **settings) -> list:
     requests = [
-        Request(i, tuple(range(3, 3 + n)), SamplingParams(max_new_tokens=3, ignore_eos=True))
+        Request(tuple(range(3, 3 + n)), SamplingParams(max_new_tokens=3, ignore_eos=True))
         for i, n in enumerate((4, 20, 1))
     ]
     config = EngineConfig(device=DEVICE, kernels="triton", max_batch=4, max_batched_tokens=16, **settings)
@@ -60,8 +60,8 @@ def test_same_tokens_from_compressed_experts(tmp_path):
 
 def test_batch_invariant_engine_gives_the_same_tokens_alone(tmp_path):
     save_random_model("qwen3_moe", tmp_path, 3, dtype=torch.bfloat16, num_hidden_layers=1)
-    request = Request(0, (5, 6, 7), SamplingParams(max_new_tokens=4, ignore_eos=True))
-    others = [Request(i, tuple(range(i, i + 6)), SamplingParams(max_new_tokens=4, ignore_eos=True)) for i in (1, 2)]
+    request = Request((5, 6, 7), SamplingParams(max_new_tokens=4, ignore_eos=True))
+    others = [Request(tuple(range(i, i + 6)), SamplingParams(max_new_tokens=4, ignore_eos=True)) for i in (1, 2)]
     settings = dict(device=DEVICE, kernels="triton", batch_invariant=True, max_batch=4, max_batched_tokens=8)
     with Engine(tmp_path, EngineConfig(**settings)) as engine:
         alone = engine.generate([request])[0].token_ids

@@ -30,7 +30,7 @@ from ..ops import (
 from ..packing.blocks import block_bytes, decode_block, encode_block
 from ..packing.formats import Packed
 from . import attention as attn
-from . import delta_net, gemm, moe, planar
+from . import delta_net, gates, gemm, moe, planar
 from .norm import rms_norm
 
 PLANAR12 = "planar12"
@@ -96,7 +96,6 @@ class CpuOps:
         self._no_norm = torch.zeros(0)
         # Temporaries of torch's own: embedded tokens before they are upcast, the rows that are sampled from.
         transient = tokens * dims.hidden * dims.dtype.itemsize + limits.sequences * dims.hidden * 4
-        transient += 4 * tokens * (2 * dims.shared + dims.hidden if dims.shared else 0)
         self.workspace_bytes = (
             transient
             + sum(b.nbytes for b in self._buffers.values())
@@ -237,7 +236,7 @@ class CpuOps:
 
     def gate_attention(self, attended: Tensor, x: Tensor, weight: PackedLinear) -> Tensor:
         """attended [T, heads·D] *= sigmoid(x @ W^T); returns attended."""
-        return attended.mul_(self._linear(x, weight, "gate").sigmoid_())
+        return gates.scale(attended, self._linear(x, weight, "gate"))
 
     def delta_net(
         self, x: Tensor, weights: DeltaNetWeights, metadata: AttentionMetadata, conv_state: Tensor, state: Tensor
@@ -252,9 +251,10 @@ class CpuOps:
 
     def shared_add(self, x: Tensor, shared: SharedExpert, residual: Tensor) -> Tensor:
         """residual += sigmoid(x·g) · SwiGLU expert of x [T, H]; returns residual."""
-        gate, up = self._linear(x, shared.gate_up, "shared").chunk(2, dim=-1)
-        y = self._linear(torch.nn.functional.silu(gate).mul_(up), shared.down, "projected")
-        return residual.addcmul_(y, self._linear(x, shared.gate, "shared_gate").sigmoid_())
+        self._linear(x, shared.gate_up, "shared")
+        activation = gates.swiglu(self._buffers["shared"][: len(x)], shared.down.k)
+        y, score = self._linear(activation, shared.down, "projected"), self._linear(x, shared.gate, "shared_gate")
+        return gates.add_scaled(residual, y, score)
 
     def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
         """residual += x @ W^T; returns residual."""

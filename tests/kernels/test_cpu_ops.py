@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fluxmoe.kernels.cpu import gemm, simd
+from fluxmoe.kernels.cpu import gates, gemm, simd
 from fluxmoe.kernels.cpu.ops import CpuOps
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.ops import AttentionMetadata, LayerDims, Limits, PackedLinear, RopeTable
@@ -96,6 +96,20 @@ def test_round_bf16_matches_torch():
     finite = ~x.isnan()
     assert torch.equal(y.view(torch.bfloat16)[finite].view(torch.int16), expected[finite].view(torch.int16))
     assert y.view(torch.bfloat16)[~finite].isnan().all()
+
+
+@pytest.mark.parametrize("gate", ["swiglu", "scale"])
+def test_gates_of_an_element_do_not_depend_on_its_neighbours(gate):
+    """torch's silu and sigmoid fail this: the ends of what a thread gets go through another exp."""
+    score, x = torch.randn(2, 63, 40)
+
+    def run(n: int) -> torch.Tensor:
+        if gate == "swiglu":
+            return gates.swiglu(torch.cat([score[:, :n], x[:, :n]], dim=1), n)
+        return gates.scale(x[:, :n].clone(), score[:, :n].contiguous())
+
+    whole = run(40)
+    assert all(torch.equal(run(n), whole[:, :n]) for n in range(1, 40))
 
 
 def experts_of(ops, dims: LayerDims, weights) -> SimpleNamespace:

@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from .common import Parser, UsageError, cli_main
 _SPECIAL = ("<|begin|>", "<|end|>")
 # 256 bytes and the special tokens: the least vocabulary of a byte-level tokenizer.
 _MIN_VOCAB = 256 + len(_SPECIAL)
+_WITH_DENSE_LAYERS = ("qwen3_moe", "qwen3_next")
 
 
 def make_checkpoint(
@@ -54,12 +55,14 @@ def make_checkpoint(
     seed: int = 0,
     scale: float = 1.0,
     max_positions: int = 4096,
+    dense_layers: Iterable[int] = (),
     shard_bytes: int = 1 << 30,
     progress: bool = False,
 ) -> Path:
     """Write a checkpoint to the new directory `out`; all of it or nothing. Peak memory is one shard.
 
     scale: factor on every matrix; 1 keeps activations of order one (standard deviation 1/sqrt(fan-in)).
+    dense_layers: those with an MLP as wide as the chosen experts together in the place of experts.
     Raises UsageError and ConfigError on sizes that make no model.
     """
     out = Path(out)
@@ -84,6 +87,7 @@ def make_checkpoint(
         num_experts=experts,
         top_k=top_k,
         moe_intermediate=moe_intermediate,
+        dense_layers=sorted(set(dense_layers)),
     )
     # Before anything is written, a parent directory included.
     model = ARCHITECTURES[arch].config_from_hf(config)
@@ -108,10 +112,19 @@ def make_checkpoint(
     return out
 
 
-def _hf_config(arch: str, *, num_experts: int, top_k: int, moe_intermediate: int, **common: Any) -> dict[str, Any]:
+def _hf_config(
+    arch: str, *, num_experts: int, top_k: int, moe_intermediate: int, dense_layers: list[int], **common: Any
+) -> dict[str, Any]:
     """config.json as the Hub has it for `arch`."""
     if arch not in ARCHITECTURES:
         raise UsageError(f"--arch must be one of {', '.join(ARCHITECTURES)}, got {arch}")
+    if dense_layers and arch not in _WITH_DENSE_LAYERS:
+        raise UsageError(f"{arch} has experts in every layer; --dense-layers is for {' and '.join(_WITH_DENSE_LAYERS)}")
+    missing = [layer for layer in dense_layers if not 0 <= layer < common["num_hidden_layers"]]
+    if missing:
+        raise UsageError(
+            f"--dense-layers {missing[0]} does not exist; {common['num_hidden_layers']} layers are numbered from 0"
+        )
     config = {
         **common,
         "model_type": arch,
@@ -133,10 +146,10 @@ def _hf_config(arch: str, *, num_experts: int, top_k: int, moe_intermediate: int
             "architectures": ["Qwen3MoeForCausalLM"],
             "num_experts": num_experts,
             "moe_intermediate_size": moe_intermediate,
-            "intermediate_size": moe_intermediate,
+            "intermediate_size": top_k * moe_intermediate,
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
+            "mlp_only_layers": dense_layers,
             "use_sliding_window": False,
         }
     if arch == "qwen3_next":
@@ -146,10 +159,10 @@ def _hf_config(arch: str, *, num_experts: int, top_k: int, moe_intermediate: int
             "num_experts": num_experts,
             "moe_intermediate_size": moe_intermediate,
             "shared_expert_intermediate_size": moe_intermediate,
-            "intermediate_size": moe_intermediate,
+            "intermediate_size": top_k * moe_intermediate,
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
+            "mlp_only_layers": dense_layers,
             "full_attention_interval": 4,
             "partial_rotary_factor": 0.25,
             # As many value heads as query heads twice, in pairs that share a key head: the published model's shape.
@@ -282,6 +295,10 @@ def parser() -> argparse.ArgumentParser:
         "max_positions", "shard_bytes",
     ):  # fmt: skip
         p.add_argument(f"--{name.replace('_', '-')}", type=int, default=signature[name].default)
+    p.add_argument(
+        "--dense-layers", type=int, nargs="+", default=(), metavar="LAYER",
+        help="layers with an MLP in the place of experts, numbered from 0 (qwen3_moe, qwen3_next)",
+    )  # fmt: skip
     p.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
     p.add_argument("--scale", type=float, default=1.0)
     return p

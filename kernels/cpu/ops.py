@@ -18,6 +18,7 @@ from ..ops import (
     DENSE,
     AttentionMetadata,
     DeltaNetWeights,
+    DenseMlp,
     KernelError,
     LayerDims,
     LayerExperts,
@@ -25,7 +26,6 @@ from ..ops import (
     PackedLinear,
     Recipes,
     RopeTable,
-    SharedExpert,
 )  # fmt: skip
 from ..packing.blocks import block_bytes, decode_block, encode_block
 from ..packing.formats import Packed
@@ -86,9 +86,9 @@ class CpuOps:
         }
         if dims.attention_gate:
             self._buffers["gate"] = torch.zeros(tokens, pad(dims.heads * dims.head_dim))
-        if dims.shared:
-            self._buffers["shared"] = torch.zeros(tokens, pad(2 * dims.shared))
-            self._buffers["shared_gate"] = torch.zeros(tokens, pad(1))
+        if dims.mlp:
+            self._buffers["mlp"] = torch.zeros(tokens, pad(2 * dims.mlp))
+            self._buffers["mlp_score"] = torch.zeros(tokens, pad(1))
         if dims.delta is not None:
             self._buffers["delta_in"] = torch.zeros(tokens, pad(dims.delta.projected))
             self._buffers["delta_mixed"] = torch.zeros(tokens, dims.delta.channels)
@@ -249,11 +249,13 @@ class CpuOps:
             projected, weights, self.dims.delta, metadata, conv_state, state, mixed, out, self.dims.eps
         )
 
-    def shared_add(self, x: Tensor, shared: SharedExpert, residual: Tensor) -> Tensor:
-        """residual += sigmoid(x·g) · SwiGLU expert of x [T, H]; returns residual."""
-        self._linear(x, shared.gate_up, "shared")
-        activation = gates.swiglu(self._buffers["shared"][: len(x)], shared.down.k)
-        y, score = self._linear(activation, shared.down, "projected"), self._linear(x, shared.gate, "shared_gate")
+    def mlp_add(self, x: Tensor, mlp: DenseMlp, residual: Tensor) -> Tensor:
+        """residual += SwiGLU MLP of x [T, H], times sigmoid(x·score) where there is one; returns residual."""
+        self._linear(x, mlp.gate_up, "mlp")
+        activation = gates.swiglu(self._buffers["mlp"][: len(x)], mlp.down.k)
+        if mlp.score is None:
+            return self.project_add(activation, mlp.down, residual)
+        y, score = self._linear(activation, mlp.down, "projected"), self._linear(x, mlp.score, "mlp_score")
         return gates.add_scaled(residual, y, score)
 
     def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:

@@ -250,6 +250,7 @@ class Decoder:
                 with tracer.span("compute", f"mlp {index}"):
                     hidden = ops.mlp_add(ops.rms_norm(hidden, layer.vectors["post_attn_norm"]), layer.mlp, hidden)
                 continue
+            # Numbered as the pager's loads are, so that a timeline shows which belong together.
             with experts.layer(moe) as paged, tracer.span("compute", f"experts {moe}"):
                 normed = ops.rms_norm(hidden, layer.vectors["post_attn_norm"])
                 if layer.mlp is not None:

@@ -65,7 +65,7 @@ class Ours:
         routing = self.router(logits, self.tiles.gate_up.block_m)
         grouped_gemm.gate_up(x, layer.table, routing, self.h, torch.bfloat16, self.tiles.gate_up, self.num_sms)
         grouped_gemm.down(self.h, layer.table, routing, self.y, torch.bfloat16, self.tiles.down, self.num_sms)
-        return grouped_gemm.combine(self.y, self.out, self.shape.top_k)
+        return grouped_gemm.combine(self.y, routing, self.out)
 
 
 def router_logits(shape: Shape, tokens: int, routing: str, seed: int, device: torch.device) -> Tensor:

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fluxmoe.kernels.cpu.ops import CpuOps
+from fluxmoe.kernels.cpu.experts import CpuExperts
 from fluxmoe.kernels.expert_table import FORMAT_DENSE, FORMAT_PLANAR12, ExpertTable
-from fluxmoe.kernels.ops import Limits, Ops, PackedLinear
+from fluxmoe.kernels.ops import ExpertOps
 from fluxmoe.kernels.packing import FORMATS, Packed, PackedFormat
 from fluxmoe.kernels.packing.histogram import exponent_histogram
 from fluxmoe.models.checkpoint import Checkpoint
-from fluxmoe.models.decoder import layer_dims
+from fluxmoe.models.decoder import expert_dims
 from fluxmoe.runtime.streamer import LayerPage
 from torch import Tensor
 from tqdm import tqdm
@@ -102,27 +102,24 @@ class FusedGemm:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, most_tokens: int) -> None:
         config, self.device = checkpoint.config, device
-        dims, limits = layer_dims(config), Limits(most_tokens, 1, 16, 16)
+        dims = expert_dims(config)
         if device.type == "cuda":
-            from fluxmoe.kernels.triton_ops import TritonOps
+            from fluxmoe.kernels.triton_experts import TritonExperts
 
             from .gpu import cold_copies
 
-            self.dense_ops: Ops = TritonOps(dims, limits, device)
-            self.ops: Ops = TritonOps(dims, limits, device, planar12=True)
+            self.dense_ops: ExpertOps = TritonExperts(dims, most_tokens, device)
+            self.ops: ExpertOps = TritonExperts(dims, most_tokens, device, planar12=True)
             wanted = cold_copies(config.expert_bytes_total // len(config.moe_layers))
         else:
-            self.dense_ops = self.ops = CpuOps(dims, limits)
+            self.dense_ops = self.ops = CpuExperts(dims, most_tokens)
             wanted = -(-_COLD_BYTES * len(config.moe_layers) // config.expert_bytes_total)
         self.hidden = config.hidden_size
         layers = config.moe_layers[:wanted]
         self.pages = {
             name: [self._page(checkpoint, i, name) for i in tqdm(layers, name)] for name in ("dense", "planar12")
         }
-        router = torch.randn(config.num_experts, config.hidden_size).mul_(config.hidden_size**-0.5).to(config.dtype)
-        block = torch.empty(self.ops.packed_bytes(*router.shape), dtype=torch.uint8)
-        self.ops.pack(router, block)
-        self.router = PackedLinear(block.to(device), *router.shape, config.dtype)
+        self.num_experts = config.num_experts
 
     def _page(self, checkpoint: Checkpoint, layer: int, name: str) -> LayerPage:
         pairs: list = [None] * checkpoint.config.num_experts
@@ -133,27 +130,28 @@ class FusedGemm:
         number = FORMAT_PLANAR12 if name == "planar12" else FORMAT_DENSE
         return LayerPage(ExpertTable.from_blocks(pairs, self.device, number), lambda tensor_type: None)
 
-    def run(self, ops: Ops, x: Tensor, page: LayerPage, out: Tensor) -> Tensor:
-        return ops.moe_add(x, self.router, page, out)
+    def run(self, ops: ExpertOps, x: Tensor, logits: Tensor, page: LayerPage, out: Tensor) -> Tensor:
+        return ops.moe_add(x, ops.route(logits), page, out)
 
     def bench(self, tokens: int) -> dict:
         """One row: µs of the layer in both formats, and their ratio pair by pair."""
         x = torch.randn(tokens, self.hidden, device=self.device).to(self.ops.act_dtype)
+        logits = torch.randn(tokens, self.num_experts, device=self.device)
         zero = torch.zeros_like(x)
         dense, packed = self.pages["dense"], self.pages["planar12"]
-        results = [self.run(self.ops, x, pages[0], zero.clone()).clone() for pages in (dense, packed)]
+        results = [self.run(self.ops, x, logits, pages[0], zero.clone()) for pages in (dense, packed)]
         assert torch.equal(*results), f"{tokens} tokens: compressed and dense experts differ"
         out = zero.clone()
         if self.device.type == "cuda":
             from .gpu import time_calls
 
             times = [
-                time_calls([lambda ops=ops, page=page: self.run(ops, x, page, out) for page in pages])
+                time_calls([lambda ops=ops, page=page: self.run(ops, x, logits, page, out) for page in pages])
                 for ops, pages in ((self.dense_ops, dense), (self.ops, packed))
             ]
             medians, ratios = [t.p50 for t in times], [times[0].p50 / times[1].p50]
         else:
-            pairs = self._cpu_pairs(x, out)
+            pairs = self._cpu_pairs(x, logits, out)
             medians, ratios = np.median(pairs, axis=0), pairs[:, 0] / pairs[:, 1]
         low, middle, high = np.percentile(ratios, [20, 50, 80])
         return {
@@ -165,14 +163,14 @@ class FusedGemm:
             "ratio_p80": high,
         }
 
-    def _cpu_pairs(self, x: Tensor, out: Tensor) -> np.ndarray:
+    def _cpu_pairs(self, x: Tensor, logits: Tensor, out: Tensor) -> np.ndarray:
         """Seconds [pairs, 2], each pair on the same layer, its order alternating."""
         times, begin, names = [], time.perf_counter(), ("dense", "planar12")
         while len(times) < _PAIRS and (len(times) < 3 or time.perf_counter() - begin < _SECONDS):
             layer, pair = len(times) % len(self.pages["dense"]), [0.0, 0.0]
             for which in (0, 1) if len(times) % 2 else (1, 0):
                 start = time.perf_counter()
-                self.run(self.ops, x, self.pages[names[which]][layer], out)
+                self.run(self.ops, x, logits, self.pages[names[which]][layer], out)
                 pair[which] = time.perf_counter() - start
             times.append(pair)
         return np.array(times)

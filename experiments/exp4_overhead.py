@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fluxmoe.kernels.cpu.ops import CpuOps
+from fluxmoe.kernels.cpu.experts import CpuExperts
 from fluxmoe.kernels.expert_table import ExpertTable
-from fluxmoe.kernels.ops import LayerDims, Limits, Ops, PackedLinear
+from fluxmoe.kernels.ops import ExpertDims, ExpertOps
 from fluxmoe.runtime.engine import resolve_device
 from fluxmoe.runtime.paged_tensor import PagedTensor
 from fluxmoe.runtime.region import make_pool
@@ -44,18 +44,14 @@ class Experts:
     """The same experts in each kind of memory: blocks for our kernels, [E, n, k] for torch, by layer."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.dims = LayerDims(
-            hidden=args.hidden, heads=1, kv_heads=1, head_dim=16, experts=args.experts, top_k=args.top_k,
-            intermediate=args.moe_intermediate, vocab=16, dtype=torch.bfloat16,
-        )  # fmt: skip
+        self.dims = ExpertDims(args.hidden, args.moe_intermediate, args.experts, args.top_k, torch.bfloat16)
         self.device, self.layers = device, args.layers
-        limits = Limits(max(args.batches), 1, 16, 16)
         if device.type == "cuda":
-            from fluxmoe.kernels.triton_ops import TritonOps
+            from fluxmoe.kernels.triton_experts import TritonExperts
 
-            self.ops: Ops = TritonOps(self.dims, limits, device)
+            self.ops: ExpertOps = TritonExperts(self.dims, max(args.batches), device)
         else:
-            self.ops = CpuOps(self.dims, limits)
+            self.ops = CpuExperts(self.dims, max(args.batches))
         sizes = self.ops.expert_bytes()
         self.paged = [
             PagedTensor(args.layers, args.experts, (n,), torch.uint8, device, slots=max(2, args.layers)) for n in sizes
@@ -63,10 +59,6 @@ class Experts:
         self.pages: dict[str, list[LayerPage]] = {name: [] for name in MEMORIES}
         for layer in tqdm(range(args.layers), "layers", leave=False):
             self._make_layer(layer, sizes)
-        router = torch.randn(args.experts, args.hidden).mul_(args.hidden**-0.5).bfloat16()
-        block = torch.empty(self.ops.packed_bytes(*router.shape), dtype=torch.uint8)
-        self.ops.pack(router, block)
-        self.router = PackedLinear(block.to(device), *router.shape, torch.bfloat16)
 
     def _make_layer(self, layer: int, sizes: tuple[int, int]) -> None:
         d = self.dims
@@ -93,8 +85,8 @@ class Experts:
             table = ExpertTable.from_blocks(list(zip(gate_up, down, strict=True)), self.device)
             self.pages[name].append(LayerPage(table, lambda tensor_type: None))
 
-    def table_kernel(self, x: Tensor, out: Tensor, layer: int, memory: str) -> None:
-        self.ops.moe_add(x, self.router, self.pages[memory][layer], out)
+    def table_kernel(self, x: Tensor, logits: Tensor, out: Tensor, layer: int, memory: str) -> None:
+        self.ops.moe_add(x, self.ops.route(logits), self.pages[memory][layer], out)
 
     def torch_kernel(self, x: Tensor, expert_of_row: Tensor, layer: int, memory: str) -> None:
         """Every expert's gate/up product, a matmul a block: reads the bytes as bf16 [2I, H], whatever their order."""
@@ -126,12 +118,13 @@ def measure(experts: Experts, kernel: str, batch: int, repeats: int, rng: random
     device, ops = experts.device, experts.ops
     x = torch.randn(batch, experts.dims.hidden, device=device)
     act, half = x.to(ops.act_dtype), x.bfloat16()
+    logits = torch.randn(batch, experts.dims.experts, device=device)
     out, expert_of_row = torch.zeros_like(act), torch.randint(experts.dims.experts, (batch,), device=device)
     memories = MEMORIES if kernel == "table" else ("stacked", "paged")
 
     def run(memory: str, layer: int) -> None:
         if kernel == "table":
-            experts.table_kernel(act, out, layer, memory)
+            experts.table_kernel(act, logits, out, layer, memory)
         else:
             experts.torch_kernel(half, expert_of_row, layer, memory)
 

@@ -241,6 +241,7 @@ def run(args: argparse.Namespace) -> dict:
         if args.steps:
             write_atomically(args.steps, steps_csv(steps))
         memory = {**engine.budget.lines(), "budget": engine.budget.total}
+        host_memory, memory_check = engine.host_budget.lines(), engine.memory_check()._asdict()
         formats = {"device_format": settings.device_format, "host_format": settings.formats.host}
         placement = {"name": engine.placement.name, **formats, **engine.store.layout.placement.counts()}
     ordered = [outputs[request.request_id] for request in requests]
@@ -263,6 +264,8 @@ def run(args: argparse.Namespace) -> dict:
             **totals,
         },
         "memory": memory,
+        "host_memory": host_memory,
+        "memory_check": memory_check,
         "placement": placement,
         "settings": {k: v for k, v in asdict(settings).items() if isinstance(v, str | int | float | bool)},
         "provenance": provenance(device.type, args.seed),
@@ -277,6 +280,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"refused: {output['error']}", file=sys.stderr)
     if len(refused) == len(result["outputs"]):
         raise UsageError(f"no prompt could be served: {refused[0]['error']}")
+    if warning := result["memory_check"]["warning"]:
+        print(f"warning: {warning}", file=sys.stderr)
     if args.json:
         write_json(args.json, result)
     for output in result["outputs"]:

@@ -3,8 +3,10 @@
 One table serves one layer. Entry (expert, tensor type) holds the address of a packed weight block and its
 format, so the experts of one launch may lie in resident memory, in a streaming slot or in pinned host memory:
 
-    addresses  int64 [E, 2]   address of block (expert, GATE_UP | DOWN)
+    addresses  int64 [E, 2]   address of block (expert, GATE_UP | DOWN), a multiple of 16
     formats    uint8 [E, 2]   how the block is encoded (TABLE_FORMATS), each in the backend's own layout
+
+Both tensors are made once and updated in place, so a captured CUDA graph that reads them stays right.
 
 PagedTensor of the paper (arXiv 2604.02715 §4.1) keeps one virtual address an expert and remaps pages below it;
 here the kernels are ours, so the indirection is a table and no page is ever remapped.
@@ -22,46 +24,85 @@ GATE_UP, DOWN = 0, 1
 FORMAT_DENSE, FORMAT_PLANAR12 = 0, 1
 # What a GEMM may find in a table. dense: bf16 or fp32 as it is. planar12: bf16 in 12 bits and rare escapes, lossless.
 TABLE_FORMATS = {"dense": FORMAT_DENSE, "planar12": FORMAT_PLANAR12}
+# Kernels promise the compiler that addresses are multiples of it, and load vectors of as many bytes.
+_ALIGNMENT = 16
+Pair = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ExpertTable:
     """Where every expert of one layer lies.
 
     `blocks[e]` is (gate_up, down): uint8 tensors that keep the memory alive and let a kernel that cannot follow
-    raw addresses (the torch reference) view it; `addresses` and `formats` live on the blocks' device.
-    `planar12`: whether any block is compressed so.
+    raw addresses (the torch reference) view it; `addresses` and `formats` live on the device of the kernels.
+    `planar12`: whether any block is compressed so. The host chooses its kernel by it, without reading the device; a
+    captured graph has chosen.
     """
 
-    blocks: tuple[tuple[Tensor, Tensor], ...]
+    blocks: tuple[Pair, ...]
     addresses: Tensor
     formats: Tensor
     planar12: bool = field(init=False)
 
     @classmethod
     def from_blocks(
-        cls,
-        blocks: Sequence[tuple[Tensor, Tensor]],
-        device: torch.device | str,
-        formats: int | Sequence[int] = FORMAT_DENSE,
+        cls, blocks: Sequence[Pair], device: torch.device | str, formats: int | Sequence[int] = FORMAT_DENSE
     ) -> ExpertTable:
         """Table over contiguous uint8 `blocks`; `device` is where the kernels read it. formats: one of each expert, or
-        one of all."""
-        for expert, pair in enumerate(blocks):
-            for block in pair:
-                if block.dtype != torch.uint8 or not block.is_contiguous():
-                    raise ValueError(f"expert {expert}: a block must be contiguous uint8, got {block.dtype}")
-        addresses = torch.tensor([[b.data_ptr() for b in pair] for pair in blocks], dtype=torch.int64)
-        each = [formats] * len(blocks) if isinstance(formats, int) else list(formats)
-        if len(each) != len(blocks):
-            raise ValueError(f"{len(blocks)} experts need as many formats, got {len(each)}")
-        pairs = torch.tensor([[f, f] for f in each], dtype=torch.uint8).reshape(-1, 2)
-        return cls(tuple(blocks), addresses.reshape(-1, 2).to(device), pairs.to(device))
+        one of all. ValueError for blocks that no kernel can read."""
+        addresses, numbers = _entries(blocks, formats)
+        return cls(tuple(blocks), addresses.to(device), numbers.to(device))
 
     def __post_init__(self) -> None:
-        # Asked of the host once: a launch chooses its kernel by it without reading the device.
-        object.__setattr__(self, "planar12", bool((self.formats == FORMAT_PLANAR12).any()))
+        self.planar12 = bool((self.formats == FORMAT_PLANAR12).any())
+        # On a GPU: where the host writes what is copied, and when the copy before it was done.
+        self._staging: tuple[Tensor, Tensor] | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def update(self, blocks: Sequence[Pair], formats: int | Sequence[int] = FORMAT_DENSE) -> None:
+        """Other blocks and formats of the same experts, into the same two tensors.
+
+        On a GPU in the order of the current stream, which must not be capturing: a graph would copy for ever what the
+        host wrote once. ValueError as in `from_blocks`; the table is then as it was.
+        """
+        assert len(blocks) == self.num_experts, f"{len(blocks)} blocks for a table of {self.num_experts} experts"
+        entries = _entries(blocks, formats)
+        if self.addresses.is_cuda:
+            assert not torch.cuda.is_current_stream_capturing(), "a table is updated before a capture, not inside"
+            if self._staging is None:
+                self._staging = tuple(torch.empty_like(entry, pin_memory=True) for entry in entries)
+                self._copied = torch.cuda.Event()
+            self._copied.synchronize()
+            for staged, entry in zip(self._staging, entries, strict=True):
+                staged.copy_(entry)
+            self.addresses.copy_(self._staging[0], non_blocking=True)
+            self.formats.copy_(self._staging[1], non_blocking=True)
+            self._copied.record()
+        else:
+            self.addresses.copy_(entries[0])
+            self.formats.copy_(entries[1])
+        self.blocks = tuple(blocks)
+        self.planar12 = bool((entries[1] == FORMAT_PLANAR12).any())
 
     @property
     def num_experts(self) -> int:
         return len(self.blocks)
+
+
+def _entries(blocks: Sequence[Pair], formats: int | Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(addresses, formats) on the host."""
+    for expert, pair in enumerate(blocks):
+        for block in pair:
+            if block.dtype != torch.uint8 or not block.is_contiguous():
+                raise ValueError(f"expert {expert}: a block must be contiguous uint8, got {block.dtype}")
+            if block.data_ptr() % _ALIGNMENT:
+                raise ValueError(
+                    f"expert {expert}: a block must begin at a multiple of {_ALIGNMENT} bytes, which kernels rely on, "
+                    f"got address {block.data_ptr():#x}"
+                )
+    each = [formats] * len(blocks) if isinstance(formats, int) else list(formats)
+    if len(each) != len(blocks):
+        raise ValueError(f"{len(blocks)} experts need as many formats, got {len(each)}")
+    addresses = torch.tensor([[block.data_ptr() for block in pair] for pair in blocks], dtype=torch.int64)
+    numbers = torch.tensor([[number, number] for number in each], dtype=torch.uint8)
+    return addresses.reshape(-1, 2), numbers.reshape(-1, 2)

@@ -145,7 +145,8 @@ def _combine_kernel(
     residual_ptr,  # (T, H)
     out_ptr,  # (T, H), may be residual_ptr
     num_tokens_ptr,  # (1,) int32
-    H, TOP_K: tl.constexpr, PADDED: tl.constexpr, BLOCK_H: tl.constexpr,
+    experts_ptr,  # (T, TOP_K) int32
+    H, TOP_K: tl.constexpr, PADDED: tl.constexpr, SOME: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Grid: (T, cdiv(H, BLOCK_H))."""
     t = tl.program_id(0).to(tl.int64)
@@ -156,7 +157,9 @@ def _combine_kernel(
     real = inside & (t < tl.load(num_tokens_ptr)) if PADDED else inside
     experts = tl.zeros([BLOCK_H], tl.float32)
     for choice in tl.static_range(TOP_K):
-        experts += tl.load(y_ptr + (t * TOP_K + choice) * H + h, mask=real, other=0.0).to(tl.float32)
+        # Nor were those of experts that are elsewhere.
+        here = real & (tl.load(experts_ptr + t * TOP_K + choice) >= 0) if SOME else real
+        experts += tl.load(y_ptr + (t * TOP_K + choice) * H + h, mask=here, other=0.0).to(tl.float32)
     tl.store(out_ptr + t * H + h, cast(total + experts, out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -250,17 +253,15 @@ def down(
     return _launch(h, table, routing, y, y.shape[1], h.shape[1], DOWN, w_dtype, tile, num_sms)
 
 
-def combine(
-    y: Tensor, residual: Tensor, top_k: int, num_tokens: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
+def combine(y: Tensor, routing: Routing, residual: Tensor, out: Tensor | None = None) -> Tensor:
     """residual [T, H] + sum of each token's slots of y [T * top_k, H]; in place unless `out` is given."""
     tokens, hidden = residual.shape
     out = residual if out is None else out
     if tokens:
-        block = min(1024, triton.next_power_of_2(hidden))
+        block, padded = min(1024, triton.next_power_of_2(hidden)), routing.num_tokens is not None
         _combine_kernel[(tokens, triton.cdiv(hidden, block))](
-            y, residual, out, y if num_tokens is None else num_tokens, hidden, TOP_K=top_k,
-            PADDED=num_tokens is not None, BLOCK_H=block, num_warps=4,
+            y, residual, out, routing.num_tokens if padded else y, routing.experts, hidden,
+            TOP_K=routing.experts.shape[1], PADDED=padded, SOME=routing.some_elsewhere, BLOCK_H=block, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -326,14 +327,18 @@ def audit_cases() -> Iterator[Case]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     ids = partial(empty, dtype=torch.int32)
+
+    def routing_of(block_m: int) -> Routing:
+        return Routing(
+            ids(tokens, top_k), empty(tokens, top_k, dtype=torch.float32), ids(tokens * top_k), ids(experts + 1),
+            ids(tokens * top_k, 4), ids(1), block_m, ids(1),
+        )  # fmt: skip
+
     x, h, y = empty(tokens, hidden), empty(tokens * top_k, intermediate), empty(tokens * top_k, hidden)
     for label, tile in tiles.items():
         packed = "planar12" in label
         table = ExpertTable.from_blocks([(block, block)] * experts, "cpu", FORMAT_PLANAR12 if packed else FORMAT_DENSE)
-        routing = Routing(
-            ids(tokens, top_k), empty(tokens, top_k, dtype=torch.float32), ids(tokens * top_k), ids(experts + 1),
-            ids(tokens * top_k, 4), ids(1), tile.block_m,
-        )  # fmt: skip
+        routing = routing_of(tile.block_m)
         decoded = 64 * 128 // (32 * tile.num_warps) if packed else 0
         for name, launch in (
             ("gate_up", partial(gate_up, x, table, routing, h, x.dtype, tile)),
@@ -343,4 +348,4 @@ def audit_cases() -> Iterator[Case]:
     vocabulary = empty(151936, hidden)
     logits = empty(tokens, len(vocabulary), dtype=torch.float32)
     yield Case("linear", partial(linear, x, vocabulary, logits, tiles["invariant"]), (_linear_kernel,))
-    yield Case("combine", partial(combine, y, x, top_k, ids(1)), (_combine_kernel,))
+    yield Case("combine", partial(combine, y, routing_of(16), x), (_combine_kernel,))

@@ -1,18 +1,21 @@
-"""The operations a decoder needs, as one interface that each kind of device implements.
+"""The operations that a mixture-of-experts decoder needs, as two interfaces that each kind of device implements.
 
-    fluxmoe.kernels.triton_ops.TritonOps  CUDA: Triton kernels, activations in the weights' dtype
-    fluxmoe.kernels.cpu.ops.CpuOps        CPU: numba kernels, fp32 activations, batch-invariant
-    fluxmoe.kernels.torch_ops.TorchOps    plain torch on any device: the reference
+    ExpertOps  all that touches experts: their blocks, routing, the grouped GEMM. What expert paging hosts need.
+    Ops        the rest: embeddings, norms, projections, attention, Gated DeltaNet
 
-An ops object owns the layout of packed weights and of KV blocks; models and runtime treat both as bytes. It also
-owns the workspace: every buffer is made in the constructor for the limits given, so `workspace_bytes` is all
-that a forward pass ever uses.
+    kernels.triton_ops, triton_experts    CUDA: Triton kernels, activations in the weights' dtype
+    kernels.cpu.ops, cpu.experts          CPU: numba kernels, fp32 activations, batch-invariant
+    kernels.torch_ops, torch_experts      plain torch on any device: the reference
+
+They own the layout of blocks (of experts, packed weights, KV), which models and runtime treat as bytes. They also own
+the workspace: every buffer is made in the constructor for the limits given, with its dtype and device, so
+`workspace_bytes` is all that a forward pass ever uses.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,20 +63,35 @@ class DeltaNetDims:
 
 
 @dataclass(frozen=True)
+class ExpertDims:
+    """Sizes of a layer's experts. dtype: of their weights; renormalise: whether the chosen experts' probabilities are
+    made to sum to one, where routing starts from logits."""
+
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    dtype: torch.dtype
+    renormalise: bool = True
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of an expert's weights, gate_up [2I, H] and down [H, I]."""
+        return (2 * self.intermediate, self.hidden), (self.hidden, self.intermediate)
+
+
+@dataclass(frozen=True)
 class LayerDims:
-    """Sizes that kernels and workspace depend on; `qk_norm` is none | head | full, `window` 0 means none, `mlp` is the
-    intermediate size of MLPs that every token uses (the largest), 0 for none."""
+    """Sizes that all other kernels depend on. experts: outputs of the router; `qk_norm` is none | head | full, `window`
+    0 means none, `mlp` is the intermediate size of MLPs that every token uses (the largest), 0 for none."""
 
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
     experts: int
-    top_k: int
-    intermediate: int
     vocab: int
     dtype: torch.dtype
-    renormalise: bool = True
     qk_norm: str = "none"
     clip_qkv: float = 0.0
     window: int = 0
@@ -170,23 +188,26 @@ class LayerExperts(Protocol):
     def wait(self, tensor_type: int) -> None: ...
 
 
-class Ops(Protocol):
-    """See CpuOps for shapes; activations are [T, …] in `act_dtype`.
+R = TypeVar("R")
+
+
+class ExpertOps(Protocol[R]):
+    """See CpuExperts for shapes; activations are [T, H] in `act_dtype`. R: a batch's routing, opaque to callers.
 
     Experts come in formats: dense, or one of packing.FORMATS. `fused_formats` are those that `moe_add` reads in place;
     blocks of others must go through `decode_expert` first, which makes dense blocks of them. It runs on the block's
     device, on the current stream or the calling thread alone, so that it can work beside a forward pass.
+
+    A routing is valid until the next one is made: by `route` from router logits, or by `route_to` from experts that a
+    host has chosen.
     """
 
-    dims: LayerDims
+    dims: ExpertDims
     device: torch.device
     act_dtype: torch.dtype
     workspace_bytes: int
     fused_formats: frozenset[str]
 
-    def packed_bytes(self, n: int, k: int) -> int: ...
-    def pack(self, weight: Tensor, out: Tensor) -> None: ...
-    def unpack(self, block: Tensor, n: int, k: int) -> Tensor: ...
     def expert_bytes(self, expert_format: str = DENSE) -> tuple[int, int]: ...
     def pack_expert(
         self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = DENSE
@@ -195,6 +216,23 @@ class Ops(Protocol):
         self, expert_format: str, tensor_type: int, block: Tensor, out: Tensor, recipe: Packed | None
     ) -> None: ...
     def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]: ...
+    def route(self, logits: Tensor, num_tokens: Tensor | None = None) -> R: ...
+    def route_to(self, topk_ids: Tensor, topk_weights: Tensor, num_tokens: Tensor | None = None) -> R: ...
+    def moe_add(self, x: Tensor, routing: R, experts: LayerExperts, residual: Tensor) -> Tensor: ...
+    def count_routed(self, routing: R, counts: Tensor) -> None: ...
+
+
+class Ops(Protocol):
+    """See CpuOps for shapes; activations are [T, …] in `act_dtype`."""
+
+    dims: LayerDims
+    device: torch.device
+    act_dtype: torch.dtype
+    workspace_bytes: int
+
+    def packed_bytes(self, n: int, k: int) -> int: ...
+    def pack(self, weight: Tensor, out: Tensor) -> None: ...
+    def unpack(self, block: Tensor, n: int, k: int) -> Tensor: ...
     def kv_block_shape(
         self, block_size: int, kv_heads: int, head_dim: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]: ...
@@ -217,13 +255,5 @@ class Ops(Protocol):
     ) -> Tensor: ...
     def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor: ...
     def mlp_add(self, x: Tensor, mlp: DenseMlp, residual: Tensor) -> Tensor: ...
-    def moe_add(
-        self,
-        x: Tensor,
-        router: PackedLinear,
-        experts: LayerExperts,
-        residual: Tensor,
-        num_tokens: Tensor | None = None,
-    ) -> Tensor: ...
-    def count_routed(self, counts: Tensor) -> None: ...
+    def router(self, x: Tensor, weight: PackedLinear) -> Tensor: ...
     def logits(self, x: Tensor, weight: PackedLinear) -> Tensor: ...

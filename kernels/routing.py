@@ -3,13 +3,17 @@
 A slot is one (token, choice) pair, slot = token * top_k + choice. Data map (T tokens, E experts, S = T * top_k slots;
 made here, read by the grouped GEMM and the combine; everything stays on the device and has a fixed shape):
 
-    experts       int32 [T, top_k]     chosen experts, best first; equal logits: the lower id first
+    experts       int32 [T, top_k]     chosen experts, best first; equal logits: the lower id first; -1: elsewhere
     weights       fp32  [T, top_k]     softmax over all experts, or over the chosen ones (`renormalise`)
     order         int32 [S]            sorted position → slot; by expert, then by slot
     expert_start  int32 [E + 1]        first sorted position of each expert; the last entry is their number
     block_map     int32 [B, 4]         block → (expert, first position, end position, 0); blocks of ≤ block_m
                                        positions, none crosses an expert; expert -1 beyond `num_blocks`
     num_blocks    int32 [1]            blocks in use; B is the least bound that holds for any routing
+    num_tokens    int32 [1] or None    tokens from there on are padding: they reach no expert
+
+Routing starts from router logits, or from experts and weights that a host has chosen: then some may be another rank's,
+and reach nothing here.
 
 Example: top_k 1, block_m 2, tokens choose experts 1 0 1 1: order 1 0 2 3, expert_start 0 1 4,
 block_map (0, 0, 1) (1, 1, 3) (1, 3, 4).
@@ -52,6 +56,8 @@ class Routing:
     block_map: Tensor
     num_blocks: Tensor
     block_m: int
+    num_tokens: Tensor | None = None
+    some_elsewhere: bool = False
 
     @property
     def max_blocks(self) -> int:
@@ -104,6 +110,43 @@ def _select(
 
 
 @triton.jit
+def _load_choices(
+    ids_ptr, weights_ptr, num_tokens, first, E, TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """As `_select`, of choices that were made before; ids outside 0 … E - 1 become -1, and are chosen by nobody."""
+    t = first + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    j = tl.arange(0, TOP_K_PAD)
+    valid = (t[:, None] < num_tokens) & (j[None, :] < TOP_K)
+    at = t[:, None] * TOP_K + j[None, :]
+    ids = tl.load(ids_ptr + at, mask=valid, other=-1).to(tl.int32)
+    ids = tl.where((ids >= 0) & (ids < E), ids, -1)
+    weights = tl.load(weights_ptr + at, mask=valid, other=0.0).to(tl.float32)
+    chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
+    for choice in tl.static_range(TOP_K):
+        expert = tl.sum(tl.where(j[None, :] == choice, ids, 0), axis=1)
+        chosen += (e[None, :] == expert[:, None]).to(tl.int32)
+    return ids, weights, chosen
+
+
+@triton.jit
+def _choices(
+    logits_ptr, ids_ptr, given_ptr, num_tokens, first, E, stride_t, GIVEN: tl.constexpr, TOP_K: tl.constexpr,
+    TOP_K_PAD: tl.constexpr, RENORMALISE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    if GIVEN:
+        ids, weights, chosen = _load_choices(
+            ids_ptr, given_ptr, num_tokens, first, E, TOP_K, TOP_K_PAD, BLOCK_T, BLOCK_E
+        )
+    else:
+        ids, weights, chosen = _select(
+            logits_ptr, num_tokens, first, E, stride_t, TOP_K, TOP_K_PAD, RENORMALISE, BLOCK_T, BLOCK_E
+        )
+    return ids, weights, chosen
+
+
+@triton.jit
 def _store_choices(
     experts_ptr, weights_ptr, ids, weights, first, T, TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -128,7 +171,7 @@ def _store_order(
     for choice in tl.static_range(TOP_K):
         expert = tl.sum(tl.where(j[None, :] == choice, ids, 0), axis=1)
         place = tl.sum(tl.where(e[None, :] == expert[:, None], places, 0), axis=1)
-        tl.store(order_ptr + place, t * TOP_K + choice, mask=t < num_tokens)
+        tl.store(order_ptr + place, t * TOP_K + choice, mask=(t < num_tokens) & (expert >= 0))
 
 
 @triton.jit
@@ -159,7 +202,9 @@ def _store_blocks(
 
 @triton.jit(do_not_specialize=["T", "MAX_BLOCKS"])
 def _route_kernel(
-    logits_ptr,  # (T, E) fp32
+    logits_ptr,  # (T, E) fp32; unread if GIVEN
+    ids_ptr,  # (T, TOP_K) integers, and their weights, likewise unread unless GIVEN
+    given_ptr,  # (T, TOP_K)
     num_tokens_ptr,  # (1,) int32: tokens from there on are padding
     experts_ptr,  # (T, TOP_K) int32
     weights_ptr,  # (T, TOP_K) fp32
@@ -168,14 +213,15 @@ def _route_kernel(
     block_map_ptr,  # (MAX_BLOCKS, 4) int32
     num_blocks_ptr,  # (1,) int32
     T, E, MAX_BLOCKS, stride_t,
-    TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr, RENORMALISE: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
+    GIVEN: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr, RENORMALISE: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Grid: (1,). All of the routing of a batch that fits one chunk."""
     num_tokens = tl.minimum(tl.load(num_tokens_ptr), T) if PADDED else T
-    ids, weights, chosen = _select(
-        logits_ptr, num_tokens, 0, E, stride_t, TOP_K, TOP_K_PAD, RENORMALISE, BLOCK_T, BLOCK_E
-    )
+    ids, weights, chosen = _choices(
+        logits_ptr, ids_ptr, given_ptr, num_tokens, 0, E, stride_t, GIVEN, TOP_K, TOP_K_PAD, RENORMALISE, BLOCK_T,
+        BLOCK_E,
+    )  # fmt: skip
     _store_choices(experts_ptr, weights_ptr, ids, weights, 0, T, TOP_K, TOP_K_PAD, BLOCK_T)
     counts = tl.sum(chosen, axis=0)
     starts = tl.cumsum(counts, axis=0) - counts
@@ -187,19 +233,20 @@ def _route_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def _top_k_kernel(
-    logits_ptr, num_tokens_ptr, experts_ptr, weights_ptr,
+    logits_ptr, ids_ptr, given_ptr, num_tokens_ptr, experts_ptr, weights_ptr,
     chunk_counts_ptr,  # (chunks, E) int32: slots of each expert in each chunk
     T, E, stride_t,
-    TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr, RENORMALISE: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    GIVEN: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr, RENORMALISE: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Grid: (chunks,)."""
     chunk = tl.program_id(0)
     num_tokens = tl.minimum(tl.load(num_tokens_ptr), T) if PADDED else T
     first = chunk * BLOCK_T
-    ids, weights, chosen = _select(
-        logits_ptr, num_tokens, first, E, stride_t, TOP_K, TOP_K_PAD, RENORMALISE, BLOCK_T, BLOCK_E
-    )
+    ids, weights, chosen = _choices(
+        logits_ptr, ids_ptr, given_ptr, num_tokens, first, E, stride_t, GIVEN, TOP_K, TOP_K_PAD, RENORMALISE, BLOCK_T,
+        BLOCK_E,
+    )  # fmt: skip
     _store_choices(experts_ptr, weights_ptr, ids, weights, first, T, TOP_K, TOP_K_PAD, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     tl.store(chunk_counts_ptr + chunk * E + e, tl.sum(chosen, axis=0), mask=e < E)
@@ -234,24 +281,20 @@ def _scan_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def _place_kernel(
-    experts_ptr, chunk_starts_ptr, num_tokens_ptr, order_ptr, T, E,
+    experts_ptr, weights_ptr, chunk_starts_ptr, num_tokens_ptr, order_ptr, T, E,
     TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Grid: (chunks,)."""
     chunk = tl.program_id(0)
     num_tokens = tl.minimum(tl.load(num_tokens_ptr), T) if PADDED else T
-    t = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = chunk * BLOCK_T
+    ids, _, chosen = _load_choices(
+        experts_ptr, weights_ptr, num_tokens, first, E, TOP_K, TOP_K_PAD, BLOCK_T, BLOCK_E
+    )  # fmt: skip
     e = tl.arange(0, BLOCK_E)
-    j = tl.arange(0, TOP_K_PAD)
-    valid = (t[:, None] < num_tokens) & (j[None, :] < TOP_K)
-    ids = tl.load(experts_ptr + t[:, None] * TOP_K + j[None, :], mask=valid, other=-1)
-    chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
-    for choice in tl.static_range(TOP_K):
-        expert = tl.sum(tl.where(j[None, :] == choice, ids, 0), axis=1)
-        chosen += (e[None, :] == expert[:, None]).to(tl.int32)
     starts = tl.load(chunk_starts_ptr + chunk * E + e, mask=e < E, other=0)
-    _store_order(order_ptr, ids, chosen, starts, num_tokens, chunk * BLOCK_T, TOP_K, TOP_K_PAD, BLOCK_T, BLOCK_E)
+    _store_order(order_ptr, ids, chosen, starts, num_tokens, first, TOP_K, TOP_K_PAD, BLOCK_T, BLOCK_E)
 
 
 class Router:
@@ -288,16 +331,31 @@ class Router:
 
         The result is valid until the next call.
         """
-        tokens, experts = logits.shape
-        slots = tokens * self.top_k
-        if experts != self.num_experts or logits.dtype != torch.float32:
+        if logits.shape[1:] != (self.num_experts,) or logits.dtype != torch.float32:
             raise KernelError(f"logits must be fp32 [T, {self.num_experts}], got {logits.dtype} {list(logits.shape)}")
+        return self._route(logits, None, block_m, num_tokens)
+
+    def given(self, topk_ids: Tensor, topk_weights: Tensor, block_m: int, num_tokens: Tensor | None = None) -> Routing:
+        """The same for experts that are chosen already: integers [T, top_k], a token's all different, any outside
+        0 … E - 1 for experts that are elsewhere; weights [T, top_k] in any float dtype."""
+        for name, given in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+            if given.shape[1:] != (self.top_k,) or len(given) != len(topk_ids) or not given.is_contiguous():
+                raise KernelError(f"{name} must be contiguous [T, {self.top_k}], got {list(given.shape)}")
+        if topk_ids.dtype not in (torch.int32, torch.int64):
+            raise KernelError(f"topk_ids must be int32 or int64, got {topk_ids.dtype}")
+        return self._route(topk_ids, topk_weights, block_m, num_tokens)
+
+    def _route(self, source: Tensor, weights: Tensor | None, block_m: int, num_tokens: Tensor | None) -> Routing:
+        """source: logits; or, with weights, ids."""
+        tokens, experts, given = len(source), self.num_experts, weights is not None
+        slots = tokens * self.top_k
         if slots > self._order.numel():
             raise KernelError(f"{tokens} tokens exceed the {self._order.numel() // self.top_k} of this router")
         blocks = max_blocks(slots, experts, block_m)
         routing = Routing(
             self._experts[:slots].view(tokens, self.top_k), self._weights[:slots].view(tokens, self.top_k),
-            self._order[:slots], self.expert_start, self._block_map[:blocks], self._num_blocks, block_m,
+            self._order[:slots], self.expert_start, self._block_map[:blocks], self._num_blocks, block_m, num_tokens,
+            given,
         )  # fmt: skip
         if tokens == 0:
             self.expert_start.zero_()
@@ -308,27 +366,28 @@ class Router:
         common["num_warps"] = sizes["num_warps"]
         padding = self._num_blocks if num_tokens is None else num_tokens  # any pointer: unread unless PADDED
         block_e, rows = sizes["BLOCK_E"], sizes["BLOCK_T"]
+        # Of three sources either the first is read, or the others.
+        sources = (self._weights, source, weights) if given else (source, self._experts, self._weights)
+        choose = dict(GIVEN=given, RENORMALISE=self.renormalise, BLOCK_T=rows, BLOCK_E=block_e)
         outputs = (routing.experts, routing.weights)
         layout = (self.expert_start, routing.block_map, self._num_blocks)
         if tokens <= self._block_t:
             _route_kernel[(1,)](
-                logits, padding, *outputs, routing.order, *layout, tokens, experts, blocks, logits.stride(0),
-                RENORMALISE=self.renormalise, BLOCK_M=block_m, BLOCK_T=rows, BLOCK_E=block_e,
-                BLOCK_B=sizes["BLOCK_B"], **common,
+                *sources, padding, *outputs, routing.order, *layout, tokens, experts, blocks, source.stride(0),
+                BLOCK_M=block_m, BLOCK_B=sizes["BLOCK_B"], **choose, **common,
             )  # fmt: skip
             return routing
         chunks = triton.cdiv(tokens, rows)
         _top_k_kernel[(chunks,)](
-            logits, padding, *outputs, self._chunk_counts, tokens, experts, logits.stride(0),
-            RENORMALISE=self.renormalise, BLOCK_T=rows, BLOCK_E=block_e, **common,
-        )  # fmt: skip
+            *sources, padding, *outputs, self._chunk_counts, tokens, experts, source.stride(0), **choose, **common
+        )
         _scan_kernel[(1,)](
             self._chunk_counts, *layout, chunks, experts, blocks, BLOCK_M=block_m, BLOCK_C=rows, BLOCK_E=block_e,
             BLOCK_B=sizes["BLOCK_B"], num_warps=sizes["num_warps"],
         )  # fmt: skip
         _place_kernel[(chunks,)](
-            routing.experts, self._chunk_counts, padding, routing.order, tokens, experts, BLOCK_T=rows,
-            BLOCK_E=block_e, **common,
+            *outputs, self._chunk_counts, padding, routing.order, tokens, experts, BLOCK_T=rows, BLOCK_E=block_e,
+            **common,
         )  # fmt: skip
         return routing
 

@@ -1,4 +1,4 @@
-"""TorchOps: the operations of a decoder in plain torch, on any device.
+"""TorchOps: the operations of a decoder but its experts in plain torch, on any device.
 
 Slow and written independently of the fast kernels (loops over experts and sequences, no packing tricks): the
 oracle that they are tested against, and a path for sizes that they do not take. Weights are packed row-major; a KV
@@ -13,21 +13,15 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from .delta_net_torch import gated_delta_net_torch
-from .expert_table import DOWN, GATE_UP
 from .ops import (
-    DENSE,
     AttentionMetadata,
     DeltaNetWeights,
     DenseMlp,
     LayerDims,
-    LayerExperts,
     Limits,
     PackedLinear,
-    Recipes,
     RopeTable,
 )  # fmt: skip
-from .packing.blocks import block_bytes, decode_block, encode_block
-from .packing.formats import Packed
 
 
 class TorchOps:
@@ -37,9 +31,6 @@ class TorchOps:
     computed from the limits, not memory held in advance.
     """
 
-    # Every format goes through `decode_expert`: nothing is read in place.
-    fused_formats: frozenset[str] = frozenset()
-
     def __init__(
         self,
         dims: LayerDims,
@@ -48,11 +39,9 @@ class TorchOps:
         act_dtype: torch.dtype | None = None,
     ) -> None:
         self.dims, self.limits, self.device = dims, limits, torch.device(device)
-        self._expert_shapes = ((2 * dims.intermediate, dims.hidden), (dims.hidden, dims.intermediate))
         self.act_dtype = act_dtype or (torch.float32 if self.device.type == "cpu" else dims.dtype)
-        rows = limits.tokens * dims.top_k
         floats = limits.tokens * (3 * dims.hidden + 2 * dims.qkv_size + 2 * dims.heads * dims.head_dim)
-        floats += 4 * limits.tokens * dims.experts + rows * (3 * dims.intermediate + 2 * dims.hidden)
+        floats += limits.tokens * dims.experts
         floats += dims.heads * limits.context * (2 * limits.tokens + 4 * dims.head_dim)
         floats += 2 * limits.sequences * dims.vocab
         floats += limits.tokens * (4 * dims.mlp + 2 * dims.heads * dims.head_dim * dims.attention_gate)
@@ -70,31 +59,6 @@ class TorchOps:
 
     def unpack(self, block: Tensor, n: int, k: int) -> Tensor:
         return block.view(self.dims.dtype).view(n, k)
-
-    def expert_bytes(self, expert_format: str = DENSE) -> tuple[int, int]:
-        if expert_format == DENSE:
-            gate_up, down = (self.packed_bytes(n, k) for n, k in self._expert_shapes)
-        else:
-            gate_up, down = (block_bytes(expert_format, n, k, self.dims.dtype) for n, k in self._expert_shapes)
-        return gate_up, down
-
-    def pack_expert(
-        self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = DENSE
-    ) -> Recipes:
-        if expert_format != DENSE:
-            return encode_block(expert_format, gate_up, out[GATE_UP]), encode_block(expert_format, down, out[DOWN])
-        self.pack(gate_up, out[GATE_UP])
-        self.pack(down, out[DOWN])
-        return None, None
-
-    def decode_expert(
-        self, expert_format: str, tensor_type: int, block: Tensor, out: Tensor, recipe: Packed | None
-    ) -> None:
-        decode_block(recipe, block, self.unpack(out, *self._expert_shapes[tensor_type]), parallel=False)
-
-    def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        gate_up, down = (self.unpack(b, n, k) for b, (n, k) in zip(blocks, self._expert_shapes, strict=True))
-        return gate_up, down
 
     def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (block_size, kv_heads, head_dim), (block_size, kv_heads, head_dim)
@@ -162,35 +126,8 @@ class TorchOps:
     def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
         return residual + self._linear(x, weight)
 
-    def moe_add(
-        self,
-        x: Tensor,
-        router: PackedLinear,
-        experts: LayerExperts,
-        residual: Tensor,
-        num_tokens: Tensor | None = None,
-    ) -> Tensor:
-        assert num_tokens is None, "padding is for captured graphs, and this path cannot be captured"
-        d = self.dims
-        probabilities = self._linear(x, router).float().softmax(dim=-1)
-        weights, chosen = probabilities.topk(d.top_k, dim=-1)
-        if d.renormalise:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        self._chosen = chosen
-        experts.wait(GATE_UP)
-        experts.wait(DOWN)
-        out = residual.clone()
-        for expert in range(d.experts):
-            token, choice = torch.where(chosen == expert)
-            if len(token):
-                gate_up, down = self.unpack_expert(experts.table.blocks[expert])
-                gate, up = F.linear(x[token], gate_up.to(x.dtype)).chunk(2, dim=-1)
-                y = F.linear(F.silu(gate) * up, down.to(x.dtype))
-                out.index_add_(0, token, y * weights[token, choice, None].to(y.dtype))
-        return out
-
-    def count_routed(self, counts: Tensor) -> None:
-        counts += torch.bincount(self._chosen.flatten(), minlength=self.dims.experts)
+    def router(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        return self._linear(x, weight).float()
 
     def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
         return self._linear(x, weight).float()

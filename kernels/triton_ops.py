@@ -1,4 +1,4 @@
-"""TritonOps: the operations of a decoder on the Triton kernels, with every buffer made once.
+"""TritonOps: the operations of a decoder but its experts on the Triton kernels, with every buffer made once.
 
 Runs on CUDA, on the CPU where kernels are interpreted (TRITON_INTERPRET=1: slow, for tests), and on the meta device
 inside `launches.compile_only`, where launches are compiled and nothing runs. Activations have
@@ -11,76 +11,57 @@ pass can be captured in a CUDA graph. Tokens beyond `AttentionMetadata.num_token
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 from torch import Tensor
 
 from . import grouped_gemm, paged_attention
 from .delta_net import gated_delta_net
-from .expert_table import DOWN, GATE_UP
 from .launches import compiled_for
 from .norm import rms_norm
 from .ops import (
-    DENSE,
     AttentionMetadata,
     DeltaNetWeights,
     DenseMlp,
     KernelError,
     LayerDims,
-    LayerExperts,
     Limits,
     PackedLinear,
-    Recipes,
     RopeTable,
 )  # fmt: skip
-from .packing.blocks import block_bytes, decode_block, encode_block
-from .packing.formats import Packed
 from .rope_kv import rope_and_cache
-from .routing import Router
-from .tiles import Tile, Tiles, capability_of, choose_tiles, fit, invariant_tile, num_sms_of, planar12_tile
+from .tiles import Tile, capability_of, fit, invariant_tile, num_sms_of
 
 # What torch gives cuBLAS on each stream (its default for Hopper, the largest): 32 MiB.
 _CUBLAS_BYTES = 32 << 20
+
+
+def check_backend(device: torch.device, dtype: torch.dtype) -> None:
+    """KernelError unless Triton kernels run, or are compiled, on this device for weights of this dtype."""
+    if device.type != "cuda" and compiled_for(device) is None and not triton.knobs.runtime.interpret:
+        raise KernelError("Triton kernels need a CUDA device, or TRITON_INTERPRET=1 to be interpreted (slowly)")
+    if dtype not in grouped_gemm.TL_DTYPES:
+        raise KernelError(f"Triton kernels take bfloat16, float16 or float32 weights, got {dtype}")
 
 
 class TritonOps:
     """Same contract as CpuOps; one engine owns one (not thread-safe). A result is valid until the same operation runs
     again; the residual stream is updated in place.
 
-    planar12: launches may meet experts in that format, so they use its tiles, whatever the format of each expert: the
-    order of summation, and so the result, is the same for all. Raises KernelError for dtypes and sizes that the kernels
-    cannot take, and without a GPU or interpreter.
+    Raises KernelError for dtypes and sizes that the kernels cannot take, and without a GPU or interpreter.
     """
 
-    fused_formats = frozenset({"planar12"})
-
     def __init__(
-        self,
-        dims: LayerDims,
-        limits: Limits,
-        device: torch.device | str,
-        *,
-        batch_invariant: bool = False,
-        planar12: bool = False,
+        self, dims: LayerDims, limits: Limits, device: torch.device | str, *, batch_invariant: bool = False
     ) -> None:
         self.dims, self.limits, self.device = dims, limits, torch.device(device)
         self.act_dtype, self.batch_invariant = dims.dtype, batch_invariant
-        self._planar12 = planar12
-        self._expert_shapes = ((2 * dims.intermediate, dims.hidden), (dims.hidden, dims.intermediate))
-        on_gpu, compiled = self.device.type == "cuda", compiled_for(self.device) is not None
-        if not (on_gpu or compiled or triton.knobs.runtime.interpret):
-            raise KernelError("Triton kernels need a CUDA device, or TRITON_INTERPRET=1 to be interpreted (slowly)")
-        if dims.dtype not in grouped_gemm.TL_DTYPES:
-            raise KernelError(f"Triton kernels take bfloat16, float16 or float32 weights, got {dims.dtype}")
+        check_backend(self.device, dims.dtype)
         if limits.block_size % 16:
             raise KernelError(f"the KV block size must be a multiple of 16, got {limits.block_size}")
-        tokens, rows = limits.tokens, limits.tokens * dims.top_k
+        tokens = limits.tokens
         self._capability = capability_of(self.device)
-        self._gpu = torch.cuda.get_device_name(self.device) if on_gpu else None
         self._num_sms = num_sms_of(self.device)
-        self._router = Router(tokens, dims.experts, dims.top_k, dims.renormalise, self.device)
         self._buffers = {
             "hidden": self._empty(tokens, dims.hidden),
             "normed": self._empty(tokens, dims.hidden),
@@ -88,8 +69,6 @@ class TritonOps:
             "q": self._empty(tokens, dims.heads, dims.head_dim),
             "attended": self._empty(tokens, dims.heads, dims.head_dim),
             "router": self._empty(tokens, dims.experts, dtype=torch.float32),
-            "h": self._empty(rows, dims.intermediate),
-            "y": self._empty(rows, dims.hidden),
             "logits": self._empty(limits.sequences, dims.vocab, dtype=torch.float32),
             "attention": self._empty(
                 paged_attention.workspace_bytes(
@@ -113,8 +92,9 @@ class TritonOps:
                 "delta_out": self._empty(tokens, dims.delta.value_size),
             }
         # Rows that are sampled from, gathered by the decoder.
-        transient = limits.sequences * dims.hidden * dims.dtype.itemsize + (_CUBLAS_BYTES if on_gpu else 0)
-        self.workspace_bytes = transient + self._router.nbytes + sum(b.nbytes for b in self._buffers.values())
+        transient = limits.sequences * dims.hidden * dims.dtype.itemsize
+        transient += _CUBLAS_BYTES if self.device.type == "cuda" else 0
+        self.workspace_bytes = transient + sum(b.nbytes for b in self._buffers.values())
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.act_dtype, device=self.device)
@@ -129,36 +109,6 @@ class TritonOps:
 
     def unpack(self, block: Tensor, n: int, k: int) -> Tensor:
         return block.view(self.dims.dtype).view(n, k)
-
-    def expert_bytes(self, expert_format: str = DENSE) -> tuple[int, int]:
-        """Bytes of one expert's (gate/up, down) blocks. KernelError for a format that does not exist or suit."""
-        if expert_format == DENSE:
-            gate_up, down = (self.packed_bytes(n, k) for n, k in self._expert_shapes)
-        else:
-            gate_up, down = (block_bytes(expert_format, n, k, self.dims.dtype) for n, k in self._expert_shapes)
-        return gate_up, down
-
-    def pack_expert(
-        self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = DENSE
-    ) -> Recipes:
-        """gate_up [2I, H], down [H, I] → the two uint8 blocks of `expert_bytes`; gate and up rows in turns."""
-        if expert_format == DENSE:
-            grouped_gemm.interleave(gate_up, out[GATE_UP].view(self.dims.dtype).view(gate_up.shape))
-            self.pack(down, out[DOWN])
-            return None, None
-        mixed = grouped_gemm.interleave(gate_up)
-        return encode_block(expert_format, mixed, out[GATE_UP]), encode_block(expert_format, down, out[DOWN])
-
-    def decode_expert(
-        self, expert_format: str, tensor_type: int, block: Tensor, out: Tensor, recipe: Packed | None
-    ) -> None:
-        """A compressed block → the dense block of the same weights; see Ops."""
-        decode_block(recipe, block, self.unpack(out, *self._expert_shapes[tensor_type]), parallel=False)
-
-    def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Dense blocks → gate_up [2I, H], down [H, I]."""
-        mixed, down = (self.unpack(b, n, k) for b, (n, k) in zip(blocks, self._expert_shapes, strict=True))
-        return grouped_gemm.deinterleave(mixed), down
 
     def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (kv_heads, block_size, head_dim), (kv_heads, block_size, head_dim)
@@ -237,32 +187,11 @@ class TritonOps:
             residual.addmm_(x, w.t())
         return residual if weight.bias is None else residual.add_(weight.bias)
 
-    def moe_add(
-        self,
-        x: Tensor,
-        router: PackedLinear,
-        experts: LayerExperts,
-        residual: Tensor,
-        num_tokens: Tensor | None = None,
-    ) -> Tensor:
-        """residual += mixture of experts of x [T, H]; returns residual."""
-        d, slots = self.dims, len(x) * self.dims.top_k
+    def router(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        """[T, H] → fp32 logits [T, experts]."""
         logits = self._buffers["router"][: len(x)]
-        w = self.unpack(router.block, router.n, router.k)
-        grouped_gemm.linear(x, w, logits, self._router_tile(len(x)))
-        tiles = self._tiles(slots)
-        routing = self._router(logits, tiles.gate_up.block_m, num_tokens)
-        h, y = self._buffers["h"][:slots], self._buffers["y"][:slots]
-        experts.wait(GATE_UP)
-        grouped_gemm.gate_up(x, experts.table, routing, h, d.dtype, tiles.gate_up, self._num_sms)
-        experts.wait(DOWN)
-        grouped_gemm.down(h, experts.table, routing, y, d.dtype, tiles.down, self._num_sms)
-        return grouped_gemm.combine(y, residual, d.top_k, num_tokens)
-
-    def count_routed(self, counts: Tensor) -> None:
-        """counts fp32 [E] += how many tokens each expert got in the last `moe_add`."""
-        start = self._router.expert_start
-        counts.add_(start[1:]).sub_(start[:-1])
+        w = self.unpack(weight.block, weight.n, weight.k)
+        return grouped_gemm.linear(x, w, logits, self._router_tile(len(x)))
 
     def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
         """[B, H] → fp32 [B, vocab]."""
@@ -295,14 +224,3 @@ class TritonOps:
         if self.batch_invariant or self.act_dtype.itemsize == 4 or tokens > 64:
             return self._fixed_tile
         return fit(Tile(16, 16, 256, 4, 3), self._capability, self.act_dtype.itemsize)
-
-    def _tiles(self, slots: int) -> Tiles:
-        d, itemsize = self.dims, self.act_dtype.itemsize
-        rows = slots / max(1, min(slots, d.experts))
-        if self._planar12:
-            # Batch-invariant: whatever the batch, the tile of the largest.
-            tile = planar12_tile(math.inf if self.batch_invariant else rows, self._capability)
-            return Tiles(tile, tile)
-        if self.batch_invariant:
-            return Tiles(self._fixed_tile, self._fixed_tile)
-        return choose_tiles(d.hidden, d.intermediate, rows, self._capability, itemsize, self._gpu)

@@ -17,6 +17,8 @@ from fluxmoe.kernels.ops import (
     AttentionMetadata,
     DeltaNetWeights,
     DenseMlp,
+    ExpertDims,
+    ExpertOps,
     LayerDims,
     LayerExperts,
     Ops,
@@ -56,19 +58,28 @@ class Tracer(Protocol):
     def span(self, track: str, name: str) -> AbstractContextManager[None]: ...
 
 
+def expert_dims(config: ModelConfig) -> ExpertDims:
+    """The sizes that experts' kernels need, from a model's config."""
+    return ExpertDims(
+        hidden=config.hidden_size,
+        intermediate=config.moe_intermediate_size,
+        experts=config.num_experts,
+        top_k=config.top_k,
+        dtype=config.dtype,
+        renormalise=config.norm_topk_prob,
+    )
+
+
 def layer_dims(config: ModelConfig) -> LayerDims:
-    """The sizes that kernels need, from a model's config."""
+    """The sizes that kernels need beside the experts', from a model's config."""
     return LayerDims(
         hidden=config.hidden_size,
         heads=config.num_heads,
         kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         experts=config.num_experts,
-        top_k=config.top_k,
-        intermediate=config.moe_intermediate_size,
         vocab=config.vocab_size,
         dtype=config.dtype,
-        renormalise=config.norm_topk_prob,
         qk_norm=config.qk_norm,
         clip_qkv=config.clip_qkv or 0.0,
         window=config.sliding_window or 0,
@@ -153,8 +164,8 @@ class DecoderLayer:
 class Decoder:
     """Forward pass over a flat batch of tokens; weights arrive one by one through `load`."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, max_context: int) -> None:
-        self.config, self.ops = config, ops
+    def __init__(self, config: ModelConfig, ops: Ops, expert_ops: ExpertOps, max_context: int) -> None:
+        self.config, self.ops, self.expert_ops = config, ops, expert_ops
         cos, sin = rope_tables(config, max_context)
         self.rope = RopeTable(cos.to(ops.device), sin.to(ops.device))
         self.layers = [DecoderLayer() for _ in range(config.num_layers)]
@@ -255,9 +266,10 @@ class Decoder:
                 normed = ops.rms_norm(hidden, layer.vectors["post_attn_norm"])
                 if layer.mlp is not None:
                     hidden = ops.mlp_add(normed, layer.mlp, hidden)
-                hidden = ops.moe_add(normed, layer.matrices["router"], paged, hidden, metadata.num_tokens)
+                routing = self.expert_ops.route(ops.router(normed, layer.matrices["router"]), metadata.num_tokens)
+                hidden = self.expert_ops.moe_add(normed, routing, paged, hidden)
                 if self.popularity is not None:
-                    ops.count_routed(self.popularity[moe])
+                    self.expert_ops.count_routed(routing, self.popularity[moe])
             moe += 1
         last = hidden[logit_rows]
         return ops.logits(ops.rms_norm(last, self.final_norm), self.lm_head)

@@ -1,7 +1,11 @@
-"""The ledger of device memory: every byte that a run uses is charged to one budget."""
+"""Ledgers: every byte of device memory that a run uses is charged to a budget, what it keeps in the host to another.
+
+What a machine or its container has, what is free of it, and what this process really holds, are asked here too.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from fractions import Fraction
@@ -40,18 +44,57 @@ def format_bytes(nbytes: int) -> str:
 
 
 def available_bytes(device: torch.device) -> int:
-    """What `all` means: a documented share of the memory that is free now (0.8 on the CPU, 0.92 on CUDA).
+    """What `all` means: a documented share of the memory that is free now (0.8 on the CPU, 0.92 on CUDA)."""
+    return int(free_bytes(device) * (_CUDA_SHARE if device.type == "cuda" else _CPU_SHARE))
 
-    On the CPU free is the least of the machine's MemAvailable and what the cgroups of this process leave.
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now; on the CPU the least of the machine's and what the cgroups of this process leave."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([_meminfo("MemAvailable"), *_cgroup_free()])
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory that a device has, free or not; on the CPU the machine's, or less where a cgroup allows less."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return min([_meminfo("MemTotal"), *(limit for limit, _ in _cgroups())])
+
+
+def taken_bytes(device: torch.device) -> int | None:
+    """Memory that is taken now, for differences; None where this cannot be told.
+
+    On CUDA all that is taken on the device, whoever holds it. On the CPU what this process has touched, without files
+    that it maps, which the system can drop: not a page of a tensor that nobody has written yet.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE)
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def lies_in_memory(directory: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether files there take host memory, as on a tmpfs."""
+    try:
+        number = directory.stat().st_dev
+        entries = [line.split() for line in mounts.read_text().splitlines()]
+    except OSError:
+        return False
+    name = f"{os.major(number)}:{os.minor(number)}"
+    return any(entry[2] == name and entry[entry.index("-") + 1] in ("tmpfs", "ramfs") for entry in entries)
+
+
+def _meminfo(entry: str) -> int:
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        machine = int(fields["MemAvailable"].split()[0]) * 1024
+        return int(fields[entry].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         raise BudgetError("cannot tell how much memory is free here; give a budget in bytes") from None
-    return int(min([machine, *_cgroup_free()]) * _CPU_SHARE)
 
 
 # limit, use, and the entry of memory.stat that counts droppable page cache, by cgroup version.
@@ -63,11 +106,16 @@ _CGROUP_FILES = {
 
 def _cgroup_free(root: Path = Path("/")) -> list[int]:
     """Bytes that each memory cgroup around this process leaves: a container knows no limit of its own elsewhere."""
-    free: list[int] = []
+    return [free for _, free in _cgroups(root)]
+
+
+def _cgroups(root: Path = Path("/")) -> list[tuple[int, int]]:
+    """(limit, free) bytes of each memory cgroup around this process that has a limit."""
+    found: list[tuple[int, int]] = []
     try:
         memberships = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return free
+        return found
     for membership in memberships:
         _, controllers, path = membership.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
@@ -80,20 +128,25 @@ def _cgroup_free(root: Path = Path("/")) -> list[int]:
                 limit, use = ((group / name).read_text().strip() for name in (limit_file, use_file))
                 statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
                 if limit != "max":
-                    free.append(max(0, int(limit) - int(use) + int(statistics.get(cache_entry, 0))))
+                    free = int(limit) - int(use) + int(statistics.get(cache_entry, 0))
+                    found.append((int(limit), max(0, free)))
             except (OSError, ValueError):
                 continue  # no limit here: the root has none, and a container does not see its parents
-    return free
+    return found
+
+
+def by_line(lines: Mapping[str, int]) -> str:
+    """'name 3 GiB, other 2 MiB' of what is not nothing."""
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in lines.items() if size)
 
 
 def require(total: int, lines: Mapping[str, int], hint: str = "") -> None:
     """BudgetError unless `total` holds the sum of `lines`; says the least that works and what takes it."""
     least = sum(lines.values())
     if total < least:
-        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in lines.items() if size)
         error = BudgetError(
             f"a budget of {format_bytes(total)} is too small: the least that works is {least} bytes "
-            f"({format_bytes(least)}: {parts})" + (f"; {hint}" if hint else "")
+            f"({format_bytes(least)}: {by_line(lines)})" + (f"; {hint}" if hint else "")
         )
         error.least = least
         raise error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class SettingError(ValueError):
 class EngineConfig:
     """How to serve a model.
 
-    budget_bytes        device bytes for everything; None: all that is free
+    budget_bytes        device bytes for everything; None: all that is free, on a CPU less what is kept beside it
     placement, alpha    see `placement.place`; dense_share: its `dense`
     expert_format       dense, or a name of packing.FORMATS: how balanced, host and disk hold experts, and packed and
                         hybrid, for which None means planar12 (for the others: dense)
@@ -119,6 +120,11 @@ class EngineConfig:
             raise SettingError("transfer auto is the planner's choice: it needs adaptive")
         if self.preemption not in ("recompute", "swap"):
             raise SettingError(f"preemption must be recompute or swap, got {self.preemption!r}")
+
+    @property
+    def spill_dir(self) -> Path:
+        """Where the disk tier's file goes."""
+        return Path(self.disk_dir or tempfile.gettempdir())
 
     @property
     def device_format(self) -> str:

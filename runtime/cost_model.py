@@ -22,9 +22,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from fluxmoe.kernels.ops import DENSE, LayerDims, Limits
+from fluxmoe.kernels.ops import DENSE, ExpertDims, Limits
 from fluxmoe.models.config import ModelConfig
-from fluxmoe.models.decoder import layer_dims
+from fluxmoe.models.decoder import expert_dims, layer_dims
 
 from .hardware import HardwareProfile, ProfileError
 from .layout import ExpertLayout
@@ -55,31 +55,42 @@ class CostParameters:
     eager_launch_s: float = 8e-6
 
 
+class SimExperts:
+    """The sizes that `ExpertOps` on a GPU would have, of one of `devices` equal shares. Computes nothing."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, dims: ExpertDims, max_tokens: int, devices: int, parameters: CostParameters) -> None:
+        self.dims, self.act_dtype, self.fused_formats = dims, dims.dtype, parameters.fused
+        self._devices, self._bits = devices, parameters.bits
+        width = dims.top_k * (dims.intermediate + dims.hidden) / devices
+        self.workspace_bytes = int(max_tokens * width * dims.dtype.itemsize)
+
+    def expert_bytes(self, expert_format: str = DENSE) -> tuple[int, int]:
+        bits = self._bits[expert_format] if self.dims.dtype.itemsize == 2 else 32.0
+        gate_up, down = (int(n * k * bits / 8 / self._devices) for n, k in self.dims.shapes)
+        return gate_up, down
+
+
 class SimOps:
     """The sizes that `Ops` on a GPU would have, of one of `devices` equal shares of a model. Computes nothing."""
 
     device = torch.device("cuda")
 
     def __init__(self, model: ModelConfig, limits: Limits, devices: int, parameters: CostParameters) -> None:
-        self.dims: LayerDims = layer_dims(model)
-        self.act_dtype, self.fused_formats = model.dtype, parameters.fused
-        self._devices, self._bits = devices, parameters.bits
+        self.dims, self.act_dtype, self._devices = layer_dims(model), model.dtype, devices
+        self.experts = SimExperts(expert_dims(model), limits.tokens, devices, parameters)
         d, tokens = self.dims, limits.tokens
-        width = 3 * d.hidden + (d.qkv_size + 2 * d.heads * d.head_dim + d.top_k * (d.intermediate + d.hidden)) / devices
-        width += 2 * d.mlp / devices
+        width = 3 * d.hidden + (d.qkv_size + 2 * d.heads * d.head_dim + 2 * d.mlp) / devices
         width += (2 * d.delta.projected + d.delta.channels) / devices if d.delta is not None else 0
         logits = limits.sequences * d.vocab / devices * 4
         estimate = int(tokens * width * d.dtype.itemsize + logits + tokens * d.experts * 4) + (64 << 20)
-        self.workspace_bytes = estimate if parameters.workspace_bytes is None else parameters.workspace_bytes
+        self.workspace_bytes = estimate
+        if parameters.workspace_bytes is not None:
+            self.workspace_bytes = parameters.workspace_bytes - self.experts.workspace_bytes
 
     def packed_bytes(self, n: int, k: int) -> int:
         return n * k * self.dims.dtype.itemsize // self._devices
-
-    def expert_bytes(self, expert_format: str = DENSE) -> tuple[int, int]:
-        d, bits = self.dims, self._bits[expert_format] if self.dims.dtype.itemsize == 2 else 32.0
-        gate_up, down = (int(rows * bits / 8 / self._devices) for rows in (2 * d.intermediate * d.hidden,
-                                                                          d.intermediate * d.hidden))  # fmt: skip
-        return gate_up, down
 
     def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         # Fewer heads than devices: each keeps a copy of one.

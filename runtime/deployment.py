@@ -1,7 +1,8 @@
 """Deployment: what a model, settings and a budget come to: where experts lie, what parts take, what is left for KV.
 
 Pure arithmetic over sizes, so that the engine and the simulator decide alike. Bytes are charged to a MemoryBudget in
-this order: non-expert weights, experts on the device, slots, workspace, recurrent states; what is left is KV cache.
+this order: non-expert weights, experts on the device, slots, workspace, graphs, recurrent states; what is left is KV
+cache. What the host holds beside it has a ledger of its own (`host_lines`, `swap_lines`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from fluxmoe.kernels.ops import DeltaNetDims, Limits, Ops
+from fluxmoe.kernels.ops import DeltaNetDims, ExpertOps, Limits, Ops
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import non_expert_bytes
 
@@ -22,6 +23,7 @@ from .layout import DENSE, ExpertLayout
 from .placement import Placement, Tier, place
 from .planner import Planner, PlannerConfig
 from .state_cache import StateCache
+from .store import spill_offsets
 from .streamer import slot_bytes
 
 Bandwidths = Mapping[Tier, float]
@@ -34,7 +36,9 @@ def limits_of(model: ModelConfig, config: EngineConfig) -> Limits:
     return Limits(max(config.max_batched_tokens, config.max_batch), config.max_batch, context, config.block_size)
 
 
-def lay_out(model: ModelConfig, config: EngineConfig, ops: Ops, measure: Callable[[], Bandwidths]) -> ExpertLayout:
+def lay_out(
+    model: ModelConfig, config: EngineConfig, ops: ExpertOps, measure: Callable[[], Bandwidths]
+) -> ExpertLayout:
     """Tier and format of every expert. measure: bandwidths of the tiers, asked for only where they decide."""
     device_tier = Tier.RESIDENT if config.device_format == DENSE else Tier.PACKED
     bandwidths: Bandwidths | None = None
@@ -68,17 +72,33 @@ def make_planner(
     )  # fmt: skip
 
 
+def host_lines(config: EngineConfig, layout: ExpertLayout, spill_in_memory: bool, buffers: int = 0) -> dict[str, int]:
+    """Bytes of host memory by line, without swap space: experts that lie there, what loading and steps pass through.
+
+    spill_in_memory: the file of the DISK tier takes memory too. buffers: of the host, that steps are copied from.
+    """
+    host = layout.tier_bytes(Tier.HOST)
+    if config.adaptive:  # a copy of every expert
+        host = layout.placement.tiers.size * layout.expert_bytes(layout.stored(Tier.HOST))
+    lines = {
+        "host_experts": host,
+        "spill": spill_offsets(layout)[1] if spill_in_memory else 0,
+        "staging": sum(sum(sizes) for sizes in layout.sizes.values()) + buffers,
+    }
+    return {line: nbytes for line, nbytes in lines.items() if nbytes}
+
+
 class Deployment:
     """One model under one budget of `total` bytes; `budget` holds all but the KV cache.
 
-    graph_bytes: buffers of captured graphs, which also take a state slot for their padding. shares: devices that hold
-    equal parts of the model; all sizes are those of one. BudgetError if the budget cannot hold the model and
-    `min_kv_tokens` of KV.
+    graph_bytes: of captured graphs, which also take a state slot for their padding. shares: devices that hold equal
+    parts of the model; all sizes are those of one. swap_inside: swap space comes out of `total` too, so KV takes no
+    more than leaves room for it. BudgetError if the budget cannot hold the model and `min_kv_tokens` of KV.
     """
 
     def __init__(
-        self, model: ModelConfig, config: EngineConfig, ops: Ops, layout: ExpertLayout, device: torch.device,
-        total: int, graph_bytes: int = 0, shares: int = 1,
+        self, model: ModelConfig, config: EngineConfig, ops: Ops, expert_ops: ExpertOps, layout: ExpertLayout,
+        device: torch.device, total: int, graph_bytes: int = 0, shares: int = 1, swap_inside: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.config, self.ops, self.layout = model, config, ops, layout
         self.limits = limits_of(model, config)
@@ -90,15 +110,21 @@ class Deployment:
             "non_expert_weights": non_expert_bytes(model, ops, self.limits.context),
             **{line: layout.tier_bytes(tier) for tier, line in EXPERT_LINES.items()},
             "slots": self._slot_bytes(device),
-            "workspace": ops.workspace_bytes + graph_bytes + self.popularity_bytes,
+            "workspace": ops.workspace_bytes + expert_ops.workspace_bytes + self.popularity_bytes,
         }
+        if graph_bytes:
+            lines["graphs"] = graph_bytes
+        self._state_bytes = 0
         self.max_sequences = config.max_batch
         if model.delta is not None:
             each = StateCache.bytes_of(model.delta, len(model.delta_layers), 1, ops.act_dtype) // shares
             self.max_sequences = self._sequences(total - sum(lines.values()) - self._spare_states * each, each)
             lines["states"] = (self.max_sequences + self._spare_states) * each
-        least_blocks = -(-config.min_kv_tokens // config.block_size)
-        require(total, {**lines, "kv_cache": least_blocks * self.block_bytes}, hint=self._hint())
+            self._state_bytes = each
+        least = -(-config.min_kv_tokens // config.block_size) * self.block_bytes
+        self._swap_inside = swap_inside and config.preemption == "swap"
+        swap = {"swap_space": least + self.max_sequences * self._state_bytes} if self._swap_inside else {}
+        require(total, {**lines, "kv_cache": least, **swap}, hint=self._hint())
         self.budget = MemoryBudget(total)
         for line, nbytes in lines.items():
             self.budget.reserve(line, nbytes)
@@ -112,9 +138,23 @@ class Deployment:
         """More KV blocks than a full batch at full context can never be used."""
         return self.config.max_batch * -(-self.limits.context // self.config.block_size)
 
+    @property
+    def kv_room(self) -> int:
+        """Bytes that are left for KV."""
+        if self._swap_inside:  # as much again for its swap space, behind that of all states
+            return (self.budget.free - self.max_sequences * self._state_bytes) // 2
+        return self.budget.free
+
+    def swap_lines(self, host_blocks: int) -> dict[str, int]:
+        """Bytes of host memory by line for what may be swapped out: KV blocks, states of all sequences."""
+        if self.config.preemption != "swap":
+            return {}
+        lines = {"swapped_kv": host_blocks * self.block_bytes, "swapped_states": self.max_sequences * self._state_bytes}
+        return {line: nbytes for line, nbytes in lines.items() if nbytes}
+
     def reserve_kv(self) -> int:
         """Charge the KV cache with what is left, as far as it is of use; returns the number of its blocks."""
-        blocks = min(self.budget.free // self.block_bytes, self.useful_blocks)
+        blocks = min(self.kv_room // self.block_bytes, self.useful_blocks)
         self.budget.reserve("kv_cache", blocks * self.block_bytes)
         return blocks
 

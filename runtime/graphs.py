@@ -1,11 +1,15 @@
 """Decode steps as CUDA graphs: one launch a step in place of ten a layer.
 
 A step of B sequences, one token each, is padded to the next of a few batch sizes and copied into static buffers by
-one transfer. A graph belongs to (padded batch, phase of the streamer): in another phase layers lie in other slots.
-The first step of a key runs eagerly, which also compiles its kernels; the second is captured, and replayed from then
-on. Padding is a sequence without context whose token has slot -1: it writes no KV, reaches no expert, leaves its state
-in a slot that no sequence has, and its logits are dropped. Expert loads are nodes of the graph (CudaStreamer.capture),
-so a step needs nothing of the host.
+one transfer. Each padded size has one graph. Its first step runs eagerly, which also compiles its kernels; the second
+is captured, and replayed from then on. Padding is a sequence without context whose token has slot -1: it writes no KV,
+reaches no expert, leaves its state in a slot that no sequence has, and its logits are dropped. Expert loads are nodes
+of the graph (CudaStreamer.capture), so a step needs nothing of the host but tables that are up to date, which
+`prepare` sees to before each step; when it says that what the graphs have fixed has changed, they are dropped.
+
+All graphs share one memory pool. The largest is captured first: until it is there all steps are padded to the largest
+size. What it leaves in the pool is room enough for each of the others, which are captured as they come; so the pool is
+as large as the largest needs, and no size that nobody asks for is ever compiled or captured.
 """
 
 from __future__ import annotations
@@ -23,14 +27,16 @@ from .batch import Batch
 
 # Bytes between the arrays of a packed step: what the widest of them (int64) and a vector load ask for.
 _ALIGNMENT = 16
+# What torch gives cuBLAS on each stream (its default for Hopper, the largest), and the least that its allocator takes.
+_CUBLAS_BYTES, _SEGMENT = 32 << 20, 2 << 20
 
 
 class CapturedPass(Protocol):
     """What a streamer offers to graphs; see CudaStreamer."""
 
-    phase: int
     steady: bool
 
+    def prepare(self) -> int: ...
     def capture(self) -> AbstractContextManager[None]: ...
     def replay(self) -> AbstractContextManager[None]: ...
 
@@ -47,11 +53,15 @@ def batch_sizes(max_batch: int) -> list[int]:
     return [size for size in sizes if size < max_batch] + [max_batch]
 
 
-def capture_cuda(work: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
-    """`work` as a CUDA graph, and the tensor that every replay leaves its result in."""
+def capture_cuda(work: Callable[[], Tensor], pool: object) -> tuple[Graph, Tensor]:
+    """`work` as a CUDA graph with memory of `pool`, and the tensor that every replay leaves its result in."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads may allocate meanwhile; only this one is being captured.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # torch leaves the stream that it captured on as the current one where ending the capture fails: the outer context
+    # has the old one back in any case. Other threads may allocate meanwhile; only this one is being captured.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+    ):
         result = work()
     return graph, result
 
@@ -120,10 +130,12 @@ class _Captured(NamedTuple):
 
 
 class DecodeGraphs:
-    """Runs decode steps, from the second of their kind on as graphs. One engine owns one.
+    """Runs decode steps, from the second of their size on as graphs. One engine owns one.
 
     forward(token_ids, metadata, logit_rows) → logits [rows, vocab], always in the same memory for the same sizes.
-    `capture` makes a graph of a call; tests put in one that simply calls again.
+    `capture` makes a graph of a call; tests put in one that simply calls again. An error of a capture is raised, and
+    leaves everything as it was: the next step of that size is captured again. `new_pool`: a memory pool for the graphs
+    that live at a time.
     """
 
     def __init__(
@@ -135,13 +147,17 @@ class DecodeGraphs:
         block_size: int,
         device: torch.device,
         spare_state: int = 0,
-        capture: Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]] = capture_cuda,
+        capture: Callable[[Callable[[], Tensor], object], tuple[Graph, Tensor]] = capture_cuda,
+        new_pool: Callable[[], object] = torch.cuda.graph_pool_handle,
     ) -> None:
-        self._forward, self._streamer, self._capture = forward, streamer, capture
+        self._forward, self._streamer, self._capture, self._new_pool = forward, streamer, capture, new_pool
         self._sizes = batch_sizes(max_batch)
         self._make = lambda batch: StepBuffers(batch, max_blocks, block_size, device, spare_state=spare_state)
         self._buffers: dict[int, StepBuffers] = {}
-        self._graphs: dict[tuple[int, int], _Captured | None] = {}
+        # By padded size; None: it ran eagerly once.
+        self._graphs: dict[int, _Captured | None] = {}
+        self._changes = 0
+        self._pool: object = None
         self.replays = 0
 
     @staticmethod
@@ -150,25 +166,38 @@ class DecodeGraphs:
         cpu = torch.device("cpu")
         return sum(StepBuffers(batch, max_blocks, block_size, cpu).nbytes for batch in batch_sizes(max_batch))
 
-    def forget(self) -> None:
-        """Drop all graphs, whose addresses have changed; each kind of step is captured again."""
-        self._graphs.clear()
+    @staticmethod
+    def pool_bytes(max_batch: int, hidden: int, itemsize: int) -> int:
+        """Device bytes of the graphs' memory pool, for the ledger: an estimate.
+
+        What a pass allocates beside its workspace is cuBLAS's workspace, which the capturing stream has of its own, and
+        the gathered rows that are sampled from, in segments of 2 MiB. What the driver keeps for a graph's nodes is not
+        in it.
+        """
+        rows = max_batch * hidden * itemsize
+        return _CUBLAS_BYTES + -(-rows // _SEGMENT) * _SEGMENT
 
     def run(self, step: Batch) -> Tensor:
         """Logits fp32 [B, vocab] of a decode step, whose tensors are on the host; valid until the next step."""
-        count = len(step.token_ids)
-        batch = self._sizes[bisect_left(self._sizes, count)]
+        changes = self._streamer.prepare()
+        if changes != self._changes:
+            # A pool whose graphs are all gone cannot be used again.
+            self._graphs, self._pool, self._changes = {}, None, changes
+        count, largest = len(step.token_ids), self._sizes[-1]
+        batch = self._sizes[bisect_left(self._sizes, count)] if self._graphs.get(largest) else largest
         if batch not in self._buffers:
             self._buffers[batch] = self._make(batch)
         buffers = self._buffers[batch]
         buffers.fill(step)
-        key = (batch, self._streamer.phase)
-        if key not in self._graphs or not self._streamer.steady:
-            self._graphs.setdefault(key, None)
-            return self._run(buffers)[:count]
-        if self._graphs[key] is None:
-            self._graphs[key] = _Captured(*self._capture(lambda: self._run_captured(buffers)))
-        captured = self._graphs[key]
+        if batch not in self._graphs or not self._streamer.steady:
+            logits = self._run(buffers)
+            self._graphs.setdefault(batch, None)
+            return logits[:count]
+        captured = self._graphs[batch]
+        if captured is None:
+            pool = self._pool or self._new_pool()
+            captured = _Captured(*self._capture(lambda: self._run_captured(buffers), pool))
+            self._graphs[batch], self._pool = captured, pool
         with self._streamer.replay():
             captured.graph.replay()
         self.replays += 1

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.ops import Ops
+from .host_memory import HostMemory
 from .region import BlockPool, GrowableRegion, RegionError
 
 
@@ -127,11 +128,17 @@ class PagedKVCache:
         self._non_blocking = pin
         k_shape, v_shape = ops.kv_block_shape(block_size, kv_heads, head_dim)
         on_device = {"dtype": dtype, "device": self.device}
-        on_host = {"dtype": dtype, "device": "cpu", "pin_memory": pin}
         self.k = torch.zeros(num_layers, num_blocks, *k_shape, **on_device)
         self.v = torch.zeros(num_layers, num_blocks, *v_shape, **on_device)
-        self.host_k = torch.zeros(host_blocks, num_layers, *k_shape, **on_host)
-        self.host_v = torch.zeros(host_blocks, num_layers, *v_shape, **on_host)
+        self._memory = HostMemory(pin)
+        try:
+            self.host_k, self.host_v = (
+                self._memory.empty(prod(shape) * dtype.itemsize).zero_().view(dtype).view(shape)
+                for shape in ((host_blocks, num_layers, *k_shape), (host_blocks, num_layers, *v_shape))
+            )
+        except BaseException:
+            self.close()
+            raise
 
     @staticmethod
     def bytes_per_block(
@@ -171,6 +178,10 @@ class PagedKVCache:
             self.k[:, device_block].copy_(self.host_k[host_block], non_blocking=self._non_blocking)
             self.v[:, device_block].copy_(self.host_v[host_block], non_blocking=self._non_blocking)
 
+    def close(self) -> None:
+        """Give a page-locked swap pool back; the cache cannot be used any more. Idempotent."""
+        self._memory.close()
+
     def _check(self, device_block: int, host_block: int) -> None:
         # A negative number would silently count from the end.
         assert 0 <= device_block < self.num_blocks, f"no device block {device_block} of {self.num_blocks}"
@@ -184,13 +195,13 @@ class GrowableKVCache(PagedKVCache):
         self, ops: Ops, num_layers: int, most_blocks: int, block_size: int, kv_heads: int, head_dim: int,
         dtype: torch.dtype, device: torch.device, pool: BlockPool, host_blocks: int = 0, pin: bool = False,
     ) -> None:  # fmt: skip
+        self._layers: list[tuple[GrowableRegion, int]] = []
         super().__init__(ops, num_layers, 1, block_size, kv_heads, head_dim, dtype, device, host_blocks, pin)
         sizes = [t[0, 0].numel() * dtype.itemsize for t in (self.k, self.v)]
         shapes = [tuple(t.shape[2:]) for t in (self.k, self.v)]
         # The fewest blocks whose K and whose V fill whole pages.
         self.quantum = lcm(*(pool.block_bytes // gcd(pool.block_bytes, size) for size in sizes))
         self.most_blocks = -(-most_blocks // self.quantum) * self.quantum
-        self._layers: list[tuple[GrowableRegion, int]] = []
         tensors = []
         for size, shape in zip(sizes, shapes, strict=True):
             region = [pool.reserve(self.most_blocks * size) for _ in range(num_layers)]
@@ -241,5 +252,6 @@ class GrowableKVCache(PagedKVCache):
                 self.v[layer][device_block].copy_(self.host_v[host_block, layer])
 
     def close(self) -> None:
+        super().close()
         for region, _ in self._layers:
             region.region.close()

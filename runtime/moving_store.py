@@ -1,6 +1,6 @@
 """Experts that can change tier while serving: a heap of blocks for each device tier, and a copy of all in host memory.
 
-    HOST      every expert, in the format that the GEMM reads; pinned on CUDA
+    HOST      every expert, in the format that the GEMM reads; page-locked on CUDA
     PACKED    a heap of such blocks on the device         (absent where the host's format is dense)
     RESIDENT  a heap of dense blocks on the device
 
@@ -22,10 +22,11 @@ from fluxmoe.kernels.expert_table import DOWN, GATE_UP, TABLE_FORMATS
 from fluxmoe.kernels.ops import Recipes
 from torch import Tensor
 
+from .host_memory import HostMemory
 from .layout import DENSE, ExpertLayout
 from .placement import DEVICE_TIERS, Placement, Tier
 from .region import BlockPool, GrowableRegion
-from .store import Block, ExpertStore, LayerPlan, StoreError, aligned_empty
+from .store import Block, ExpertStore, LayerPlan, StoreError
 
 Where = tuple[int, int]
 Copy = Callable[[Tensor, Tensor], object]
@@ -92,8 +93,6 @@ class ExpertHeap:
             if moved is not None:
                 self._unit_of[moved] = unit
         self._owners.pop()
-        if self._units.is_cuda:
-            torch.cuda.current_stream().synchronize()  # pages must not be unmapped under a kernel or copy
         self._region.resize(len(self._owners) * self.unit_bytes)
         return moved
 
@@ -133,17 +132,21 @@ class MovingStore(ExpertStore):
         self.layout, self.device, self.decode = layout, device, decode
         self.most_streamed, self.format = most_streamed, stored
         self.device_tiers = (Tier.RESIDENT,) if stored == DENSE else (Tier.RESIDENT, Tier.PACKED)
-        pin = device.type == "cuda"
         self._strides = self._both(stored)
-        self._host = [
-            tuple(aligned_empty(layout.num_experts * stride, torch.device("cpu"), pin) for stride in self._strides)
-            for _ in range(layout.num_layers)
-        ]
+        self._memory = HostMemory(pin=device.type == "cuda")
+        self.heaps: dict[Tier, ExpertHeap] = {}
         most = layout.num_layers * layout.num_experts
-        self.heaps = {
-            tier: ExpertHeap(pool, layout.sizes[layout.stored(tier)], self._both(layout.stored(tier)), most)
-            for tier in self.device_tiers
-        }
+        try:
+            self._host = [
+                tuple(self._memory.empty(layout.num_experts * stride) for stride in self._strides)
+                for _ in range(layout.num_layers)
+            ]
+            for tier in self.device_tiers:
+                sizes, strides = layout.sizes[layout.stored(tier)], self._both(layout.stored(tier))
+                self.heaps[tier] = ExpertHeap(pool, sizes, strides, most)
+        except BaseException:
+            self.close()
+            raise
         self._missing = {(i, e) for i in range(layout.num_layers) for e in range(layout.num_experts)}
         self._recipes: dict[Where, Recipes] = {}
         self._file = self._direct = None
@@ -228,6 +231,7 @@ class MovingStore(ExpertStore):
     def close(self) -> None:
         for heap in self.heaps.values():
             heap.close()
+        self._memory.close()
 
     # Moves, between iterations only.
 

@@ -8,13 +8,13 @@ for ever; a fixed pool of S·E experts' blocks, S = 2 by default, goes round und
 run unchanged on `view(layer)`, an ordinary strided tensor [E, n, k] — torch's grouped_mm, say. What rounding wastes is
 `padding_bytes`. Where kernels are ours, a table of addresses (ExpertTable) does the same without any mapping.
 
-Algorithm 1, one loader thread a tensor type: visit n of a pass over the layers, counted on for ever, brings its layer
-into the blocks of visit n - S.
+Algorithm 1, one loader thread a tensor type: load n, counted on for ever over the passes, maps its layer with the
+blocks of the visit that it follows in the schedule of `slots`.
 
     Unmapped ─► Loading ─► Resident ─► Evicting ─► Unmapped
              map      loaded      computed      unmap
 
-Write after read: a block is unmapped only once visit n - S was computed. Read after write: `layer` hands out views once
+Write after read: a block is unmapped only once its visit was computed. Read after write: `layer` hands out views once
 all types are loaded. The caller never waits for the device; a loader does, since to unmap under a kernel is an error.
 """
 
@@ -24,12 +24,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
+from itertools import count
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .region import BlockPool, RegionError, make_pool
+from .slots import SlotSchedule
 
 _POISON = 0xFF
 
@@ -106,7 +108,7 @@ class PagedTensor:
             blocks: list[int | None] = [None] * self.pages_each
             if instead_of is not None:
                 self._turn(instead_of, expert, PageState.EVICTING)
-                blocks = [self.region.unmap(page, keep=True) for page in self._pages(instead_of, expert)]
+                blocks = [self.region.unmap(page, keep=True, idle=True) for page in self._pages(instead_of, expert)]
                 self._turn(instead_of, expert, PageState.UNMAPPED)
             for page, block in zip(self._pages(layer, expert), blocks, strict=True):
                 self.region.map(page, block)
@@ -142,10 +144,9 @@ class Pager:
 
     def __init__(self, tensors: Sequence[PagedTensor], loads: Sequence[Load], poison: bool = False) -> None:
         self.tensors, self.loads, self.poison = tensors, loads, poison
-        self.num_layers = tensors[0].num_layers
-        self.slots = min(tensor.slots for tensor in tensors)
+        layers, slots = tensors[0].num_layers, min(tensor.slots for tensor in tensors)
         # With blocks for all layers each is loaded once and stays.
-        self.keeps_all = self.slots >= self.num_layers
+        self.schedule = SlotSchedule(layers, slots, keeps_all=slots >= layers)
         self._changed = threading.Condition()
         self._loaded = [0] * len(tensors)
         self._computed = 0
@@ -173,17 +174,17 @@ class Pager:
                 self._changed.notify_all()
 
     def _load_all(self, d: int, stream: torch.cuda.Stream | None) -> None:
-        tensor, visit = self.tensors[d], 0
-        while not (self.keeps_all and visit == self.num_layers):
+        tensor, schedule = self.tensors[d], self.schedule
+        for visit in range(schedule.layers) if schedule.keeps_all else count():
+            layer, follows = schedule.rank(visit), schedule.follows(visit)
             with self._changed:
-                self._changed.wait_for(lambda v=visit: self._closing or self._computed > v - self.slots)
+                self._changed.wait_for(lambda v=follows: self._closing or self._computed > v)
                 if self._closing:
                     return
-                event = self._events.get(visit - self.slots)
+                event = self._events.get(follows)
             if event is not None:
                 event.synchronize()
-            layer = visit % self.num_layers
-            tensor.begin_load(layer, (visit - self.slots) % self.num_layers if visit >= self.slots else None)
+            tensor.begin_load(layer, schedule.rank(follows) if follows >= 0 else None)
             view = tensor.view(layer)
             if self.poison:
                 view.view(torch.uint8).fill_(_POISON)
@@ -191,19 +192,20 @@ class Pager:
             if stream is not None:
                 stream.synchronize()
             tensor.end_load(layer)
-            visit += 1
             with self._changed:
-                self._loaded[d] = visit
+                self._loaded[d] = visit + 1
                 self._changed.notify_all()
 
     @contextmanager
     def layer(self, layer: int) -> Iterator[tuple[Tensor, ...]]:
         """Views [E, *shape] of one layer, one a tensor; leaving lets its blocks be recycled. Layers come in order."""
-        if self.keeps_all:
+        schedule = self.schedule
+        if schedule.keeps_all:
             visit = layer
         else:
-            visit = self._visit
-            assert layer == visit % self.num_layers, f"layer {layer} visited out of order"
+            visit = self._visit if layer else schedule.next_pass(self._visit)
+            assert layer == schedule.rank(visit), f"layer {layer} visited out of order"
+            self._end(visit - 1)  # those of a pass that was given up count as computed
         with self._changed:
             self._changed.wait_for(lambda: self._error is not None or self._closing or min(self._loaded) > visit)
             if min(self._loaded) <= visit:
@@ -212,17 +214,26 @@ class Pager:
                 ) from self._error
         for tensor in self.tensors:
             tensor.check(layer)
-        yield tuple(tensor.view(layer) for tensor in self.tensors)
-        if self.keeps_all:
+        try:
+            yield tuple(tensor.view(layer) for tensor in self.tensors)
+        finally:
+            if not schedule.keeps_all:
+                self._visit = visit + 1
+                self._end(visit)
+
+    def _end(self, visit: int) -> None:
+        """The kernels of visits up to `visit` are in the order of the current stream; those that never began count."""
+        if visit < self._computed:
             return
         event = None
         if self.tensors[0].device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
         with self._changed:
-            if event is not None:
-                self._events = {visit: event, **{v: e for v, e in self._events.items() if v > visit - 2 * self.slots}}
-            self._computed = self._visit = visit + 1
+            for done in range(self._computed, visit + 1) if event is not None else ():
+                self._events[done] = event
+                self._events.pop(done - 2 * self.schedule.layers, None)
+            self._computed = visit + 1
             self._changed.notify_all()
 
     def close(self) -> None:

@@ -132,13 +132,16 @@ class Region(ABC):
         self._blocks[page] = block
         return block
 
-    def unmap(self, page: int, keep: bool = False) -> int:
-        """Take a page's block away; free it, or `keep` it for another page; returns it. RegionError without one."""
+    def unmap(self, page: int, keep: bool = False, idle: bool = False) -> int:
+        """Take a page's block away; free it, or `keep` it for another page; returns it. RegionError without one.
+
+        On a GPU waits for all that runs there, unless the caller has waited for what uses the page (`idle`).
+        """
         self._inside(page)
         if page not in self._blocks:
             raise RegionError(f"page {page} is not mapped (twice unmapped?)")
         block = self._blocks[page]
-        self._unmap(page)
+        self._unmap(page, idle)
         del self._blocks[page]
         if not keep:
             self.pool.free(block)
@@ -191,7 +194,7 @@ class Region(ABC):
     @abstractmethod
     def _map(self, page: int, block: int) -> None: ...
     @abstractmethod
-    def _unmap(self, page: int) -> None: ...
+    def _unmap(self, page: int, idle: bool) -> None: ...
     @abstractmethod
     def _unreserve(self) -> None: ...
 
@@ -213,7 +216,7 @@ def make_pool(device: torch.device, max_bytes: int) -> BlockPool:
     if device.type == "cuda":
         from .region_cuda import VmmPool
 
-        return VmmPool(max_bytes)
+        return VmmPool(max_bytes, device)
     block_bytes = BLOCK_BYTES
     while max_bytes // block_bytes > _MOST_BLOCKS:
         block_bytes *= 2
@@ -309,7 +312,7 @@ class MemfdRegion(Region):
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         self.pool._mmap(self.address + page * size, 1, protection, mmap.MAP_SHARED | _MAP_FIXED, block * size)
 
-    def _unmap(self, page: int) -> None:
+    def _unmap(self, page: int, idle: bool) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
         self.pool._mmap(self.address + page * self.pool.block_bytes, 1, _PROT_NONE, flags)
 

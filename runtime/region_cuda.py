@@ -1,12 +1,13 @@
 """Regions on a GPU: the CUDA driver's virtual memory management, through cuda-bindings.
 
 A block is a handle of cuMemCreate, of the granularity that the driver recommends (2 MiB on the GPUs of today); pages
-are mapped with cuMemMap and opened with cuMemSetAccess. cuMemUnmap must not happen under a running kernel: whoever
-unmaps has waited for the event after the last one that reads the page.
+are mapped with cuMemMap and opened with cuMemSetAccess. Neither cuMemUnmap nor cuMemAddressFree waits for a kernel that
+reads the page: the device is waited for first, unless the caller says that it has waited for the last such kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,18 +27,25 @@ def _driver() -> Any:
 
 
 class VmmPool(BlockPool):
-    """Blocks of device memory. driver: cuda.bindings.driver, or a stand-in with the same functions in tests."""
+    """Blocks of memory of a CUDA device, by default the current one.
 
-    def __init__(self, max_bytes: int, device: int = 0, driver: Any = None) -> None:
-        self.driver = driver or _driver()
-        if driver is None:
-            torch.cuda.init()
+    driver, synchronize: cuda.bindings.driver and torch.cuda.synchronize, or stand-ins in tests, whose tensors are on
+    `device` all the same.
+    """
+
+    def __init__(
+        self, max_bytes: int, device: torch.device | None = None, driver: Any = None,
+        synchronize: Callable[[torch.device], object] = torch.cuda.synchronize,
+    ) -> None:  # fmt: skip
+        self.driver, self._synchronize = driver or _driver(), synchronize
+        if device is None or (device.index is None and device.type == "cuda"):
+            device = torch.device("cuda", torch.cuda.current_device())
         d = self.driver
         self.device = device
         self.properties = d.CUmemAllocationProp()
         self.properties.type = d.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self.properties.location.type = d.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        self.properties.location.id = device
+        self.properties.location.id = device.index or 0
         recommended = d.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
         granularity = self.call("cuMemGetAllocationGranularity", self.properties, recommended)
         super().__init__(int(granularity), max_bytes // int(granularity))
@@ -53,6 +61,10 @@ class VmmPool(BlockPool):
             reason = getattr(status, "name", status)
             raise RegionError(f"the CUDA driver refused {name}: {reason}")
         return values[0] if values else None
+
+    def wait(self) -> None:
+        """Until nothing runs on the device."""
+        self._synchronize(self.device)
 
     def reserve(self, nbytes: int) -> Region:
         pages = self.pages(nbytes)
@@ -72,22 +84,17 @@ class VmmPool(BlockPool):
             self.free(block)
 
 
-class _DeviceBytes:
-    """What torch.as_tensor reads a device pointer from."""
-
-    def __init__(self, address: int, nbytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3, "strides": None,
-        }  # fmt: skip
-
-
 class VmmRegion(Region):
     """Pages under addresses of the device."""
 
     pool: VmmPool
 
     def _bytes(self) -> Tensor:
-        return torch.as_tensor(_DeviceBytes(self.address, self.nbytes), device=f"cuda:{self.pool.device}")
+        # torch.as_tensor would ask the driver whose memory the address is, and be refused where nothing is mapped. A
+        # storage is told its device and asks nobody; torch's own CUDA graph trees make theirs so.
+        device, nbytes = self.pool.device, self.nbytes
+        storage = torch._C._construct_storage_from_data_pointer(self.address, device, nbytes)
+        return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (nbytes,), (1,))
 
     def _map(self, page: int, block: int) -> None:
         pool, size = self.pool, self.pool.block_bytes
@@ -99,8 +106,11 @@ class VmmRegion(Region):
             pool.call("cuMemUnmap", address, size)
             raise
 
-    def _unmap(self, page: int) -> None:
+    def _unmap(self, page: int, idle: bool) -> None:
+        if not idle:
+            self.pool.wait()
         self.pool.call("cuMemUnmap", self.address + page * self.pool.block_bytes, self.pool.block_bytes)
 
     def _unreserve(self) -> None:
+        self.pool.wait()
         self.pool.call("cuMemAddressFree", self.address, max(1, self.num_pages) * self.pool.block_bytes)

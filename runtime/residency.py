@@ -13,16 +13,16 @@ in use, a copy that fails) leaves the old state, and says why in `refused`.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .budget import MemoryBudget
+from .courier import Courier, StreamCourier, ThreadCourier
 from .deployment import EXPERT_LINES
 from .kv_cache import GrowableKVCache
 from .moving_store import Copy, MovingStore, Where
@@ -72,35 +72,29 @@ class _Arrival:
         return self.move.layer, self.move.expert
 
 
-@dataclass
-class _Convoy:
-    """Arrivals that one thread brings; nothing else moves before all of them are done."""
-
-    arrivals: list[_Arrival]
-    done: threading.Event = field(default_factory=threading.Event)
-
-
 class Residency:
     """Applies moves between iterations, and shares the pool out between experts and KV.
 
-    on_change: called after addresses or plans changed. planner: decides every `every` iterations from the median of
+    planner: decides every `every` iterations from the median of
     what they saw; None: only `request` moves experts. links: if given, the planner also chooses between whole and
     on-demand transfer. popularity: fp32 [L, E] on the device, to which every pass adds how many tokens each expert was
-    routed; None: not counted. copy: how bytes reach the device, for tests that inject failures.
+    routed; None: not counted. copy: how bytes reach the device, for tests that inject failures; courier: in what order.
     """
 
     def __init__(
         self, store: MovingStore, kv: GrowableKVCache, scheduler: Scheduler, budget: MemoryBudget, pool: BlockPool,
-        on_change: Callable[[], None] = lambda: None, planner: Planner | None = None, every: int = 8,
-        grow_kv: bool = True, links: Links | None = None, popularity: Tensor | None = None,
-        copy: Copy = lambda target, source: target.copy_(source, non_blocking=True),
+        planner: Planner | None = None, every: int = 8, grow_kv: bool = True, links: Links | None = None,
+        popularity: Tensor | None = None,
+        copy: Copy = lambda target, source: target.copy_(source, non_blocking=True), courier: Courier | None = None,
     ) -> None:  # fmt: skip
         self.store, self.kv, self.scheduler, self.budget, self.pool = store, kv, scheduler, budget, pool
         self.planner, self.every, self.grow_kv, self.links = planner, every, grow_kv, links
         self.popularity = popularity
-        self._on_change, self._copy = on_change, copy
+        self._copy = copy
+        self._courier = courier or (StreamCourier() if store.device.type == "cuda" else ThreadCourier())
         self._requested: list[Move] = []
-        self._convoy: _Convoy | None = None
+        # On their way; nothing else moves before all of them have arrived.
+        self._arrivals: list[_Arrival] = []
         self._window: list[Seen] = []
         # Tokens since the last plan; then how often each expert was used, and by how many tokens, older plans less.
         self._routed = 0
@@ -122,27 +116,24 @@ class Residency:
     @property
     def busy(self) -> bool:
         """Whether moves are under way."""
-        return bool(self._requested or self._convoy)
+        return bool(self._requested or self._arrivals)
 
     def between_iterations(self, seen: Seen | None = None) -> None:
         """Everything that may change, before the next pass begins. Never waits for a copy.
 
         seen: the iteration that has ended, from which the planner learns.
         """
-        epochs = list(self.store.epochs)
-        self._end_convoy()
+        self._land()
         if self.planner is not None and seen is not None:
             self._plan(seen)
-        if self._convoy is None:  # heaps must not move while a copy writes into them
+        if not self._arrivals:  # heaps must not move while a copy writes into them
             self._begin_requested()
         self._share_out()
-        if self.store.epochs != epochs:
-            self._on_change()
 
-    def _end_convoy(self) -> None:
-        if self._convoy is None or not self._convoy.done.is_set():
+    def _land(self) -> None:
+        if not self._arrivals or not self._courier.arrived:
             return
-        arrivals, self._convoy = self._convoy.arrivals, None
+        arrivals, self._arrivals = self._arrivals, []
         well = [arrival for arrival in arrivals if arrival.error is None]
         failed = [arrival for arrival in arrivals if arrival.error is not None]
         self.store.land(
@@ -167,8 +158,8 @@ class Residency:
             else:
                 arrivals += self._reserve(move)
         if arrivals:
-            self._convoy = _Convoy(arrivals)
-            threading.Thread(target=self._bring, args=(self._convoy,), name="expert-arrivals", daemon=True).start()
+            self._courier.send([partial(self._bring, arrival) for arrival in arrivals])
+            self._arrivals = arrivals
 
     def _skips(self, move: Move) -> bool:
         """Compressed experts in host memory become dense by way of the packed tier."""
@@ -195,17 +186,11 @@ class Residency:
                 self.refused.append(f"{_name(move)} stays {_tier(move.source)}: {error}")
             return []
 
-    def _bring(self, convoy: _Convoy) -> None:
-        stream = torch.cuda.Stream(self.store.device) if self.store.device.type == "cuda" else None
-        for arrival in convoy.arrivals:
-            try:
-                with torch.cuda.stream(stream):  # without effect for None
-                    self.store.fetch(arrival.where, arrival.move.target, arrival.unit, self._copy)
-                if stream is not None:
-                    stream.synchronize()
-            except Exception as error:
-                arrival.error = error
-        convoy.done.set()
+    def _bring(self, arrival: _Arrival) -> None:
+        try:
+            self.store.fetch(arrival.where, arrival.move.target, arrival.unit, self._copy)
+        except Exception as error:
+            arrival.error = error
 
     def _make_room(self, nbytes: int) -> None:
         """Take KV quanta that hold nothing until the pool has `nbytes`. RegionError if they are in use."""
@@ -295,10 +280,9 @@ class Residency:
             self.applied[chosen] += 1
         return compute_s, load_s
 
-    def settle(self, seconds: float = 10.0) -> None:
-        """Wait for copies under way; for the end of a run."""
-        if self._convoy is not None:
-            self._convoy.done.wait(seconds)
+    def close(self) -> None:
+        """Give up experts on their way; then nothing is written to the device any more. Idempotent."""
+        self._courier.close()
 
 
 def _name(move: Move) -> str:

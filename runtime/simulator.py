@@ -71,9 +71,9 @@ class SimEngine:
         parameters = parameters or CostParameters()
         limits = limits_of(model, config)
         ops = SimOps(model, limits, self.devices, parameters)
-        layout = lay_out(model, config, ops, lambda: profile.bandwidths(None))
+        layout = lay_out(model, config, ops.experts, lambda: profile.bandwidths(None))
         total = int(profile.memory_bytes * _USABLE) if config.budget_bytes is None else config.budget_bytes
-        self.deployment = Deployment(model, config, ops, layout, ops.device, total, shares=self.devices)
+        self.deployment = Deployment(model, config, ops, ops.experts, layout, ops.device, total, shares=self.devices)
         self.placement, self.budget = self.deployment.placement, self.deployment.budget
         self.costs = CostModel(model, profile, self.devices, parameters)
         self._copy_rate = copy_rate

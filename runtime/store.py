@@ -2,7 +2,7 @@
 
     RESIDENT  one device arena a layer and tensor type; kernels read it in place
     PACKED    likewise, compressed
-    HOST      one host arena a layer and tensor type (pinned for CUDA): a layer's load is one copy a type
+    HOST      one host arena a layer and tensor type (page-locked for CUDA): a layer's load is one copy a type
     DISK      one spill file, unlinked as soon as it is open, so that nothing is left whatever happens
 
 Blocks are made by the backend and opaque here; where which block lies, and in which format, says `layout`.
@@ -24,12 +24,11 @@ from fluxmoe.kernels.ops import Recipes
 from torch import Tensor
 
 from .budget import format_bytes
+from .host_memory import PAGE, HostMemory, HostMemoryError
 from .layout import ExpertLayout
 from .placement import DEVICE_TIERS, Tier
 
 TENSOR_NAMES = ("gate_up", "down")
-# O_DIRECT wants offsets, lengths and addresses in multiples of the logical block size; 4096 suits all devices.
-PAGE = 4096
 # Between chunks a load can be given up. 32 MiB are 2 ms of memory and 20 ms of a fast disk: quick enough to close,
 # and rare enough that the copy thread seldom has to ask for the GIL.
 _CHUNK = 32 << 20
@@ -39,11 +38,11 @@ class StoreError(ValueError):
     """Experts could not be stored or read back."""
 
 
-def aligned_empty(nbytes: int, device: torch.device, pin: bool = False) -> Tensor:
+def aligned_empty(nbytes: int, device: torch.device) -> Tensor:
     """uint8 [nbytes]; on the CPU it starts at a page boundary, as direct reads need."""
     if device.type == "cuda":
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    raw = torch.empty(nbytes + PAGE, dtype=torch.uint8, pin_memory=pin)
+    raw = torch.empty(nbytes + PAGE, dtype=torch.uint8)
     skip = -raw.data_ptr() % PAGE
     return raw[skip : skip + nbytes]
 
@@ -80,6 +79,23 @@ class LayerPlan(NamedTuple):
     def host_bytes(self, tensor_type: int) -> int:
         return sum(source.numel() for source, _ in self.host_runs[tensor_type])
 
+    def copies(self) -> list[tuple[int, int, int]]:
+        """(address, bytes, begin in the buffer) of every copy from host memory: what a captured load has fixed."""
+        return [(source.data_ptr(), source.numel(), at) for runs in self.host_runs for source, at in runs]
+
+
+def spill_offsets(layout: ExpertLayout) -> tuple[list[tuple[int, int]], int]:
+    """Where each (layer, tensor type) of the DISK tier begins in the spill file, at pages; the bytes of the file."""
+    offsets, end = [], 0
+    for layer in range(layout.num_layers):
+        begins = []
+        for d in (0, 1):
+            begins.append(end)
+            if members := len(layout.placement.members(layer, Tier.DISK)):
+                end += -(-members * layout.stride(layout.stored(Tier.DISK), d) // PAGE) * PAGE
+        offsets.append((begins[0], begins[1]))
+    return offsets, end
+
 
 class ExpertStore:
     """Holds every expert once. Fill with `put`, check with `seal`; use as a context manager, or call `close`.
@@ -106,22 +122,17 @@ class ExpertStore:
         pin = self.device.type == "cuda"
         if pin and any(self._members[Tier.DISK]):
             raise StoreError("the disk tier needs --device cpu for now; use placement host or balanced on CUDA")
-        self._arenas = {tier: [self._arena(i, tier, self.device) for i in layers] for tier in DEVICE_TIERS}
-        self._arenas[Tier.HOST] = [self._arena(i, Tier.HOST, torch.device("cpu"), pin) for i in layers]
-        # Where each (layer, type) begins in the spill file, on page boundaries.
-        self._offsets: list[tuple[int, int]] = []
-        end = 0
-        for i in layers:
-            begins = []
-            for d in (0, 1):
-                begins.append(end)
-                end += -(-self._payload_bytes(i, Tier.DISK, d) // PAGE) * PAGE
-            self._offsets.append((begins[0], begins[1]))
-        self.disk_bytes = end
+        self._memory = HostMemory(pin)
         self._file = self._direct = None
+        self._offsets, self.disk_bytes = spill_offsets(layout)
         self.direct_io = False
-        if end:
-            self._open_spill(Path(disk_dir or tempfile.gettempdir()))
+        try:
+            if self.disk_bytes:
+                self._open_spill(Path(disk_dir or tempfile.gettempdir()))
+            self._arenas = {tier: [self._arena(i, tier) for i in layers] for tier in (*DEVICE_TIERS, Tier.HOST)}
+        except BaseException:
+            self.close()
+            raise
         self._missing = {(i, e) for i in layers for e in range(layout.num_experts)}
         self.plans = [self._plan(i) for i in layers]
         # By layer, counts changes of addresses or plans: tables of an older epoch are made again.
@@ -143,15 +154,18 @@ class ExpertStore:
         members = self._members[tier][layer]
         return len(members) * self._stride(tier, tensor_type) if members else 0
 
-    def _arena(self, layer: int, tier: Tier, device: torch.device, pin: bool = False) -> tuple[Tensor, Tensor]:
+    def _arena(self, layer: int, tier: Tier) -> tuple[Tensor, Tensor]:
         sizes = [self._payload_bytes(layer, tier, d) for d in (0, 1)]
+        make = self._memory.empty if tier is Tier.HOST else lambda size: aligned_empty(size, self.device)
         try:
-            gate_up, down = (aligned_empty(size, device, pin) for size in sizes)
-        except RuntimeError:
+            gate_up, down = (make(size) for size in sizes)
+        except (RuntimeError, HostMemoryError) as error:
+            reason = error
+            if not isinstance(error, HostMemoryError):
+                where = "host" if self.device.type == "cpu" else self.device.type
+                reason = f"cannot allocate {format_bytes(sum(sizes))} of {where} memory"
             raise StoreError(
-                f"cannot allocate {format_bytes(sum(sizes))} of "
-                f"{'host' if pin or device.type == 'cpu' else device.type} memory for "
-                "the experts of a layer; another placement or alpha moves experts to another tier"
+                f"{reason} for the experts of a layer; another placement or alpha moves experts to another tier"
             ) from None
         return gate_up, down
 
@@ -334,7 +348,8 @@ class ExpertStore:
         return target.numel() - len(view)
 
     def close(self) -> None:
-        """Give the spill file back. Idempotent."""
+        """Give spill file and page-locked memory back; nothing in the store may be used any more. Idempotent."""
+        self._memory.close()
         for name in ("_file", "_direct"):
             handle = getattr(self, name)
             if handle is not None:

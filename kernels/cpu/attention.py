@@ -22,7 +22,7 @@ from numba import njit, prange, types
 from torch import Tensor
 
 from ..ops import AttentionMetadata, KernelError, RopeTable
-from .gemm import LANES, Scratch, padded
+from .gemm import LANES, Scratch, padded, zeros
 from .norm import rms_scale
 from .simd import MAX_ROWS, exp_f32, fetch_add, float_bits, gemm_tile, round_bf16, store_u16, store_u32
 
@@ -189,10 +189,10 @@ class AttentionBuffers:
     def __init__(self, head_dim: int, max_context: int, block_size: int, threads: int) -> None:
         # A sliding window starts anywhere in a block, hence one block more than the context.
         positions = (-(-max_context // block_size) + 1) * block_size
-        self.q = torch.zeros(threads, MAX_ROWS, head_dim)
-        self.scores = torch.zeros(threads, MAX_ROWS, positions)
-        self.out = torch.zeros(threads, MAX_ROWS, padded(head_dim))
-        self.row_tables = torch.zeros(threads, 8, dtype=torch.int64)
+        self.q = zeros(threads, MAX_ROWS, head_dim)
+        self.scores = zeros(threads, MAX_ROWS, positions)
+        self.out = zeros(threads, MAX_ROWS, padded(head_dim))
+        self.row_tables = zeros(threads, 8, dtype=torch.int64)
 
     @property
     def nbytes(self) -> int:

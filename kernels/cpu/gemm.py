@@ -10,6 +10,9 @@ weight's bytes over memory bandwidth; at many: 2·M·N·K over the FMA rate.
 
 from __future__ import annotations
 
+import os
+
+import numba
 import numpy as np
 import torch
 from numba import njit, prange
@@ -24,6 +27,11 @@ _TASK_BYTES = 64 * 1024
 def padded(n: int) -> int:
     """`n` rounded up to whole panels of 16."""
     return -(-n // LANES) * LANES
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A buffer in host memory; its dtype and device are ours, whatever defaults the process has set."""
+    return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
 def packed_bytes(n: int, k: int, dtype: torch.dtype) -> int:
@@ -99,6 +107,19 @@ def linear(x: Tensor, weight: Tensor, n: int, dtype: torch.dtype, y: Tensor, scr
             scratch.threads,
         )
     return y[:rows, :n]
+
+
+def default_threads() -> int:
+    """Processors that this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return min(usable, numba.config.NUMBA_NUM_THREADS)
+
+
+def use_threads(threads: int | None = None) -> int:
+    """Set the threads of the kernels that follow, all by default; returns their number."""
+    threads = threads or default_threads()
+    numba.set_num_threads(threads)
+    return threads
 
 
 class Scratch:

@@ -4,6 +4,7 @@ Data map for T tokens, E experts, R = T·top_k routed rows ("slots" of the sorte
 
     topk_weights  fp32  [T, top_k]  router probabilities of the chosen experts       route → combine
     row_of        int32 [T, top_k]  place of (token, choice) in expert order         route → combine
+                                    (-1: an expert that is elsewhere)
     row_token     int32 [R]         token of each row, rows sorted by expert, stable  route → gate_up
     expert_start  int32 [E + 1]     first row of each expert                         route → gate_up, down
     activation    fp32  [R, I]      silu(gate) * up                                  gate_up → down
@@ -22,13 +23,16 @@ or the same panels compressed (`planar`), as the table says of each block.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from numba import njit, prange, types
 from torch import Tensor
 
 from ..expert_table import FORMAT_PLANAR12, ExpertTable
+from ..ops import KernelError
 from . import gemm
-from .gemm import LANES, Scratch, fill_rows, padded
+from .gemm import LANES, Scratch, fill_rows, padded, zeros
 from .planar import planar_panel
 from .simd import exp_f32, fetch_add, gemm_panel
 
@@ -48,7 +52,7 @@ def pack_gate_up(gate_up: Tensor, out: Tensor) -> None:
     bits = torch.int16 if gate_up.dtype == torch.bfloat16 else torch.int32
     panels = out.view(bits).view(-1, 2, hidden, LANES)
     for which, half in enumerate(gate_up.view(2, double // 2, hidden)):
-        packed = torch.empty(gemm.packed_bytes(double // 2, hidden, half.dtype), dtype=torch.uint8)
+        packed = torch.empty(gemm.packed_bytes(double // 2, hidden, half.dtype), dtype=torch.uint8, device="cpu")
         gemm.pack(half, packed)
         panels[:, which].copy_(packed.view(bits).view(-1, hidden, LANES))
 
@@ -92,20 +96,30 @@ def _top_k_of_token(logits, top_k, renormalise, ids, weights):
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _route(logits, top_k, renormalise, topk_ids, topk_weights, row_of, row_token, expert_start):
-    tokens, experts = logits.shape
-    for t in prange(tokens):
+def _top_k(logits, top_k, renormalise, topk_ids, topk_weights):
+    for t in prange(logits.shape[0]):
         _top_k_of_token(logits[t], top_k, renormalise, topk_ids[t], topk_weights[t])
+
+
+@njit(nogil=True, cache=True)
+def _sort_by_expert(topk_ids, row_of, row_token, expert_start):
+    """Counting sort, stable in token order; ids outside the experts get no row."""
+    tokens, top_k = topk_ids.shape
+    experts = expert_start.shape[0] - 1
     expert_start[:] = 0
     for t in range(tokens):
         for choice in range(top_k):
-            expert_start[topk_ids[t, choice] + 1] += 1
+            if 0 <= topk_ids[t, choice] < experts:
+                expert_start[topk_ids[t, choice] + 1] += 1
     for e in range(experts):
         expert_start[e + 1] += expert_start[e]
-    # Counting sort, stable in token order: expert_start advances while filling and is shifted back afterwards.
+    # expert_start advances while filling and is shifted back afterwards.
     for t in range(tokens):
         for choice in range(top_k):
             e = topk_ids[t, choice]
+            if e < 0 or e >= experts:
+                row_of[t, choice] = -1
+                continue
             row = expert_start[e]
             expert_start[e] = row + 1
             row_of[t, choice] = row
@@ -208,7 +222,9 @@ def _combine(expert_out, topk_weights, row_of, residual, out):
         for h in range(hidden):
             total = types.float32(0.0)
             for choice in range(top_k):
-                total += topk_weights[t, choice] * expert_out[row_of[t, choice], h]
+                row = row_of[t, choice]
+                if row >= 0:
+                    total += topk_weights[t, choice] * expert_out[row, h]
             out[t, h] = residual[t, h] + total
 
 
@@ -217,36 +233,56 @@ class MoeBuffers:
 
     def __init__(self, max_tokens: int, hidden: int, intermediate: int, experts: int, top_k: int, threads: int) -> None:
         rows = max_tokens * top_k
-        self.topk_ids = torch.zeros(max_tokens, top_k, dtype=torch.int32)
-        self.topk_weights = torch.zeros(max_tokens, top_k)
-        self.row_of = torch.zeros(max_tokens, top_k, dtype=torch.int32)
-        self.row_token = torch.zeros(rows, dtype=torch.int32)
-        self.expert_start = torch.zeros(experts + 1, dtype=torch.int32)
-        self.activation = torch.zeros(rows, padded(intermediate))
-        self.expert_out = torch.zeros(rows, padded(hidden))
-        self.tiles = torch.zeros(threads, 2, _CHUNK_ROWS, LANES)
+        self.topk_ids = zeros(max_tokens, top_k, dtype=torch.int32)
+        self.topk_weights = zeros(max_tokens, top_k)
+        self.row_of = zeros(max_tokens, top_k, dtype=torch.int32)
+        self.row_token = zeros(rows, dtype=torch.int32)
+        self.expert_start = zeros(experts + 1, dtype=torch.int32)
+        self.activation = zeros(rows, padded(intermediate))
+        self.expert_out = zeros(rows, padded(hidden))
+        self.tiles = zeros(threads, 2, _CHUNK_ROWS, LANES)
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in vars(self).values())
 
 
-def route(logits: Tensor, top_k: int, renormalise: bool, buffers: MoeBuffers) -> None:
+class Routing(NamedTuple):
+    """Which rows each expert gets; see the module's data map. Views of MoeBuffers."""
+
+    topk_weights: Tensor
+    row_of: Tensor
+    row_token: Tensor
+    expert_start: Tensor
+
+
+def route(logits: Tensor, top_k: int, renormalise: bool, buffers: MoeBuffers) -> Routing:
     """Softmax over fp32 logits [T, E], top_k experts a token (renormalised or not), rows sorted by expert."""
-    tokens = logits.shape[0]
-    _route(
-        logits.numpy(),
-        top_k,
-        renormalise,
-        buffers.topk_ids[:tokens].numpy(),
-        buffers.topk_weights[:tokens].numpy(),
-        buffers.row_of[:tokens].numpy(),
-        buffers.row_token.numpy(),
-        buffers.expert_start.numpy(),
-    )
+    ids, weights = buffers.topk_ids[: len(logits)], buffers.topk_weights[: len(logits)]
+    _top_k(logits.numpy(), top_k, renormalise, ids.numpy(), weights.numpy())
+    return _sorted(ids, weights, buffers)
 
 
-def gate_up(x: Tensor, table: ExpertTable, intermediate: int, dtype: torch.dtype, b: MoeBuffers, s: Scratch) -> None:
+def route_to(topk_ids: Tensor, topk_weights: Tensor, buffers: MoeBuffers) -> Routing:
+    """The same for experts [T, top_k] that are chosen already; ids outside 0 … E - 1 are experts elsewhere."""
+    ids, weights = buffers.topk_ids[: len(topk_ids)], buffers.topk_weights[: len(topk_ids)]
+    if topk_ids.shape != ids.shape or topk_weights.shape != ids.shape:
+        raise KernelError(
+            f"topk_ids and topk_weights must be [T ≤ {len(buffers.topk_ids)}, {ids.shape[1]}], got "
+            f"{list(topk_ids.shape)} and {list(topk_weights.shape)}"
+        )
+    return _sorted(ids.copy_(topk_ids), weights.copy_(topk_weights), buffers)
+
+
+def _sorted(ids: Tensor, weights: Tensor, buffers: MoeBuffers) -> Routing:
+    row_of = buffers.row_of[: len(ids)]
+    _sort_by_expert(ids.numpy(), row_of.numpy(), buffers.row_token.numpy(), buffers.expert_start.numpy())
+    return Routing(weights, row_of, buffers.row_token, buffers.expert_start)
+
+
+def gate_up(
+    x: Tensor, table: ExpertTable, intermediate: int, dtype: torch.dtype, routing: Routing, b: MoeBuffers, s: Scratch
+) -> None:
     """activation[r] = silu(x[token of r] @ gate^T) * (x[token of r] @ up^T); x fp32 [T, H]."""
     _gate_up(
         table.addresses.numpy(),
@@ -256,8 +292,8 @@ def gate_up(x: Tensor, table: ExpertTable, intermediate: int, dtype: torch.dtype
         padded(intermediate) // LANES,
         x.data_ptr(),
         x.stride(0) * 4,
-        b.row_token.numpy(),
-        b.expert_start.numpy(),
+        routing.row_token.numpy(),
+        routing.expert_start.numpy(),
         b.activation.numpy(),
         s.row_table,
         b.tiles.numpy(),
@@ -267,7 +303,9 @@ def gate_up(x: Tensor, table: ExpertTable, intermediate: int, dtype: torch.dtype
     )
 
 
-def down(table: ExpertTable, intermediate: int, dtype: torch.dtype, b: MoeBuffers, s: Scratch) -> None:
+def down(
+    table: ExpertTable, intermediate: int, dtype: torch.dtype, routing: Routing, b: MoeBuffers, s: Scratch
+) -> None:
     """expert_out[r] = activation[r, :I] @ down^T."""
     _down(
         table.addresses.numpy(),
@@ -277,7 +315,7 @@ def down(table: ExpertTable, intermediate: int, dtype: torch.dtype, b: MoeBuffer
         b.expert_out.shape[1] // LANES,
         b.activation.data_ptr(),
         b.activation.stride(0) * 4,
-        b.expert_start.numpy(),
+        routing.expert_start.numpy(),
         b.expert_out.data_ptr(),
         b.expert_out.stride(0) * 4,
         s.row_table,
@@ -287,14 +325,7 @@ def down(table: ExpertTable, intermediate: int, dtype: torch.dtype, b: MoeBuffer
     )
 
 
-def combine(residual: Tensor, out: Tensor, b: MoeBuffers) -> Tensor:
+def combine(residual: Tensor, out: Tensor, routing: Routing, b: MoeBuffers) -> Tensor:
     """out[t] = residual[t] + sum over choices of topk_weight * expert_out row; fp32 [T, H], may alias residual."""
-    tokens = residual.shape[0]
-    _combine(
-        b.expert_out.numpy(),
-        b.topk_weights[:tokens].numpy(),
-        b.row_of[:tokens].numpy(),
-        residual.numpy(),
-        out.numpy(),
-    )
+    _combine(b.expert_out.numpy(), routing.topk_weights.numpy(), routing.row_of.numpy(), residual.numpy(), out.numpy())
     return out

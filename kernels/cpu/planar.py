@@ -153,7 +153,9 @@ def decode(block: Tensor, out: Tensor | None = None, parallel: bool = True) -> T
     parallel: by all threads of numba; without, by the calling thread alone.
     """
     _, count, depth, _ = block[:32].view(torch.int64).tolist()
-    panels = torch.empty(count, depth, LANES, dtype=torch.bfloat16) if out is None else out.view(count, depth, LANES)
+    if out is None:
+        out = torch.empty(count, depth, LANES, dtype=torch.bfloat16, device="cpu")
+    panels = out.view(count, depth, LANES)
     (_decode_parallel if parallel else _decode)(block.data_ptr(), count, depth, panels.data_ptr())
     return panels
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from fluxmoe.kernels.cpu import gates, gemm, simd
 from fluxmoe.kernels.cpu.ops import CpuOps
-from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.ops import AttentionMetadata, DenseMlp, LayerDims, Limits, PackedLinear, RopeTable
 from fluxmoe.kernels.torch_ops import TorchOps
 
 DTYPES = [torch.bfloat16, torch.float32]
 DIMS = LayerDims(
-    hidden=48, heads=4, kv_heads=2, head_dim=24, experts=5, top_k=2, intermediate=40, vocab=100, dtype=torch.float32
+    hidden=48, heads=4, kv_heads=2, head_dim=24, experts=5, vocab=100, dtype=torch.float32
 )  # fmt: skip
 LIMITS = Limits(tokens=64, sequences=8, context=160, block_size=32)
 
@@ -134,68 +132,6 @@ def test_gates_of_an_element_do_not_depend_on_its_neighbours(gate):
     assert all(torch.equal(run(n), whole[:, :n]) for n in range(1, 40))
 
 
-def experts_of(ops, dims: LayerDims, weights) -> SimpleNamespace:
-    blocks = []
-    for gate_up, down in weights:
-        block = tuple(torch.zeros(n, dtype=torch.uint8) for n in ops.expert_bytes())
-        ops.pack_expert(gate_up, down, block)
-        blocks.append(block)
-    return SimpleNamespace(table=ExpertTable.from_blocks(blocks, "cpu"), wait=lambda tensor_type: None)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("tokens", "experts", "top_k", "hidden", "intermediate", "renormalise"),
-    [
-        (1, 1, 1, 16, 16, True),  # one expert
-        (1, 5, 5, 33, 17, False),  # every expert chosen; no size a multiple of 16
-        (2, 64, 3, 48, 40, True),  # most experts get no token
-        (64, 3, 1, 64, 32, False),  # more rows an expert than one chunk of SwiGLU
-        (37, 7, 4, 20, 70, True),
-        (64, 2, 2, 48, 16, True),
-    ],
-)
-def test_moe_matches_reference(tokens, experts, top_k, hidden, intermediate, renormalise, dtype):
-    dims = replace(DIMS, hidden=hidden, experts=experts, top_k=top_k, intermediate=intermediate, dtype=dtype)
-    dims = replace(dims, renormalise=renormalise)
-    fast, reference = pair(dims)
-    weights = [
-        (torch.randn(2 * intermediate, hidden).to(dtype) / 4, torch.randn(hidden, intermediate).to(dtype) / 4)
-        for _ in range(experts)
-    ]
-    router = torch.randn(experts, hidden).to(dtype)
-    x, residual = torch.randn(tokens, hidden), torch.randn(tokens, hidden)
-    results = [
-        ops.moe_add(x, packed(ops, router), experts_of(ops, dims, weights), residual.clone())
-        for ops in (fast, reference)
-    ]
-    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
-
-
-def test_one_hot_expert_gets_every_token():
-    """All rows to one expert: several tiles and chunks of one expert, the others empty."""
-    fast, reference = pair(replace(DIMS, top_k=1))
-    weights = [(torch.randn(80, 48) / 4, torch.randn(48, 40) / 4) for _ in range(5)]
-    router = torch.zeros(5, 48)
-    router[3] = 1.0
-    x = torch.rand(64, 48)
-    results = [
-        ops.moe_add(x, packed(ops, router), experts_of(ops, DIMS, weights), torch.zeros(64, 48))
-        for ops in (fast, reference)
-    ]
-    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
-
-
-def test_nan_in_an_expert_reaches_the_output():
-    """Poison must show: a slot read too early holds NaN."""
-    ops = CpuOps(replace(DIMS, top_k=5), LIMITS)
-    weights = [(torch.full((80, 48), float("nan")), torch.full((48, 40), float("nan"))) for _ in range(5)]
-    out = ops.moe_add(
-        torch.randn(3, 48), packed(ops, torch.randn(5, 48)), experts_of(ops, DIMS, weights), torch.zeros(3, 48)
-    )
-    assert out.isnan().all()
-
-
 def metadata_for(chunks: list[tuple[int, int]], block_size: int, table: torch.Tensor) -> AttentionMetadata:
     """chunks: (tokens already cached, tokens of this pass) for each sequence."""
     positions = [torch.arange(past, past + new) for past, new in chunks]
@@ -283,7 +219,7 @@ def test_block_size_must_fit_the_vector():
 @pytest.mark.parametrize("mlp", [0, 17])
 def test_workspace_is_what_is_held(mlp):
     ops = CpuOps(replace(DIMS, mlp=mlp), LIMITS)
-    held = [*ops._buffers.values(), *vars(ops._moe).values(), *vars(ops._attention).values()]
+    held = [*ops._buffers.values(), *vars(ops._attention).values()]
     arrays = [ops._scratch.counter, ops._scratch.row_table]
     transient = 64 * 48 * 4 + 8 * 48 * 4  # embedded tokens, sampled rows
     assert ops.workspace_bytes == sum(t.nbytes for t in held) + sum(a.nbytes for a in arrays) + transient

@@ -6,21 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fluxmoe.kernels.cpu.ops import CpuOps
-from fluxmoe.kernels.ops import KernelError, LayerDims, Limits
+from fluxmoe.kernels.cpu.experts import CpuExperts
+from fluxmoe.kernels.ops import ExpertDims, KernelError
 from fluxmoe.kernels.packing import FORMATS
-from fluxmoe.kernels.torch_ops import TorchOps
-from fluxmoe.kernels.triton_ops import TritonOps
+from fluxmoe.kernels.torch_experts import TorchExperts
+from fluxmoe.kernels.triton_experts import TritonExperts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DIMS = LayerDims(
-    hidden=128, heads=4, kv_heads=2, head_dim=32, experts=4, top_k=2, intermediate=248, vocab=64, dtype=torch.bfloat16
-)  # fmt: skip
-LIMITS = Limits(tokens=8, sequences=4, context=64, block_size=16)
-BACKENDS = {"cpu": CpuOps, "torch": TorchOps, "triton": lambda dims, limits: TritonOps(dims, limits, DEVICE)}
+DIMS = ExpertDims(hidden=128, intermediate=248, experts=4, top_k=2, dtype=torch.bfloat16)
+TOKENS = 8
+BACKENDS = {
+    "cpu": CpuExperts,
+    "torch": TorchExperts,
+    "triton": lambda dims, tokens: TritonExperts(dims, tokens, DEVICE),
+}
 
 
-def expert(dims: LayerDims) -> tuple[torch.Tensor, torch.Tensor]:
+def expert(dims: ExpertDims) -> tuple[torch.Tensor, torch.Tensor]:
     gate_up = torch.randn(2 * dims.intermediate, dims.hidden) * 0.02
     down = torch.randn(dims.hidden, dims.intermediate) * 0.02
     gate_up[3, 5], down[7, 11], down[0, 0] = 1e-30, float("nan"), -0.0
@@ -41,7 +43,7 @@ def assert_same_bits(got, expected) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dense_blocks(backend, dtype):
     dims = replace(DIMS, dtype=dtype, intermediate=40)
-    ops, weights = BACKENDS[backend](dims, LIMITS), expert(dims)
+    ops, weights = BACKENDS[backend](dims, TOKENS), expert(dims)
     blocks = empty_blocks(ops, "dense")
     assert ops.pack_expert(*weights, blocks) == (None, None)
     for got, expected in zip(ops.unpack_expert(blocks), weights, strict=True):
@@ -52,7 +54,7 @@ def test_dense_blocks(backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compressed_blocks_are_smaller_and_decode_to_dense_ones(backend, expert_format):
     """The sizes leave lanes of the CPU's last panel, and columns of the formats' last tile, unused."""
-    ops, weights = BACKENDS[backend](DIMS, LIMITS), expert(DIMS)
+    ops, weights = BACKENDS[backend](DIMS, TOKENS), expert(DIMS)
     blocks, dense = empty_blocks(ops, expert_format), empty_blocks(ops, "dense")
     recipes = ops.pack_expert(*weights, blocks, expert_format)
     if expert_format != "planar12":  # whose room for raw tiles outweighs what so small a block saves
@@ -69,15 +71,15 @@ def test_compressed_blocks_are_smaller_and_decode_to_dense_ones(backend, expert_
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_room_of_a_large_block(backend, expert_format, bits):
     """Qwen3-30B-A3B's experts: what the ledger is charged for a weight."""
-    ops = BACKENDS[backend](replace(DIMS, hidden=2048, intermediate=768), LIMITS)
+    ops = BACKENDS[backend](replace(DIMS, hidden=2048, intermediate=768), TOKENS)
     assert sum(ops.expert_bytes(expert_format)) * 8 / (3 * 2048 * 768) < bits
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_cannot_be_compressed_is_refused(backend):
     with pytest.raises(KernelError, match="bfloat16"):
-        BACKENDS[backend](replace(DIMS, dtype=torch.float32), LIMITS).expert_bytes("huffman")
-    ops = BACKENDS[backend](DIMS, LIMITS)
+        BACKENDS[backend](replace(DIMS, dtype=torch.float32), TOKENS).expert_bytes("huffman")
+    ops = BACKENDS[backend](DIMS, TOKENS)
     with pytest.raises(KernelError, match="choose dense, planar12, tiered, huffman"):
         ops.expert_bytes("zip")
     noise = [torch.randint(-(2**15), 2**15, w.shape, dtype=torch.int16).view(torch.bfloat16) for w in expert(DIMS)]
@@ -88,4 +90,4 @@ def test_what_cannot_be_compressed_is_refused(backend):
 
 def test_the_cpu_needs_even_sizes_for_planar12():
     with pytest.raises(KernelError, match="even"):
-        CpuOps(replace(DIMS, intermediate=41), LIMITS).expert_bytes("planar12")
+        CpuExperts(replace(DIMS, intermediate=41), TOKENS).expert_bytes("planar12")

@@ -51,7 +51,7 @@ class Layer:
         gate_up(x.to(DEVICE), self.table, routing, h, self.dtype, tile, num_sms)
         down(h, self.table, routing, y, self.dtype, tile, num_sms)
         out = torch.zeros(tokens, self.hidden, dtype=torch.float32, device=DEVICE)
-        return combine(y, out, top_k, num_tokens), routing
+        return combine(y, routing, out), routing
 
     def check(self, tokens, top_k, tile, logits=None):
         x = torch.randn(tokens, self.hidden).to(self.dtype)
@@ -161,7 +161,8 @@ def test_padding_tokens_keep_their_residual(real):
 @pytest.mark.parametrize("tokens", [0, 1, 13])
 def test_combine_adds_slots_to_the_residual(tokens):
     y, residual = torch.randn(tokens * 3, 40), torch.randn(tokens, 40)
-    got = combine(y.to(DEVICE), residual.clone().to(DEVICE), 3)
+    routing = Router(max(tokens, 1), 4, 3, True, DEVICE)(torch.randn(tokens, 4, device=DEVICE), 16)
+    got = combine(y.to(DEVICE), routing, residual.clone().to(DEVICE))
     torch.testing.assert_close(got.cpu(), residual + y.view(tokens, 3, 40).sum(1))
 
 

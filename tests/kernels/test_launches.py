@@ -20,8 +20,9 @@ from triton.runtime.jit import JITFunction
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.launches import compile_only
 from fluxmoe.kernels.ops import (
-    AttentionMetadata, DeltaNetDims, DeltaNetWeights, LayerDims, Limits, PackedLinear, RopeTable,
+    AttentionMetadata, DeltaNetDims, DeltaNetWeights, ExpertDims, LayerDims, Limits, PackedLinear, RopeTable,
 )
+from fluxmoe.kernels.triton_experts import TritonExperts
 from fluxmoe.kernels.triton_ops import TritonOps
 
 compiled = Counter()
@@ -44,8 +45,8 @@ def ids(*shape):
 
 delta = DeltaNetDims(4, 8, 64, 64, 4)
 dims = LayerDims(
-    hidden=2048, heads=32, kv_heads=4, head_dim=128, experts=128, top_k=8, intermediate=768, vocab=1024,
-    dtype=torch.bfloat16, qk_norm="head", delta=delta,
+    hidden=2048, heads=32, kv_heads=4, head_dim=128, experts=128, vocab=1024, dtype=torch.bfloat16, qk_norm="head",
+    delta=delta,
 )
 block = torch.zeros(16, dtype=torch.uint8)
 experts = SimpleNamespace(table=ExpertTable.from_blocks([(block, block)] * 128, "cpu", FORMAT), wait=lambda d: None)
@@ -54,7 +55,8 @@ def linear(n, k):
     return PackedLinear(empty(n * k * 2, dtype=torch.uint8), n, k, torch.bfloat16)
 
 with compile_only(90):
-    ops = TritonOps(dims, Limits(1024, 256, 4096, 32), "meta", planar12=FORMAT == 1)
+    ops = TritonOps(dims, Limits(1024, 256, 4096, 32), "meta")
+    expert_ops = TritonExperts(ExpertDims(2048, 768, 128, 8, torch.bfloat16), 1024, "meta", planar12=FORMAT == 1)
     cache = empty(512, 4, 32, 128)
     norm = empty(128, dtype=torch.float32)
     rope = RopeTable(empty(4096, 64, dtype=torch.float32), empty(4096, 64, dtype=torch.float32))
@@ -68,7 +70,8 @@ with compile_only(90):
         ops.attention(ops.qkv(x, linear(dims.qkv_size, 2048)), norm, norm, rope, metadata, cache, cache)
         ops.delta_net(x, weights, metadata, empty(257, 3, delta.channels),
                       empty(257, 8, 64, 64, dtype=torch.float32))
-        ops.moe_add(x, linear(128, 2048), experts, x, metadata.num_tokens)
+        routing = expert_ops.route(ops.router(x, linear(128, 2048)), metadata.num_tokens)
+        expert_ops.moe_add(x, routing, experts, x)
         ops.logits(empty(sequences, 2048), linear(1024, 2048))
 for (kernel, *_), times in sorted(compiled.items()):
     print(kernel, times)

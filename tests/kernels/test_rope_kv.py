@@ -71,8 +71,8 @@ def test_order_of_operations_is_that_of_the_reference_ops(qk_norm, clip):
 
     tokens, heads, kv_heads, head_dim, block_size = 6, 4, 2, 24, 16
     dims = LayerDims(
-        hidden=8, heads=heads, kv_heads=kv_heads, head_dim=head_dim, experts=1, top_k=1, intermediate=1, vocab=1,
-        dtype=torch.float32, qk_norm=qk_norm, clip_qkv=clip,
+        hidden=8, heads=heads, kv_heads=kv_heads, head_dim=head_dim, experts=1, vocab=1, dtype=torch.float32,
+        qk_norm=qk_norm, clip_qkv=clip,
     )  # fmt: skip
     ops = TorchOps(dims, Limits(tokens, 1, 16, block_size), DEVICE, torch.float32)
     args = inputs(tokens, heads, kv_heads, head_dim, block_size, qk_norm, torch.float32)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.runtime import engine as engine_module
 from fluxmoe.runtime.budget import BudgetError
 from fluxmoe.runtime.engine import DeviceError, Engine, EngineConfig
 from fluxmoe.runtime.request import Request, SamplingParams
@@ -298,3 +303,48 @@ def test_kernels_that_cannot_read_a_format_do_not_read_it_on_demand(wide_model_d
     settings = dict(device="cpu", placement="host", expert_format="huffman", transfer="on_demand", max_context=64)
     with pytest.raises(ValueError, match="cannot read format huffman in host memory"):
         Engine(wide_model_dir, EngineConfig(**settings))
+
+
+def held_by_process() -> tuple:
+    """Open files by what they are, and running threads."""
+    names = []
+    for handle in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            names.append(os.readlink(handle))
+    return sorted(names), threading.active_count()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc to see open files")
+@pytest.mark.parametrize(
+    ("part", "settings"),
+    [
+        ("_load", dict(placement="disk")),
+        ("_load", dict(placement="packed", adaptive=True)),
+        ("_make_scheduler", dict(placement="disk")),
+        ("make_streamer", dict(placement="packed", adaptive=True)),
+        ("Counters", dict(placement="disk")),
+        ("Residency", dict(placement="packed", adaptive=True)),
+    ],
+)
+def test_a_refused_start_leaves_nothing_open(wide_model_dir, monkeypatch, part, settings):
+    def refuse(*arguments, **more):
+        raise BudgetError("refused")
+
+    owner = engine_module.Engine if part.startswith("_") else engine_module
+    monkeypatch.setattr(owner, part, refuse)
+    before = held_by_process()
+    with pytest.raises(BudgetError, match="refused"):
+        Engine(wide_model_dir, EngineConfig(device="cpu", max_context=64, **settings))
+    assert held_by_process() == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc to see open files")
+def test_a_budget_that_maps_no_kv_leaves_nothing_open(wide_model_dir):
+    settings = dict(device="cpu", max_context=64, placement="packed", adaptive=True)
+    with Engine(wide_model_dir, EngineConfig(**settings)) as engine:
+        lines = engine.budget.lines()
+    least = sum(nbytes for line, nbytes in lines.items() if line != "kv_cache") + engine.deployment.block_bytes
+    before = held_by_process()
+    with pytest.raises(BudgetError, match="for KV"):
+        Engine(wide_model_dir, EngineConfig(budget_bytes=least, **settings))
+    assert held_by_process() == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -162,3 +163,21 @@ def test_no_order_of_loads_leaks_or_shares_a_block(order):
         assert tensor.pool.used_bytes == len(resident) * 2 * tensor.stride
     assert np.isin(tensor.states, (PageState.UNMAPPED, PageState.RESIDENT)).all()
     tensor.close()
+
+
+@pytest.mark.parametrize("slots", [2, 3, 5])
+def test_a_pass_after_one_that_was_given_up(weights, slots):
+    tensors = paged(weights, slots)
+    pager = Pager(tensors, copies(weights), poison=True)
+    for stop in range(LAYERS):
+        with suppress(KeyboardInterrupt):
+            for layer in range(LAYERS):
+                with pager.layer(layer):
+                    if layer == stop:
+                        raise KeyboardInterrupt
+        for layer in range(LAYERS):
+            with pager.layer(layer) as views:
+                assert all(torch.equal(view, weight[layer]) for view, weight in zip(views, weights, strict=True))
+    pager.close()
+    for tensor in tensors:
+        tensor.close()

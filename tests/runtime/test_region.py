@@ -1,7 +1,7 @@
 """Regions: addresses stay, memory comes and goes, and what makes no sense is refused. Both kinds, one set of tests.
 
-Where there is no GPU, the CUDA kind runs on a stand-in for the driver that keeps its rules: what is mapped must exist
-and be mapped once, addresses must be reserved, memory is released once.
+The CUDA kind runs on a stand-in for the driver that keeps its rules: what is mapped must exist and be mapped once,
+addresses must be reserved, memory is released once, and never under a kernel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ MIB = 1 << 20
 
 
 class FakeDriver:
-    """The part of cuda.bindings.driver that regions use."""
+    """The part of cuda.bindings.driver that regions use, over real memory of the host: what is not mapped faults.
+
+    Strict where a GPU is: it fails when memory is unmapped or addresses are freed after a kernel was launched and
+    before the device was waited for, and when it is asked whose memory an address is that is not mapped.
+    """
 
     CUresult = SimpleNamespace(CUDA_SUCCESS=0)
     CUmemAllocationType = SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED=1)
@@ -30,9 +34,9 @@ class FakeDriver:
     CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_RECOMMENDED=1)
     CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE=3)
 
-    def __init__(self, memory_blocks: int = 1 << 30) -> None:
-        self.left, self.next_handle, self.next_address = memory_blocks, 1, 1 << 40
-        self.handles, self.ranges, self.mapped, self.open = set(), {}, {}, set()
+    def __init__(self, memory_blocks: int = 64) -> None:
+        self.memory = MemfdPool(memory_blocks * 2 * MIB, 2 * MIB)
+        self.handles, self.ranges, self.mapped, self.running = set(), {}, {}, False
         self.refuse: str | None = None
 
     @staticmethod
@@ -43,45 +47,60 @@ class FakeDriver:
     def CUmemAccessDesc():
         return SimpleNamespace(location=None, flags=None)
 
+    def launch(self):
+        """A kernel that may use any memory from now on."""
+        self.running = True
+
+    def synchronize(self, device):
+        self.running = False
+
     def _refused(self, name: str):
         return (SimpleNamespace(name=f"CUDA_ERROR_{name}"),) if self.refuse == name else None
+
+    def _place(self, address):
+        base = next(a for a, region in self.ranges.items() if a <= address < a + region.nbytes)
+        return self.ranges[base], (address - base) // (2 * MIB)
 
     def cuMemGetAllocationGranularity(self, properties, flag):
         assert (properties.type, properties.location.type, flag) == (1, 1, 1)
         return 0, 2 * MIB
 
+    def cuPointerGetAttribute(self, address):
+        assert any(a <= address < a + 2 * MIB for a in self.mapped), "whose is an address where nothing is mapped?"
+
     def cuMemAddressReserve(self, size, alignment, address, flags):
         assert size % (2 * MIB) == 0
-        self.next_address += 1 << 36
-        self.ranges[self.next_address] = size
-        return 0, self.next_address
+        region = self.memory.reserve(size)
+        self.ranges[region.address] = region
+        return 0, region.address
 
     def cuMemAddressFree(self, address, size):
-        assert self.ranges.pop(address) == size
+        assert not self.running, "addresses are freed under a kernel"
+        assert self.ranges[address].nbytes == size
         assert not any(address <= a < address + size for a in self.mapped), "addresses are freed under a mapping"
+        self.ranges.pop(address).close()
         return (0,)
 
     def cuMemCreate(self, size, properties, flags):
         assert size == 2 * MIB
         if refused := self._refused("cuMemCreate"):
             return (*refused, None)
-        if not self.left:
+        if not self.memory.free_blocks:
             return SimpleNamespace(name="CUDA_ERROR_OUT_OF_MEMORY"), None
-        self.left -= 1
-        self.next_handle += 1
-        self.handles.add(self.next_handle)
-        return 0, self.next_handle
+        block = self.memory.alloc()
+        self.handles.add(block)
+        return 0, block
 
     def cuMemRelease(self, handle):
         assert handle not in self.mapped.values(), "a block is released under a mapping"
         self.handles.remove(handle)
-        self.left += 1
+        self.memory.free(handle)
         return (0,)
 
     def cuMemMap(self, address, size, offset, handle, flags):
         if refused := self._refused("cuMemMap"):
             return refused
-        assert any(a <= address and address + size <= a + n for a, n in self.ranges.items())
+        self._place(address)
         assert address not in self.mapped
         assert handle in self.handles
         self.mapped[address] = handle
@@ -90,21 +109,25 @@ class FakeDriver:
     def cuMemSetAccess(self, address, size, access, count):
         if refused := self._refused("cuMemSetAccess"):
             return refused
-        assert address in self.mapped
         assert (access[0].flags, count) == (3, 1)
-        self.open.add(address)
+        region, page = self._place(address)
+        region.map(page, self.mapped[address])
         return (0,)
 
     def cuMemUnmap(self, address, size):
+        assert not self.running, "memory is unmapped under a kernel"
         del self.mapped[address]
-        self.open.discard(address)
+        region, page = self._place(address)
+        if region.is_mapped(page):
+            region.unmap(page, keep=True)
         return (0,)
 
 
 def pool_of(kind: str, blocks: int = 16):
     if kind == "memfd":
         return MemfdPool(blocks * BLOCK_BYTES)
-    return VmmPool(blocks * 2 * MIB, driver=FakeDriver())
+    driver = FakeDriver()
+    return VmmPool(blocks * 2 * MIB, torch.device("cpu"), driver, driver.synchronize)
 
 
 KINDS = ["memfd", "vmm"]
@@ -208,11 +231,50 @@ def test_refused_by_the_driver_nothing_changes():
         region.close()
 
 
+def test_tensors_over_addresses_where_nothing_is_mapped(monkeypatch):
+    """Made before anything is mapped, from the address alone: the driver is not asked whose it is."""
+    with pool_of("vmm") as pool:
+
+        def as_tensor(data, **settings):
+            pool.driver.cuPointerGetAttribute(data.__cuda_array_interface__["data"][0])
+
+        monkeypatch.setattr(torch, "as_tensor", as_tensor)
+        region = pool.reserve(3 * pool.block_bytes)
+        tensor = region.tensor(pool.block_bytes, (4, 3), torch.bfloat16, (8, 1))
+        assert tensor.data_ptr() == region.address + pool.block_bytes
+        assert tensor.stride() == (8, 1)
+        region.map(1)
+        tensor.fill_(2)
+        assert region.tensor(pool.block_bytes, (11,), torch.bfloat16).tolist() == [2, 2, 2, *[0] * 5, 2, 2, 2]
+        region.close()
+        assert pool.reserve(0).tensor(0, (0,), torch.uint8).numel() == 0
+
+
+def test_nothing_is_unmapped_or_freed_under_a_kernel():
+    with pool_of("vmm") as pool:
+        driver = pool.driver
+        region = GrowableRegion(pool.reserve(4 * pool.block_bytes))
+        region.resize(4 * pool.block_bytes)
+        driver.launch()
+        region.resize(3 * pool.block_bytes)
+        driver.launch()
+        region.region.unmap(2)
+        driver.launch()
+        with pytest.raises(AssertionError, match="unmapped under a kernel"):
+            region.region.unmap(1, idle=True)  # it was not
+        driver.launch()
+        empty = pool.reserve(pool.block_bytes)
+        empty.close()
+        region.region.close()
+        assert not driver.handles | driver.ranges.keys()
+
+
 # With memory behind it.
 
 
-def test_content_follows_the_block_and_new_blocks_are_zero():
-    with pool_of("memfd") as pool:
+@pytest.mark.parametrize("kind", KINDS)
+def test_content_follows_the_block(kind):
+    with pool_of(kind) as pool:
         region = pool.reserve(4 * pool.block_bytes)
         size = pool.block_bytes
         region.map_range([0, 1])
@@ -223,12 +285,14 @@ def test_content_follows_the_block_and_new_blocks_are_zero():
         moved = region.tensor(3 * size, (size // 4,), torch.int32)
         assert torch.equal(moved, torch.arange(size // 4, dtype=torch.int32))
         region.map(0)
-        assert int(first.abs().max()) == 0  # the same tensor, another block
+        if kind == "memfd":  # a GPU's new memory holds anything
+            assert int(first.abs().max()) == 0  # the same tensor, another block
         region.close()
 
 
-def test_strided_views_share_the_memory():
-    with pool_of("memfd") as pool:
+@pytest.mark.parametrize("kind", KINDS)
+def test_strided_views_share_the_memory(kind):
+    with pool_of(kind) as pool:
         region = pool.reserve(2 * pool.block_bytes)
         region.map_range([0, 1])
         per_page = pool.block_bytes // 2

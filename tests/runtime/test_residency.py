@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
 from fluxmoe.kernels.expert_table import TABLE_FORMATS
 from fluxmoe.runtime.budget import BudgetError
+from fluxmoe.runtime.courier import StreamCourier
 from fluxmoe.runtime.engine import Engine, EngineConfig
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.layout import ExpertFormats, ExpertLayout
@@ -21,9 +23,10 @@ from fluxmoe.runtime.region import MemfdPool, RegionError
 from fluxmoe.runtime.request import Request, SamplingParams
 from fluxmoe.runtime.residency import ComputeProfile
 from fluxmoe.runtime.store import StoreError
-from fluxmoe.runtime.streamer import ThreadStreamer
+from fluxmoe.runtime.streamer_cpu import ThreadStreamer
 
 from .test_store import CPU, FUSED, SIZES, block_of, decode
+from .test_streamer import Recorder
 
 LAYERS, EXPERTS = 5, 6
 PACKED = ExpertFormats("planar12", "planar12")
@@ -333,3 +336,76 @@ def test_a_budget_without_room_for_kv_is_one_sentence(model_dir):
     least = sum(v for k, v in lines.items() if k != "kv_cache")
     with pytest.raises(BudgetError, match=r"for KV|too small"):
         Engine(model_dir, EngineConfig(**COMMON, placement="packed", adaptive=True, budget_bytes=least + 1000))
+
+
+def test_closing_gives_up_experts_that_are_on_their_way(model_dir):
+    """Memory is unmapped once the copy under way is done, which nobody cuts off; those behind it never begin."""
+    config = EngineConfig(**COMMON, placement="host", expert_format="planar12", adaptive=True, planning=False)
+    entered, release, copied, closed = threading.Event(), threading.Event(), [], threading.Event()
+
+    def slow(target, source):
+        entered.set()
+        assert release.wait(10)
+        assert not closed.is_set()
+        target.copy_(source)
+        copied.append(source.numel())
+
+    engine = Engine(model_dir, config)
+    engine.residency._copy = slow
+    engine.residency.request([Move(0, expert, Tier.HOST, Tier.PACKED) for expert in range(3)])
+    engine.residency.between_iterations()
+    assert entered.wait(5)
+
+    def close():
+        engine.close()
+        closed.set()
+
+    closer = threading.Thread(target=close)
+    closer.start()
+    assert not closed.wait(0.1)
+    assert engine.residency._courier._closing.is_set()
+    release.set()
+    closer.join(10)
+    assert closed.is_set()
+    assert len(copied) == 2  # both blocks of one expert
+    assert not any(thread.name == "expert-arrivals" for thread in threading.enumerate())
+
+
+class SlowEvents(Recorder):
+    """The device is always behind: an event is done when it is asked the second time."""
+
+    class _Event(Recorder._Event):
+        def record(self, stream):
+            super().record(stream)
+            self.asked = 0
+
+        def query(self):
+            self.asked += 1
+            return self.asked > 1
+
+
+def test_any_number_of_batches_arrive_on_one_stream_which_nobody_waits_for(model_dir, expected):
+    rng, cuda = random.Random(7), SlowEvents()
+
+    def random_moves(engine, step):
+        store = engine.residency.store
+        where = rng.randrange(LAYERS), rng.randrange(EXPERTS)
+        tier = Tier(store.layout.placement.tiers[where])
+        target = {Tier.HOST: Tier.PACKED, Tier.PACKED: Tier.RESIDENT, Tier.RESIDENT: Tier.PACKED}[tier]
+        engine.residency.request([Move(*where, tier, target if rng.random() < 0.8 else Tier.HOST)])
+        assert threading.active_count() == threads
+
+    config = EngineConfig(
+        **COMMON, placement="host", expert_format="planar12", adaptive=True, planning=False, least_alpha=0.0
+    )
+    with Engine(model_dir, config) as engine:
+        engine.residency._courier = StreamCourier(cuda)
+        threads = threading.active_count()
+        for _ in range(3):
+            tokens, _ = serve(engine, random_moves)
+            assert tokens == expected
+        applied = engine.residency.applied
+    batches = sum(entry[:2] == ("wait", "load0") for entry in cuda.log)
+    assert batches >= 40
+    assert cuda._streams == 1
+    assert applied["to PACKED"] + applied["to RESIDENT"] >= 40

@@ -76,7 +76,7 @@ def test_batch_invariant_engine_gives_the_same_tokens_alone(tmp_path):
 
 
 DIMS = LayerDims(
-    hidden=32, heads=2, kv_heads=1, head_dim=16, experts=4, top_k=2, intermediate=16, vocab=64, dtype=torch.bfloat16
+    hidden=32, heads=2, kv_heads=1, head_dim=16, experts=4, vocab=64, dtype=torch.bfloat16
 )  # fmt: skip
 
 

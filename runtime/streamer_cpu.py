@@ -1,0 +1,117 @@
+"""ThreadStreamer: loads on a copy thread, a condition variable in the place of events."""
+
+from __future__ import annotations
+
+import threading
+import time
+from itertools import count
+
+from fluxmoe.kernels.expert_table import DOWN, GATE_UP
+
+from .store import TENSOR_NAMES, ExpertStore, StoreError
+from .streamer import Counters, Delay, Streamer
+from .timeline import Timeline
+
+
+class ThreadStreamer(Streamer):
+    """Loads on a copy thread. An error in the thread is raised by the reader that needs the load."""
+
+    kind = "cpu"
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        slots: int,
+        poison: bool = False,
+        timeline: Timeline | None = None,
+        delay: Delay | None = None,
+        link_bandwidth: float | None = None,
+    ) -> None:
+        super().__init__(store, slots, poison)
+        self._timeline = timeline or Timeline(enabled=False)
+        self._delay, self._link_bandwidth = delay, link_bandwidth
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._loaded = [0, 0]  # loads done, by tensor type
+        self._computed = 0  # visits computed or given up
+        self._error: BaseException | None = None
+        self._bytes = self._stall_ns = self._transfer_ns = self._loads = 0
+        self._thread: threading.Thread | None = None
+        if self.order:
+            self._thread = threading.Thread(target=self._run, name="expert-copy", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for load in range(len(self.order)) if self.keeps_all else count():
+                follows = self.schedule.follows(load)
+                with self._changed:
+                    self._changed.wait_for(lambda v=follows: self._computed > v or self._closing.is_set())
+                if self._closing.is_set():
+                    return
+                self._load(load)
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _load(self, visit: int) -> None:
+        layer, slot, plan = self._layer_of(visit), self._slot_of(visit), self._plan_of(visit)
+        for d in (GATE_UP, DOWN):
+            begin = time.perf_counter_ns()
+            if self._delay is not None and self._closing.wait(self._delay(layer, d)):
+                return
+            copied = self.store.read_into(plan, d, slot[d], self._staging[d], self._closing.is_set)
+            if self._link_bandwidth:
+                self._closing.wait(max(0.0, copied / self._link_bandwidth - (time.perf_counter_ns() - begin) / 1e9))
+            if self._closing.is_set():
+                return  # perhaps cut short: never to be taken for loaded
+            end = time.perf_counter_ns()
+            self._timeline.add(f"load {TENSOR_NAMES[d]}", f"layer {layer}", begin, end)
+            with self._changed:
+                self._bytes += copied
+                self._transfer_ns += end - begin
+                self._loads += 1
+                self._loaded[d] = visit + 1
+                self._changed.notify_all()
+
+    def _begin(self, visit: int) -> None:
+        if visit > self._computed and not self.keeps_all:
+            self._finish(visit - 1)  # those of a pass that was given up: nobody will read them
+
+    def _wait(self, visit: int, tensor_type: int) -> None:
+        if self._loaded[tensor_type] > visit:
+            return
+        begin = time.perf_counter_ns()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._loaded[tensor_type] > visit or self._error is not None or self._closing.is_set()
+            )
+        end = time.perf_counter_ns()
+        self._stall_ns += end - begin
+        self._timeline.add("wait", f"layer {self._layer_of(visit)} {TENSOR_NAMES[tensor_type]}", begin, end)
+        if self._loaded[tensor_type] > visit:
+            return
+        if self._error is None:
+            raise StoreError("the streamer was closed while a layer waited for its experts")
+        if isinstance(self._error, StoreError):
+            raise self._error
+        raise StoreError(f"loading layer {self._layer_of(visit)} failed: {self._error}") from self._error
+
+    def _finish(self, visit: int) -> None:
+        with self._changed:
+            self._computed = max(self._computed, visit + 1)
+            self._changed.notify_all()
+
+    def counters(self) -> Counters:
+        with self._changed:
+            return Counters(self._bytes, self._stall_ns, self._transfer_ns, self._loads)
+
+    def close(self) -> None:
+        """Stop the copy thread; a load under way ends with its chunk (milliseconds). Idempotent."""
+        self._closing.set()
+        with self._changed:
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None

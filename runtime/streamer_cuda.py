@@ -1,0 +1,186 @@
+"""CudaStreamer: loads on CUDA streams, alone or as part of a captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from fluxmoe.kernels.expert_table import DOWN, GATE_UP
+from torch import Tensor
+
+from .placement import Tier
+from .store import ExpertStore, LayerPlan
+from .streamer import Counters, Streamer
+
+
+class CudaStreamer(Streamer):
+    """Loads on two copy streams, one a tensor type. The host only enqueues: it never waits for a copy.
+
+    A pass can be part of a CUDA graph, copies included: `capture` makes the visits of one pass a graph of their own,
+    which begins where both copy streams and the compute stream meet and ends where they meet again; the loads that
+    run ahead into the next pass are inside. `replay` surrounds each launch of such a graph. Slots and tables are at
+    the same addresses in every pass; `prepare` brings the tables up to date before a pass, and says whether graphs
+    that were captured before are still right.
+
+    `cuda` is torch.cuda, or a recorder with the same Stream, Event, stream and current_stream in tests. Stalls happen
+    on the device and are not counted here.
+    """
+
+    kind = "cuda"
+
+    def __init__(self, store: ExpertStore, slots: int, poison: bool = False, cuda=torch.cuda) -> None:
+        self._cuda = cuda
+        super().__init__(store, slots, poison)
+        self._streams = [cuda.Stream() for _ in (GATE_UP, DOWN)]
+        self._loaded, self._computed = self._make_events()
+        # The first loads too have something to wait for: kernels that used this memory before it became a slot.
+        for event in self._computed:
+            event.record(cuda.current_stream())
+        self._issued = self._bytes = 0
+        # The events recorded in the graph that is being captured. Others lie before it, and are waited for outside.
+        self._captured: set = set()
+        # What the host has chosen for the launches of each layer, and how often that has changed.
+        self._chosen: list[tuple] = []
+        self._changes = 0
+        # The store's epochs for which all tables are right, once no load of an older plan is under way.
+        self._prepared: list[int] | None = None
+
+    def _make_events(self) -> tuple[list, list]:
+        """(by slot and tensor type, by slot): recorded after loads, and after the kernels that read them."""
+        slots = range(self.num_slots)
+        return [[self._cuda.Event() for _ in (GATE_UP, DOWN)] for _ in slots], [self._cuda.Event() for _ in slots]
+
+    def prepare(self) -> int:
+        """Before a pass that is captured or replayed: bring all tables up to date, in the order of the current stream.
+
+        Returns how often what a graph has fixed has changed: the copies of the pass's loads, and which kernels read the
+        layers. Graphs captured at another count are wrong; new addresses of experts alone leave it as it is.
+        """
+        epochs = list(self.store.epochs)
+        if epochs == self._prepared:
+            return self._changes
+        begin, chosen, settled = self.schedule.next_pass(self._next_visit), [], True
+        for layer, next_plan in enumerate(self.store.plans):
+            rank = self._rank.get(layer)
+            # The plan of the load that the pass reads may be older than that of the load which it begins.
+            plan = next_plan if rank is None else self._plan_of(rank if self.keeps_all else begin + rank)
+            chosen.append((self._table(plan).planar12, plan.copies(), next_plan.copies()))
+            settled &= plan is next_plan
+        if chosen != self._chosen:
+            self._chosen, self._changes = chosen, self._changes + 1
+        self._prepared = epochs if settled else None
+        return self._changes
+
+    @property
+    def steady(self) -> bool:
+        """Whether exactly those loads have been issued that a pass finds issued when the one before it was whole."""
+        if self.keeps_all:
+            return self._issued == len(self.order)
+        begin = self.schedule.next_pass(self._next_visit)
+        return begin > 0 and self._issued == self.schedule.loads_after_pass(begin)
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """While one whole pass is captured on the current stream. Nothing runs, so nothing here moves on, whatever is
+        raised."""
+        assert self.steady, "a graph begins where a whole pass has ended"
+        outside = (self._loaded, self._computed, self._issued, self._bytes, self._next_visit, dict(self._plans))
+        try:
+            self._loaded, self._computed = self._make_events()
+            self._capturing = True
+            try:
+                self._fork()
+                yield
+            except BaseException:
+                # A capture can only be ended, and the streams used again, once all have met.
+                with suppress(Exception):
+                    self._join()
+                raise
+            self._join()
+        finally:
+            self._capturing = False
+            self._captured = set()
+            self._loaded, self._computed, self._issued, self._bytes, self._next_visit, self._plans = outside
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """While a captured pass is launched on the current stream."""
+        assert self.steady, "a graph begins where a whole pass has ended"
+        current = self._cuda.current_stream()
+        for event in (event for pair in self._loaded for event in pair):
+            current.wait_event(event)
+        yield
+        # The graph joined the copy streams: from here on all of its loads, and all use of the slots, are done.
+        for event in (*self._computed, *(event for pair in self._loaded for event in pair)):
+            event.record(current)
+        if not self.keeps_all:
+            begin = self.schedule.next_pass(self._next_visit)
+            self._next_visit = begin + len(self.order)
+            for visit in range(self._issued, self._issued + len(self.order)):
+                self._plan_of(visit)
+            self._issued += len(self.order)
+            self._forget(self._next_visit - 1)
+            plans = [self.store.plans[layer] for layer in self.order]
+            self._bytes += sum(plan.host_bytes(d) for plan in plans for d in (GATE_UP, DOWN))
+
+    def _fork(self) -> None:
+        event = self._cuda.Event()
+        event.record(self._cuda.current_stream())
+        for stream in self._streams:
+            stream.wait_event(event)
+
+    def _join(self) -> None:
+        for stream in self._streams:
+            event = self._cuda.Event()
+            event.record(stream)
+            self._cuda.current_stream().wait_event(event)
+
+    def _record(self, event, stream) -> None:
+        event.record(stream)
+        if self._capturing:
+            self._captured.add(event)
+
+    def _wait_event(self, stream, event) -> None:
+        if not self._capturing or event in self._captured:
+            stream.wait_event(event)
+
+    def _begin(self, visit: int) -> None:
+        while self._issued < self.schedule.loads_by(visit):
+            self._issue(self._issued)
+            self._issued += 1
+
+    def _issue(self, visit: int) -> None:
+        plan, buffers, slot = self._plan_of(visit), self._slot_of(visit), self.schedule.slot(visit)
+        for d, stream in enumerate(self._streams):
+            self._wait_event(stream, self._computed[slot])
+            with self._cuda.stream(stream):
+                self._load(plan, d, buffers[d])
+            self._record(self._loaded[slot][d], stream)
+            self._bytes += plan.host_bytes(d)
+
+    def _load(self, plan: LayerPlan, tensor_type: int, buffer: Tensor) -> None:
+        """Copies and decoders of one load, in the order of the current stream."""
+        store, staging = self.store, self._staging[tensor_type]
+        staged = store.layout.decodes(Tier.HOST)
+        for source, at in plan.host_runs[tensor_type]:
+            target = staging[: source.numel()] if staged else buffer[at : at + source.numel()]
+            self._copy(target, source)
+        for step in store.decodes(plan, tensor_type, {Tier.HOST: staging}):
+            store.decode(step.expert_format, tensor_type, step.block, buffer[step.begin : step.end], step.recipe)
+
+    def _copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def _wait(self, visit: int, tensor_type: int) -> None:
+        self._wait_event(self._cuda.current_stream(), self._loaded[self.schedule.slot(visit)][tensor_type])
+
+    def _finish(self, visit: int) -> None:
+        self._record(self._computed[self.schedule.slot(visit)], self._cuda.current_stream())
+
+    def counters(self) -> Counters:
+        return Counters(self._bytes, 0, 0, 2 * self._issued)
+
+    def close(self) -> None:
+        for stream in self._streams:
+            stream.synchronize()

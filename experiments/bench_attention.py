@@ -10,18 +10,33 @@ enable_gqa: it has no pages to follow, which favours it.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from fluxmoe.kernels.paged_attention import paged_attention, workspace_bytes
+from fluxmoe.kernels.tiles import num_sms_of
 from torch import Tensor
 
 from .common import Parser, UsageError, cli_main
-from .gpu import ResultRows, Roofs, Timing, cold_copies, measure_roofs, require_gpu, time_calls
+from .gpu import (
+    ResultRows,
+    Roofs,
+    Timing,
+    WrongError,
+    base_seconds,
+    cold_copies,
+    measure_roofs,
+    ratio,
+    require_gpu,
+    time_calls,
+)
 
 # heads, kv_heads, head_dim
 SHAPES = {"mixtral": (32, 8, 128), "qwen3_30b": (32, 4, 128), "qwen3_next": (16, 2, 256), "olmoe": (16, 16, 128)}
+# For rehearsals.
+SHAPES["tiny"] = (4, 2, 16)
 _BLOCK_SIZE = 32
 
 
@@ -64,8 +79,7 @@ def make_case(shape: tuple[int, int, int], sequences: int, queries: int, context
     # Pages of a sequence lie anywhere, as after hours of serving.
     table = torch.randperm(sequences * blocks, device=device).int().view(sequences, blocks)
     q = torch.randn(sequences * queries, heads, dim, **options)
-    num_sms = torch.cuda.get_device_properties(0).multi_processor_count if device.type == "cuda" else 1
-    space = workspace_bytes(sequences, heads, kv_heads, dim, context, num_sms)
+    space = workspace_bytes(sequences, heads, kv_heads, dim, context, num_sms_of(device))
     return Case(
         q, k, v, table,
         torch.full((sequences,), context, dtype=torch.int32, device=device),
@@ -92,37 +106,55 @@ def work(shape: tuple[int, int, int], sequences: int, queries: int, context: int
     return nbytes, 4.0 * sequences * heads * dim * visible
 
 
-def bench(name: str, kind: str, sequences: int, queries: int, context: int, roofs: Roofs, results: ResultRows) -> None:
-    """One point: ours, ours batch-invariant, torch; checked before it is timed."""
-    device, shape = require_gpu(), SHAPES[name]
-    nbytes, flops = work(shape, sequences, queries, context)
-    cases = [make_case(shape, sequences, queries, context, device) for _ in range(min(64, cold_copies(int(nbytes))))]
-    inputs = [case.contiguous() for case in cases]
-    expected = as_tokens(torch_attention(*inputs[0])).float()
-    for invariant in (False, True):
-        error = (cases[0].ours(invariant).float() - expected).abs().max() / expected.abs().max()
-        assert error < 0.02, f"paged attention is wrong: it differs by {error:.1%} of the largest value"
-    timings: dict[str, Timing] = {
-        "fluxmoe": time_calls([case.ours for case in cases]),
-        "fluxmoe invariant": time_calls([lambda c=case: c.ours(True) for case in cases]),
-        "torch sdpa": time_calls([lambda i=i: torch_attention(*i) for i in inputs]),
-    }
-    floor = roofs.floor_s(nbytes, flops)
-    for provider, timing in timings.items():
-        ratio = timing.p50 / timings["fluxmoe"].p50
-        results.add(
-            {
-                "kind": kind, "shape": name, "sequences": sequences, "queries": queries, "context": context,
-                "provider": provider, "time_us": timing.p50 * 1e6, "p20_us": timing.p20 * 1e6,
-                "p80_us": timing.p80 * 1e6, "method": timing.method, "bytes": nbytes, "flops": flops,
-                "floor_us": floor * 1e6, "share_of_floor": floor / timing.p50, "time_over_ours": ratio,
-            }
-        )  # fmt: skip
-        print(
-            f"{name:>10} {kind:>7} {sequences:>3} x {context:>5}  {provider:<18} {timing.p50 * 1e6:9.1f} µs  "
-            f"{floor / timing.p50:5.0%} of the floor, {ratio:5.2f}x our time",
-            flush=True,
-        )
+PROVIDERS = ("fluxmoe", "fluxmoe invariant", "torch sdpa")
+
+
+class Point:
+    """One shape, all cold copies of its inputs."""
+
+    def __init__(self, name: str, sequences: int, queries: int, context: int, device: torch.device) -> None:
+        shape = SHAPES[name]
+        self.nbytes, self.flops = work(shape, sequences, queries, context)
+        copies = min(64, cold_copies(int(self.nbytes)))
+        self.cases = [make_case(shape, sequences, queries, context, device) for _ in range(copies)]
+        self.inputs = [case.contiguous() for case in self.cases]
+        self.expected = as_tokens(torch_attention(*self.inputs[0])).float()
+
+    def time(self, provider: str) -> Timing:
+        """Checked against torch, then timed."""
+        if provider == "torch sdpa":
+            return time_calls([partial(torch_attention, *each) for each in self.inputs])
+        invariant = provider == "fluxmoe invariant"
+        error = (self.cases[0].ours(invariant).float() - self.expected).abs().max() / self.expected.abs().max()
+        if not error < 0.02:  # nor for NaN
+            raise WrongError(f"it differs by {error:.1%} of the largest value")
+        return time_calls([partial(case.ours, invariant) for case in self.cases])
+
+    @cached_property
+    def base_s(self) -> float | None:
+        """Seconds of ours in this run: what ratios refer to."""
+        return base_seconds(lambda: self.time("fluxmoe"))
+
+
+def bench(kind: str, roofs: Roofs, results: ResultRows, device: torch.device, **sizes) -> None:
+    """One point: ours, ours batch-invariant, torch; those that have no row yet."""
+    missing = [name for name in PROVIDERS if not results.has(kind=kind, **sizes, provider=name)]
+    if not missing:
+        return
+    point = Point(sizes["shape"], sizes["sequences"], sizes["queries"], sizes["context"], device)
+    floor = roofs.floor_s(point.nbytes, point.flops)
+
+    def columns(provider: str) -> dict:
+        timing = point.time(provider)
+        if provider == "fluxmoe":
+            point.base_s = timing.p50
+        return {
+            **timing.columns, "bytes": point.nbytes, "flops": point.flops, "floor_us": floor * 1e6,
+            "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, point.base_s),
+        }  # fmt: skip
+
+    for provider in missing:
+        results.measure(partial(columns, provider), kind=kind, **sizes, provider=provider)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -131,6 +163,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sequences", nargs="+", type=int, default=[1, 8, 32, 128], help="decode batch sizes")
     p.add_argument("--contexts", nargs="+", type=int, default=[512, 4096, 16384])
     p.add_argument("--prompts", nargs="+", type=int, default=[512, 2048, 8192], help="prefill lengths")
+    p.add_argument("--rehearse", action="store_true", help="no GPU: interpreted on the CPU; times mean nothing")
     p.add_argument("--out", required=True, metavar="DIR")
     return p
 
@@ -139,17 +172,21 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if min(args.sequences + args.contexts + args.prompts) < 1:
         raise UsageError("--sequences, --contexts and --prompts must be at least 1")
-    require_gpu()
-    roofs = measure_roofs()
-    results = ResultRows(args.out, roofs, kind="measured")
+    device = require_gpu(args.rehearse)
+    roofs = measure_roofs(device)
+    made = "rehearsed" if args.rehearse else "measured"
+    results = ResultRows(args.out, device.type, kind=made, roofs=asdict(roofs))
     for name in args.shapes:
         for sequences in args.sequences:
             for context in args.contexts:
                 # 16 GiB of K and V in all copies; larger points do not fit beside them.
                 if work(SHAPES[name], sequences, 1, context)[0] < 8 << 30:
-                    bench(name, "decode", sequences, 1, context, roofs, results)
+                    bench(
+                        "decode", roofs, results, device, shape=name, sequences=sequences, queries=1, context=context
+                    )  # fmt: skip
         for prompt in args.prompts:
-            bench(name, "prefill", 1, prompt, prompt, roofs, results)
+            bench("prefill", roofs, results, device, shape=name, sequences=1, queries=prompt, context=prompt)
+    results.finish()
 
 
 if __name__ == "__main__":

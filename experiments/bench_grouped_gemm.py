@@ -5,67 +5,148 @@
 
 A row is one provider at one number of tokens: time of the whole layer from router logits to summed experts, the
 bytes and flops that it cannot avoid, and the floor that the roofs set for them. Bytes count the weights of the
-experts that were really chosen, once. Every provider is checked against a plain loop before it is timed. Without a GPU
+experts that were really chosen, once, in the provider's own format. Every provider is checked against a plain loop
+before it is timed, and a wrong one is a row without a time. Rows that are there are not measured again. Without a GPU
 `--predict` writes what bytes, flops and the machine code let expect (predict_kernels), in rows marked predicted.
 """
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 from fluxmoe.kernels import grouped_gemm
-from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.expert_table import FORMAT_DENSE, FORMAT_PLANAR12, ExpertTable
+from fluxmoe.kernels.packing.blocks import block_bytes, encode_block
 from fluxmoe.kernels.routing import Router
-from fluxmoe.kernels.tiles import Tiles, capability_of, choose_tiles, invariant_tile
+from fluxmoe.kernels.tiles import (
+    Tiles,
+    capability_of,
+    choose_tiles,
+    invariant_tile,
+    num_sms_of,
+    planar12_tile,
+    read_tuned,
+    tuned_tiles,
+)
 from torch import Tensor
 
 from .common import Parser, UsageError, cli_main
-from .gpu import ResultRows, Roofs, Timing, cold_copies, measure_roofs, require_gpu, time_calls
-from .moe_peers import PEERS, SAME_NUMBERS, PeerMissingError
-from .moe_shapes import SHAPES, TOKENS, Shape
+from .gpu import (
+    ResultRows,
+    Roofs,
+    Timing,
+    WrongError,
+    base_seconds,
+    cold_copies,
+    measure_roofs,
+    ratio,
+    require_gpu,
+    time_calls,
+)
+from .moe_peers import PEERS
+from .moe_shapes import MODEL_SHAPES, SHAPES, TOKENS, Shape
+
+OURS = ("fluxmoe", "fluxmoe invariant", "fluxmoe planar12")
+# Experts of a layer with weights of their own; the others repeat them at addresses of their own, which is all that
+# time depends on. So few need be compressed.
+_DISTINCT = 8
 
 
 class Layer:
     """One layer's experts, as checkpoints have them for peers and behind a table for us; one memory each."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
-        options = {"dtype": torch.bfloat16, "device": device}
-        self.shape = shape
-        self.gate_up = torch.randn(shape.experts, 2 * shape.intermediate, shape.hidden, **options)
-        self.gate_up *= shape.hidden**-0.5
-        self.down = torch.randn(shape.experts, shape.hidden, shape.intermediate, **options)
-        self.down *= shape.intermediate**-0.5
+        self.shape, self.device = shape, device
+        self.gate_up = self._weights(2 * shape.intermediate, shape.hidden)
+        self.down = self._weights(shape.hidden, shape.intermediate)
+
+    def _weights(self, n: int, k: int) -> Tensor:
+        """bf16 [E, n, k]."""
+        count = min(_DISTINCT, self.shape.experts)
+        few = torch.randn(count, n, k, dtype=torch.bfloat16, device=self.device) * k**-0.5
+        return few.repeat(-(-self.shape.experts // count), 1, 1)[: self.shape.experts].contiguous()
+
+    @cached_property
+    def table(self) -> ExpertTable:
+        """Every expert dense."""
         mixed = [grouped_gemm.interleave(w) for w in self.gate_up]
-        blocks = [
-            (a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)) for a, b in zip(mixed, self.down, strict=True)
-        ]
-        self.table = ExpertTable.from_blocks(blocks, device)
+        return self._table([(_bytes(a), _bytes(b)) for a, b in zip(mixed, self.down, strict=True)], FORMAT_DENSE)
+
+    @cached_property
+    def packed(self) -> tuple[ExpertTable, float]:
+        """Every expert in planar12, and bits a weight."""
+        experts = range(min(_DISTINCT, self.shape.experts))
+        few = [(self._pack(grouped_gemm.interleave(self.gate_up[e])), self._pack(self.down[e])) for e in experts]
+        blocks = [tuple(block.clone() for block, _ in few[e % len(few)]) for e in range(self.shape.experts)]
+        bits = sum(bits for pair in few for _, bits in pair) / (2 * len(few))
+        return self._table(blocks, FORMAT_PLANAR12), bits
+
+    def _pack(self, weight: Tensor) -> tuple[Tensor, float]:
+        block = torch.empty(block_bytes("planar12", *weight.shape), dtype=torch.uint8, device=self.device)
+        if self.device.type == "meta":
+            return block, 12.0
+        on_host = torch.empty_like(block, device="cpu")
+        recipe = encode_block("planar12", weight.cpu(), on_host)
+        return block.copy_(on_host), 8 * recipe.nbytes / weight.numel()
+
+    def _table(self, blocks: list, table_format: int) -> ExpertTable:
+        # On the meta device, where launches are only compiled, the table itself must have values.
+        where = torch.device("cpu") if self.device.type == "meta" else self.device
+        return ExpertTable.from_blocks(blocks, where, table_format)
+
+
+def _bytes(weight: Tensor) -> Tensor:
+    return weight.reshape(-1).view(torch.uint8)
 
 
 class Ours:
-    """Router, tiles and buffers of one engine, for batches of `tokens`."""
+    """Router, tiles and buffers of one engine, for batches of `tokens`; packed: of compressed experts."""
 
-    def __init__(self, shape: Shape, tokens: int, device: torch.device, tiles: Tiles | None = None) -> None:
-        self.shape, self.device = shape, device
-        slots = tokens * shape.top_k
-        on_gpu = device.type == "cuda"
-        name = torch.cuda.get_device_name() if on_gpu else None
-        self.num_sms = torch.cuda.get_device_properties(0).multi_processor_count if on_gpu else 1
-        rows = slots / max(1, min(slots, shape.experts))
-        self.tiles = tiles or choose_tiles(shape.hidden, shape.intermediate, rows, capability_of(device), 2, name)
+    def __init__(
+        self, shape: Shape, tokens: int, device: torch.device, tiles: Tiles | None = None, packed: bool = False
+    ) -> None:
+        self.packed, slots = packed, tokens * shape.top_k
+        self.num_sms = num_sms_of(device)
+        self.tiles = tiles or rule_tiles(shape, tokens, device, packed)
         self.router = Router(tokens, shape.experts, shape.top_k, True, device)
         self.h = torch.empty(slots, shape.intermediate, dtype=torch.bfloat16, device=device)
         self.y = torch.empty(slots, shape.hidden, dtype=torch.bfloat16, device=device)
         self.out = torch.zeros(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
+        self.top_k = shape.top_k
 
     def run(self, layer: Layer, x: Tensor, logits: Tensor) -> Tensor:
         """The layer's output, added to what `out` holds."""
+        table = layer.packed[0] if self.packed else layer.table
         routing = self.router(logits, self.tiles.gate_up.block_m)
-        grouped_gemm.gate_up(x, layer.table, routing, self.h, torch.bfloat16, self.tiles.gate_up, self.num_sms)
-        grouped_gemm.down(self.h, layer.table, routing, self.y, torch.bfloat16, self.tiles.down, self.num_sms)
+        grouped_gemm.gate_up(x, table, routing, self.h, torch.bfloat16, self.tiles.gate_up, self.num_sms)
+        grouped_gemm.down(self.h, table, routing, self.y, torch.bfloat16, self.tiles.down, self.num_sms)
         return grouped_gemm.combine(self.y, routing, self.out)
+
+
+def rows_per_expert(shape: Shape, tokens: int) -> float:
+    """Mean rows of an expert that has any, as TritonOps reckons them."""
+    slots = tokens * shape.top_k
+    return slots / max(1, min(slots, shape.experts))
+
+
+def rule_tiles(shape: Shape, tokens: int, device: torch.device, packed: bool = False) -> Tiles:
+    """The tiles that an engine would use on this device."""
+    capability, rows = capability_of(device), rows_per_expert(shape, tokens)
+    if packed:
+        tile = planar12_tile(rows, capability)
+        return Tiles(tile, tile)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else None
+    return choose_tiles(shape.hidden, shape.intermediate, rows, capability, 2, name)
+
+
+def invariant_tiles(device: torch.device) -> Tiles:
+    """Those of a batch-invariant engine."""
+    fixed = invariant_tile(capability_of(device), 2)
+    return Tiles(fixed, fixed)
 
 
 def router_logits(shape: Shape, tokens: int, routing: str, seed: int, device: torch.device) -> Tensor:
@@ -82,92 +163,140 @@ def router_logits(shape: Shape, tokens: int, routing: str, seed: int, device: to
     return (popularity - (-noise.log()).log()).float().to(device)
 
 
-def reference(layer: Layer, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-    """A loop over experts in fp32."""
+def choose(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """(weights fp32, experts int32) [T, top_k]: softmax over the chosen, in plain torch."""
+    values, chosen = logits.topk(top_k)
+    return values.softmax(-1), chosen.int()
+
+
+def reference(layer: Layer, x: Tensor, weights: Tensor, chosen: Tensor, plus_one: bool = False) -> Tensor:
+    """A loop over experts in fp32; plus_one: see Peer."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in chosen.unique().tolist():
         token, choice = torch.where(chosen == expert)
         gate, up = (x[token].float() @ layer.gate_up[expert].float().T).chunk(2, dim=-1)
-        y = torch.nn.functional.silu(gate) * up @ layer.down[expert].float().T
+        y = torch.nn.functional.silu(gate) * (up + 1 if plus_one else up) @ layer.down[expert].float().T
         out.index_add_(0, token, y * weights[token, choice, None])
     return out
 
 
-def check(name: str, got: Tensor, expected: Tensor) -> None:
-    """AssertionError unless `got` agrees within the roundings of bf16."""
+def check(got: Tensor, expected: Tensor) -> None:
+    """WrongError unless `got` agrees within the roundings of bf16."""
     error = (got.float() - expected).abs().max().item() / max(1e-6, expected.abs().max().item())
-    assert error < 0.02, f"{name} is wrong: its output differs by {error:.1%} of the largest value"
+    if not error < 0.02:  # nor for NaN
+        raise WrongError(f"its output differs by {error:.1%} of the largest value")
 
 
-def bench_shape(name: str, args: argparse.Namespace, roofs: Roofs, results: ResultRows) -> None:
-    """All token counts of one shape."""
-    device, shape = require_gpu(), SHAPES[name]
-    layers = [Layer(shape, device) for _ in range(cold_copies(shape.expert_bytes * shape.experts))]
-    missing: set[str] = set()
-    for tokens in args.tokens:
-        x = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
-        logits = router_logits(shape, tokens, args.routing, tokens, device)
-        ours = Ours(shape, tokens, device)
-        routing = ours.router(logits, ours.tiles.gate_up.block_m)
-        weights, chosen = routing.weights.clone(), routing.experts.clone()
-        touched = len(chosen.unique())
-        expected = reference(layers[0], x, weights, chosen) if tokens <= 256 else None
-        fixed = invariant_tile(capability_of(device), 2)
-        engines = {"fluxmoe": ours, "fluxmoe invariant": Ours(shape, tokens, device, Tiles(fixed, fixed))}
-        timings: dict[str, Timing] = {}
-        for provider, engine in engines.items():
-            if expected is not None:
-                engine.out.zero_()
-                check(provider, engine.run(layers[0], x, logits), expected)
-            timings[provider] = time_calls([partial(engine.run, layer, x, logits) for layer in layers])
-        for peer in args.peers:
-            if peer in missing:
-                continue
-            try:
-                runs = [PEERS[peer](layer.gate_up, layer.down) for layer in layers]
-                if expected is not None and peer in SAME_NUMBERS:
-                    check(peer, runs[0](x, logits, weights, chosen), expected)
-                timings[peer] = time_calls([partial(run, x, logits, weights, chosen) for run in runs])
-            except (PeerMissingError, RuntimeError, TypeError, AttributeError, AssertionError) as error:
-                missing.add(peer)
-                print(f"peer {peer} is left out: {' '.join(str(error).split())[:200]}", flush=True)
-        report(name, shape, tokens, touched, args.routing, timings, roofs, results)
+class Point:
+    """One shape at one number of tokens, on all cold copies of its layer."""
+
+    def __init__(self, layers: list[Layer], tokens: int, routing: str, tuned: Path | None) -> None:
+        self.layers, self.tokens, self.device, self.shape = layers, tokens, layers[0].device, layers[0].shape
+        self.x = torch.randn(tokens, self.shape.hidden, dtype=torch.bfloat16, device=self.device)
+        self.logits = router_logits(self.shape, tokens, routing, tokens, self.device)
+        self.weights, self.chosen = choose(self.logits, self.shape.top_k)
+        self.touched = len(self.chosen.unique())
+        self._expected: dict[bool, Tensor] = {}
+        self._tuned = read_tuned(tuned) if tuned else {}
+
+    def expected(self, plus_one: bool = False) -> Tensor:
+        if plus_one not in self._expected:
+            self._expected[plus_one] = reference(self.layers[0], self.x, self.weights, self.chosen, plus_one)
+        return self._expected[plus_one]
+
+    def tiles(self, provider: str) -> Tiles | None:
+        """None: the rule's."""
+        if provider == "fluxmoe invariant":
+            return invariant_tiles(self.device)
+        if provider == "fluxmoe":
+            rows = rows_per_expert(self.shape, self.tokens)
+            return tuned_tiles(self._tuned, self.shape.hidden, self.shape.intermediate, rows)
+        return None
+
+    def time(self, provider: str) -> Timing:
+        """Checked, then timed; raises WrongError, AbsentError and whatever a kernel raises."""
+        if provider in PEERS:
+            peer = PEERS[provider]
+            runs = [peer.make(layer.gate_up, layer.down) for layer in self.layers]
+            inputs = (self.x, self.logits, self.weights, self.chosen)
+            check(runs[0](*inputs), self.expected(peer.plus_one))
+            return time_calls([partial(run, *inputs) for run in runs], graph=peer.graph)
+        packed = provider == "fluxmoe planar12"
+        ours = Ours(self.shape, self.tokens, self.device, self.tiles(provider), packed)
+        check(ours.run(self.layers[0], self.x, self.logits), self.expected())
+        return time_calls([partial(ours.run, layer, self.x, self.logits) for layer in self.layers])
+
+    def bits(self, provider: str) -> float:
+        return self.layers[0].packed[1] if provider == "fluxmoe planar12" else 16.0
+
+    @cached_property
+    def base_s(self) -> float | None:
+        """Seconds of ours, dense, in this run: what ratios refer to."""
+        return base_seconds(lambda: self.time("fluxmoe"))
 
 
-def report(
-    name: str, shape: Shape, tokens: int, touched: float, routing: str, timings: dict[str, Timing], roofs: Roofs,
-    results: ResultRows, kind: str = "measured",
-) -> None:  # fmt: skip
-    """Rows and a printed line for each provider."""
-    nbytes, flops = shape.work(tokens, touched)
+def layer_columns(
+    shape: Shape, tokens: int, touched: float, timing: Timing, base_s: float | None, roofs: Roofs, bits: float = 16.0
+) -> dict:
+    """Columns of a row: time, the bytes and flops that it stands for, and how far from the floor it is."""
+    nbytes, flops = shape.work(tokens, touched, bits)
     floor = roofs.floor_s(nbytes, flops)
-    base = timings["fluxmoe"].p50
-    for provider, timing in timings.items():
-        results.add(
-            {
-                "kind": kind, "shape": name, "tokens": tokens, "routing": routing, "provider": provider,
-                "time_us": timing.p50 * 1e6, "p20_us": timing.p20 * 1e6, "p80_us": timing.p80 * 1e6,
-                "method": timing.method, "experts_touched": touched, "bytes": nbytes, "flops": flops,
-                "share_of_copy_bandwidth": nbytes / timing.p50 / roofs.bytes_per_s,
-                "share_of_matmul_rate": flops / timing.p50 / roofs.flops_per_s,
-                "floor_us": floor * 1e6, "share_of_floor": floor / timing.p50, "time_over_ours": timing.p50 / base,
-            }
-        )  # fmt: skip
-        print(
-            f"{kind:>9} {name:>10} {tokens:>5} tokens  {provider:<18} {timing.p50 * 1e6:9.1f} µs  "
-            f"{nbytes / timing.p50 / roofs.bytes_per_s:5.0%} of copy, {flops / timing.p50 / 1e12:6.1f} TFLOP/s, "
-            f"{floor / timing.p50:5.0%} of the floor, {timing.p50 / base:5.2f}x our time",
-            flush=True,
-        )
+    return {
+        **timing.columns, "experts_touched": touched, "bits_per_weight": bits, "bytes": nbytes, "flops": flops,
+        "share_of_copy_bandwidth": nbytes / timing.p50 / roofs.bytes_per_s,
+        "share_of_matmul_rate": flops / timing.p50 / roofs.flops_per_s, "floor_us": floor * 1e6,
+        "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, base_s),
+    }  # fmt: skip
+
+
+def bench_shape(name: str, args: argparse.Namespace, roofs: Roofs, results: ResultRows, device: torch.device) -> None:
+    """All points of one shape that are missing."""
+    shape, missing = SHAPES[name], _missing(name, args, results)
+    if not missing:
+        return
+    layers = [Layer(shape, device) for _ in range(cold_copies(shape.expert_bytes * shape.experts))]
+    for tokens, providers in missing.items():
+        point = Point(layers, tokens, args.routing, args.tuned)
+        for provider in providers:
+            results.measure(
+                partial(_columns, point, provider, roofs, results),
+                shape=name,
+                tokens=tokens,
+                routing=args.routing,
+                provider=provider,
+            )
+
+
+def _columns(point: Point, provider: str, roofs: Roofs, results: ResultRows) -> dict:
+    timing = point.time(provider)
+    if provider == "fluxmoe":
+        point.base_s = timing.p50
+    return layer_columns(
+        point.shape, point.tokens, point.touched, timing, point.base_s, roofs, point.bits(provider)
+    )  # fmt: skip
+
+
+def _missing(name: str, args: argparse.Namespace, results: ResultRows) -> dict[int, list[str]]:
+    """tokens → providers without a row."""
+    missing: dict[int, list[str]] = {}
+    for tokens in args.tokens:
+        for provider in args.providers:
+            if not results.has(shape=name, tokens=tokens, routing=args.routing, provider=provider):
+                missing.setdefault(tokens, []).append(provider)
+    return missing
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="fluxmoe.experiments.bench_grouped_gemm", description=__doc__.splitlines()[0])
-    p.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=list(SHAPES))
+    p.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=MODEL_SHAPES)
     p.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     p.add_argument("--routing", default="uniform", metavar="uniform|zipf:S")
-    p.add_argument("--peers", nargs="*", choices=sorted(PEERS), default=["torch"])
+    p.add_argument(
+        "--providers", nargs="+", choices=[*OURS, *sorted(PEERS)], default=["fluxmoe", "fluxmoe invariant", "torch"]
+    )  # fmt: skip
+    p.add_argument("--tuned", type=Path, metavar="FILE", help="tiles that tune_grouped_gemm found, for fluxmoe")
     p.add_argument("--predict", choices=["sm_90"], help="no GPU: write predictions for an H100")
+    p.add_argument("--rehearse", action="store_true", help="no GPU: interpreted on the CPU; times mean nothing")
     p.add_argument("--out", required=True, metavar="DIR")
     return p
 
@@ -181,13 +310,17 @@ def main(argv: list[str] | None = None) -> None:
 
         predicted_layer_rows(args.shapes, args.tokens, args.predict, args.out)
         return
-    require_gpu()
-    roofs = measure_roofs()
+    device = require_gpu(args.rehearse)
+    router_logits(SHAPES["tiny"], 1, args.routing, 0, torch.device("cpu"))  # before any work
+    roofs = measure_roofs(device)
     print(f"roofs: copy {roofs.bytes_per_s / 1e12:.2f} TB/s, bf16 matmul {roofs.flops_per_s / 1e12:.0f} TFLOP/s")
-    results = ResultRows(args.out, roofs, kind="measured")
+    kind = "rehearsed" if args.rehearse else "measured"
+    results = ResultRows(args.out, device.type, kind=kind, roofs=asdict(roofs), tuned=str(args.tuned or ""))
     for name in args.shapes:
-        bench_shape(name, args, roofs, results)
-        torch.cuda.empty_cache()
+        bench_shape(name, args, roofs, results, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    results.finish()
 
 
 if __name__ == "__main__":

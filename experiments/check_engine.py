@@ -1,10 +1,11 @@
 """The engine on its Triton kernels against the engine on its CPU kernels: same logits, same tokens.
 
-    python -m fluxmoe.experiments.check_engine [--device cuda] [--json FILE]
+    python -m fluxmoe.experiments.check_engine --out results/<gpu>/check_engine [--device cuda]
 
-Small random models in fp32 and bf16. Logits must agree within the dtype's precision and greedy tokens be the CPU's, up
-to the first place where the CPU's two best logits are that close; there either is right. Tokens must be exactly the
-same for every placement and number of slots; and with graphs, which pad the batch, as without them where the kernels
+Small random models in fp32 and bf16, one configuration a row: every placement and format, compressed experts first.
+Logits must agree within the dtype's precision and greedy tokens be the CPU's, up to the first place where the CPU's two
+best logits are that close; there either is right. Tokens must be exactly the same within a group of configurations,
+whatever the placement and the number of slots; and with graphs, which pad the batch, as without them where the kernels
 are batch-invariant.
 Exits 1 and says what differs. Without a GPU it runs where kernels are interpreted (TRITON_INTERPRET=1, slowly).
 """
@@ -12,58 +13,92 @@ Exits 1 and says what differs. Without a GPU it runs where kernels are interpret
 from __future__ import annotations
 
 import argparse
-import sys
+import hashlib
+import json
 import tempfile
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from fluxmoe.runtime.engine import Engine, EngineConfig, resolve_device
 from fluxmoe.runtime.request import Request, SamplingParams
 
-from .common import Parser, cli_main, provenance, write_json
+from .common import Parser, cli_main
+from .gpu import ResultRows, WrongError
 from .make_checkpoint import make_checkpoint
 
+# Sizes that every format takes in bf16.
 MODELS = {
-    "mixtral": dict(arch="mixtral", experts=8, top_k=2, hidden=64, moe_intermediate=48, heads=4, kv_heads=2),
+    "mixtral": dict(arch="mixtral", experts=8, top_k=2, hidden=128, moe_intermediate=128, heads=4, kv_heads=2),
     "qwen3_moe": dict(
-        arch="qwen3_moe", experts=16, top_k=4, hidden=64, moe_intermediate=32, heads=4, kv_heads=2, head_dim=32
+        arch="qwen3_moe", experts=16, top_k=4, hidden=128, moe_intermediate=128, heads=4, kv_heads=2, head_dim=32
     ),
     "qwen3_next": dict(
         arch="qwen3_next",
         experts=16,
         top_k=4,
-        hidden=64,
-        moe_intermediate=32,
+        hidden=128,
+        moe_intermediate=128,
         heads=4,
         kv_heads=2,
         head_dim=32,
         dense_layers=(1,),
     ),
-    "olmoe": dict(arch="olmoe", experts=8, top_k=3, hidden=64, moe_intermediate=32, heads=4),
+    "olmoe": dict(arch="olmoe", experts=8, top_k=3, hidden=128, moe_intermediate=128, heads=4),
 }
-_EAGER, _INVARIANT, _HOST = {"cuda_graphs": False}, {"batch_invariant": True}, {"placement": "host", "poison": True}
-# Settings within a group give the same tokens.
-GROUPS = {
+_EAGER, _INVARIANT = {"cuda_graphs": False}, {"batch_invariant": True}
+_HOST, _PLANAR = {"placement": "host", "poison": True}, {"expert_format": "planar12"}
+_PACKED, _HALF = {"placement": "packed"}, {"alpha": 0.5}
+# Settings within a group give the same tokens. Launches that may meet planar12 have tiles of their own.
+PACKED_GROUPS = {
+    "packed": {
+        "packed": _PACKED,
+        "host": _HOST | _PLANAR,
+        "balanced": {"placement": "balanced"} | _HALF | _PLANAR,
+        "hybrid": {"placement": "hybrid"} | _HALF,
+        "dense share": _PACKED | {"dense_share": 0.5},
+        "on demand": {"placement": "host", "transfer": "on_demand"} | _PLANAR,
+        "host, decoded slots": _HOST | _PLANAR | {"slot_format": "decoded"},
+        "disk": {"placement": "disk"} | _PLANAR,
+    },
+    "packed, no graphs": {"packed": _PACKED | _EAGER, "host": _HOST | _PLANAR | _EAGER},
+    "packed, batch-invariant": {
+        "graphs": _PACKED | _INVARIANT,
+        "no graphs": _PACKED | _INVARIANT | _EAGER,
+        "host": _HOST | _PLANAR | _INVARIANT,
+    },
+    "decoded first": {
+        "resident": {},
+        "packed huffman": _PACKED | {"expert_format": "huffman", "poison": True},
+        "packed tiered": _PACKED | {"expert_format": "tiered"},
+        "host huffman": _HOST | {"expert_format": "huffman"},
+    },
+}
+DENSE_GROUPS = {
     "graphs": {
         "resident": {},
         "host": _HOST,
         "host, 3 slots": {"placement": "host", "slots": 3},
-        "balanced": {"placement": "balanced", "alpha": 0.5},
-        "offload": {"placement": "offload", "alpha": 0.5},
+        "balanced": {"placement": "balanced"} | _HALF,
+        "offload": {"placement": "offload"} | _HALF,
+        "on demand": {"placement": "host", "transfer": "on_demand"},
+        "disk": {"placement": "disk"},
     },
     "no graphs": {"resident": _EAGER, "host": _EAGER | _HOST},
     "batch-invariant": {"graphs": _INVARIANT, "no graphs": _INVARIANT | _EAGER, "host": _INVARIANT | _HOST},
 }
-# Relative to the largest logit: sums in another order (fp32), roundings of activations (bf16).
-TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
+# Relative to the largest logit: roundings of activations (bf16), sums in another order (fp32).
+TOLERANCES = {"bfloat16": 0.05, "float32": 1e-4}
+GROUPS = {"bfloat16": PACKED_GROUPS | DENSE_GROUPS, "float32": DENSE_GROUPS}
+_REHEARSAL = {"bfloat16": {"decoded first": {"resident": {}}}}
 
 
-def requests(new_tokens: int) -> list[Request]:
+def requests(new_tokens: int, lengths: tuple[int, ...]) -> list[Request]:
     params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
-    return [Request(i, tuple(range(3 + i, 3 + i + n)), params) for i, n in enumerate((5, 33, 1, 17))]
+    return [Request(i, tuple(range(3 + i, 3 + i + n)), params) for i, n in enumerate(lengths)]
 
 
-def serve(model: Path, new_tokens: int, **settings) -> tuple[list[list[int]], list[torch.Tensor]]:
+def serve(model: Path, asked: list[Request], **settings) -> tuple[list[list[int]], list[torch.Tensor]]:
     """(tokens of each request, logits behind each of them [new_tokens, vocab])."""
     config = EngineConfig(max_batch=4, max_batched_tokens=24, max_context=128, **settings)
     with Engine(model, config) as engine:
@@ -88,7 +123,7 @@ def serve(model: Path, new_tokens: int, **settings) -> tuple[list[list[int]], li
             engine._forward, engine.graphs._forward = recording(eager), graphed
         else:
             engine._forward = recording(engine._forward)
-        outputs = engine.generate(requests(new_tokens))
+        outputs = engine.generate(asked)
     return [list(output.token_ids) for output in outputs], [torch.stack(rows[i]) for i in sorted(rows)]
 
 
@@ -109,26 +144,43 @@ def first_difference(
     return None
 
 
-def check_model(name: str, dtype: str, device: str, directory: Path, new_tokens: int) -> list[str]:
-    """Problems of one model."""
-    settings = {"layers": 5, "vocab": 512, "max_positions": 128, "seed": 1, **MODELS[name]}
-    model = make_checkpoint(out=directory / f"{name}-{dtype}", dtype=dtype, **settings)
-    expected, expected_logits = serve(model, new_tokens, device="cpu")
-    problems = []
-    for group, variants in GROUPS.items():
+class Model:
+    """A checkpoint, made when it is first asked for, and what the CPU says to the requests."""
+
+    def __init__(self, name: str, dtype: str, directory: Path, asked: list[Request], layers: int) -> None:
+        self.name, self.dtype, self._directory, self.asked, self._layers = name, dtype, directory, asked, layers
+
+    @cached_property
+    def path(self) -> Path:
+        settings = {"layers": self._layers, "vocab": 512, "max_positions": 128, "seed": 1, **MODELS[self.name]}
+        return make_checkpoint(out=self._directory / f"{self.name}-{self.dtype}", dtype=self.dtype, **settings)
+
+    @cached_property
+    def expected(self) -> tuple[list[list[int]], list[torch.Tensor]]:
+        return serve(self.path, self.asked, device="cpu")
+
+    def check(self, settings: dict, device: str, first_digest: str | None) -> dict[str, object]:
+        """Columns of a configuration's row. first_digest: of the tokens of its group's first, where that was right."""
+        tokens, logits = serve(self.path, self.asked, device=device, kernels="triton", **settings)
+        digest = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
+        for i, (expected, expected_logits) in enumerate(zip(*self.expected, strict=True)):
+            wrong = first_difference(tokens[i], logits[i], expected, expected_logits, TOLERANCES[self.dtype])
+            if wrong:
+                raise WrongError(f"request {i}: {wrong}")
+        if first_digest not in (None, digest):
+            raise WrongError("other tokens than the first of its group")
+        return {"tokens_sha256": digest}
+
+
+def check_model(model: Model, groups: dict, device: str, results: ResultRows) -> None:
+    """A row for each configuration of one model that has none yet."""
+    for group, variants in groups.items():
         first = None
-        for variant, extra in variants.items():
-            tokens, logits = serve(model, new_tokens, device=device, kernels="triton", **extra)
-            if first is None:
-                first = tokens
-                for i in range(len(tokens)):
-                    wrong = first_difference(tokens[i], logits[i], expected[i], expected_logits[i], TOLERANCES[dtype])
-                    if wrong:
-                        problems.append(f"{name} {dtype}, {group}: request {i}: {wrong}")
-            elif tokens != first:
-                problems.append(f"{name} {dtype}, {group}: {variant} gives other tokens than the first of its group")
-    print(f"{name} {dtype}: {'ok' if not problems else 'WRONG'}", flush=True)
-    return problems
+        for variant, settings in variants.items():
+            point = {"model": model.name, "dtype": model.dtype, "group": group, "variant": variant}
+            results.measure(partial(model.check, settings, device, first), **point)
+            row = results.find(**point)
+            first = first or row.get("tokens_sha256") or None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -136,24 +188,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     p.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
     p.add_argument("--new-tokens", type=int, default=12)
-    p.add_argument("--json", metavar="FILE", help="write problems and provenance there")
+    p.add_argument("--rehearse", action="store_true", help="one configuration of one layer, interpreted on the CPU")
+    p.add_argument("--out", required=True, metavar="DIR")
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    device = resolve_device(args.device).type
-    problems = []
+    device = "cpu" if args.rehearse else resolve_device(args.device).type
+    results = ResultRows(args.out, device, kind="rehearsed" if args.rehearse else "measured")
+    asked = requests(args.new_tokens, (3, 1) if args.rehearse else (5, 33, 1, 17))
     with tempfile.TemporaryDirectory() as directory:
-        for dtype in TOLERANCES:
+        for dtype, groups in _REHEARSAL.items() if args.rehearse else GROUPS.items():
             for name in args.models:
-                problems += check_model(name, dtype, device, Path(directory), args.new_tokens)
-    if args.json:
-        write_json(args.json, {"problems": problems, "provenance": provenance(device, 1)})
-    for problem in problems:
-        print(f"WRONG: {problem}", file=sys.stderr)
-    if problems:
-        sys.exit(1)
+                model = Model(name, dtype, Path(directory), asked, 1 if args.rehearse else 5)
+                check_model(model, groups, device, results)
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -74,21 +74,11 @@ def make_checkpoint(
         raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     if not 0 < scale < math.inf or shard_bytes < 1:
         raise UsageError(f"--scale and --shard-bytes must be positive, got {scale} and {shard_bytes}")
-    config = _hf_config(
-        arch,
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=heads if kv_heads is None else kv_heads,
-        head_dim=hidden // max(1, heads) if head_dim is None else head_dim,
-        vocab_size=vocab,
-        max_position_embeddings=max_positions,
-        dtype=dtype,
-        num_experts=experts,
-        top_k=top_k,
-        moe_intermediate=moe_intermediate,
-        dense_layers=sorted(set(dense_layers)),
-    )
+    config = hf_config(
+        arch, layers=layers, experts=experts, top_k=top_k, hidden=hidden, moe_intermediate=moe_intermediate,
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab=vocab, dtype=dtype, max_positions=max_positions,
+        dense_layers=dense_layers,
+    )  # fmt: skip
     # Before anything is written, a parent directory included.
     model = ARCHITECTURES[arch].config_from_hf(config)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -112,21 +102,30 @@ def make_checkpoint(
     return out
 
 
-def _hf_config(
-    arch: str, *, num_experts: int, top_k: int, moe_intermediate: int, dense_layers: list[int], **common: Any
-) -> dict[str, Any]:
+def hf_config(
+    arch: str, *, layers: int, experts: int, top_k: int, hidden: int, moe_intermediate: int, heads: int,
+    kv_heads: int | None = None, head_dim: int | None = None, vocab: int = 4096, dtype: str = "bfloat16",
+    max_positions: int = 4096, dense_layers: Iterable[int] = (),
+) -> dict[str, Any]:  # fmt: skip
     """config.json as the Hub has it for `arch`."""
     if arch not in ARCHITECTURES:
         raise UsageError(f"--arch must be one of {', '.join(ARCHITECTURES)}, got {arch}")
-    if dense_layers and arch not in _WITH_DENSE_LAYERS:
+    dense = sorted(set(dense_layers))
+    if dense and arch not in _WITH_DENSE_LAYERS:
         raise UsageError(f"{arch} has experts in every layer; --dense-layers is for {' and '.join(_WITH_DENSE_LAYERS)}")
-    missing = [layer for layer in dense_layers if not 0 <= layer < common["num_hidden_layers"]]
+    missing = [layer for layer in dense if not 0 <= layer < layers]
     if missing:
-        raise UsageError(
-            f"--dense-layers {missing[0]} does not exist; {common['num_hidden_layers']} layers are numbered from 0"
-        )
+        raise UsageError(f"--dense-layers {missing[0]} does not exist; {layers} layers are numbered from 0")
+    size_of_head = hidden // max(1, heads) if head_dim is None else head_dim
     config = {
-        **common,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if kv_heads is None else kv_heads,
+        "head_dim": size_of_head,
+        "vocab_size": vocab,
+        "max_position_embeddings": max_positions,
+        "dtype": dtype,
         "model_type": arch,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
@@ -136,47 +135,46 @@ def _hf_config(
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": None,
-        "torch_dtype": common["dtype"],
+        "torch_dtype": dtype,
     }
     if arch == "mixtral":
-        extra = {"architectures": ["MixtralForCausalLM"], "num_local_experts": num_experts, "sliding_window": None}
+        extra = {"architectures": ["MixtralForCausalLM"], "num_local_experts": experts, "sliding_window": None}
         return config | extra | {"intermediate_size": moe_intermediate}
     if arch == "qwen3_moe":
         return config | {
             "architectures": ["Qwen3MoeForCausalLM"],
-            "num_experts": num_experts,
+            "num_experts": experts,
             "moe_intermediate_size": moe_intermediate,
             "intermediate_size": top_k * moe_intermediate,
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
-            "mlp_only_layers": dense_layers,
+            "mlp_only_layers": dense,
             "use_sliding_window": False,
         }
     if arch == "qwen3_next":
-        heads = config["num_attention_heads"]
         return config | {
             "architectures": ["Qwen3NextForCausalLM"],
-            "num_experts": num_experts,
+            "num_experts": experts,
             "moe_intermediate_size": moe_intermediate,
             "shared_expert_intermediate_size": moe_intermediate,
             "intermediate_size": top_k * moe_intermediate,
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
-            "mlp_only_layers": dense_layers,
+            "mlp_only_layers": dense,
             "full_attention_interval": 4,
             "partial_rotary_factor": 0.25,
             # As many value heads as query heads twice, in pairs that share a key head: the published model's shape.
             "linear_num_key_heads": heads,
             "linear_num_value_heads": 2 * heads,
-            "linear_key_head_dim": config["head_dim"] // 2,
-            "linear_value_head_dim": config["head_dim"] // 2,
+            "linear_key_head_dim": size_of_head // 2,
+            "linear_value_head_dim": size_of_head // 2,
             "linear_conv_kernel_dim": 4,
         }
     if config.pop("head_dim") * config["num_attention_heads"] != config["hidden_size"]:
         raise UsageError("olmoe has no head_dim of its own: --head-dim times --heads must be --hidden")
     return config | {
         "architectures": ["OlmoeForCausalLM"],
-        "num_experts": num_experts,
+        "num_experts": experts,
         "intermediate_size": moe_intermediate,
         "norm_topk_prob": False,
         "clip_qkv": None,

@@ -1,30 +1,39 @@
-"""Other people's MoE layers behind one interface, for benchmarks: torch's grouped_mm, OpenAI's triton_kernels, vLLM.
+"""Other people's MoE layers behind one interface, for benchmarks: torch's grouped_mm, Liger, triton_kernels, vLLM.
 
-Each is an optional import. `weights` is one layer: gate_up [E, 2I, H] (gates first) and down [E, H, I], bf16.
-A peer's `run` takes x [T, H], router logits fp32 [T, E], and the choice made from them, weights fp32 [T, top_k] and
+Each is an optional import. Weights are one layer: gate_up [E, 2I, H] (gates first) and down [E, H, I], bf16.
+A peer's run takes x [T, H], router logits fp32 [T, E], and the choice made from them, weights fp32 [T, top_k] and
 experts int32 [T, top_k]; it returns [T, H] without the residual.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .gpu import AbsentError
+
 Run = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-class PeerMissingError(Exception):
-    """The peer is not installed, or has another interface than the one known here."""
+@dataclass(frozen=True)
+class Peer:
+    """make: one layer's weights → its run. plus_one: its SwiGLU adds 1 to the linear half, as GPT-OSS does: the same
+    work, other numbers. graph: whether it can be captured; False for one that reads something back to the host."""
+
+    make: Callable[[Tensor, Tensor], Run]
+    plus_one: bool = False
+    graph: bool = True
 
 
 def torch_grouped(gate_up: Tensor, down: Tensor) -> Run:
     """Sort by expert, two grouped_mm, a scatter-add: what transformers does with experts_implementation grouped_mm."""
     grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
     if grouped_mm is None:
-        raise PeerMissingError(f"torch {torch.__version__} has no grouped_mm")
+        raise AbsentError(f"torch {torch.__version__} has no grouped_mm")
     experts = len(gate_up)
 
     def run(x: Tensor, logits: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
@@ -43,12 +52,26 @@ def torch_grouped(gate_up: Tensor, down: Tensor) -> Run:
     return run
 
 
+def liger_fused(gate_up: Tensor, down: Tensor) -> Run:
+    """Liger's fused MoE (liger_kernel ≥ 0.8). It tunes itself at the first call of a shape."""
+    try:
+        from liger_kernel.ops import LigerFusedMoEFunction
+    except ImportError as error:
+        raise AbsentError(f"liger_kernel cannot be imported: {error}") from None
+
+    def run(x: Tensor, logits: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        with torch.no_grad():
+            return LigerFusedMoEFunction.apply(x, gate_up, down, chosen, weights)
+
+    return run
+
+
 def vllm_fused(gate_up: Tensor, down: Tensor) -> Run:
     """vLLM's fused_experts with its Triton kernels and tuned tables."""
     try:
         from vllm.model_executor.layers.fused_moe import fused_experts
     except ImportError as error:
-        raise PeerMissingError(f"vllm cannot be imported: {error}") from None
+        raise AbsentError(f"vllm cannot be imported: {error}") from None
 
     def run(x: Tensor, logits: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         return fused_experts(x, gate_up, down, weights, chosen)
@@ -57,19 +80,56 @@ def vllm_fused(gate_up: Tensor, down: Tensor) -> Run:
 
 
 def triton_kernels_matmul(gate_up: Tensor, down: Tensor) -> Run:
-    """OpenAI's triton_kernels: routing and two matmul_ogs, SwiGLU fused in the first.
+    """OpenAI's triton_kernels, from Triton's repository: top-k, two matmuls with SwiGLU fused in the first, a sum.
 
-    Its SwiGLU adds 1 to the linear half, as GPT-OSS does: the same work, other numbers.
+    Its module was called matmul_ogs, with a routing module beside it, until Triton 3.5.
     """
+    half = gate_up.shape[1] // 2
+    mixed = torch.stack([gate_up[:, :half], gate_up[:, half:]], dim=2).flatten(1, 2)
+    first, second = mixed.transpose(1, 2), down.transpose(1, 2)
     try:
-        from triton_kernels.matmul_ogs import FnSpecs, FusedActivation, PrecisionConfig, matmul_ogs
-        from triton_kernels.routing import routing
         from triton_kernels.swiglu import swiglu_fn
     except ImportError as error:
-        raise PeerMissingError(f"triton_kernels cannot be imported: {error}") from None
-    half = gate_up.shape[1] // 2
-    interleaved = torch.stack([gate_up[:, :half], gate_up[:, half:]], dim=2).flatten(1, 2)
-    first, second = interleaved.transpose(1, 2), down.transpose(1, 2)
+        raise AbsentError(f"triton_kernels cannot be imported: {error}") from None
+    try:
+        return _triton_kernels_new(first, second, swiglu_fn)
+    except ImportError:
+        pass
+    try:
+        return _triton_kernels_old(first, second, swiglu_fn)
+    except ImportError as error:
+        raise AbsentError(f"this version of triton_kernels is not known: {error}") from None
+
+
+def _triton_kernels_new(first: Tensor, second: Tensor, swiglu_fn: object) -> Run:
+    from triton_kernels.matmul import FnSpecs, FusedActivation, matmul
+    from triton_kernels.reduce import reduce
+    from triton_kernels.tensor import make_ragged_tensor_metadata
+    from triton_kernels.topk import topk
+
+    activation = FusedActivation(FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2), (1.0, None))
+
+    def run(x: Tensor, logits: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        top_k = chosen.shape[1]
+        sparse = topk(logits, top_k, apply_softmax=True)
+        # Sorted position → slot, a token's choices side by side.
+        slots = sparse.mask_metadata.col_sorted_indx
+        ragged = make_ragged_tensor_metadata(sparse.mask_metadata.col_sum, len(slots))
+        h = matmul(
+            x, first, None, a_ragged_metadata=ragged, gather_indx=slots // top_k, fused_activation=activation
+        )  # fmt: skip
+        y = matmul(
+            h, second, None, a_ragged_metadata=ragged, scatter_indx=slots, gammas=sparse.vals.flatten()[slots]
+        )  # fmt: skip
+        return reduce(y.view(len(x), top_k, -1), dim=1)[0]
+
+    return run
+
+
+def _triton_kernels_old(first: Tensor, second: Tensor, swiglu_fn: object) -> Run:
+    from triton_kernels.matmul_ogs import FnSpecs, FusedActivation, PrecisionConfig, matmul_ogs
+    from triton_kernels.routing import routing
+
     activation = FusedActivation(FnSpecs("swiglu", swiglu_fn, ("alpha", "limit")), (1.0, None), 2)
 
     def run(x: Tensor, logits: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
@@ -84,10 +144,9 @@ def triton_kernels_matmul(gate_up: Tensor, down: Tensor) -> Run:
     return run
 
 
-PEERS: dict[str, Callable[[Tensor, Tensor], Run]] = {
-    "torch": torch_grouped,
-    "triton_kernels": triton_kernels_matmul,
-    "vllm": vllm_fused,
+PEERS = {
+    "torch": Peer(torch_grouped),
+    "liger": Peer(liger_fused, graph=False),
+    "triton_kernels": Peer(triton_kernels_matmul, plus_one=True),
+    "vllm": Peer(vllm_fused),
 }
-# Peers whose numbers are ours, and are checked before they are timed.
-SAME_NUMBERS = ("torch", "vllm")

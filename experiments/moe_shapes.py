@@ -22,11 +22,13 @@ class Shape:
         """Experts that `tokens` reach on average when any expert is alike."""
         return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
 
-    def work(self, tokens: int, touched: float) -> tuple[float, float]:
-        """(bytes, flops) that a layer cannot avoid: touched experts once, each activation written and read once."""
+    def work(self, tokens: int, touched: float, bits: float = 16.0) -> tuple[float, float]:
+        """(bytes, flops) that a layer cannot avoid: touched experts once, each activation written and read once.
+        bits: of a weight."""
         slots = tokens * self.top_k
         activations = 2 * (3 * tokens * self.hidden + 2 * slots * self.intermediate + 2 * slots * self.hidden)
-        return touched * self.expert_bytes + activations, 6.0 * slots * self.hidden * self.intermediate
+        weights = touched * self.expert_bytes * bits / 16
+        return weights + activations, 6.0 * slots * self.hidden * self.intermediate
 
 
 SHAPES = {
@@ -34,5 +36,8 @@ SHAPES = {
     "qwen3_30b": Shape(2048, 768, 128, 8),
     "qwen3_next": Shape(2048, 512, 512, 10),
     "olmoe": Shape(2048, 1024, 64, 8),
+    # For rehearsals: the smallest that every format takes.
+    "tiny": Shape(128, 128, 4, 2),
 }
+MODEL_SHAPES = [name for name in SHAPES if name != "tiny"]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]

@@ -8,12 +8,15 @@ matmuls reach. What a model of limits cannot see (bank conflicts, uneven experts
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 from fluxmoe.kernels.audit import Report, audit, cases_of
 from fluxmoe.kernels.tiles import ROW_BOUNDS, Tile, default_tile, planar12_tile
 
-from .gpu import ResultRows, Roofs, Timing
+from .common import provenance, write_csv, write_json
+from .gpu import Roofs, Timing
 from .moe_shapes import SHAPES, Shape
 
 # Datasheet: HBM3 and dense bf16 of an H100 SXM; of these, large copies and matmuls reach some 90 % and 80 %.
@@ -26,6 +29,8 @@ LATENCY_S = 0.8e-6
 # A kernel inside a graph: launch to launch, its index loads, its epilogue.
 FIXED_S = 4e-6
 GEMMS = ("gate_up", "down")
+# planar12 with the escapes of Gaussian weights.
+PLANAR12_BITS = 12.01
 
 
 def audited(arch: str) -> dict[tuple[str, Tile], Report]:
@@ -87,7 +92,9 @@ def predict_layer(
     total = 4 * FIXED_S + 2 * shape.hidden * (slots + 2 * tokens) / ROOFS.bytes_per_s
     limits = {}
     for name, n, k in (("gate_up", 2 * shape.intermediate, shape.hidden), ("down", shape.hidden, shape.intermediate)):
-        seconds = gemm_limits(n, k, blocks, slots, touched, tile, codes[name, tile], 12.01 / 8 if planar12 else 2.0)
+        seconds = gemm_limits(
+            n, k, blocks, slots, touched, tile, codes[name, tile], PLANAR12_BITS / 8 if planar12 else 2.0
+        )
         limits[name] = max(seconds, key=seconds.get)
         total += seconds[limits[name]]
     return total, limits
@@ -95,17 +102,25 @@ def predict_layer(
 
 def predicted_layer_rows(shapes: list[str], tokens: list[int], arch: str, out: str) -> None:
     """rows.csv and provenance.json of bench_grouped_gemm's predictions."""
-    from .bench_grouped_gemm import report
+    from .bench_grouped_gemm import layer_columns
 
-    facts = {"kind": "predicted: no GPU ran", "gpu": "H100 SXM, datasheet", "arch": arch}
-    results = ResultRows(out, ROOFS, "cpu", **facts)
-    codes = audited(arch)
+    codes, rows = audited(arch), []
     for name in shapes:
         for count in tokens:
-            timing = {}
+            shape, base = SHAPES[name], None
             for provider, planar12 in (("fluxmoe", False), ("fluxmoe planar12", True)):
-                seconds, limits = predict_layer(SHAPES[name], count, codes, planar12)
-                timing[provider] = Timing(seconds, seconds, seconds, "/".join(limits.values()))
-            report(
-                name, SHAPES[name], count, SHAPES[name].touched(count), "uniform", timing, ROOFS, results, "predicted"
-            )
+                seconds, limits = predict_layer(shape, count, codes, planar12)
+                base = base or seconds
+                timing = Timing(seconds, seconds, seconds, "/".join(limits.values()))
+                bits = PLANAR12_BITS if planar12 else 16.0
+                columns = layer_columns(shape, count, shape.touched(count), timing, base, ROOFS, bits)
+                point = {"shape": name, "tokens": count, "routing": "uniform", "provider": provider}
+                rows.append({"kind": "predicted", **point, **columns})
+                print(
+                    f"{name:>10} {count:>5} tokens  {provider:<18} {timing.p50 * 1e6:9.1f} µs  "
+                    f"{columns['share_of_floor']:5.0%} of the floor, {columns['time_over_ours']:5.2f}x our time",
+                    flush=True,
+                )
+    write_csv(Path(out) / "rows.csv", rows)
+    facts = {"kind": "predicted: no GPU ran", "gpu": "H100 SXM, datasheet", "arch": arch, "roofs": asdict(ROOFS)}
+    write_json(Path(out) / "provenance.json", {**provenance("cpu", 0), **facts})

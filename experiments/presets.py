@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from fluxmoe.models import ARCHITECTURES
 from fluxmoe.models.config import ModelConfig, load_config
 from fluxmoe.models.published import PUBLISHED, published_config
 
 from .common import UsageError, write_json
-from .make_checkpoint import make_checkpoint
+from .make_checkpoint import hf_config, make_checkpoint
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,19 @@ PRESETS = {
              head_dim=32, vocab=8192, max_positions=4096),
         requests=32, context=512, output_tokens=128, max_batch=32, budgets=("384MiB", "512MiB"),
     ),
-    # Layers of Qwen3-30B-A3B's width on a GPU: 4.8 GB of experts, KV of a full batch 1.1 GB.
+    # For rehearsals: seconds, whatever the machine.
+    "tiny": Preset(
+        dict(arch="qwen3_moe", layers=2, experts=4, top_k=2, hidden=128, moe_intermediate=128, heads=2, kv_heads=2,
+             head_dim=64, vocab=512, max_positions=256),
+        requests=2, context=40, output_tokens=4, max_batch=2, budgets=("64MiB",),
+    ),
+    # Layers of Qwen3-30B-A3B's width on a GPU, made and loaded in seconds: 2.4 GB of experts.
+    "gpu-short": Preset(
+        dict(arch="qwen3_moe", layers=4, experts=64, top_k=8, hidden=2048, moe_intermediate=768, heads=32, kv_heads=4,
+             head_dim=128, vocab=32768, max_positions=2048),
+        requests=128, context=1024, output_tokens=64, max_batch=64, budgets=("2304MiB", "2816MiB", "3584MiB"),
+    ),
+    # The same, deeper: 4.8 GB of experts, KV of a full batch 1.1 GB.
     "gpu": Preset(
         dict(arch="qwen3_moe", layers=8, experts=64, top_k=8, hidden=2048, moe_intermediate=768, heads=32, kv_heads=4,
              head_dim=128, vocab=32768, max_positions=2048),
@@ -116,6 +129,12 @@ def preset_source(name: str, checkpoints: Path) -> Source:
     """A preset's model, made on first use."""
     checkpoint = preset_model(name, checkpoints)
     return Source(checkpoint, load_config(checkpoint), name)
+
+
+def preset_config(name: str) -> ModelConfig:
+    """What a preset's model would be, without making it."""
+    spec = PRESETS[name].model
+    return ARCHITECTURES[spec["arch"]].config_from_hf(hf_config(**spec))
 
 
 def preset_model(name: str, directory: Path, seed: int = 0) -> Path:

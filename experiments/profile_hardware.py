@@ -14,13 +14,13 @@ import os
 import tempfile
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from fluxmoe.kernels.cpu import gemm
 from fluxmoe.kernels.cpu.copy import stream_copy
-from fluxmoe.kernels.cpu.ops import default_threads
+from fluxmoe.kernels.cpu.gemm import default_threads
 from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.runtime.engine import resolve_device
 from fluxmoe.runtime.hardware import HardwareProfile, best_seconds, measure_bandwidths, measure_links
@@ -32,9 +32,19 @@ from .bench_cpu_moe import peak_flops
 from .common import Parser, cli_main, provenance, write_json
 
 _SIZES = (64 << 10, 1 << 20, 16 << 20, 128 << 20)
-# More than caches hold: experts come from all over host memory.
-_HOST_BYTES = 512 << 20
-_FILE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is moved and decoded. host_bytes: more than caches hold, for experts come from all over host memory;
+    weight: rows and columns of what is decoded."""
+
+    host_bytes: int = 512 << 20
+    file_bytes: int = 256 << 20
+    weight: int = 4096
+
+
+FULL, REHEARSAL = Effort(), Effort(128 << 20, 32 << 20, 256)
 
 
 def matmul_flops(device: torch.device) -> float:
@@ -46,10 +56,10 @@ def matmul_flops(device: torch.device) -> float:
     return 2 * 8192**3 / best_seconds(lambda: torch.mm(a, b, out=out), device, 10)
 
 
-def host_copies(device: torch.device) -> dict[str, float]:
+def host_copies(device: torch.device, host_bytes: int) -> dict[str, float]:
     """Bytes/s of copies from (pinned) host memory to one place, by size, and of the largest on two streams at once."""
     rates = {}
-    host = torch.ones(_HOST_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    host = torch.ones(host_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
     for size in _SIZES:
         target = torch.empty(size, dtype=torch.uint8, device=device)
         pieces = host.split(size)
@@ -61,7 +71,7 @@ def host_copies(device: torch.device) -> dict[str, float]:
                 else:
                     target.copy_(piece, non_blocking=True)  # noqa: B023
 
-        rates[str(size)] = _HOST_BYTES / best_seconds(copy_all, device)
+        rates[str(size)] = host_bytes / best_seconds(copy_all, device)
     if device.type == "cuda":
         half, streams = _SIZES[-1] // 2, [torch.cuda.Stream() for _ in range(2)]
 
@@ -74,7 +84,7 @@ def host_copies(device: torch.device) -> dict[str, float]:
     return rates
 
 
-def copy_overlap(device: torch.device) -> float:
+def copy_overlap(device: torch.device, host_bytes: int) -> float:
     """Of a copy from the host, the share that hides under compute of the same length: (compute + copy - both) / copy.
 
     Compute is an expert GEMM at a few rows, bound by memory as in decode. A GPU copies by an engine of its own, and is
@@ -93,7 +103,7 @@ def copy_overlap(device: torch.device) -> float:
         for block in weights:
             gemm.linear(x, block, n, torch.bfloat16, y, scratch)
 
-    host, target = torch.ones(_HOST_BYTES, dtype=torch.uint8), torch.empty(1 << 20, dtype=torch.uint8)
+    host, target = torch.ones(host_bytes, dtype=torch.uint8), torch.empty(1 << 20, dtype=torch.uint8)
     pieces = host.split(target.numel())
 
     def copy(count: int) -> None:
@@ -114,10 +124,10 @@ def copy_overlap(device: torch.device) -> float:
     return min(1.0, max(0.0, (compute_s + copy_s - both_s) / min(compute_s, copy_s)))
 
 
-def decoders(device: torch.device) -> dict[str, float]:
+def decoders(device: torch.device, size: int) -> dict[str, float]:
     """Format → bytes/s of bf16 put out; on a CPU by one thread, as the copy thread decodes."""
-    weight = (torch.randn(4096, 4096) * 0.02).bfloat16()
-    out = torch.empty(4096, 4096, dtype=torch.bfloat16, device=device)
+    weight = (torch.randn(size, size) * 0.02).bfloat16()
+    out = torch.empty(size, size, dtype=torch.bfloat16, device=device)
     rates = {}
     for name, codec in FORMATS.items():
         packed = codec.encode(weight).to(device)
@@ -141,11 +151,11 @@ def decode_latency(device: torch.device) -> float:
     return max(latencies)
 
 
-def disk_reads(directory: str) -> float:
+def disk_reads(directory: str, file_bytes: int) -> float:
     """Bytes/s of a file read past the page cache (where the file system allows that), in chunks of 32 MiB."""
     with tempfile.NamedTemporaryFile(dir=directory, prefix="fluxmoe-profile-") as file:
         chunk = aligned_empty(32 << 20, torch.device("cpu")).random_()
-        for _ in range(_FILE_BYTES // chunk.numel()):
+        for _ in range(file_bytes // chunk.numel()):
             file.write(memoryview(chunk.numpy()))
         file.flush()
         os.fsync(file.fileno())
@@ -181,7 +191,7 @@ def launch_seconds(device: torch.device) -> float:
     return best_seconds(graph.replay, device, 10) / 200
 
 
-def measure(device: torch.device, disk_dir: str) -> HardwareProfile:
+def measure(device: torch.device, disk_dir: str, effort: Effort = FULL) -> HardwareProfile:
     """The profile of this machine."""
     made_by = provenance(device.type)
     bar = tqdm(total=9, desc="profile", leave=False)
@@ -194,7 +204,7 @@ def measure(device: torch.device, disk_dir: str) -> HardwareProfile:
 
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     rates = step("memory", lambda: measure_bandwidths(device))
-    copies = step("copies", lambda: host_copies(device))
+    copies = step("copies", lambda: host_copies(device, effort.host_bytes))
     profile = HardwareProfile(
         name=made_by["hardware"],
         device=device.type,
@@ -205,13 +215,13 @@ def measure(device: torch.device, disk_dir: str) -> HardwareProfile:
         matmul_flops=step("products", lambda: matmul_flops(device)),
         host_bandwidth=max(copies.values()),
         host_latency_s=_SIZES[0] / copies[str(_SIZES[0])],
-        copy_overlap=step("copies under compute", lambda: copy_overlap(device)),
+        copy_overlap=step("copies under compute", lambda: copy_overlap(device, effort.host_bytes)),
         kernel_host_bandwidth=step("reads of host memory", lambda: measure_links(device).read),
-        decode_bandwidth=step("decoders", lambda: decoders(device)),
+        decode_bandwidth=step("decoders", lambda: decoders(device, effort.weight)),
         decode_latency_s=step("small decodes", lambda: decode_latency(device)),
-        disk_bandwidth=step("disk", lambda: disk_reads(disk_dir)),
+        disk_bandwidth=step("disk", lambda: disk_reads(disk_dir, effort.file_bytes)),
         launch_s=step("launches", lambda: launch_seconds(device)),
-        measured=True,
+        measured=effort == FULL,
         sources={"host_copies_bytes_per_s": ", ".join(f"{size}: {rate:.3g}" for size, rate in copies.items())},
         provenance=made_by,
     )
@@ -223,13 +233,14 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="fluxmoe.experiments.profile_hardware", description=__doc__.splitlines()[0])
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     p.add_argument("--disk-dir", default=tempfile.gettempdir(), metavar="DIR", help="where the disk tier would spill")
+    p.add_argument("--rehearse", action="store_true", help="move next to nothing: rates mean nothing")
     p.add_argument("--out", required=True, metavar="FILE")
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    profile = measure(resolve_device(args.device), args.disk_dir)
+    profile = measure(resolve_device(args.device), args.disk_dir, REHEARSAL if args.rehearse else FULL)
     write_json(args.out, asdict(profile))
     rates = {"reads": profile.memory_bandwidth, "host copies": profile.host_bandwidth, "disk": profile.disk_bandwidth}
     listed = ", ".join(f"{name} {rate / 1e9:.2f} GB/s" for name, rate in rates.items())

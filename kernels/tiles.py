@@ -115,18 +115,26 @@ def choose_tiles(
     hidden: int, intermediate: int, rows_per_expert: float, capability: int, itemsize: int, gpu: str | None = None
 ) -> Tiles:
     """The tuned tiles of this GPU and layer, or the rule's."""
-    for bound, tiles in _tuned(gpu).get(f"{hidden},{intermediate}", ()) if itemsize == 2 and gpu else ():
-        if rows_per_expert <= bound:
-            return tiles
+    table = _tuned(gpu) if itemsize == 2 and gpu else {}
+    if tuned := tuned_tiles(table, hidden, intermediate, rows_per_expert):
+        return tuned
     tile = default_tile(rows_per_expert, capability, itemsize)
     return Tiles(tile, tile)
 
 
-@cache
-def _tuned(gpu: str) -> dict[str, list[tuple[float, Tiles]]]:
-    path = TUNED_DIR / f"{table_name(gpu)}.json"
-    if not path.exists():
-        return {}
+TunedTable = dict[str, list[tuple[float, Tiles]]]
+
+
+def tuned_tiles(table: TunedTable, hidden: int, intermediate: int, rows_per_expert: float) -> Tiles | None:
+    """The tiles of the least bound that holds; None beyond the bounds that have been tuned so far."""
+    for bound, tiles in table.get(f"{hidden},{intermediate}", ()):
+        if rows_per_expert <= bound:
+            return tiles
+    return None
+
+
+def read_tuned(path: Path) -> TunedTable:
+    """A table that tune_grouped_gemm wrote, finished or not: bounds in order, with their tiles."""
     return {
         shape: sorted(
             (math.inf if bound == "max" else float(bound), Tiles(Tile(**pair["gate_up"]), Tile(**pair["down"])))
@@ -134,6 +142,12 @@ def _tuned(gpu: str) -> dict[str, list[tuple[float, Tiles]]]:
         )
         for shape, by_rows in json.loads(path.read_text())["tiles"].items()
     }
+
+
+@cache
+def _tuned(gpu: str) -> TunedTable:
+    path = TUNED_DIR / f"{table_name(gpu)}.json"
+    return read_tuned(path) if path.exists() else {}
 
 
 def table_name(gpu: str) -> str:

@@ -7,9 +7,8 @@ from fluxmoe.runtime.hardware import HardwareProfile
 
 
 def test_measures_this_machine(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(profile_hardware, "_FILE_BYTES", 32 << 20)
     monkeypatch.setattr(profile_hardware, "_SIZES", (64 << 10, 1 << 20))
-    monkeypatch.setattr(profile_hardware, "_HOST_BYTES", 8 << 20)
+    monkeypatch.setattr(profile_hardware, "FULL", profile_hardware.Effort(8 << 20, 32 << 20))
     profile_hardware.main(["--device", "cpu", "--disk-dir", str(tmp_path), "--out", str(tmp_path / "p.json")])
     profile = HardwareProfile.load(tmp_path / "p.json")
     assert profile.measured

@@ -11,6 +11,7 @@ from fluxmoe.kernels.delta_net_torch import gated_delta_net_torch
 from fluxmoe.kernels.ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights, KernelError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 SMALL = DeltaNetDims(key_heads=2, value_heads=4, key_dim=16, value_dim=8, taps=4)
 ODD = DeltaNetDims(key_heads=1, value_heads=3, key_dim=5, value_dim=12, taps=3)
 ONE = DeltaNetDims(key_heads=2, value_heads=2, key_dim=8, value_dim=8, taps=2)

@@ -13,6 +13,7 @@ from fluxmoe.kernels.torch_experts import TorchExperts
 from fluxmoe.kernels.triton_experts import TritonExperts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 DIMS = ExpertDims(hidden=128, intermediate=248, experts=4, top_k=2, dtype=torch.bfloat16)
 TOKENS = 8
 BACKENDS = {

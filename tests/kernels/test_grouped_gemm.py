@@ -13,6 +13,7 @@ from fluxmoe.kernels.routing import Router
 from fluxmoe.kernels.tiles import Tile, default_tile, invariant_tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 # Relative to the largest output: half an ulp of the dtype for each of the two roundings, and the sums'.
 TOLERANCES = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2e-6}
 TILES = {

@@ -7,6 +7,7 @@ import torch
 from fluxmoe.kernels.host_read import sum_in_place
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("numel", [1, 4096, 10_001])

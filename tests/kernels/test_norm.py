@@ -7,6 +7,7 @@ import torch
 from fluxmoe.kernels.norm import MAX_HIDDEN, rms_norm, rms_norm_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 # Half a unit in the last place of the result, plus fp32 arithmetic.
 RTOL = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 1e-5}
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.gpu
 every_format = pytest.mark.parametrize("codec", FORMATS.values(), ids=FORMATS.keys())
 ALL_PATTERNS = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
 

@@ -19,6 +19,7 @@ from fluxmoe.kernels.paged_attention import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2e-6}
 
 
@@ -255,7 +256,7 @@ def test_default_splits_fit_the_workspace_promised(monkeypatch):
     b = batch([(600, 1), (30, 1)])
     need = workspace_bytes(2, 4, 2, 24, b.table.shape[1] * 16, 8)
     assert need > 0
-    assert_matches(run(b, workspace=torch.empty(need, dtype=torch.uint8)), reference(b), torch.float32)
+    assert_matches(run(b, workspace=torch.empty(need, dtype=torch.uint8, device=DEVICE)), reference(b), torch.float32)
     with pytest.raises(ValueError, match=r"splits of 2 sequences need \d+ contiguous bytes, got none"):
         run(b, workspace=None)
 

@@ -7,6 +7,7 @@ import torch
 from fluxmoe.kernels.rope_kv import rope_and_cache, rope_and_cache_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 RTOL = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2e-5}
 BLOCKS = 5
 

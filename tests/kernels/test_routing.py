@@ -8,6 +8,7 @@ from fluxmoe.kernels.ops import KernelError
 from fluxmoe.kernels.routing import Router, block_t, max_blocks, routing_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 # E and top_k of OLMoE, Mixtral, Qwen3-Next, and odd ones; tokens below, at and beyond one chunk.
 CASES = [
     pytest.param(0, 8, 2, id="no-tokens"),

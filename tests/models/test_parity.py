@@ -31,7 +31,7 @@ def serve_with_logits(directory, prompts, **settings):
             logits = forward(*arguments)
             sampled = [chunk.sequence.request.request_id for chunk in steps[-1].chunks if chunk.sample]
             for request_id, row in zip(sampled, logits, strict=True):
-                rows[request_id].append(row.clone())
+                rows[request_id].append(row.cpu().clone())
             return logits
 
         engine.decoder.forward = recording

@@ -151,6 +151,7 @@ def test_refuses_impossible_caches(sizes, message):
         )
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_swap_through_pinned_memory():
     cache = PagedKVCache(PlainLayout(), 3, 6, 4, 2, 8, torch.bfloat16, "cuda", host_blocks=4, pin=True)

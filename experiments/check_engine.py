@@ -34,7 +34,15 @@ MODELS = {
         arch="qwen3_moe", experts=16, top_k=4, hidden=128, moe_intermediate=128, heads=4, kv_heads=2, head_dim=32
     ),
     "qwen3_next": dict(
-        arch="qwen3_next", experts=16, top_k=4, hidden=128, moe_intermediate=128, heads=4, kv_heads=2, head_dim=32
+        arch="qwen3_next",
+        experts=16,
+        top_k=4,
+        hidden=128,
+        moe_intermediate=128,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        dense_layers=(1,),
     ),
     "olmoe": dict(arch="olmoe", experts=8, top_k=3, hidden=128, moe_intermediate=128, heads=4),
 }

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     for batch, host_format, alpha in tqdm(points, "points", unit="point"):
         compute, load = step_times(args, machine, source, batch, alpha, host_format)
         rows.append({"batch": batch, "host_format": host_format, "alpha": alpha, "compute_s": compute, "load_s": load})
-    layers = source.config.num_layers
+    layers = len(source.config.moe_layers)
     for batch, host_format in dict.fromkeys((b, f) for b, f, _ in points):
         line = [row for row in rows if (row["batch"], row["host_format"]) == (batch, host_format)]
         # Seconds of loading at α = 0, taken from the lowest α; a rate of 1 makes bytes of seconds.

@@ -85,7 +85,7 @@ def default_budgets(config: ModelConfig, max_batch: int, context: int) -> list[i
     """A row from a few slots to everything resident with all the KV that a full batch needs."""
     kv = max_batch * (context * config.kv_bytes_per_token + config.state_bytes_per_sequence)
     weights = config.non_expert_bytes + config.expert_bytes_total
-    least = config.non_expert_bytes + 2 * config.expert_bytes_total // config.num_layers + kv // max_batch
+    least = config.non_expert_bytes + 2 * config.expert_bytes_total // len(config.moe_layers) + kv // max_batch
     row = [least * 1.3, weights * 0.5, weights * 0.8, weights + kv * 0.05]
     row += [weights + kv * share for share in (0.15, 0.3, 0.6, 1.0)]
     return sorted({int(-(-value // (1 << 20))) << 20 for value in row})

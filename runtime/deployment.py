@@ -51,7 +51,7 @@ def lay_out(
             bandwidths = dict(measure())
             bandwidths |= {Tier.PACKED: bandwidths[Tier.RESIDENT]}
     placement = place(
-        config.placement, model.num_layers, model.num_experts, alpha=config.alpha, dense=config.dense_share,
+        config.placement, len(model.moe_layers), model.num_experts, alpha=config.alpha, dense=config.dense_share,
         device_tier=device_tier, bandwidths=bandwidths,
     )  # fmt: skip
     formats, used = config.formats, {DENSE}
@@ -166,7 +166,7 @@ class Deployment:
 
     @property
     def popularity_bytes(self) -> int:
-        """Counts of routed tokens, fp32 [L, E], for the planner."""
+        """Counts of routed tokens, fp32 [layers with experts, E], for the planner."""
         counted = self.config.adaptive and self.config.planning
         return 4 * self.placement.tiers.size if counted else 0
 

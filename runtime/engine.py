@@ -255,11 +255,13 @@ class Engine(ServingLoop):
             decoder.load(role, layer, weight)
         layout, ops = self.deployment.layout, self.expert_ops
         staging = {name: tuple(torch.empty(n, dtype=torch.uint8) for n in layout.sizes[name]) for name in layout.sizes}
-        total = self.model.num_layers * self.model.num_experts
+        moe_layers = self.model.moe_layers
+        total = len(moe_layers) * self.model.num_experts
         experts = tqdm(
             checkpoint.experts(), "experts", total, disable=not self.config.progress, leave=False, unit="expert"
         )
-        for layer, expert, gate_up, down in experts:
+        for decoder_layer, expert, gate_up, down in experts:
+            layer = moe_layers.index(decoder_layer)
             stored = self.store.stored(layer, expert)
             recipes = ops.pack_expert(gate_up, down, staging[stored], stored)
             self.store.put(layer, expert, staging[stored], recipes)

@@ -3,11 +3,11 @@
 Scheduler, deployment (ledger, layout, placement) and planner are the runtime's own code; a CostModel stands in for
 kernels and copies, and a model of Algorithm 1 for the streamer. Deterministic: the same requests give the same steps.
 
-Within a pass, layer after layer, with t the compute stream's time and one link and one decoder that never idle while a
-slot is free:
+Within a pass, layer after layer of those with experts, with t the compute stream's time and one link and one decoder
+that never idle while a slot is free:
 
     load j     begins once the link is free and job j - S was computed; done after the longer of link and decode
-    layer      t += attention;  t = max(t, load j done);  t += experts;  its slot is free at t
+    layer      t += what runs before its experts;  t = max(t, load j done);  t += experts;  its slot is free at t
 
 Loads run ahead over the end of a pass, as in the engine. Swapped KV crosses the link before its pass, and stalls it.
 Where copies take compute from the kernels (`copy_overlap` below 1), a layer with a load is longer by that share of the
@@ -95,11 +95,11 @@ class SimEngine(ServingLoop):
         """Take a layout into use; what loads of its layers take."""
         self.layout = layout
         self.costs.bind(layout)
-        self._loads = [self.costs.load_seconds(layer, layout) for layer in range(self.model.num_layers)]
+        self._loads = [self.costs.load_seconds(layer, layout) for layer in range(layout.num_layers)]
         # Where experts move, every layer has its turn of the slots, as in the streamer: loads run so many layers ahead.
         turns = [self.config.adaptive or any(times) for times in self._loads]
         self._streamed = [layer for layer, turn in enumerate(turns) if turn]
-        self._load_bytes = [self.costs.host_bytes(layer, layout) for layer in range(self.model.num_layers)]
+        self._load_bytes = [self.costs.host_bytes(layer, layout) for layer in range(layout.num_layers)]
         # Waiting for a slow link costs no compute; copying and decoding do.
         work = zip(self._load_bytes, self._loads, strict=True)
         self._copying = [max(nbytes / self._copy_rate, decode_s) for nbytes, (_, decode_s) in work]
@@ -132,12 +132,12 @@ class SimEngine(ServingLoop):
         keeps_all = len(streamed) <= pipe.slots and not self.config.adaptive
         stall, load, crossed = 0.0, 0.0, 0
         for layer, cost in enumerate(costs):
-            now += cost.attention
+            now += cost.before
             if layer in streamed and not (keeps_all and pipe.jobs >= len(streamed)):
                 job = pipe.jobs
                 ready = self._loaded(job, layer)
                 stall += max(0.0, ready - now)
-                contended = min(self._copying[layer], cost.attention + cost.experts)
+                contended = min(self._copying[layer], cost.before + cost.experts)
                 now = max(now, ready) + cost.experts + (1 - self.profile.copy_overlap) * contended
                 pipe.computed[job % pipe.slots] = now
                 pipe.jobs += 1

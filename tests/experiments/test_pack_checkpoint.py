@@ -58,6 +58,14 @@ def test_qwen3_next_can_be_packed_too(tmp_path):
     assert tokens_of(tmp_path / "packed") == tokens_of(model)
 
 
+def test_layers_without_experts_have_no_files(tmp_path):
+    model = make_checkpoint("qwen3_moe", tmp_path / "moe", **SIZES, dense_layers=(0,))
+    script.main(["--model", str(model), "--format", "planar12", "--out", str(tmp_path / "packed")])
+    files = {path.name for path in (tmp_path / "packed").glob("*.fluxpack")}
+    assert files == {f"layer-000{layer}.{tensor}.fluxpack" for layer in (1, 2) for tensor in ("gate_up", "down")}
+    assert tokens_of(tmp_path / "packed") == tokens_of(model)
+
+
 def test_interrupted_it_is_refused_and_resumes(model_dir, tmp_path, monkeypatch):
     out, real, power = tmp_path / "packed", script.pack_layer, [False]
 

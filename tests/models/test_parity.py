@@ -70,7 +70,12 @@ def test_fp32_parity(arch, seed, kernels, tmp_path):
         ("qwen3_moe", dict(num_experts=13, num_experts_per_tok=1, attention_bias=True)),
         ("qwen3_moe", dict(tie_word_embeddings=True, num_key_value_heads=1)),
         ("qwen3_moe", dict(use_sliding_window=True, sliding_window=17, max_window_layers=0)),
+        ("qwen3_moe", dict(mlp_only_layers=[0, 2])),
+        ("qwen3_moe", dict(decoder_sparse_step=2, intermediate_size=20)),
         ("qwen3_next", dict(layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"])),
+        # The MLP wider than the shared expert, and narrower; after linear and after full attention.
+        ("qwen3_next", dict(mlp_only_layers=[0, 3])),
+        ("qwen3_next", dict(decoder_sparse_step=2, intermediate_size=12)),
         ("qwen3_next", dict(linear_num_value_heads=2, linear_conv_kernel_dim=2, tie_word_embeddings=True)),
         ("qwen3_next", dict(num_experts=11, num_experts_per_tok=8, norm_topk_prob=False, num_key_value_heads=4)),
         ("olmoe", dict(num_experts=9, num_experts_per_tok=5, norm_topk_prob=True)),

@@ -235,6 +235,41 @@ def test_compressed_experts_give_the_same_tokens_from_fewer_bytes(wide_model_dir
         assert sum(lines[e] for e in experts) <= sum(dense_lines[e] for e in experts)
 
 
+@pytest.fixture(scope="module")
+def dense_layers_dir(tmp_path_factory):
+    """Layers without experts at the beginning, in the middle and at the end."""
+    out = tmp_path_factory.mktemp("models") / "dense-layers"
+    make_checkpoint(
+        arch="qwen3_moe", out=out, layers=7, experts=4, top_k=2, hidden=128, moe_intermediate=64, heads=4, vocab=512,
+        dtype="bfloat16", seed=0, max_positions=256, dense_layers=(0, 3, 4, 6),
+    )  # fmt: skip
+    return out
+
+
+DENSE_LAYERS_CASES = {
+    "host": dict(placement="host"),
+    "host, a slot each": dict(placement="host", slots=3),
+    "offload": dict(placement="offload", alpha=0.4),
+    "balanced": dict(placement="balanced", alpha=0.5, dense_share=0.25, expert_format="planar12"),
+    "packed": dict(placement="packed"),
+    "packed, not fused": dict(placement="packed", expert_format="tiered"),
+    "disk": dict(placement="disk"),
+    "adaptive": dict(placement="packed", adaptive=True, plan_every=2, budget_bytes=4_000_000),
+}
+
+
+@pytest.mark.parametrize("settings", DENSE_LAYERS_CASES.values(), ids=DENSE_LAYERS_CASES)
+def test_layers_without_experts_are_not_the_pagers(dense_layers_dir, settings):
+    tokens, steps, engine = serve(dense_layers_dir, poison=True, **settings)
+    assert tokens == serve(dense_layers_dir)[0]
+    assert engine.placement.tiers.shape == (3, 4)
+    assert engine.held_bytes() == engine.budget.lines()
+    if "adaptive" in settings:
+        assert min(step.device_experts for step in steps) < steps[0].device_experts == 12
+    elif "packed" not in settings["placement"]:
+        assert sum(step.streamed_bytes for step in steps) > 0
+
+
 @pytest.mark.parametrize("expert_format", ["planar12", "huffman"])
 def test_the_reference_kernels_read_compressed_experts_from_decoded_slots(wide_model_dir, expert_format):
     work = [Request(tuple(range(20)), SamplingParams(max_new_tokens=4, ignore_eos=True))]

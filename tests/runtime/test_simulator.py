@@ -75,6 +75,34 @@ def test_a_decode_step_takes_what_its_bytes_take():
     assert steps[-1].duration_s == pytest.approx(least, rel=0.02)
 
 
+# The first layer and every other one without experts; the last has none either.
+DENSE_LAYERS = replace(MODEL, dense_layers=(0, *range(1, 48, 2)), mlp_intermediate_size=6144)
+
+
+def test_layers_without_experts_take_what_their_bytes_take():
+    parameters = CostParameters(attention_share=1.0, expert_share=1.0)
+    profile = replace(PROFILE, launch_s=0.0, iteration_s=0.0)
+    steps, _, sim = run(requests(1), model=DENSE_LAYERS, profile=profile, parameters=parameters)
+    assert sim.placement.tiers.shape == (23, 128)
+    assert sim.budget.lines()["resident_experts"] == DENSE_LAYERS.expert_bytes_total
+    mlps = 25 * 3 * 6144 * 2048 * 2
+    routers, experts = 25 * 128 * 2048 * 2, 25 * 128 * MODEL.expert_params * 2
+    assert DENSE_LAYERS.non_expert_bytes == MODEL.non_expert_bytes + mlps - routers
+    assert DENSE_LAYERS.expert_bytes_total == MODEL.expert_bytes_total - experts
+    embedding = MODEL.vocab_size * MODEL.hidden_size * 2
+    read = DENSE_LAYERS.non_expert_bytes - embedding + DENSE_LAYERS.expert_bytes_total * 8 / 128
+    assert steps[-1].duration_s == pytest.approx(read / profile.memory_bandwidth, rel=0.02)
+
+
+def test_loads_hide_under_layers_without_experts():
+    """As many experts over the same link: the more work lies between them, the less a pass waits."""
+    fewer = replace(MODEL, num_layers=23)
+    between, bare = (run(model=model, placement="balanced", alpha=0.9)[0][-1] for model in (DENSE_LAYERS, fewer))
+    assert between.streamed_bytes == bare.streamed_bytes > 0
+    assert between.transfer_s == bare.transfer_s
+    assert between.stall_s < bare.stall_s
+
+
 def test_streaming_takes_the_longer_of_link_and_compute():
     steps, _, _ = run(placement="host", slots=2)
     least = MODEL.expert_bytes_total / PROFILE.host_bandwidth

@@ -25,6 +25,15 @@ def test_fp32_parity(arch, tmp_path):
     check_parity(model, tmp_path, FP32[arch], lengths=(1, 19), **EAGER)
 
 
+@pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_next"])
+def test_layers_without_experts(arch, tmp_path):
+    """The MLP is wider than the shared expert of Qwen3-Next, whose buffers it shares."""
+    kinds = {"layer_types": ["linear_attention", "full_attention"]} if arch == "qwen3_next" else {}
+    model = save_random_model(arch, tmp_path, 0, num_hidden_layers=2, mlp_only_layers=[0], **kinds)
+    settings = dict(kernels="triton", device=DEVICE, placement="host", poison=True)
+    check_parity(model, tmp_path, FP32[arch], lengths=(1, 7), **settings)
+
+
 def test_bf16_logits_agree_within_its_precision(tmp_path):
     model = save_random_model("qwen3_moe", tmp_path, 1, dtype=torch.bfloat16)
     check_parity(model.float(), tmp_path, 0.04, lengths=(9,), exact=False, **EAGER)

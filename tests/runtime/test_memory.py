@@ -190,7 +190,7 @@ def test_workspace_is_not_charged_twice(model_dir, monkeypatch):
 def test_graphs_have_a_line_of_their_own(model_dir):
     with Engine(model_dir, EngineConfig(**COMMON)) as engine:
         deployment, model, config = engine.deployment, engine.model, engine.config
-        arguments = (model, config, engine.ops, deployment.layout, CPU, GIB)
+        arguments = (model, config, engine.ops, engine.expert_ops, deployment.layout, CPU, GIB)
         plain, graphs = Deployment(*arguments).budget.lines(), Deployment(*arguments, graph_bytes=12345).budget.lines()
     assert "graphs" not in plain
     assert graphs == plain | {"graphs": 12345}

@@ -29,7 +29,15 @@ from tqdm import tqdm
 from .batch import build_batch
 from .budget import BudgetError, available_bytes, format_bytes, lies_in_memory, taken_bytes
 from .config import EngineConfig
-from .deployment import EXPERT_LINES, Deployment, host_lines, lay_out, limits_of, make_planner
+from .deployment import (
+    EXPERT_LINES,
+    Deployment,
+    host_lines,
+    lay_out,
+    limits_of,
+    make_planner,
+    require_workspace,
+)  # fmt: skip
 from .graphs import DecodeGraphs
 from .hardware import measure_bandwidths, measure_links
 from .kv_cache import GrowableKVCache, PagedKVCache
@@ -111,6 +119,7 @@ class Engine(ServingLoop):
         checkpoint = Checkpoint(model_dir)
         self.model = model = checkpoint.config
         limits = limits_of(model, config)
+        require_workspace(model, limits, max(total, available_bytes(self.device)))
         self.ops, self.expert_ops = _make_ops(model, config, limits, self.device)
         layout = lay_out(model, config, self.expert_ops, lambda: measure_bandwidths(self.device))
         self.timeline = Timeline(config.timeline)

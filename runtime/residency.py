@@ -88,8 +88,10 @@ class Residency:
         copy: Copy = lambda target, source: target.copy_(source, non_blocking=True), courier: Courier | None = None,
     ) -> None:  # fmt: skip
         self.store, self.kv, self.scheduler, self.budget, self.pool = store, kv, scheduler, budget, pool
-        self.planner, self.every, self.grow_kv, self.links = planner, every, grow_kv, links
+        self.planner, self.every, self.links = planner, every, links
         self.popularity = popularity
+        # What KV may take: all that it can use, or no more than it gave to experts that came.
+        self._most_kv = kv.most_blocks if grow_kv else kv.num_blocks
         self._copy = copy
         self._courier = courier or (StreamCourier() if store.device.type == "cuda" else ThreadCourier())
         self._requested: list[Move] = []
@@ -203,8 +205,8 @@ class Residency:
         """What experts left goes to KV, in whole quanta; then the ledger says who holds what."""
         spare = self.pool.free_blocks * self.pool.block_bytes
         # Units of experts on their way in are mapped already.
-        quanta = min(spare // self.kv.quantum_bytes, (self.kv.most_blocks - self.kv.num_blocks) // self.kv.quantum)
-        if self.grow_kv and quanta > 0 and not self._requested:
+        quanta = min(spare // self.kv.quantum_bytes, (self._most_kv - self.kv.num_blocks) // self.kv.quantum)
+        if quanta > 0 and not self._requested:
             more = quanta * self.kv.quantum
             try:
                 self.kv.resize(self.kv.num_blocks + more)

@@ -24,7 +24,7 @@ from fluxmoe.models.config import ModelConfig
 
 from .config import EngineConfig
 from .cost_model import CostModel, CostParameters, SimOps
-from .deployment import EXPERT_LINES, Deployment, lay_out, limits_of, make_planner
+from .deployment import EXPERT_LINES, Deployment, lay_out, limits_of, make_planner, require_workspace
 from .hardware import HardwareProfile, ProfileError
 from .layout import DENSE, ExpertLayout
 from .loop import Executed, ServingLoop
@@ -70,9 +70,10 @@ class SimEngine(ServingLoop):
             raise ProfileError(f"profile {profile.name} has {profile.num_devices} devices, asked for {devices}")
         parameters = parameters or CostParameters()
         limits = limits_of(model, config)
+        total = int(profile.memory_bytes * _USABLE) if config.budget_bytes is None else config.budget_bytes
+        require_workspace(model, limits, max(total, int(profile.memory_bytes)) * self.devices)
         ops = SimOps(model, limits, self.devices, parameters)
         layout = lay_out(model, config, ops.experts, lambda: profile.bandwidths(None))
-        total = int(profile.memory_bytes * _USABLE) if config.budget_bytes is None else config.budget_bytes
         self.deployment = Deployment(model, config, ops, ops.experts, layout, ops.device, total, shares=self.devices)
         self.placement, self.budget = self.deployment.placement, self.deployment.budget
         self.costs = CostModel(model, profile, self.devices, parameters)

@@ -127,6 +127,12 @@ def test_too_small_a_budget_names_the_least(model_dir):
     Engine(model_dir, EngineConfig(budget_bytes=least, **common)).close()
 
 
+@pytest.mark.parametrize("settings", [{"max_batch": 10**9}, {"max_batched_tokens": 10**9}], ids=str)
+def test_a_batch_that_would_fill_the_machine_is_refused_before_it_does(model_dir, settings):
+    with pytest.raises(BudgetError, match=r"workspace at least .*lower --max-batch"):
+        Engine(model_dir, EngineConfig(device="cpu", **settings))
+
+
 def test_impossible_requests_are_refused_alone(model_dir, expected):
     good = requests()
     work = [

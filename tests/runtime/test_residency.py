@@ -177,6 +177,34 @@ def test_kv_grows_into_what_experts_leave(model_dir, expected, preemption):
     assert max(s.batch for s in steps[35:]) > max(s.batch for s in steps[:9])
 
 
+def test_kv_that_may_not_grow_gets_back_what_it_gave_to_experts(model_dir, expected):
+    """Experts come, for which KV gives blocks, and leave again."""
+    budget = tight_budget(model_dir, placement="packed") + (1 << 20)
+    config = EngineConfig(
+        **COMMON, placement="host", expert_format="planar12", budget_bytes=budget, adaptive=True, planning=False,
+        grow_kv=False,
+    )  # fmt: skip
+
+    def come_and_go(engine, step):
+        there = step.iteration % 20 == 5
+        if there or step.iteration % 20 == 15:
+            tiers = (Tier.HOST, Tier.PACKED) if there else (Tier.PACKED, Tier.HOST)
+            engine.residency.request(Move(layer, 0, *tiers) for layer in range(LAYERS))
+
+    with Engine(model_dir, config) as engine:
+        before = engine.kv.num_blocks
+        tokens, _ = serve(engine, come_and_go)
+        while engine.residency.busy:
+            engine.residency.between_iterations()
+        engine.residency.request(
+            Move(layer, 0, Tier.PACKED, Tier.HOST) for layer in range(LAYERS) if engine.tiers[layer, 0] == Tier.PACKED
+        )
+        engine.residency.between_iterations()
+        assert engine.residency.applied["to PACKED"] > 0
+        assert engine.kv.num_blocks == before
+    assert tokens == expected
+
+
 def test_thousands_of_random_moves_under_load_with_failures(model_dir, expected):
     rng = random.Random(5)
 

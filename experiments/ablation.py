@@ -71,10 +71,10 @@ def run(args: argparse.Namespace, machine: Machine, source: Source, requests: li
         engine = machine.open(source, settings)
     except BudgetError as error:
         return {"variant": variant, "status": "too_small", "reason": str(error)}
-    outputs: dict = {}
     with engine:
-        totals = summarise(list(engine.steps(requests, outputs)))
-    tokens = [outputs[request.request_id].token_ids for request in requests]
+        handles = [engine.add(request) for request in requests]
+        totals = summarise(list(engine.steps()))
+    tokens = [handle.output.token_ids for handle in handles]
     return {
         "variant": variant, "status": "ok", "reason": "",
         "tokens_per_s": sum(map(len, tokens)) / totals["wall_s"],

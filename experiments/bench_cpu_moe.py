@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fluxmoe.kernels.cpu import gemm, moe, planar
-from fluxmoe.kernels.cpu.ops import default_threads
+from fluxmoe.kernels.cpu.gemm import default_threads
 from fluxmoe.kernels.expert_table import FORMAT_PLANAR12, ExpertTable
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.hardware import measure_bandwidths

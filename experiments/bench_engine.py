@@ -64,9 +64,10 @@ class Served:
 
     def _serve(self, engine: Engine, sequences: int, output_tokens: int) -> tuple[list, list]:
         lengths = [Lengths(0.0, self.args.prompt_tokens, output_tokens)] * sequences
-        requests, outputs = make_requests(lengths, self.source.config.vocab_size, 0), {}
-        steps = list(engine.steps(requests, outputs))
-        return steps, [outputs[request.request_id].token_ids for request in requests]
+        requests = make_requests(lengths, self.source.config.vocab_size, 0)
+        handles = [engine.add(request) for request in requests]
+        steps = list(engine.steps())
+        return steps, [handle.output.token_ids for handle in handles]
 
     def columns(self, placement: str, graphs: bool, sequences: int) -> dict[str, object]:
         engine = self.engine(placement, graphs)

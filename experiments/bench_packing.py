@@ -110,12 +110,12 @@ class FusedGemm:
 
             self.dense_ops: ExpertOps = TritonExperts(dims, most_tokens, device)
             self.ops: ExpertOps = TritonExperts(dims, most_tokens, device, planar12=True)
-            wanted = cold_copies(config.expert_bytes_total // config.num_layers)
+            wanted = cold_copies(config.expert_bytes_total // len(config.moe_layers))
         else:
             self.dense_ops = self.ops = CpuExperts(dims, most_tokens)
-            wanted = -(-_COLD_BYTES * config.num_layers // config.expert_bytes_total)
+            wanted = -(-_COLD_BYTES * len(config.moe_layers) // config.expert_bytes_total)
         self.hidden = config.hidden_size
-        layers = range(min(config.num_layers, wanted))
+        layers = config.moe_layers[:wanted]
         self.pages = {
             name: [self._page(checkpoint, i, name) for i in tqdm(layers, name)] for name in ("dense", "planar12")
         }

@@ -36,7 +36,15 @@ MODELS = {
         arch="qwen3_moe", experts=16, top_k=4, hidden=128, moe_intermediate=128, heads=4, kv_heads=2, head_dim=32
     ),
     "qwen3_next": dict(
-        arch="qwen3_next", experts=16, top_k=4, hidden=128, moe_intermediate=128, heads=4, kv_heads=2, head_dim=32
+        arch="qwen3_next",
+        experts=16,
+        top_k=4,
+        hidden=128,
+        moe_intermediate=128,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        dense_layers=(1,),
     ),
     "olmoe": dict(arch="olmoe", experts=8, top_k=3, hidden=128, moe_intermediate=128, heads=4),
 }
@@ -89,7 +97,7 @@ _REHEARSAL = {"bfloat16": {"decoded first": {"resident": {}}}}
 
 def requests(new_tokens: int, lengths: tuple[int, ...]) -> list[Request]:
     params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
-    return [Request(i, tuple(range(3 + i, 3 + i + n)), params) for i, n in enumerate(lengths)]
+    return [Request(tuple(range(3 + i, 3 + i + n)), params) for i, n in enumerate(lengths)]
 
 
 def serve(model: Path, asked: list[Request], **settings) -> tuple[list[list[int]], list[torch.Tensor]]:
@@ -103,9 +111,9 @@ def serve(model: Path, asked: list[Request], **settings) -> tuple[list[list[int]
         def recording(run):
             def call(*arguments):
                 logits = run(*arguments)
-                sampled = [chunk.sequence.request.request_id for chunk in steps[-1].chunks if chunk.sample]
-                for request_id, row in zip(sampled, logits[: len(sampled)], strict=True):
-                    rows.setdefault(request_id, []).append(row.cpu().clone())
+                sampled = [chunk.sequence.order for chunk in steps[-1].chunks if chunk.sample]
+                for order, row in zip(sampled, logits[: len(sampled)], strict=True):
+                    rows.setdefault(order, []).append(row.cpu().clone())
                 return logits
 
             return call

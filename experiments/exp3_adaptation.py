@@ -81,10 +81,11 @@ def run_variant(args: argparse.Namespace, machine: Machine, source: Source, vari
         args, args.prompt_tokens + args.output_tokens, placement="packed", budget_bytes=parse_bytes(args.budget),
         adaptive=True, planning=variant == "planned", grow_kv=variant in _GROWING, least_alpha=max(0.0, 1 - share),
     )  # fmt: skip
-    rows, outputs = [], {}
+    rows = []
     with machine.open(source, settings) as engine:
         pager = engine if machine.simulated else engine.pager
-        bar = tqdm(engine.steps(requests, outputs), variant, unit="step")
+        handles = [engine.add(request) for request in requests]
+        bar = tqdm(engine.steps(), variant, unit="step")
         for step in bar:
             done = (step.iteration - args.start) // args.every
             due = (step.iteration - args.start) % args.every == 0 and 0 <= done < args.times
@@ -102,7 +103,7 @@ def run_variant(args: argparse.Namespace, machine: Machine, source: Source, vari
             )  # fmt: skip
         if not machine.simulated and pager.mover.refused and variant != "planned":
             raise UsageError(f"a move was refused: {pager.mover.refused[0]}")
-    digest = hashlib.sha256(json.dumps([outputs[r.request_id].token_ids for r in requests]).encode())
+    digest = hashlib.sha256(json.dumps([handle.output.token_ids for handle in handles]).encode())
     return rows, digest.hexdigest()[:16]
 
 

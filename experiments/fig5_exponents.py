@@ -34,7 +34,7 @@ def count_experts(checkpoint: Checkpoint, limit: int | None) -> tuple[np.ndarray
     """(exponents int64 [256], mantissas int64 [128], experts read)."""
     exponents, mantissas = np.zeros(256, dtype=np.int64), np.zeros(128, dtype=np.int64)
     config = checkpoint.config
-    total = config.num_layers * config.num_experts
+    total = len(config.moe_layers) * config.num_experts
     read = 0
     for _, _, gate_up, down in tqdm(checkpoint.experts(), "experts", min(total, limit or total), unit="expert"):
         for weight in (gate_up, down):

@@ -37,7 +37,9 @@ def step_times(
     )  # fmt: skip
     requests = make_requests([Lengths(0.0, args.prompt_tokens, output)] * batch, source.config.vocab_size, 0)
     with machine.open(source, settings) as engine:
-        steps = [s for s in engine.steps(requests) if s.prefill_tokens == 0 and s.batch == batch]
+        for request in requests:
+            engine.add(request)
+        steps = [s for s in engine.steps() if s.prefill_tokens == 0 and s.batch == batch]
     if not steps:
         raise UsageError(f"no step had all {batch} requests; raise --max-batched-tokens")
     compute, load = zip(*((s.duration_s - s.stall_s, s.transfer_s) for s in steps), strict=True)
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     for batch, host_format, alpha in tqdm(points, "points", unit="point"):
         compute, load = step_times(args, machine, source, batch, alpha, host_format)
         rows.append({"batch": batch, "host_format": host_format, "alpha": alpha, "compute_s": compute, "load_s": load})
-    layers = source.config.num_layers
+    layers = len(source.config.moe_layers)
     for batch, host_format in dict.fromkeys((b, f) for b, f, _ in points):
         line = [row for row in rows if (row["batch"], row["host_format"]) == (batch, host_format)]
         # Seconds of loading at α = 0, taken from the lowest α; a rate of 1 makes bytes of seconds.

@@ -23,7 +23,7 @@ from fluxmoe.runtime.experts.placement import POLICIES
 from fluxmoe.runtime.hardware import HardwareProfile, list_profiles
 from fluxmoe.runtime.memory.budget import parse_bytes
 from fluxmoe.runtime.metrics import StepMetrics, summarise
-from fluxmoe.runtime.request import Request, RequestOutput, SamplingParams
+from fluxmoe.runtime.request import Request, SamplingParams
 
 from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
 
@@ -206,7 +206,6 @@ def run(args: argparse.Namespace) -> dict:
     prompts = read_prompts(args, tokenizer, config.vocab_size, config.max_position_embeddings)
     requests = [
         Request(
-            request_id=i,
             prompt_ids=tuple(ids),
             params=SamplingParams(
                 max_new_tokens=args.max_new_tokens,
@@ -235,9 +234,9 @@ def run(args: argparse.Namespace) -> dict:
         progress=sys.stderr.isatty(),
         timeline=bool(args.trace),
     )
-    outputs: dict[int, RequestOutput] = {}
     with Engine(args.model, settings) as engine:
-        steps = list(engine.steps(requests, outputs))
+        handles = [engine.add(request) for request in requests]
+        steps = list(engine.steps())
         if args.trace:
             engine.timeline.save(args.trace)
         if args.steps:
@@ -246,7 +245,7 @@ def run(args: argparse.Namespace) -> dict:
         host_memory, memory_check = engine.host_budget.lines(), engine.memory_check()._asdict()
         formats = {"device_format": settings.device_format, "host_format": settings.formats.host}
         placement = {"name": engine.placement.name, **formats, **engine.pager.placement.counts()}
-    ordered = [outputs[request.request_id] for request in requests]
+    ordered = [handle.output for handle in handles]
     totals = summarise(steps)
     generated = sum(len(output.token_ids) for output in ordered)
     return {

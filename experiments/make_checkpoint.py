@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from .common import Parser, UsageError, cli_main
 _SPECIAL = ("<|begin|>", "<|end|>")
 # 256 bytes and the special tokens: the least vocabulary of a byte-level tokenizer.
 _MIN_VOCAB = 256 + len(_SPECIAL)
+_WITH_DENSE_LAYERS = ("qwen3_moe", "qwen3_next")
 
 
 def make_checkpoint(
@@ -54,12 +55,14 @@ def make_checkpoint(
     seed: int = 0,
     scale: float = 1.0,
     max_positions: int = 4096,
+    dense_layers: Iterable[int] = (),
     shard_bytes: int = 1 << 30,
     progress: bool = False,
 ) -> Path:
     """Write a checkpoint to the new directory `out`; all of it or nothing. Peak memory is one shard.
 
     scale: factor on every matrix; 1 keeps activations of order one (standard deviation 1/sqrt(fan-in)).
+    dense_layers: those with an MLP as wide as the chosen experts together in the place of experts.
     Raises UsageError and ConfigError on sizes that make no model.
     """
     out = Path(out)
@@ -74,6 +77,7 @@ def make_checkpoint(
     config = hf_config(
         arch, layers=layers, experts=experts, top_k=top_k, hidden=hidden, moe_intermediate=moe_intermediate,
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab=vocab, dtype=dtype, max_positions=max_positions,
+        dense_layers=dense_layers,
     )  # fmt: skip
     # Before anything is written, a parent directory included.
     model = ARCHITECTURES[arch].config_from_hf(config)
@@ -101,11 +105,17 @@ def make_checkpoint(
 def hf_config(
     arch: str, *, layers: int, experts: int, top_k: int, hidden: int, moe_intermediate: int, heads: int,
     kv_heads: int | None = None, head_dim: int | None = None, vocab: int = 4096, dtype: str = "bfloat16",
-    max_positions: int = 4096,
+    max_positions: int = 4096, dense_layers: Iterable[int] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """config.json as the Hub has it for `arch`."""
     if arch not in ARCHITECTURES:
         raise UsageError(f"--arch must be one of {', '.join(ARCHITECTURES)}, got {arch}")
+    dense = sorted(set(dense_layers))
+    if dense and arch not in _WITH_DENSE_LAYERS:
+        raise UsageError(f"{arch} has experts in every layer; --dense-layers is for {' and '.join(_WITH_DENSE_LAYERS)}")
+    missing = [layer for layer in dense if not 0 <= layer < layers]
+    if missing:
+        raise UsageError(f"--dense-layers {missing[0]} does not exist; {layers} layers are numbered from 0")
     size_of_head = hidden // max(1, heads) if head_dim is None else head_dim
     config = {
         "num_hidden_layers": layers,
@@ -135,10 +145,10 @@ def hf_config(
             "architectures": ["Qwen3MoeForCausalLM"],
             "num_experts": experts,
             "moe_intermediate_size": moe_intermediate,
-            "intermediate_size": moe_intermediate,
+            "intermediate_size": top_k * moe_intermediate,
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
+            "mlp_only_layers": dense,
             "use_sliding_window": False,
         }
     if arch == "qwen3_next":
@@ -147,10 +157,10 @@ def hf_config(
             "num_experts": experts,
             "moe_intermediate_size": moe_intermediate,
             "shared_expert_intermediate_size": moe_intermediate,
-            "intermediate_size": moe_intermediate,
+            "intermediate_size": top_k * moe_intermediate,
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
+            "mlp_only_layers": dense,
             "full_attention_interval": 4,
             "partial_rotary_factor": 0.25,
             # As many value heads as query heads twice, in pairs that share a key head: the published model's shape.
@@ -283,6 +293,10 @@ def parser() -> argparse.ArgumentParser:
         "max_positions", "shard_bytes",
     ):  # fmt: skip
         p.add_argument(f"--{name.replace('_', '-')}", type=int, default=signature[name].default)
+    p.add_argument(
+        "--dense-layers", type=int, nargs="+", default=(), metavar="LAYER",
+        help="layers with an MLP in the place of experts, numbered from 0 (qwen3_moe, qwen3_next)",
+    )  # fmt: skip
     p.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
     p.add_argument("--scale", type=float, default=1.0)
     return p

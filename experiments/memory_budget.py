@@ -25,7 +25,6 @@ from fluxmoe.models.config import ModelConfig
 from fluxmoe.runtime.experts.placement import POLICIES, Tier, place
 from fluxmoe.runtime.memory.budget import BudgetError, format_bytes, parse_bytes
 from fluxmoe.runtime.metrics import summarise
-from fluxmoe.runtime.request import RequestOutput
 from tqdm import tqdm
 
 from .common import Parser, UsageError, cli_main, provenance, read_csv, resume, write_csv, write_json
@@ -86,7 +85,7 @@ def default_budgets(config: ModelConfig, max_batch: int, context: int) -> list[i
     """A row from a few slots to everything resident with all the KV that a full batch needs."""
     kv = max_batch * (context * config.kv_bytes_per_token + config.state_bytes_per_sequence)
     weights = config.non_expert_bytes + config.expert_bytes_total
-    least = config.non_expert_bytes + 2 * config.expert_bytes_total // config.num_layers + kv // max_batch
+    least = config.non_expert_bytes + 2 * config.expert_bytes_total // len(config.moe_layers) + kv // max_batch
     row = [least * 1.3, weights * 0.5, weights * 0.8, weights + kv * 0.05]
     row += [weights + kv * share for share in (0.15, 0.3, 0.6, 1.0)]
     return sorted({int(-(-value // (1 << 20))) << 20 for value in row})
@@ -114,11 +113,12 @@ def run_point(
     except BudgetError as error:
         return {**row, "status": "too_small", "reason": str(error), "least_budget": error.least}
     with engine:
-        outputs: dict[int, RequestOutput] = {}
-        steps = list(engine.steps(requests, outputs))
+        handles = [engine.add(request) for request in requests]
+        steps = list(engine.steps())
+        outputs = [handle.output for handle in handles]
         totals = summarise(steps)
-        generated = sum(len(output.token_ids) for output in outputs.values())
-        digest = hashlib.sha256(json.dumps([outputs[r.request_id].token_ids for r in requests]).encode())
+        generated = sum(len(output.token_ids) for output in outputs)
+        digest = hashlib.sha256(json.dumps([output.token_ids for output in outputs]).encode())
         wall = totals["wall_s"]
         hidden = 1 - totals["stall_s"] / totals["transfer_s"] if totals["transfer_s"] else None
         return {
@@ -126,7 +126,7 @@ def run_point(
             **{key: totals[key] for key in totals if key in COLUMNS},
             "tokens_per_s": generated / wall,
             "total_tokens_per_s": (generated + sum(shape.prompt for shape in lengths)) / wall,
-            "refused": sum(output.finish_reason == "refused" for output in outputs.values()),
+            "refused": sum(output.finish_reason == "refused" for output in outputs),
             "generated_tokens": generated,
             "kv_blocks": engine.scheduler.num_blocks,
             "hidden_share": hidden,

@@ -116,13 +116,13 @@ def pack_checkpoint(source: Path, name: str, out: Path) -> dict[str, float]:
         raise UsageError(f"{out} is not empty; give another --out")
     write_json(marker, who)
     begin = time.perf_counter()
-    for layer in tqdm(range(config.num_layers), "layers", unit="layer"):
+    for layer in tqdm(config.moe_layers, "layers", unit="layer"):
         pack_layer(checkpoint, layer, name, out)
     copy_dense(checkpoint, out)
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(_NOT_COPIED) and path.name != INDEX:
             shutil.copyfile(path, out / path.name)
-    names = [expert_file(layer, tensor) for layer in range(config.num_layers) for tensor in TENSORS]
+    names = [expert_file(layer, tensor) for layer in config.moe_layers for tensor in TENSORS]
     sizes = {each: (out / each).stat().st_size for each in names}
     write_json(out / INDEX, {"version": VERSION, "format": name, "files": sizes})
     marker.unlink()

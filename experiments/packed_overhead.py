@@ -45,10 +45,10 @@ def parser() -> argparse.ArgumentParser:
 
 def run_once(engine: Engine, requests: list) -> tuple[float, list]:
     """(tokens/s of iterations that only decode at full batch, tokens of all requests)."""
-    outputs: dict = {}
-    steps = list(engine.steps(requests, outputs))
+    handles = [engine.add(request) for request in requests]
+    steps = list(engine.steps())
     full = [s for s in steps if s.prefill_tokens == 0 and s.batch == len(requests)]
-    return summarise(full)["decode_tokens_per_s"], [outputs[r.request_id].token_ids for r in requests]
+    return summarise(full)["decode_tokens_per_s"], [handle.output.token_ids for handle in handles]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -114,7 +114,9 @@ def _serve(run: Run, bench: Bench, settings: EngineConfig) -> dict:
     costs = bench.ours if run.system == "ours" else bench.theirs
     lengths = [Lengths(0.0, run.context - run.output, run.output)] * run.batch
     with bench.machine.open(bench.source, settings, costs) as engine:
-        totals = summarise(list(engine.steps(make_requests(lengths, bench.source.config.vocab_size, 0))))
+        for request in make_requests(lengths, bench.source.config.vocab_size, 0):
+            engine.add(request)
+        totals = summarise(list(engine.steps()))
         return {
             **totals, "tokens_per_s": run.batch * run.output / totals["wall_s"], "preemption": settings.preemption,
             "max_sequences": engine.deployment.max_sequences,

@@ -103,7 +103,7 @@ class OurPeer:
 
     def run(self, prompts: list[list[int]], output_tokens: int) -> float:
         params = SamplingParams(max_new_tokens=output_tokens, ignore_eos=True)
-        requests = [Request(i, tuple(ids), params) for i, ids in enumerate(prompts)]
+        requests = [Request(tuple(ids), params) for ids in prompts]
         begin = time.perf_counter()
         outputs = self._engine.generate(requests)
         seconds = time.perf_counter() - begin

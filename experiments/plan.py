@@ -65,7 +65,9 @@ def evaluate(
             rows.append({"placement": name, "fits": False, "needs_bytes": error.least, "tokens_per_s": 0.0})
             continue
         requests = make_requests([Lengths(0.0, context - output, output)] * batch, model.vocab_size, 0)
-        totals = summarise(list(engine.steps(requests)))
+        for request in requests:
+            engine.add(request)
+        totals = summarise(list(engine.steps()))
         lines = engine.budget.lines()
         rows.append(
             {

@@ -117,7 +117,8 @@ def plot_memory_budget(directory: Path) -> Path:
     axis.set_ylabel(axis_label("output tokens/s", about))
     workload, model = about["workload"], about["model"]
     axis.set_title(
-        f"{model['arch']}, {model['num_layers']} layers × {model['num_experts']} experts, "
+        f"{model['arch']}, {model['num_layers'] - len(model.get('dense_layers', ()))} layers × "
+        f"{model['num_experts']} experts, "
         f"{workload['requests']} requests; {where_of(about)}",
         fontsize=9,
     )

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from fluxmoe.kernels.cpu import gemm
 from fluxmoe.kernels.cpu.copy import stream_copy
-from fluxmoe.kernels.cpu.ops import default_threads
+from fluxmoe.kernels.cpu.gemm import default_threads
 from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.runtime.devices import HOST, PAGE, resolve_device
 from fluxmoe.runtime.experts.placement import Tier

@@ -89,7 +89,9 @@ def serve(point: Point, placement: str) -> dict:
     lengths = [Lengths(0.0, point.context - point.output, point.output)] * point.batch
     try:
         with point.machine.open(point.source, config) as engine:
-            totals = summarise(list(engine.steps(make_requests(lengths, point.source.config.vocab_size, 0))))
+            for request in make_requests(lengths, point.source.config.vocab_size, 0):
+                engine.add(request)
+            totals = summarise(list(engine.steps()))
     except BudgetError as error:
         return {"status": "too_small", "reason": str(error)}
     kept = ("decode_tokens_per_s", "peak_batch", "preemptions", "stall_s", "wall_s")

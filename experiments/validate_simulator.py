@@ -105,7 +105,9 @@ def _budget(row: dict, source: Source, machine: Machine, spec) -> float:
     )  # fmt: skip
     costs = replace(CPU_COSTS, workspace_bytes=int(row["workspace"]))
     with machine.open(source, config, costs) as engine:
-        wall = summarise(list(engine.steps(requests)))["wall_s"]
+        for request in requests:
+            engine.add(request)
+        wall = summarise(list(engine.steps()))["wall_s"]
     return sum(shape.output for shape in lengths) / wall
 
 

@@ -144,10 +144,9 @@ def make_requests(lengths: list[Lengths], vocab_size: int, seed: int) -> list[Re
     rng = np.random.default_rng(seed)
     return [
         Request(
-            request_id=i,
             prompt_ids=tuple(rng.integers(0, vocab_size, size=shape.prompt).tolist()),
             params=SamplingParams(max_new_tokens=shape.output, ignore_eos=True),
             arrival_s=shape.arrived_at,
         )
-        for i, shape in enumerate(lengths)
+        for shape in lengths
     ]

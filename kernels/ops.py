@@ -83,7 +83,7 @@ class ExpertDims:
 @dataclass(frozen=True)
 class LayerDims:
     """Sizes that all other kernels depend on. experts: outputs of the router; `qk_norm` is none | head | full, `window`
-    0 means none, `shared` is the intermediate size of an expert that every token uses, 0 for none."""
+    0 means none, `mlp` is the intermediate size of MLPs that every token uses (the largest), 0 for none."""
 
     hidden: int
     heads: int
@@ -97,7 +97,7 @@ class LayerDims:
     window: int = 0
     eps: float = 1e-6
     attention_gate: bool = False
-    shared: int = 0
+    mlp: int = 0
     delta: DeltaNetDims | None = None
 
     @property
@@ -171,12 +171,13 @@ class DeltaNetWeights:
 
 
 @dataclass(frozen=True)
-class SharedExpert:
-    """The expert of every token: gate_up [2I, H] (gate rows, then up rows), down [H, I], gate [1, H]."""
+class DenseMlp:
+    """A SwiGLU MLP that every token uses, in the place of experts or beside them (a shared expert): gate_up [2I, H]
+    (gate rows, then up rows), down [H, I]; score [1, H], if given, scales its output by sigmoid(x·score)."""
 
     gate_up: PackedLinear
     down: PackedLinear
-    gate: PackedLinear
+    score: PackedLinear | None = None
 
 
 class LayerExperts(Protocol):
@@ -253,6 +254,6 @@ class Ops(Protocol):
         self, x: Tensor, weights: DeltaNetWeights, metadata: AttentionMetadata, conv_state: Tensor, state: Tensor
     ) -> Tensor: ...
     def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor: ...
-    def shared_add(self, x: Tensor, shared: SharedExpert, residual: Tensor) -> Tensor: ...
+    def mlp_add(self, x: Tensor, mlp: DenseMlp, residual: Tensor) -> Tensor: ...
     def router(self, x: Tensor, weight: PackedLinear) -> Tensor: ...
     def logits(self, x: Tensor, weight: PackedLinear) -> Tensor: ...

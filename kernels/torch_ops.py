@@ -16,11 +16,11 @@ from .delta_net_torch import gated_delta_net_torch
 from .ops import (
     AttentionMetadata,
     DeltaNetWeights,
+    DenseMlp,
     LayerDims,
     Limits,
     PackedLinear,
     RopeTable,
-    SharedExpert,
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ class TorchOps:
         floats += limits.tokens * dims.experts
         floats += dims.heads * limits.context * (2 * limits.tokens + 4 * dims.head_dim)
         floats += 2 * limits.sequences * dims.vocab
-        floats += limits.tokens * (4 * dims.shared + 2 * dims.heads * dims.head_dim * dims.attention_gate)
+        floats += limits.tokens * (4 * dims.mlp + 2 * dims.heads * dims.head_dim * dims.attention_gate)
         if dims.delta is not None:
             floats += 6 * limits.tokens * dims.delta.projected + 4 * dims.delta.value_heads * (
                 dims.delta.key_dim * dims.delta.value_dim
@@ -118,10 +118,10 @@ class TorchOps:
             torch.float32,
         ).to(x.dtype)  # fmt: skip
 
-    def shared_add(self, x: Tensor, shared: SharedExpert, residual: Tensor) -> Tensor:
-        gate, up = self._linear(x, shared.gate_up).chunk(2, dim=-1)
-        y = self._linear(F.silu(gate) * up, shared.down)
-        return residual + self._linear(x, shared.gate).sigmoid() * y
+    def mlp_add(self, x: Tensor, mlp: DenseMlp, residual: Tensor) -> Tensor:
+        gate, up = self._linear(x, mlp.gate_up).chunk(2, dim=-1)
+        y = self._linear(F.silu(gate) * up, mlp.down)
+        return residual + (y if mlp.score is None else self._linear(x, mlp.score).sigmoid() * y)
 
     def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
         return residual + self._linear(x, weight)

@@ -22,12 +22,12 @@ from .norm import rms_norm
 from .ops import (
     AttentionMetadata,
     DeltaNetWeights,
+    DenseMlp,
     KernelError,
     LayerDims,
     Limits,
     PackedLinear,
     RopeTable,
-    SharedExpert,
 )  # fmt: skip
 from .rope_kv import rope_and_cache
 from .tiles import Tile, capability_of, fit, invariant_tile, num_sms_of
@@ -80,10 +80,10 @@ class TritonOps:
         }  # fmt: skip
         if dims.attention_gate:
             self._buffers["gate"] = self._empty(tokens, dims.heads * dims.head_dim)
-        if dims.shared:
+        if dims.mlp:
             self._buffers |= {
-                "shared_gate": self._empty(tokens, dims.shared), "shared_up": self._empty(tokens, dims.shared),
-                "shared_score": self._empty(tokens, 1), "shared_out": self._empty(tokens, dims.hidden),
+                "mlp_gate": self._empty(tokens, dims.mlp), "mlp_up": self._empty(tokens, dims.mlp),
+                "mlp_score": self._empty(tokens, 1), "mlp_out": self._empty(tokens, dims.hidden),
             }  # fmt: skip
         if dims.delta is not None:
             self._buffers |= {
@@ -168,12 +168,14 @@ class TritonOps:
             out, self.dims.eps,
         )  # fmt: skip
 
-    def shared_add(self, x: Tensor, shared: SharedExpert, residual: Tensor) -> Tensor:
-        """residual += sigmoid(x·g) · SwiGLU expert of x [T, H]; returns residual."""
-        halves = self.unpack(shared.gate_up.block, shared.gate_up.n, shared.gate_up.k).chunk(2)
-        gate, up = (self._matmul(x, w, f"shared_{name}") for w, name in zip(halves, ("gate", "up"), strict=True))
+    def mlp_add(self, x: Tensor, mlp: DenseMlp, residual: Tensor) -> Tensor:
+        """residual += SwiGLU MLP of x [T, H], times sigmoid(x·score) where there is one; returns residual."""
+        halves = self.unpack(mlp.gate_up.block, mlp.gate_up.n, mlp.gate_up.k).chunk(2)
+        gate, up = (self._matmul(x, w, f"mlp_{name}") for w, name in zip(halves, ("gate", "up"), strict=True))
         torch.nn.functional.silu(gate, inplace=True).mul_(up)
-        y, score = self._linear(gate, shared.down, "shared_out"), self._linear(x, shared.gate, "shared_score")
+        if mlp.score is None:
+            return self.project_add(gate, mlp.down, residual)
+        y, score = self._linear(gate, mlp.down, "mlp_out"), self._linear(x, mlp.score, "mlp_score")
         return residual.addcmul_(y, score.sigmoid_())
 
     def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
@@ -205,8 +207,8 @@ class TritonOps:
         return out if weight.bias is None else out.add_(weight.bias)
 
     def _matmul(self, x: Tensor, w: Tensor, name: str) -> Tensor:
-        """x @ w^T into a buffer."""
-        out = self._buffers[name][: len(x)]
+        """x @ w^T into a buffer, which may be wider."""
+        out = self._buffers[name][: len(x), : len(w)]
         if self.batch_invariant:
             return grouped_gemm.linear(x, w, out, self._fixed_tile)
         return torch.mm(x, w.t(), out=out)

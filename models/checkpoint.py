@@ -212,7 +212,7 @@ class Checkpoint:
 
     def experts(self, layers: Collection[int] | None = None) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """(layer, expert, gate_up [2I, H], down [H, I]) of every expert, as soon as its parts have been read; layers:
-        only of these."""
+        only of these. Layers are numbered as in the decoder, those without experts too."""
         if self.packed:
             yield from self.packed.experts(layers)
             return

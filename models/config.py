@@ -42,7 +42,8 @@ class ModelConfig:
     a query sees, itself included; None for all. norm_topk_prob: renormalise the chosen router probabilities.
     rotary_dim: leading dimensions of a head that rotate; None for all. attention_gate: a sigmoid gate on the output of
     attention. shared_intermediate_size: of an expert that every token uses; 0 for none. delta, delta_layers: sizes of
-    Gated DeltaNet, and the layers that have it in the place of attention.
+    Gated DeltaNet, and the layers that have it in the place of attention. dense_layers: layers that have an ordinary
+    SwiGLU MLP of mlp_intermediate_size in the place of experts.
     """
 
     arch: str
@@ -73,6 +74,8 @@ class ModelConfig:
     shared_intermediate_size: int = 0
     delta: DeltaNetDims | None = None
     delta_layers: tuple[int, ...] = ()
+    dense_layers: tuple[int, ...] = ()
+    mlp_intermediate_size: int = 0
 
     def __post_init__(self) -> None:
         for name in (
@@ -93,6 +96,15 @@ class ModelConfig:
             raise ConfigError(f"{self.rotary_dim} of {self.head_dim} dimensions of a head cannot rotate in pairs")
         if not _is_int(self.shared_intermediate_size) or self.shared_intermediate_size < 0:
             raise ConfigError(f"shared_expert_intermediate_size is {self.shared_intermediate_size!r}; give an integer")
+        if not self.moe_layers:
+            raise ConfigError(
+                "a model needs at least one layer with experts; mlp_only_layers and decoder_sparse_step leave none"
+            )
+        if self.dense_layers and (not _is_int(self.mlp_intermediate_size) or self.mlp_intermediate_size < 1):
+            raise ConfigError(
+                f"intermediate_size of the layers without experts is {self.mlp_intermediate_size!r}; give a positive "
+                "integer"
+            )
         if self.delta is not None:
             for name, value in asdict(self.delta).items():
                 if not _is_int(value) or value < (2 if name == "taps" else 1):
@@ -133,7 +145,12 @@ class ModelConfig:
     @property
     def expert_bytes_total(self) -> int:
         """Bytes of all experts of all layers."""
-        return self.num_layers * self.num_experts * self.expert_params * self.dtype.itemsize
+        return len(self.moe_layers) * self.num_experts * self.expert_params * self.dtype.itemsize
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers with experts. Whatever holds or places experts numbers these alone: its layer i is moe_layers[i]."""
+        return tuple(layer for layer in range(self.num_layers) if layer not in self.dense_layers)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -147,7 +164,8 @@ class ModelConfig:
         rows = len(self.attention_layers) * attention
         if self.delta is not None:
             rows += len(self.delta_layers) * (self.delta.projected + self.delta.value_size)
-        rows += self.num_layers * (self.num_experts + 3 * self.shared_intermediate_size)
+        rows += len(self.moe_layers) * (self.num_experts + 3 * self.shared_intermediate_size)
+        rows += len(self.dense_layers) * 3 * self.mlp_intermediate_size
         rows += self.vocab_size * (1 if self.tie_word_embeddings else 2)
         return rows * self.hidden_size * self.dtype.itemsize
 
@@ -223,6 +241,24 @@ def flag(hf: Mapping[str, Any], key: str, default: bool = False) -> bool:
     if not isinstance(value, bool):
         raise ConfigError(f"{key} must be true or false, got {value!r}")
     return value
+
+
+def mlp_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """dense_layers and their size, from mlp_only_layers, decoder_sparse_step and intermediate_size.
+
+    As in transformers' modeling_qwen3_moe.py, a layer has experts if mlp_only_layers does not name it and its number,
+    counted from 1, is a multiple of decoder_sparse_step; numbers of layers that do not exist mean nothing.
+    """
+    layers, step, only = hf["num_hidden_layers"], hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers")
+    only = [] if only is None else only
+    if not isinstance(only, list) or not all(_is_int(layer) for layer in only):
+        raise ConfigError(f"mlp_only_layers must be a list of layer numbers or null, got {only!r}")
+    if not _is_int(step) or step < 1:
+        raise ConfigError(f"decoder_sparse_step must be a positive integer, got {step!r}")
+    # A count of layers that is no integer is reported by its own name.
+    every = range(layers if _is_int(layers) else 0)
+    dense = tuple(layer for layer in every if layer in only or (layer + 1) % step)
+    return dict(dense_layers=dense, mlp_intermediate_size=hf["intermediate_size"] if dense else 0)
 
 
 def common_fields(hf: Mapping[str, Any], partial_rotary: bool = False) -> dict[str, Any]:

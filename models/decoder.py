@@ -1,7 +1,8 @@
-"""The decoder that all architectures share: attention or Gated DeltaNet, then a mixture of experts, in every layer.
+"""The decoder that all architectures share: attention or Gated DeltaNet, then a mixture of experts or an MLP.
 
 The architectures differ in what ModelConfig says (QK-norm, clipping, window, gates, shared expert, …), not in code. The
-decoder owns the non-expert weights. Expert weights it never sees: each layer's experts are added by who pages them.
+decoder owns the non-expert weights. Expert weights it never sees: those of each layer that has experts are added by who
+pages them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import torch
 from fluxmoe.kernels.ops import (
     AttentionMetadata,
     DeltaNetWeights,
+    DenseMlp,
     ExpertDims,
     LayerDims,
     Ops,
     PackedLinear,
     RopeTable,
-    SharedExpert,
 )
 from torch import Tensor
 
@@ -29,7 +30,8 @@ from .rope import rope_tables
 
 
 class Experts(Protocol):
-    """What computes experts, wherever they are; see runtime.experts.pager.ExpertPager."""
+    """What computes experts, wherever they are; see runtime.experts.pager.ExpertPager. `layer` counts the layers with
+    experts alone."""
 
     def add(
         self, layer: int, x: Tensor, logits: Tensor, residual: Tensor, num_tokens: Tensor | None = None
@@ -83,7 +85,7 @@ def layer_dims(config: ModelConfig) -> LayerDims:
         window=config.sliding_window or 0,
         eps=config.rms_norm_eps,
         attention_gate=config.attention_gate,
-        shared=config.shared_intermediate_size,
+        mlp=max(config.shared_intermediate_size, config.mlp_intermediate_size),
         delta=config.delta,
     )
 
@@ -97,14 +99,18 @@ def _norm_sizes(config: ModelConfig) -> tuple[int, int]:
     return 0, 0
 
 
+def _mlp_shapes(intermediate: int, hidden: int) -> list[tuple[int, int]]:
+    return [(2 * intermediate, hidden), (hidden, intermediate)]
+
+
 def non_expert_bytes(config: ModelConfig, ops: Ops, max_context: int) -> int:
     """Device bytes of everything but experts: embeddings, projections, routers, norms and biases (fp32), RoPE."""
     c, d = config, layer_dims(config)
     floats = c.num_layers * 2 * c.hidden_size
-    linears = c.num_layers * [(c.num_experts, c.hidden_size)]
+    linears = len(c.moe_layers) * [(c.num_experts, c.hidden_size)]
     if c.shared_intermediate_size:
-        shared = [(2 * c.shared_intermediate_size, c.hidden_size), (c.hidden_size, c.shared_intermediate_size)]
-        linears += c.num_layers * [*shared, (1, c.hidden_size)]
+        linears += len(c.moe_layers) * [*_mlp_shapes(c.shared_intermediate_size, c.hidden_size), (1, c.hidden_size)]
+    linears += len(c.dense_layers) * _mlp_shapes(c.mlp_intermediate_size, c.hidden_size)
     for _ in c.attention_layers:
         floats += sum(_norm_sizes(c)) + (d.qkv_size + c.hidden_size if c.attention_bias else 0)
         linears += [(d.qkv_size, c.hidden_size), (c.hidden_size, c.num_heads * c.head_dim)]
@@ -125,9 +131,9 @@ _MATRICES = {
     "attn_gate": ("attn_gate",),
     "in_proj": ("in_qkvz", "in_ba"),
     "router": ("router",),
-    "shared_gate_up": ("shared_gate", "shared_up"),
-    "shared_down": ("shared_down",),
-    "shared_score": ("shared_score",),
+    "mlp_gate_up": ("mlp_gate", "mlp_up"),
+    "mlp_down": ("mlp_down",),
+    "mlp_score": ("mlp_score",),
 }
 _BIASES = ("q_bias", "k_bias", "v_bias", "o_bias")
 
@@ -148,10 +154,11 @@ class DecoderLayer:
         return DeltaNetWeights(self.matrices["in_proj"], v["conv"], v["rate"], v["dt_bias"], v["delta_norm"])
 
     @cached_property
-    def shared(self) -> SharedExpert | None:
-        if "shared_down" not in self.matrices:
+    def mlp(self) -> DenseMlp | None:
+        """The MLP in the place of experts, or the shared expert beside them."""
+        if "mlp_down" not in self.matrices:
             return None
-        return SharedExpert(*(self.matrices[f"shared_{name}"] for name in ("gate_up", "down", "score")))
+        return DenseMlp(self.matrices["mlp_gate_up"], self.matrices["mlp_down"], self.matrices.get("mlp_score"))
 
 
 class Decoder:
@@ -237,7 +244,7 @@ class Decoder:
         """
         ops = self.ops
         hidden = ops.embed(token_ids, self.embed_tokens)
-        attention = delta = 0  # layers of each kind so far
+        attention = delta = moe = 0  # layers of each kind so far
         for index, layer in enumerate(self.layers):
             with tracer.span("compute", f"attention {index}"):
                 normed = ops.rms_norm(hidden, layer.vectors["input_norm"])
@@ -248,12 +255,17 @@ class Decoder:
                     mixed = ops.delta_net(normed, layer.delta, metadata, states.conv[delta], states.recurrent[delta])
                     delta += 1
                 hidden = ops.project_add(mixed, layer.matrices["o_proj"], hidden)
+            if "router" not in layer.matrices:
+                with tracer.span("compute", f"mlp {index}"):
+                    hidden = ops.mlp_add(ops.rms_norm(hidden, layer.vectors["post_attn_norm"]), layer.mlp, hidden)
+                continue
             with tracer.span("compute", f"router {index}"):
                 normed = ops.rms_norm(hidden, layer.vectors["post_attn_norm"])
-                if layer.shared is not None:
-                    hidden = ops.shared_add(normed, layer.shared, hidden)
+                if layer.mlp is not None:
+                    hidden = ops.mlp_add(normed, layer.mlp, hidden)
                 logits = ops.router(normed, layer.matrices["router"])
-            hidden = experts.add(index, normed, logits, hidden, metadata.num_tokens)
+            hidden = experts.add(moe, normed, logits, hidden, metadata.num_tokens)
+            moe += 1
         last = hidden[logit_rows]
         return ops.logits(ops.rms_norm(last, self.final_norm), self.lm_head)
 

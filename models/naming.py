@@ -32,8 +32,9 @@ class Role:
 
 @dataclass(frozen=True)
 class TensorRoles:
-    """required: name → role of every non-expert tensor. experts: the accepted ways to store each layer's experts;
-    every layer must match one of them completely. unused: prefixes of tensors that inference does not need.
+    """required: name → role of every non-expert tensor. expert_schemes: the accepted ways to store the experts of each
+    layer that has some; every one must match one of them completely. unused: prefixes of tensors that inference does
+    not need.
     """
 
     required: Mapping[str, Role]
@@ -42,7 +43,10 @@ class TensorRoles:
 
 
 def moe_roles(config: ModelConfig, blocks: Mapping[str, tuple[str, str, str]]) -> TensorRoles:
-    """Roles for a decoder whose MoE block is called one of `blocks`: block name → names of gate, up, down."""
+    """Roles for a decoder whose MoE block is called one of `blocks`: block name → names of gate, up, down.
+
+    Layers without experts have an MLP called mlp.
+    """
     c = config
     h, i, e = c.hidden_size, c.moe_intermediate_size, c.num_experts
     required = {
@@ -61,6 +65,9 @@ def moe_roles(config: ModelConfig, blocks: Mapping[str, tuple[str, str, str]]) -
         if layer in c.attention_layers:
             shapes |= {f"self_attn.{name}": role for name, role in _attention(c).items()}
         required |= {f"{prefix}.{name}": Role(kind, layer, None, shape) for name, (kind, shape) in shapes.items()}
+        if layer in c.dense_layers:
+            required |= mlp_roles(f"{prefix}.mlp", h, c.mlp_intermediate_size, layer)
+            continue
         ways = []
         for block, (gate, up, down) in blocks.items():
             router = {f"{prefix}.{block}.gate.weight": Role("router", layer, None, (e, h))}
@@ -81,6 +88,15 @@ def moe_roles(config: ModelConfig, blocks: Mapping[str, tuple[str, str, str]]) -
             )
         schemes.append(tuple(ways))
     return TensorRoles(required, tuple(schemes))
+
+
+def mlp_roles(prefix: str, hidden: int, intermediate: int, layer: int | None = None) -> dict[str, Role]:
+    """name → role of an MLP that every token uses: that of a layer without experts, or a shared expert."""
+    return {
+        f"{prefix}.gate_proj.weight": Role("mlp_gate", layer, None, (intermediate, hidden)),
+        f"{prefix}.up_proj.weight": Role("mlp_up", layer, None, (intermediate, hidden)),
+        f"{prefix}.down_proj.weight": Role("mlp_down", layer, None, (hidden, intermediate)),
+    }
 
 
 def _attention(c: ModelConfig) -> dict[str, tuple[str, Shape]]:

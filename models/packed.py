@@ -6,7 +6,8 @@
     layer-0007.down.fluxpack            [E, H, I]
     fluxmoe.packed.json                 format, names and sizes of those files; written last
 
-The index is what makes a directory a packed checkpoint, so one that was interrupted is never taken for whole.
+Layers are numbered as in the decoder; those without experts have no files. The index is what makes a directory a packed
+checkpoint, so one that was interrupted is never taken for whole.
 `python -m fluxmoe.experiments.pack_checkpoint` writes them.
 """
 
@@ -59,7 +60,7 @@ class PackedExperts:
                 f"{path} is of version {version}, format {self.format!r}; this program reads version {VERSION}, "
                 f"formats {', '.join(FORMATS)}"
             )
-        for layer in range(config.num_layers):
+        for layer in config.moe_layers:
             for tensor in TENSORS:
                 name = expert_file(layer, tensor)
                 file = directory / name
@@ -100,7 +101,7 @@ class PackedExperts:
 
     def experts(self, layers: Collection[int] | None = None) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """As `Checkpoint.experts`; holds one layer at a time."""
-        for layer in range(self.config.num_layers):
+        for layer in self.config.moe_layers:
             if layers is None or layer in layers:
                 gate_up, down = self.layer(layer)
                 for expert in range(self.config.num_experts):

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .config import ConfigError, ModelConfig, common_fields, flag
+from .config import ModelConfig, common_fields, flag, mlp_fields
 from .naming import TensorRoles, moe_roles
 
 # transformers' values for keys that a config.json may leave out.
-_DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "num_key_value_heads": 4, "sliding_window": 4096}
+_DEFAULTS = {
+    "rms_norm_eps": 1e-6, "rope_theta": 1e4, "num_key_value_heads": 4, "sliding_window": 4096,
+    "intermediate_size": 6144,
+}  # fmt: skip
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     hf = {**_DEFAULTS, **hf}
-    if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
-        raise ConfigError("dense MLP layers (mlp_only_layers, decoder_sparse_step) are not supported")
     return ModelConfig(
         arch="qwen3_moe",
         **common_fields(hf),
+        **mlp_fields(hf),
         num_experts=hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"],
         top_k=hf["num_experts_per_tok"],
         moe_intermediate_size=hf["moe_intermediate_size"],

@@ -12,8 +12,8 @@ from typing import Any
 from fluxmoe.kernels.ops import DeltaNetDims
 from torch import Tensor, cat
 
-from .config import ConfigError, ModelConfig, common_fields, flag
-from .naming import Role, TensorRoles, moe_roles
+from .config import ConfigError, ModelConfig, common_fields, flag, mlp_fields
+from .naming import Role, TensorRoles, mlp_roles, moe_roles
 from .rope import rotary_order
 
 # transformers' values for keys that a config.json may leave out.
@@ -21,7 +21,7 @@ _DEFAULTS = {
     "rms_norm_eps": 1e-6, "rope_theta": 1e4, "num_key_value_heads": 2, "head_dim": 256, "partial_rotary_factor": 0.25,
     "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
     "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "full_attention_interval": 4,
-    "shared_expert_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512, "intermediate_size": 5632,
 }  # fmt: skip
 # Norm weights that a checkpoint keeps as their distance from 1.
 ZERO_CENTRED = frozenset({"input_norm", "post_attn_norm", "q_norm", "k_norm", "final_norm"})
@@ -30,13 +30,12 @@ _KINDS = {"linear_attention": True, "full_attention": False}
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     hf = {**_DEFAULTS, **hf}
-    if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
-        raise ConfigError("dense MLP layers (mlp_only_layers, decoder_sparse_step) are not supported")
     if flag(hf, "attention_bias"):
         raise ConfigError("attention_bias is not supported by this architecture")
     return ModelConfig(
         arch="qwen3_next",
         **common_fields(hf, partial_rotary=True),
+        **mlp_fields(hf),
         num_experts=hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"],
         top_k=hf["num_experts_per_tok"],
         moe_intermediate_size=hf["moe_intermediate_size"],
@@ -71,7 +70,7 @@ def _delta_layers(hf: Mapping[str, Any]) -> tuple[int, ...]:
 def tensor_roles(config: ModelConfig) -> TensorRoles:
     c, d = config, config.delta
     roles = moe_roles(c, {"mlp": ("gate_proj", "up_proj", "down_proj")})
-    h, shared = c.hidden_size, c.shared_intermediate_size
+    h = c.hidden_size
     delta = {
         "in_proj_qkvz.weight": Role("in_qkvz", None, None, (2 * d.key_size + 2 * d.value_size, h)),
         "in_proj_ba.weight": Role("in_ba", None, None, (2 * d.value_heads, h)),
@@ -81,15 +80,13 @@ def tensor_roles(config: ModelConfig) -> TensorRoles:
         "norm.weight": Role("delta_norm", None, None, (d.value_dim,), may_be_fp32=True),
         "out_proj.weight": Role("o_proj", None, None, (h, d.value_size)),
     }
-    every = {
-        "shared_expert.gate_proj.weight": Role("shared_gate", None, None, (shared, h)),
-        "shared_expert.up_proj.weight": Role("shared_up", None, None, (shared, h)),
-        "shared_expert.down_proj.weight": Role("shared_down", None, None, (h, shared)),
-        "shared_expert_gate.weight": Role("shared_score", None, None, (1, h)),
+    shared = {
+        **mlp_roles("shared_expert", h, c.shared_intermediate_size),
+        "shared_expert_gate.weight": Role("mlp_score", None, None, (1, h)),
     }
     required = dict(roles.required)
     for layer in range(c.num_layers):
-        named = {f"mlp.{name}": role for name, role in every.items()}
+        named = {f"mlp.{name}": role for name, role in shared.items()} if layer in c.moe_layers else {}
         if layer in c.delta_layers:
             named |= {f"linear_attn.{name}": role for name, role in delta.items()}
         for name, role in named.items():

@@ -2,7 +2,7 @@
 
 A layer's time is the sum of its parts, each the longer of its bytes over memory bandwidth and its flops over peak:
 
-    projections     every weight once; 2 flops a weight and token
+    projections     every weight once, MLPs that all tokens use included; 2 flops a weight and token
     attention       K and V of every sequence's context once; 4·heads·D flops a query and key
     states          Gated DeltaNet: every sequence's state read and written
     experts         the expected number of distinct experts, E·(1 - (1 - k/E)^T), each in the format in which the GEMM
@@ -81,7 +81,7 @@ class SimOps:
         self.dims, self.act_dtype, self._devices = layer_dims(model), model.dtype, devices
         self.experts = SimExperts(expert_dims(model), limits.tokens, devices, parameters)
         d, tokens = self.dims, limits.tokens
-        width = 3 * d.hidden + (d.qkv_size + 2 * d.heads * d.head_dim) / devices
+        width = 3 * d.hidden + (d.qkv_size + 2 * d.heads * d.head_dim + 2 * d.mlp) / devices
         width += (2 * d.delta.projected + d.delta.channels) / devices if d.delta is not None else 0
         logits = limits.sequences * d.vocab / devices * 4
         estimate = int(tokens * width * d.dtype.itemsize + logits + tokens * d.experts * 4) + (64 << 20)
@@ -100,9 +100,10 @@ class SimOps:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Seconds of one layer: `attention` runs before its experts are needed, `experts` needs them."""
+    """Seconds of one layer with experts: `before` runs before they are needed, attention and any layers without experts
+    in front of it; `experts` needs them."""
 
-    attention: float
+    before: float
     experts: float
 
 
@@ -115,12 +116,14 @@ class CostModel:
         if devices > 1 and not profile.link_bandwidth:
             raise ProfileError(f"profile {profile.name} has no link_bandwidth; {devices} devices cannot share a model")
         self.model, self.profile, self.devices, self.parameters = model, profile, devices, parameters
-        self._delta = set(model.delta_layers)
+        # Of every layer: whether it has Gated DeltaNet, and whether an MLP in the place of experts.
+        self._kinds = [(i in model.delta_layers, i in model.dense_layers) for i in range(model.num_layers)]
         item, h = model.dtype.itemsize, model.hidden_size
         heads = model.head_dim * ((3 if model.attention_gate else 2) * model.num_heads + 2 * model.num_kv_heads)
-        every = model.num_experts + 3 * model.shared_intermediate_size
         delta = 0 if model.delta is None else model.delta.projected + model.delta.value_size
-        self._weights = {False: (heads + every) * h * item, True: (delta + every) * h * item}
+        mixer = {False: heads, True: delta}
+        mlp = {False: model.num_experts + 3 * model.shared_intermediate_size, True: 3 * model.mlp_intermediate_size}
+        self._weights = {(d, m): (mixer[d] + mlp[m]) * h * item for d, m in self._kinds}
         layers = max(1, len(model.delta_layers))
         self._state_bytes = model.state_bytes_per_sequence / layers
         # A device that has no head of its own keeps a copy.
@@ -130,20 +133,21 @@ class CostModel:
 
     def bind(self, layout: ExpertLayout) -> None:
         """Take a layout: bytes that all experts of each layer have for the GEMM, near and far, and what loads move."""
-        layers = range(self.model.num_layers)
+        layers = range(layout.num_layers)
         self._reads = [(*self._expert_reads(layer, layout), self._load_traffic(layer, layout)) for layer in layers]
 
     def pass_costs(self, step: Step) -> tuple[list[LayerCost], float]:
-        """Costs of all layers for a step's tokens, loads apart; and seconds outside the layers (embedding, logits,
-        scheduler, sampling)."""
+        """Costs of all layers with experts for a step's tokens, loads apart; and seconds outside them (embedding,
+        layers without experts at the end, logits, scheduler, sampling)."""
         model, profile, n = self.model, self.profile, self.devices
         bandwidth, flops = profile.memory_bandwidth, profile.matmul_flops
         tokens, sequences = step.num_tokens, len(step.chunks)
         keys = sum(chunk.start + chunk.length for chunk in step.chunks)
         pairs = sum(chunk.length * (chunk.start + (chunk.length + 1) / 2) for chunk in step.chunks)
-        attention = {}
-        for delta in {layer in self._delta for layer in range(model.num_layers)}:
-            weights = self._weights[delta] / n
+        half_layer = 0.5 * _KERNELS_A_LAYER * self._launch_s + (self._all_reduce(tokens) if n > 1 else 0.0)
+        common = {}
+        for (delta, dense), weights in self._weights.items():
+            weights /= n
             seconds = max(weights / bandwidth, 2 * tokens * weights / model.dtype.itemsize / flops)
             moved = weights
             if delta:
@@ -155,25 +159,28 @@ class CostModel:
                 moved += keys * self._kv_bytes
                 read = keys * self._kv_bytes / (self.parameters.attention_share * bandwidth)
                 seconds += max(read, 4 * pairs * model.num_heads * model.head_dim / n / (0.5 * flops))
-            if n > 1:
-                seconds += self._all_reduce(tokens)
-            attention[delta] = seconds + 0.5 * _KERNELS_A_LAYER * self._launch_s, moved
+            common[delta, dense] = seconds + (2 if dense else 1) * half_layer, moved
         distinct = model.num_experts * (1 - (1 - model.top_k / model.num_experts) ** tokens)
         work = 6 * tokens * model.top_k * model.hidden_size * model.moe_intermediate_size / n
         work_s = work / (self.parameters.moe_flops_share * flops)
-        fixed = 0.5 * _KERNELS_A_LAYER * self._launch_s + (self._all_reduce(tokens) if n > 1 else 0.0)
-        costs = []
+        costs: list[LayerCost] = []
         share = distinct / model.num_experts
-        for layer, (near, far, traffic) in enumerate(self._reads):
-            before, moved = attention[layer in self._delta]
-            seconds = max(share * near / (self.parameters.expert_share * bandwidth), work_s) + fixed
+        before = moved = 0.0
+        for delta, dense in self._kinds:
+            seconds, nbytes = common[delta, dense]
+            before, moved = before + seconds, moved + nbytes
+            if dense:
+                continue
+            near, far, traffic = self._reads[len(costs)]
+            seconds = max(share * near / (self.parameters.expert_share * bandwidth), work_s) + half_layer
             seconds += share * far / profile.kernel_host_bandwidth
             # Loads and decoders take what bandwidth the kernels leave; beyond it, they make the layer longer.
             busy = (moved + share * near + traffic) / bandwidth
             costs.append(LayerCost(before, max(seconds, busy - before)))
+            before = moved = 0.0
         vocab = model.vocab_size * model.hidden_size * model.dtype.itemsize / n
         outside = max(vocab / bandwidth, 2 * sequences * vocab / model.dtype.itemsize / flops) + profile.iteration_s
-        return costs, outside
+        return costs, before + outside
 
     def _all_reduce(self, tokens: int) -> float:
         payload = tokens * self.model.hidden_size * self.model.dtype.itemsize

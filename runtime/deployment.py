@@ -30,6 +30,15 @@ def limits_of(model: ModelConfig, config: EngineConfig) -> Limits:
     return Limits(max(config.max_batched_tokens, config.max_batch), config.max_batch, context, config.block_size)
 
 
+def require_workspace(model: ModelConfig, limits: Limits, memory: int) -> None:
+    """BudgetError if `memory`, all that a device has, cannot hold the largest buffers of a pass, of any kernels: said
+    before these make their workspace, which a thoughtless batch size would fill the machine with."""
+    rows = limits.tokens * (2 * model.hidden_size + model.top_k * (model.moe_intermediate_size + model.hidden_size))
+    logits = 4 * limits.sequences * model.vocab_size
+    hint = "lower --max-batch or --max-batched-tokens"
+    require(memory, {"workspace at least": rows * model.dtype.itemsize + logits}, hint)
+
+
 def make_planner(
     config: EngineConfig, expert_bytes: Mapping[Tier, int], budget_bytes: int, reserve_bytes: int
 ) -> Planner:

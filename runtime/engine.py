@@ -10,7 +10,6 @@ Construction charges every device byte to a MemoryBudget, and what the host hold
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,28 +22,27 @@ from tqdm import tqdm
 
 from .batch import build_batch
 from .config import EngineConfig
-from .deployment import Deployment, limits_of, make_planner
+from .deployment import Deployment, limits_of, make_planner, require_workspace
 from .devices import device_of, resolve_device
 from .experts.footprint import EXPERT_LINES
 from .experts.pager import Counters, ExpertPager
-from .experts.placement import DEVICE_TIERS
 from .experts.planner import Links
 from .graphs import DecodeGraphs
 from .hardware import measure_links
 from .kv_cache import GrowableKVCache, PagedKVCache
+from .loop import Executed, ServingLoop
 from .memory.budget import BudgetError, format_bytes
 from .memory.check import FreeMemory, MemoryCheck
 from .memory.region import BlockPool
-from .metrics import StepMetrics
-from .request import Request, RequestOutput, Sequence
+from .request import Request
 from .residency import ComputeProfile, Residency, Seen
 from .sampling import sample
-from .scheduler import Scheduler
+from .scheduler import Scheduler, Step
 from .state_cache import StateCache
 from .timeline import Timeline
 
 
-class Engine:
+class Engine(ServingLoop):
     """Serves one checkpoint under one budget. Not thread-safe; use as a context manager, or call `close`.
 
     Raises ConfigError or CheckpointError for a bad checkpoint, BudgetError if the budget cannot hold the model
@@ -52,6 +50,7 @@ class Engine:
     """
 
     def __init__(self, model_dir: Path | str, config: EngineConfig | None = None) -> None:
+        super().__init__()
         self.config = config = config or EngineConfig()
         with ExitStack() as undo:
             self._build(Path(model_dir), config, undo)
@@ -68,10 +67,11 @@ class Engine:
         checkpoint = Checkpoint(model_dir)
         self.model = model = checkpoint.config
         limits = limits_of(model, config)
+        require_workspace(model, limits, max(total, kind.available_bytes()))
         self.ops = kind.make_ops(layer_dims(model), limits, config)
         self.timeline = Timeline(config.timeline)
         self.pager = ExpertPager(
-            expert_dims(model), model.num_layers, config, self.device, limits.tokens, timeline=self.timeline
+            expert_dims(model), len(model.moe_layers), config, self.device, limits.tokens, timeline=self.timeline
         )
         # Only where nothing waits for the device in mid-pass, as the plain torch path does.
         graphs = config.cuda_graphs and kind.graphs and config.kernels != "torch"
@@ -113,7 +113,6 @@ class Engine:
             self.graphs = DecodeGraphs(self._forward, self.pager, *per_graph, self.device, spare)
         if self.pool is not None:
             self.residency = self._make_residency(self.pool)
-        self._iteration = 0
         self._counted = Counters()
 
     @property
@@ -198,64 +197,40 @@ class Engine:
         decoder = Decoder(self.model, self.ops, context)
         for role, layer, weight in checkpoint.dense_tensors():
             decoder.load(role, layer, weight)
-        total = self.model.num_layers * self.model.num_experts
+        moe_layers = self.model.moe_layers
+        total = len(moe_layers) * self.model.num_experts
         experts = tqdm(
             checkpoint.experts(), "experts", total, disable=not self.config.progress, leave=False, unit="expert"
         )
         for layer, expert, gate_up, down in experts:
-            self.pager.put(layer, expert, gate_up, down)
+            self.pager.put(moe_layers.index(layer), expert, gate_up, down)
         self.pager.seal()
         return decoder
 
-    # Serving.
+    # Serving: what the loop asks for.
 
-    def generate(self, requests: Iterable[Request]) -> list[RequestOutput]:
-        """Serve all requests; outputs in the order given. Refused ones carry their reason and no tokens."""
-        requests = list(requests)
-        outputs: dict[int, RequestOutput] = {}
-        for _ in self.steps(requests, outputs):
-            pass
-        return [outputs[request.request_id] for request in requests]
+    def _clock_s(self) -> float:
+        return time.perf_counter()
 
-    def steps(
-        self, requests: Iterable[Request], outputs: dict[int, RequestOutput] | None = None
-    ) -> Iterator[StepMetrics]:
-        """Serve `requests` iteration by iteration; finished ones are put into `outputs` by request id.
+    def _wait(self, seconds: float) -> None:
+        time.sleep(seconds)
 
-        A request joins once its `arrival_s` (seconds after the first step) has passed.
-        """
-        outputs = {} if outputs is None else outputs
-        pending = sorted(requests, key=lambda r: r.arrival_s, reverse=True)
-        begin = time.perf_counter()
-        while pending or self.scheduler.has_work:
-            now = time.perf_counter() - begin
-            while pending and pending[-1].arrival_s <= now:
-                request = pending.pop()
-                refusal = self._admit(request)
-                if refusal:
-                    outputs[request.request_id] = RequestOutput.refused(request, refusal, now)
-            if self.scheduler.has_work:
-                yield self._step(begin, outputs)
-            elif pending:
-                time.sleep(max(0.0, pending[-1].arrival_s - now))
+    @property
+    def tiers(self) -> np.ndarray:
+        return self.pager.tiers
 
-    def _admit(self, request: Request) -> str | None:
-        """Queue a request, or say why it cannot be served."""
+    def _refusal(self, request: Request) -> str | None:
         outside = max(request.prompt_ids, default=0)
         if outside >= self.model.vocab_size:
             return f"token id {outside} is outside the vocabulary of {self.model.vocab_size}"
-        admitted = self.scheduler.add(request)
-        return None if isinstance(admitted, Sequence) else admitted
+        return None
 
-    def _step(self, begin: float, outputs: dict[int, RequestOutput]) -> StepMetrics:
-        started = time.perf_counter()
-        step = self.scheduler.schedule()
+    def _execute(self, step: Step) -> Executed:
         self.kv.swap_out(step.swap_out)
         self.kv.swap_in(step.swap_in)
         if self.states is not None:
             self.states.swap_out(step.state_out)
             self.states.swap_in(step.state_in)
-        blocks_used = self.scheduler.blocks_used
         batch = build_batch(step, self.config.block_size)
         if self.graphs is not None and all(chunk.length == 1 and chunk.sample for chunk in step.chunks):
             logits = self.graphs.run(batch)
@@ -264,45 +239,28 @@ class Engine:
             logits = self._forward(batch.token_ids, batch.metadata, batch.logit_rows)
         sampling = [chunk.sequence for chunk in step.chunks if chunk.sample]
         tokens = sample(logits, [s.request.params for s in sampling], [s.num_generated for s in sampling])
-        now = time.perf_counter() - begin
-        for sequence in sampling:
-            if sequence.first_token_s is None:
-                sequence.first_token_s = now
-        finished = self.scheduler.commit(
-            step, {s.request.request_id: token for s, token in zip(sampling, tokens, strict=True)}
-        )
-        for sequence in finished:
-            sequence.finish_s = now
-            outputs[sequence.request.request_id] = sequence.output()
         before, after = self._counted, self.pager.counters()
         self._counted = after
-        if self.residency is not None:
-            stall, load = (after.stall_ns - before.stall_ns) / 1e9, (after.transfer_ns - before.transfer_ns) / 1e9
-            compute = time.perf_counter() - started - stall
-            if device_of(self.device).asynchronous and self._links is not None:
-                # Copies and waits happen on the device, untimed: loads are modelled, compute is profiled.
-                load = (after.streamed_bytes - before.streamed_bytes) / self._links.copy
-                compute = self._compute.compute_s(len(step.chunks), compute)
-            self.residency.between_iterations(Seen(compute, load, step.num_tokens, not step.prefill_tokens))
-        self._iteration += 1
-        return StepMetrics(
-            iteration=self._iteration - 1,
-            time_s=now,
-            duration_s=time.perf_counter() - started,
-            batch=len(step.chunks),
-            prefill_tokens=step.prefill_tokens,
-            decode_tokens=step.decode_tokens,
-            kv_blocks_used=blocks_used,
-            kv_blocks=self.kv.num_blocks,
-            waiting=self.scheduler.num_waiting,
-            streamed_bytes=after.streamed_bytes - before.streamed_bytes,
-            stall_s=(after.stall_ns - before.stall_ns) / 1e9,
-            transfer_s=(after.transfer_ns - before.transfer_ns) / 1e9,
-            preemptions=step.num_preempted,
-            swapped_blocks=len(step.swap_out) + len(step.swap_in),
-            finished=len(finished),
-            device_experts=int(np.isin(self.pager.tiers, DEVICE_TIERS).sum()),
+        return Executed(
+            tokens,
+            (after.stall_ns - before.stall_ns) / 1e9,
+            (after.transfer_ns - before.transfer_ns) / 1e9,
+            after.streamed_bytes - before.streamed_bytes,
         )
+
+    def _adapt(self, step: Step, executed: Executed, elapsed_s: float) -> None:
+        if self.residency is None:
+            return
+        load, compute = executed.transfer_s, elapsed_s - executed.stall_s
+        if device_of(self.device).asynchronous and self._links is not None:
+            # Copies and waits happen on the device, untimed: loads are modelled, compute is profiled.
+            load = executed.streamed_bytes / self._links.copy
+            compute = self._compute.compute_s(len(step.chunks), compute)
+        self.residency.between_iterations(Seen(compute, load, step.num_tokens, not step.prefill_tokens))
+
+    def _dropped(self) -> None:
+        if self.states is not None:
+            self.states.keep_swapped(self.scheduler.swapped_orders)
 
     def _forward(self, token_ids: Tensor, metadata: AttentionMetadata, logit_rows: Tensor) -> Tensor:
         return self.decoder.forward(token_ids, metadata, self.kv, self.pager, logit_rows, self.timeline, self.states)

@@ -1,8 +1,8 @@
 """Requests, how to sample for them, and the state that a scheduler keeps for each.
 
 `Request` and `SamplingParams` are what a user gives, `RequestOutput` what they get back; all three are frozen.
-`Sequence` is the mutable state between the two and belongs to the scheduler. Times are seconds on the clock of
-whoever runs the scheduler: the wall clock of an engine or the virtual one of the simulator.
+`Sequence` is the mutable state between the two: a user's handle, which only the scheduler and its loop change. Times
+are seconds on the clock of whoever runs the scheduler: an engine's wall clock or the simulator's virtual one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from enum import Enum
 from operator import index
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "refused"]
+FinishReason = Literal["stop", "length", "refused", "aborted"]
 
 
 class RequestError(ValueError):
@@ -36,7 +36,7 @@ class SamplingParams:
     Raises RequestError.
     """
 
-    max_new_tokens: int
+    max_new_tokens: int = 16
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -67,43 +67,38 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt (token ids) and how to continue it; `arrival_s` is for whoever replays a trace.
+    """A prompt (token ids) and how to continue it. arrival_s: when it comes, in seconds after the first request, for
+    whoever replays a trace; request_id: a name for the caller's own use, which nothing here depends on.
 
     An empty prompt is no error here: the scheduler refuses it, so that one bad request does not stop the others.
     Raises RequestError on ids that are no token ids at all.
     """
 
-    request_id: str | int
     prompt_ids: tuple[int, ...]
-    params: SamplingParams
+    params: SamplingParams = SamplingParams()
     arrival_s: float = 0.0
+    request_id: str | int | None = None
 
     def __post_init__(self) -> None:
+        name = "" if self.request_id is None else f"request {self.request_id}: "
         if not isinstance(self.prompt_ids, tuple):
-            raise RequestError(
-                f"request {self.request_id}: prompt_ids must be a tuple of token ids, "
-                f"got {type(self.prompt_ids).__name__}"
-            )
+            raise RequestError(f"{name}prompt_ids must be a tuple of token ids, got {type(self.prompt_ids).__name__}")
         for token in self.prompt_ids:
-            if _integer(f"request {self.request_id}: a prompt token id", token) < 0:
-                raise RequestError(f"request {self.request_id}: prompt token ids must be ≥ 0, got {token}")
+            if _integer(f"{name}a prompt token id", token) < 0:
+                raise RequestError(f"{name}prompt token ids must be ≥ 0, got {token}")
 
 
 @dataclass(frozen=True)
 class RequestOutput:
     """What became of a request: `token_ids` are the new tokens only; `error` is set when it was refused."""
 
-    request_id: str | int
+    request_id: str | int | None
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     error: str | None
     first_token_s: float | None
     finish_s: float | None
-
-    @classmethod
-    def refused(cls, request: Request, error: str, at_s: float | None = None) -> RequestOutput:
-        return cls(request.request_id, request.prompt_ids, (), "refused", error, None, at_s)
 
 
 class SequenceState(Enum):
@@ -115,7 +110,7 @@ class SequenceState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request under way. Only the scheduler changes it, except the two times, which its caller fills in.
+    """A request under way: the handle that its user gets, with `finished`, `output` and the tokens so far.
 
     token_ids        prompt, then generated tokens
     num_computed     tokens whose K and V are in the cache: a prefix of token_ids
@@ -123,11 +118,12 @@ class Sequence:
     host_block_ids   the same for a swapped sequence, covering num_computed tokens
     state_slot       where layers with a recurrent state keep this sequence's, while it runs
     order            rank of arrival (order of `Scheduler.add`)
+    error            why it was refused
     """
 
     request: Request
-    order: int
-    stop_ids: frozenset[int]
+    order: int = -1
+    stop_ids: frozenset[int] = frozenset()
     prompt_len: int = field(init=False)
     token_ids: list[int] = field(init=False)
     num_computed: int = 0
@@ -139,24 +135,39 @@ class Sequence:
     finish_reason: FinishReason | None = None
     first_token_s: float | None = None
     finish_s: float | None = None
+    error: str | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
         self.prompt_len = len(self.token_ids)
 
     @property
+    def name(self) -> str:
+        """For messages."""
+        return f"request {self.order if self.request.request_id is None else self.request.request_id}"
+
+    @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.prompt_len
 
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def end(self, reason: FinishReason, at_s: float | None = None, error: str | None = None) -> None:
+        """Nothing more will be computed."""
+        self.state, self.finish_reason, self.finish_s, self.error = SequenceState.FINISHED, reason, at_s, error
+
+    @property
     def output(self) -> RequestOutput:
-        """The result of a finished sequence."""
-        assert self.finish_reason is not None, f"request {self.request.request_id} is still {self.state.value}"
+        """What became of it, once it is finished."""
+        assert self.finish_reason is not None, f"{self.name} is still {self.state.value}"
         return RequestOutput(
             self.request.request_id,
             self.request.prompt_ids,
             tuple(self.token_ids[self.prompt_len :]),
             self.finish_reason,
-            None,
+            self.error,
             self.first_token_s,
             self.finish_s,
         )

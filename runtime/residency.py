@@ -60,7 +60,9 @@ class Residency:
         planner: Planner | None = None, every: int = 8, grow_kv: bool = True, links: Links | None = None,
     ) -> None:  # fmt: skip
         self.pager, self.kv, self.scheduler, self.budget, self.pool = pager, kv, scheduler, budget, pool
-        self.planner, self.every, self.grow_kv, self.links = planner, every, grow_kv, links
+        self.planner, self.every, self.links = planner, every, links
+        # What KV may take: all that it can use, or no more than it gave to experts that came.
+        self._most_kv = kv.most_blocks if grow_kv else kv.num_blocks
         self._window: list[Seen] = []
         # Tokens since the last plan; then how often each expert was used, and by how many tokens, older plans less.
         self._routed = 0
@@ -89,8 +91,8 @@ class Residency:
         """What experts left goes to KV, in whole quanta; then the ledger says who holds what."""
         spare = self.pool.free_blocks * self.pool.block_bytes
         # Units of experts on their way in are mapped already.
-        quanta = min(spare // self.kv.quantum_bytes, (self.kv.most_blocks - self.kv.num_blocks) // self.kv.quantum)
-        if self.grow_kv and quanta > 0 and not self.pager.mover.waits:
+        quanta = min(spare // self.kv.quantum_bytes, (self._most_kv - self.kv.num_blocks) // self.kv.quantum)
+        if quanta > 0 and not self.pager.mover.waits:
             more = quanta * self.kv.quantum
             try:
                 self.kv.resize(self.kv.num_blocks + more)

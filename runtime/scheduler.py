@@ -10,7 +10,7 @@ This is plain Python without a clock, so the engine and the simulator drive the 
     while scheduler.has_work:
         step = scheduler.schedule()
         executor: cache.swap_out(step.swap_out); cache.swap_in(step.swap_in); forward(step.chunks)
-        finished = scheduler.commit(step, sampled)
+        finished = scheduler.commit(step, tokens)        # or give_up(step), if that failed
 
 The order inside a step is what makes it safe: a device block that `swap_out` reads may already belong to a chunk
 of the same step, so the copy out must be ordered before the forward pass (same stream, or an event). Host blocks
@@ -26,7 +26,7 @@ from operator import attrgetter
 from typing import Literal, NamedTuple, get_args
 
 from .kv_cache import BlockAllocator
-from .request import Request, Sequence, SequenceState
+from .request import Sequence, SequenceState
 
 Preemption = Literal["recompute", "swap"]
 
@@ -128,13 +128,28 @@ class Scheduler:
         self._device = BlockAllocator(num_blocks)
         self._host = BlockAllocator(host_blocks)
         self._states = BlockAllocator(max_batch)
+        self._num_added = 0
+        self._drop_all()
+
+    def _drop_all(self) -> None:
         # All three are in order of arrival; what waits again after a preemption is ahead of what never ran.
         self._running: list[Sequence] = []
         self._swapped: deque[Sequence] = deque()
         self._waiting: deque[Sequence] = deque()
-        self._live: set[str | int] = set()
-        self._num_added = 0
+        self._live: set[Sequence] = set()
         self._uncommitted: Step | None = None
+
+    def reset(self) -> list[Sequence]:
+        """Drop everything, whatever state a failure has left; returns the sequences that were live."""
+        live = sorted(self._live, key=_by_order)
+        for sequence in live:
+            sequence.block_ids, sequence.host_block_ids, sequence.state_slot = [], [], None
+            sequence.end("aborted")
+        self._device = BlockAllocator(self._device.num_blocks)
+        self._host = BlockAllocator(self._host.num_blocks)
+        self._states = BlockAllocator(self._states.num_blocks)
+        self._drop_all()
+        return live
 
     @property
     def has_work(self) -> bool:
@@ -147,6 +162,11 @@ class Scheduler:
     @property
     def num_swapped(self) -> int:
         return len(self._swapped)
+
+    @property
+    def swapped_orders(self) -> set[int]:
+        """Ranks of arrival of the sequences whose blocks and states are in host memory."""
+        return {sequence.order for sequence in self._swapped}
 
     @property
     def num_waiting(self) -> int:
@@ -186,11 +206,11 @@ class Scheduler:
         queue = [*self._swapped, *self._waiting][:room]
         return sum(self._blocks(len(s.token_ids)) for s in queue)
 
-    def add(self, request: Request) -> Sequence | str:
-        """Queue `request`; or, without a trace, refuse it: the sentence that says why and what would do."""
+    def add(self, sequence: Sequence) -> str | None:
+        """Queue a new sequence; or, without a trace, refuse it: the sentence that says why and what would do."""
+        assert sequence.order < 0, f"{sequence.name} was added before"
+        request = sequence.request
         prompt, new = len(request.prompt_ids), request.params.max_new_tokens
-        if request.request_id in self._live:
-            return f"request {request.request_id} is still running; give every request an id of its own"
         if prompt == 0:
             return "the prompt is empty; give at least one token"
         if prompt + new > self.max_model_len:
@@ -208,11 +228,26 @@ class Scheduler:
         stop_ids = frozenset(request.params.stop_token_ids)
         if not request.params.ignore_eos:
             stop_ids |= self._eos
-        sequence = Sequence(request, self._num_added, stop_ids)
+        sequence.order, sequence.stop_ids = self._num_added, stop_ids
         self._num_added += 1
-        self._live.add(request.request_id)
+        self._live.add(sequence)
         self._waiting.append(sequence)
-        return sequence
+        return None
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a live sequence now, between steps; its blocks are free at once."""
+        assert self._uncommitted is None, "commit the last step, or give it up, before aborting"
+        if sequence.state is SequenceState.RUNNING:
+            self._running.remove(sequence)
+            self._release(sequence)
+        elif sequence.state is SequenceState.SWAPPED:
+            self._swapped.remove(sequence)
+            self._host.free(sequence.host_block_ids)
+            sequence.host_block_ids = []
+        else:
+            self._waiting.remove(sequence)
+        self._live.remove(sequence)
+        sequence.end("aborted")
 
     def schedule(self) -> Step:
         """Choose the next step and assign its blocks; only while `has_work`, and after the last step's commit."""
@@ -226,33 +261,47 @@ class Scheduler:
         self._uncommitted = step
         return step
 
-    def commit(self, step: Step, sampled: dict[str | int, int]) -> list[Sequence]:
-        """Record that `step` was computed; `sampled` maps request id → token for every chunk with `sample`.
+    def give_up(self, step: Step) -> None:
+        """`step` failed, and nobody knows what it has written: all that it touched is computed again."""
+        assert step is self._uncommitted, "give_up takes the step that schedule returned last, once"
+        self._uncommitted = None
+        copied_out = {order for _, order in step.state_out}
+        for sequence in [s for s in self._swapped if s.order in copied_out]:
+            self._swapped.remove(sequence)
+            self._host.free(sequence.host_block_ids)
+            sequence.host_block_ids = []
+            self._compute_again(sequence)
+        while self._running:
+            sequence = self._running.pop()
+            self._release(sequence)
+            self._compute_again(sequence)
+
+    def commit(self, step: Step, tokens: list[int]) -> list[Sequence]:
+        """Record that `step` was computed; `tokens`: one for every chunk with `sample`, in order.
 
         Returns the sequences that this ended, with `finish_reason` set and their blocks free again.
         """
         assert step is self._uncommitted, "commit takes the step that schedule returned last, once"
+        sampling = sum(chunk.sample for chunk in step.chunks)
+        assert sampling == len(tokens), f"{sampling} sequences are sampled, got {len(tokens)} tokens"
         self._uncommitted = None
-        finished = []
+        finished, next_token = [], iter(tokens)
         for sequence, _, length, sample in step.chunks:
             sequence.num_computed += length
             if not sample:
                 continue
-            request = sequence.request
-            assert request.request_id in sampled, f"no token was sampled for request {request.request_id}"
-            token = sampled[request.request_id]
+            token = next(next_token)
             sequence.token_ids.append(token)
             if token in sequence.stop_ids:
-                sequence.finish_reason = "stop"
-            elif len(sequence.token_ids) - sequence.prompt_len == request.params.max_new_tokens:
-                sequence.finish_reason = "length"
+                sequence.end("stop")
+            elif sequence.num_generated == sequence.request.params.max_new_tokens:
+                sequence.end("length")
             else:
                 continue
             finished.append(sequence)
         for sequence in finished:
-            sequence.state = SequenceState.FINISHED
             self._release(sequence)
-            self._live.remove(sequence.request.request_id)
+            self._live.remove(sequence)
         if finished:
             self._running = [s for s in self._running if s.state is SequenceState.RUNNING]
         return finished
@@ -315,13 +364,14 @@ class Scheduler:
             step.swap_out += zip(sequence.block_ids, sequence.host_block_ids, strict=False)
             step.state_out.append((sequence.state_slot, sequence.order))
             sequence.state = SequenceState.SWAPPED
-            queue = self._swapped
+            insort(self._swapped, sequence, key=_by_order)
         else:
-            sequence.num_computed = 0
-            sequence.state = SequenceState.WAITING
-            queue = self._waiting
+            self._compute_again(sequence)
         self._release(sequence)
-        insort(queue, sequence, key=_by_order)
+
+    def _compute_again(self, sequence: Sequence) -> None:
+        sequence.num_computed, sequence.state = 0, SequenceState.WAITING
+        insort(self._waiting, sequence, key=_by_order)
 
     def _release(self, sequence: Sequence) -> None:
         self._device.free(sequence.block_ids)
@@ -343,12 +393,12 @@ class Scheduler:
             orders = [s.order for s in queue]
             assert orders == sorted(set(orders)), f"{state.value} sequences are out of order: {orders}"
             for s in queue:
-                name = f"request {s.request.request_id}"
+                name = s.name
                 assert s.state is state, f"{name} is {s.state.value} in the queue of {state.value}"
                 assert s.num_computed < len(s.token_ids), f"{name} has no token left to compute"
                 held = s.host_block_ids if state is SequenceState.SWAPPED else s.block_ids
                 assert s.num_computed <= len(held) * self.block_size, f"{name}: {s.num_computed} tokens in {held}"
                 assert state is SequenceState.SWAPPED or not s.host_block_ids, f"{name} holds host blocks"
                 assert state is SequenceState.RUNNING or not s.block_ids, f"{name} holds device blocks"
-        ids = {s.request.request_id for queue, _ in queues for s in queue}
-        assert ids == self._live, f"requests {ids ^ self._live} are lost or never ended"
+        queued = {s for queue, _ in queues for s in queue}
+        assert queued == self._live, f"{[s.name for s in queued ^ self._live]} are lost or never ended"

@@ -3,11 +3,11 @@
 Scheduler, deployment (ledger, layout, placement) and planner are the runtime's own code; a CostModel stands in for
 kernels and copies, and a model of Algorithm 1 for the streamer. Deterministic: the same requests give the same steps.
 
-Within a pass, layer after layer, with t the compute stream's time and one link and one decoder that never idle while a
-slot is free:
+Within a pass, layer after layer of those with experts, with t the compute stream's time and one link and one decoder
+that never idle while a slot is free:
 
     load j     begins once the link is free and job j - S was computed; done after the longer of link and decode
-    layer      t += attention;  t = max(t, load j done);  t += experts;  its slot is free at t
+    layer      t += what runs before its experts;  t = max(t, load j done);  t += experts;  its slot is free at t
 
 Loads run ahead over the end of a pass, as in the engine. Swapped KV crosses the link before its pass, and stalls it.
 Where copies take compute from the kernels (`copy_overlap` below 1), a layer with a load is longer by that share of the
@@ -16,7 +16,7 @@ shorter of its compute and its copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,14 +24,13 @@ from fluxmoe.models.config import ModelConfig
 
 from .config import EngineConfig
 from .cost_model import CostModel, CostParameters, SimOps
-from .deployment import Deployment, limits_of, make_planner
+from .deployment import Deployment, limits_of, make_planner, require_workspace
 from .experts.footprint import EXPERT_LINES, Footprint, lay_out
 from .experts.layout import DENSE, ExpertLayout
 from .experts.placement import DEVICE_TIERS, Placement, Tier
 from .experts.planner import Move, Observation, Planner, PlannerError
 from .hardware import HardwareProfile, ProfileError
-from .metrics import StepMetrics
-from .request import Request, RequestOutput
+from .loop import Executed, ServingLoop
 from .scheduler import Scheduler, Step
 
 # Share of a device's memory that a run may use when no budget is given: vLLM's default.
@@ -52,7 +51,7 @@ class _Pipeline:
         self.done: dict[int, float] = {}
 
 
-class SimEngine:
+class SimEngine(ServingLoop):
     """Serves requests for `model` on `profile`, like Engine; `config.budget_bytes` is of one device.
 
     devices: of the profile's, how many share the model (default: all). BudgetError, PlacementError as Engine.
@@ -62,6 +61,7 @@ class SimEngine:
         self, model: ModelConfig, profile: HardwareProfile, config: EngineConfig,
         parameters: CostParameters | None = None, devices: int | None = None,
     ) -> None:  # fmt: skip
+        super().__init__()
         copy_rate = profile.host_bandwidth
         if config.link_bandwidth is not None:
             profile = replace(profile, host_bandwidth=min(profile.host_bandwidth, config.link_bandwidth))
@@ -71,10 +71,11 @@ class SimEngine:
             raise ProfileError(f"profile {profile.name} has {profile.num_devices} devices, asked for {devices}")
         parameters = parameters or CostParameters()
         limits = limits_of(model, config)
-        ops = SimOps(model, limits, self.devices, parameters)
-        layout = lay_out(model.num_layers, config, ops.experts, lambda: profile.bandwidths(None))
-        experts = Footprint(layout, config, ops.experts)
         total = int(profile.memory_bytes * _USABLE) if config.budget_bytes is None else config.budget_bytes
+        require_workspace(model, limits, max(total, int(profile.memory_bytes)) * self.devices)
+        ops = SimOps(model, limits, self.devices, parameters)
+        layout = lay_out(len(model.moe_layers), config, ops.experts, lambda: profile.bandwidths(None))
+        experts = Footprint(layout, config, ops.experts)
         self.deployment = Deployment(model, config, ops, experts, total, shares=self.devices)
         self.placement, self.budget = self.deployment.placement, self.deployment.budget
         self.costs = CostModel(model, profile, self.devices, parameters)
@@ -91,18 +92,17 @@ class SimEngine:
         self._planner = self._make_planner() if config.adaptive and config.planning else None
         self._window: list[tuple[float, float]] = []
         self._moves: list[Move] = []
-        self._iteration = 0
         self.last_reason = ""
 
     def _adopt(self, layout: ExpertLayout) -> None:
         """Take a layout into use; what loads of its layers take."""
         self.layout = layout
         self.costs.bind(layout)
-        self._loads = [self.costs.load_seconds(layer, layout) for layer in range(self.model.num_layers)]
+        self._loads = [self.costs.load_seconds(layer, layout) for layer in range(layout.num_layers)]
         # Where experts move, every layer has its turn of the slots, as in the streamer: loads run so many layers ahead.
         turns = [self.config.adaptive or any(times) for times in self._loads]
         self._streamed = [layer for layer, turn in enumerate(turns) if turn]
-        self._load_bytes = [self.costs.host_bytes(layer, layout) for layer in range(self.model.num_layers)]
+        self._load_bytes = [self.costs.host_bytes(layer, layout) for layer in range(layout.num_layers)]
         # Waiting for a slow link costs no compute; copying and decoding do.
         work = zip(self._load_bytes, self._loads, strict=True)
         self._copying = [max(nbytes / self._copy_rate, decode_s) for nbytes, (_, decode_s) in work]
@@ -113,50 +113,20 @@ class SimEngine:
     def __exit__(self, *exception: object) -> None:
         """Nothing is held."""
 
-    # Serving.
+    # Serving: what the loop asks for.
 
-    def steps(
-        self, requests: Iterable[Request], outputs: dict[int, RequestOutput] | None = None
-    ) -> Iterator[StepMetrics]:
-        """Serve `requests`, iteration by iteration, on the virtual clock; see Engine.steps."""
-        outputs = {} if outputs is None else outputs
-        pending = sorted(requests, key=lambda r: r.arrival_s, reverse=True)
-        while pending or self.scheduler.has_work:
-            while pending and pending[-1].arrival_s <= self._clock:
-                request = pending.pop()
-                refusal = self.scheduler.add(request)
-                if isinstance(refusal, str):
-                    outputs[request.request_id] = RequestOutput.refused(request, refusal, self._clock)
-            if self.scheduler.has_work:
-                yield self._step(outputs)
-            elif pending:
-                self._clock = pending[-1].arrival_s
+    def _clock_s(self) -> float:
+        return self._clock
 
-    def _step(self, outputs: dict[int, RequestOutput]) -> StepMetrics:
-        begin = self._clock
-        step = self.scheduler.schedule()
-        blocks_used = self.scheduler.blocks_used
+    def _wait(self, seconds: float) -> None:
+        self._clock += seconds
+
+    def _execute(self, step: Step) -> Executed:
         swapped = len(step.swap_out) + len(step.swap_in)
         states = (len(step.state_out) + len(step.state_in)) * self.model.state_bytes_per_sequence / self.devices
         moved = swapped * self.deployment.block_bytes + states
-        stall, load, streamed = self._pass(step, begin + self.costs.link_seconds(moved))
-        sampling = [chunk.sequence for chunk in step.chunks if chunk.sample]
-        for sequence in sampling:
-            sequence.first_token_s = self._clock if sequence.first_token_s is None else sequence.first_token_s
-        finished = self.scheduler.commit(step, {s.request.request_id: 0 for s in sampling})
-        for sequence in finished:
-            sequence.finish_s = self._clock
-            outputs[sequence.request.request_id] = sequence.output()
-        self._adapt(step, self._clock - begin - stall, load)
-        self._iteration += 1
-        return StepMetrics(
-            iteration=self._iteration - 1, time_s=self._clock, duration_s=self._clock - begin, batch=len(step.chunks),
-            prefill_tokens=step.prefill_tokens, decode_tokens=step.decode_tokens, kv_blocks_used=blocks_used,
-            kv_blocks=self.scheduler.num_blocks, waiting=self.scheduler.num_waiting,
-            streamed_bytes=streamed * self.devices, stall_s=stall, transfer_s=load,
-            preemptions=step.num_preempted, swapped_blocks=swapped, finished=len(finished),
-            device_experts=int(np.isin(self.placement.tiers, DEVICE_TIERS).sum()),
-        )  # fmt: skip
+        stall, load, streamed = self._pass(step, self._clock + self.costs.link_seconds(moved))
+        return Executed([0] * sum(chunk.sample for chunk in step.chunks), stall, load, streamed * self.devices)
 
     def _pass(self, step: Step, now: float) -> tuple[float, float, int]:
         """Run a pass from `now` on; moves the clock; returns seconds of waiting and of loads, bytes that crossed."""
@@ -165,12 +135,12 @@ class SimEngine:
         keeps_all = len(streamed) <= pipe.slots and not self.config.adaptive
         stall, load, crossed = 0.0, 0.0, 0
         for layer, cost in enumerate(costs):
-            now += cost.attention
+            now += cost.before
             if layer in streamed and not (keeps_all and pipe.jobs >= len(streamed)):
                 job = pipe.jobs
                 ready = self._loaded(job, layer)
                 stall += max(0.0, ready - now)
-                contended = min(self._copying[layer], cost.attention + cost.experts)
+                contended = min(self._copying[layer], cost.before + cost.experts)
                 now = max(now, ready) + cost.experts + (1 - self.profile.copy_overlap) * contended
                 pipe.computed[job % pipe.slots] = now
                 pipe.jobs += 1
@@ -212,16 +182,15 @@ class SimEngine:
 
     @property
     def tiers(self) -> np.ndarray:
-        """int8 [L, E]: where every expert is."""
         return self.placement.tiers
 
     def request(self, moves: Iterable[Move]) -> None:
         """Moves to be made before the next iteration."""
         self._moves += moves
 
-    def _adapt(self, step: Step, compute_s: float, load_s: float) -> None:
+    def _adapt(self, step: Step, executed: Executed, elapsed_s: float) -> None:
         if self._planner is not None and not step.prefill_tokens:
-            self._window.append((compute_s, load_s))
+            self._window.append((elapsed_s - executed.stall_s, executed.transfer_s))
             if len(self._window) >= self.config.plan_every:
                 self._plan()
         if self._moves:

@@ -11,7 +11,7 @@ none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from fluxmoe.kernels.ops import DeltaNetDims
@@ -43,6 +43,10 @@ class StateCache:
     @property
     def num_swapped(self) -> int:
         return len(self._swapped)
+
+    def keep_swapped(self, orders: Collection[int]) -> None:
+        """Drop the states in host memory of all sequences but these."""
+        self._swapped = {order: state for order, state in self._swapped.items() if order in orders}
 
     def swap_out(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Keep the state of each (slot, order) in host memory."""

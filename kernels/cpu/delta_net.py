@@ -13,14 +13,8 @@ from torch import Tensor
 
 from ..delta_net_torch import L2_EPS
 from ..ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights
+from .gates import sigmoid
 from .norm import rms_scale
-from .simd import exp_f32
-
-
-@njit(nogil=True, cache=True)
-def _sigmoid(x):
-    # exp of a large negative number is 0, of a large positive one inf: both ends come out right.
-    return types.float32(1.0) / (types.float32(1.0) + exp_f32(-x))
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
@@ -53,7 +47,7 @@ def _convolve(x, weight, state, slots, first, owner, local, key_heads, key_dim, 
                 for c in range(channels):
                     row[c] += kept[c] * w[c]
         for c in range(channels):
-            row[c] = row[c] * _sigmoid(row[c])
+            row[c] = row[c] * sigmoid(row[c])
         for h in range(key_heads):
             _to_unit(row[h * key_dim : (h + 1) * key_dim], scale)
         for h in range(key_heads, 2 * key_heads):
@@ -98,7 +92,7 @@ def _recur(qkv, x, rate, dt, norm, state, slots, first, query_start, key_heads, 
             k = qkv[t, (key_heads + h // group) * dk : (key_heads + h // group + 1) * dk]
             v = qkv[t, 2 * key_heads * dk + h * dv : 2 * key_heads * dk + (h + 1) * dv]
             o = out[t, h * dv : (h + 1) * dv]
-            beta = _sigmoid(x[t, b_at + h])
+            beta = sigmoid(x[t, b_at + h])
             a = x[t, b_at + heads + h] + dt[h]
             step = a if a > 20.0 else types.float32(np.log1p(np.exp(a)))
             decay = types.float32(np.exp(-rate[h] * step))
@@ -120,7 +114,7 @@ def _recur(qkv, x, rate, dt, norm, state, slots, first, query_start, key_heads, 
             scale = rms_scale(o, eps)
             for j in range(dv):
                 z = x[t, z_at + h * dv + j]
-                o[j] = o[j] * scale * norm[j] * z * _sigmoid(z)
+                o[j] = o[j] * scale * norm[j] * z * sigmoid(z)
 
 
 def gated_delta_net(

@@ -13,15 +13,15 @@ from torch import Tensor
 from ..ops import (
     AttentionMetadata,
     DeltaNetWeights,
+    DenseMlp,
     KernelError,
     LayerDims,
     Limits,
     PackedLinear,
     RopeTable,
-    SharedExpert,
 )  # fmt: skip
 from . import attention as attn
-from . import delta_net, gemm
+from . import delta_net, gates, gemm
 from .norm import rms_norm
 
 _NORMS = {"none": attn.NO_NORM, "head": attn.HEAD_NORM, "full": attn.FULL_NORM}
@@ -62,9 +62,9 @@ class CpuOps:
         }
         if dims.attention_gate:
             self._buffers["gate"] = gemm.zeros(tokens, pad(dims.heads * dims.head_dim))
-        if dims.shared:
-            self._buffers["shared"] = gemm.zeros(tokens, pad(2 * dims.shared))
-            self._buffers["shared_gate"] = gemm.zeros(tokens, pad(1))
+        if dims.mlp:
+            self._buffers["mlp"] = gemm.zeros(tokens, pad(2 * dims.mlp))
+            self._buffers["mlp_score"] = gemm.zeros(tokens, pad(1))
         if dims.delta is not None:
             self._buffers["delta_in"] = gemm.zeros(tokens, pad(dims.delta.projected))
             self._buffers["delta_mixed"] = gemm.zeros(tokens, dims.delta.channels)
@@ -72,7 +72,6 @@ class CpuOps:
         self._no_norm = gemm.zeros(0)
         # Temporaries of torch's own: embedded tokens before they are upcast, the rows that are sampled from.
         transient = tokens * dims.hidden * dims.dtype.itemsize + limits.sequences * dims.hidden * 4
-        transient += 4 * tokens * (2 * dims.shared + dims.hidden if dims.shared else 0)
         self.workspace_bytes = (
             transient + sum(b.nbytes for b in self._buffers.values()) + self._scratch.nbytes + self._attention.nbytes
         )
@@ -150,7 +149,7 @@ class CpuOps:
 
     def gate_attention(self, attended: Tensor, x: Tensor, weight: PackedLinear) -> Tensor:
         """attended [T, heads·D] *= sigmoid(x @ W^T); returns attended."""
-        return attended.mul_(self._linear(x, weight, "gate").sigmoid_())
+        return gates.scale(attended, self._linear(x, weight, "gate"))
 
     def delta_net(
         self, x: Tensor, weights: DeltaNetWeights, metadata: AttentionMetadata, conv_state: Tensor, state: Tensor
@@ -163,11 +162,14 @@ class CpuOps:
             projected, weights, self.dims.delta, metadata, conv_state, state, mixed, out, self.dims.eps
         )
 
-    def shared_add(self, x: Tensor, shared: SharedExpert, residual: Tensor) -> Tensor:
-        """residual += sigmoid(x·g) · SwiGLU expert of x [T, H]; returns residual."""
-        gate, up = self._linear(x, shared.gate_up, "shared").chunk(2, dim=-1)
-        y = self._linear(torch.nn.functional.silu(gate).mul_(up), shared.down, "projected")
-        return residual.addcmul_(y, self._linear(x, shared.gate, "shared_gate").sigmoid_())
+    def mlp_add(self, x: Tensor, mlp: DenseMlp, residual: Tensor) -> Tensor:
+        """residual += SwiGLU MLP of x [T, H], times sigmoid(x·score) where there is one; returns residual."""
+        self._linear(x, mlp.gate_up, "mlp")
+        activation = gates.swiglu(self._buffers["mlp"][: len(x)], mlp.down.k)
+        if mlp.score is None:
+            return self.project_add(activation, mlp.down, residual)
+        y, score = self._linear(activation, mlp.down, "projected"), self._linear(x, mlp.score, "mlp_score")
+        return gates.add_scaled(residual, y, score)
 
     def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
         """residual += x @ W^T; returns residual."""

@@ -40,7 +40,7 @@ DEVICE_TIERS = (Tier.RESIDENT, Tier.PACKED)
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """tiers int8 [L, E]: the Tier of every (layer, expert)."""
+    """tiers int8 [L, E]: the Tier of every (layer, expert); L counts the layers with experts alone."""
 
     name: str
     tiers: np.ndarray

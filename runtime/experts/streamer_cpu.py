@@ -17,7 +17,7 @@ from .streamer import Streamer, Traffic
 
 
 class ThreadStreamer(Streamer):
-    """Loads on a copy thread. An error in the thread is raised by the reader that needs the load."""
+    """Loads on a copy thread. A load that fails is an error of the reader that needs it, and is tried again."""
 
     staged = (Tier.DISK,)  # it decodes straight from its host tier
 
@@ -45,18 +45,22 @@ class ThreadStreamer(Streamer):
             self._thread.start()
 
     def _run(self) -> None:
-        try:
-            for load in range(len(self.order)) if self.keeps_all else count():
-                follows = self.schedule.follows(load)
-                with self._changed:
-                    self._changed.wait_for(lambda v=follows: self._computed > v or self._closing.is_set())
-                if self._closing.is_set():
-                    return
-                self._load(load)
-        except BaseException as error:
+        for load in range(len(self.order)) if self.keeps_all else count():
+            follows = self.schedule.follows(load)
             with self._changed:
-                self._error = error
-                self._changed.notify_all()
+                self._changed.wait_for(lambda v=follows: self._computed > v or self._closing.is_set())
+            while not self._closing.is_set():
+                try:
+                    self._load(load)
+                    break
+                except Exception as error:
+                    with self._changed:
+                        self._error = error
+                        self._changed.notify_all()
+                        # Tried again when a reader goes on: what failed a disk may have passed.
+                        self._changed.wait_for(lambda: self._error is None or self._closing.is_set())
+            if self._closing.is_set():
+                return
 
     def _load(self, visit: int) -> None:
         layer, slot, plan = self._layer_of(visit), self._slot_of(visit), self._plan_of(visit)
@@ -82,6 +86,10 @@ class ThreadStreamer(Streamer):
                 self._changed.notify_all()
 
     def _begin(self, visit: int) -> None:
+        if self._error is not None:
+            with self._changed:
+                self._error = None
+                self._changed.notify_all()
         if visit > self._computed and not self.keeps_all:
             self._finish(visit - 1)  # those of a pass that was given up: nobody will read them
 

@@ -20,14 +20,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 SIZES = dict(layers=2, experts=4, top_k=2, hidden=64, moe_intermediate=32, heads=4, kv_heads=2, vocab=512)
 
 
-@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "olmoe"])
-def test_transformers_reads_it(arch, tmp_path):
-    out = make_checkpoint(arch, tmp_path / "m", **SIZES, shard_bytes=40_000)
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [
+        ("mixtral", {}),
+        ("qwen3_moe", {}),
+        ("olmoe", {}),
+        ("qwen3_moe", {"dense_layers": [1]}),
+        ("qwen3_next", {"dense_layers": [3, 0, 3], "layers": 4}),
+    ],
+    ids=["mixtral", "qwen3_moe", "olmoe", "qwen3_moe-dense", "qwen3_next-dense"],
+)
+def test_transformers_reads_it(arch, changes, tmp_path):
+    out = make_checkpoint(arch, tmp_path / "m", **{**SIZES, **changes}, shard_bytes=40_000)
     assert len(list(out.glob("*.safetensors"))) > 2
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, dtype=torch.bfloat16)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    ours = {(layer, expert): pair for layer, expert, *pair in Checkpoint(out).experts()}
+    checkpoint = Checkpoint(out)
+    assert checkpoint.config.dense_layers == tuple(sorted(set(changes.get("dense_layers", ()))))
+    ours = {(layer, expert): pair for layer, expert, *pair in checkpoint.experts()}
     theirs = dict(model.named_parameters())
     for (layer, expert), (gate_up, down) in ours.items():
         assert torch.equal(theirs[f"model.layers.{layer}.mlp.experts.gate_up_proj"][expert], gate_up)
@@ -78,6 +90,10 @@ def test_same_seed_same_bytes(tmp_path):
         ({"hidden": 0}, ConfigError, "hidden_size"),
         ({"layers": 0}, ConfigError, "num_layers"),
         ({"arch": "olmoe", "head_dim": 8}, UsageError, "head_dim"),
+        ({"dense_layers": [0]}, UsageError, "mixtral has experts in every layer; --dense-layers is for qwen3_moe"),
+        ({"arch": "qwen3_moe", "dense_layers": [1, 2]}, UsageError, "--dense-layers 2 does not exist; 2 layers"),
+        ({"arch": "qwen3_moe", "dense_layers": [-1]}, UsageError, "--dense-layers -1 does not exist"),
+        ({"arch": "qwen3_next", "dense_layers": [0, 1]}, ConfigError, "at least one layer with experts"),
     ],
 )
 def test_errors_leave_nothing(changes, error, match, tmp_path):

@@ -28,7 +28,7 @@ def model_dir(tmp_path_factory):
 def tokens_of(directory) -> list:
     config = EngineConfig(device="cpu", placement="packed", max_context=64, max_batched_tokens=16)
     with Engine(directory, config) as engine:
-        work = [Request(0, tuple(range(9)), SamplingParams(max_new_tokens=5, ignore_eos=True))]
+        work = [Request(tuple(range(9)), SamplingParams(max_new_tokens=5, ignore_eos=True))]
         return [output.token_ids for output in engine.generate(work)]
 
 
@@ -55,6 +55,14 @@ def test_qwen3_next_can_be_packed_too(tmp_path):
     sizes = SIZES | {"layers": 4, "head_dim": 32}
     model = make_checkpoint("qwen3_next", tmp_path / "next", **sizes)
     script.main(["--model", str(model), "--format", "planar12", "--out", str(tmp_path / "packed")])
+    assert tokens_of(tmp_path / "packed") == tokens_of(model)
+
+
+def test_layers_without_experts_have_no_files(tmp_path):
+    model = make_checkpoint("qwen3_moe", tmp_path / "moe", **SIZES, dense_layers=(0,))
+    script.main(["--model", str(model), "--format", "planar12", "--out", str(tmp_path / "packed")])
+    files = {path.name for path in (tmp_path / "packed").glob("*.fluxpack")}
+    assert files == {f"layer-000{layer}.{tensor}.fluxpack" for layer in (1, 2) for tensor in ("gate_up", "down")}
     assert tokens_of(tmp_path / "packed") == tokens_of(model)
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fluxmoe.kernels.cpu import gemm, simd
+from fluxmoe.kernels.cpu import gates, gemm, simd
 from fluxmoe.kernels.cpu.ops import CpuOps
-from fluxmoe.kernels.ops import AttentionMetadata, LayerDims, Limits, PackedLinear, RopeTable
+from fluxmoe.kernels.ops import AttentionMetadata, DenseMlp, LayerDims, Limits, PackedLinear, RopeTable
 from fluxmoe.kernels.torch_ops import TorchOps
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -96,6 +96,42 @@ def test_round_bf16_matches_torch():
     assert y.view(torch.bfloat16)[~finite].isnan().all()
 
 
+def mlp_of(ops, weights) -> DenseMlp:
+    return DenseMlp(*(None if weight is None else packed(ops, weight) for weight in weights))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scored", [True, False], ids=["shared expert", "dense layer"])
+@pytest.mark.parametrize(("tokens", "hidden", "intermediate"), [(0, 48, 40), (1, 16, 16), (5, 33, 17), (64, 48, 40)])
+def test_mlp_matches_reference(tokens, hidden, intermediate, scored, dtype):
+    """Its buffer holds an MLP of 40, wider than some."""
+    dims = replace(DIMS, hidden=hidden, mlp=40, dtype=dtype)
+    shapes = [(2 * intermediate, hidden), (hidden, intermediate), (1, hidden)]
+    gate_up, down, score = (torch.randn(shape).to(dtype) / 4 for shape in shapes)
+    x, residual = torch.randn(tokens, hidden), torch.randn(tokens, hidden)
+    gate, up = (x.double() @ gate_up.double().t()).chunk(2, dim=-1)
+    y = (gate * gate.sigmoid() * up) @ down.double().t()
+    expected = residual + y * ((x.double() @ score.double().t()).sigmoid() if scored else 1)
+    for ops in pair(dims):
+        mlp = mlp_of(ops, (gate_up, down, score if scored else None))
+        got = ops.mlp_add(x, mlp, residual.clone())
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gate", ["swiglu", "scale"])
+def test_gates_of_an_element_do_not_depend_on_its_neighbours(gate):
+    """torch's silu and sigmoid fail this: the ends of what a thread gets go through another exp."""
+    score, x = torch.randn(2, 63, 40)
+
+    def run(n: int) -> torch.Tensor:
+        if gate == "swiglu":
+            return gates.swiglu(torch.cat([score[:, :n], x[:, :n]], dim=1), n)
+        return gates.scale(x[:, :n].clone(), score[:, :n].contiguous())
+
+    whole = run(40)
+    assert all(torch.equal(run(n), whole[:, :n]) for n in range(1, 40))
+
+
 def metadata_for(chunks: list[tuple[int, int]], block_size: int, table: torch.Tensor) -> AttentionMetadata:
     """chunks: (tokens already cached, tokens of this pass) for each sequence."""
     positions = [torch.arange(past, past + new) for past, new in chunks]
@@ -180,8 +216,9 @@ def test_block_size_must_fit_the_vector():
         CpuOps(DIMS, LIMITS).kv_block_shape(24, 2, 24)
 
 
-def test_workspace_is_what_is_held():
-    ops = CpuOps(DIMS, LIMITS)
+@pytest.mark.parametrize("mlp", [0, 17])
+def test_workspace_is_what_is_held(mlp):
+    ops = CpuOps(replace(DIMS, mlp=mlp), LIMITS)
     held = [*ops._buffers.values(), *vars(ops._attention).values()]
     arrays = [ops._scratch.counter, ops._scratch.row_table]
     transient = 64 * 48 * 4 + 8 * 48 * 4  # embedded tokens, sampled rows

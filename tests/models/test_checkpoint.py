@@ -41,22 +41,36 @@ def experts_by_key(checkpoint: Checkpoint):
     return {(layer, expert): (gate_up, down) for layer, expert, gate_up, down in checkpoint.experts()}
 
 
-@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize(
+    ("arch", "overrides"),
+    [("mixtral", {}), ("qwen3_moe", {}), ("olmoe", {}), ("qwen3_moe", {"mlp_only_layers": [1]})],
+    ids=["mixtral", "qwen3_moe", "olmoe", "qwen3_moe with a dense layer"],
+)
 @pytest.mark.parametrize("max_shard", ["1GB", "60KB"])
-def test_reads_what_transformers_wrote(arch, max_shard, tmp_path):
-    model = hub_model(tmp_path, arch, max_shard=max_shard)
+def test_reads_what_transformers_wrote(arch, overrides, max_shard, tmp_path):
+    model = hub_model(tmp_path, arch, max_shard=max_shard, **overrides)
     state = dict(model.named_parameters())
     checkpoint = Checkpoint(tmp_path)
     config = checkpoint.config
     experts = experts_by_key(checkpoint)
-    assert len(experts) == config.num_layers * config.num_experts
+    assert {layer for layer, _ in experts} == set(config.moe_layers)
+    assert len(experts) == len(config.moe_layers) * config.num_experts
     for (layer, expert), (gate_up, down) in experts.items():
         prefix = f"model.layers.{layer}.mlp.experts"
         assert torch.equal(gate_up, state[f"{prefix}.gate_up_proj"][expert])
         assert torch.equal(down, state[f"{prefix}.down_proj"][expert])
     roles = {(role, layer) for role, layer, _ in checkpoint.dense_tensors()}
     assert {("embed_tokens", None), ("lm_head", None), ("final_norm", None), ("router", 0), ("q_proj", 2)} <= roles
+    assert {layer for role, layer in roles if role == "mlp_down"} == set(config.dense_layers)
     assert checkpoint.pending == 0
+
+
+def test_a_dense_layer_with_experts_or_without_its_mlp_is_refused(tmp_path):
+    hub_model(tmp_path, "qwen3_moe", mlp_only_layers=[1])
+    for only, match in (([], r"layers.1.mlp.*is missing"), ([1, 2], "layers.2.mlp.down_proj.weight is missing")):
+        edit_config(tmp_path, mlp_only_layers=only)
+        with pytest.raises(CheckpointError, match=match):
+            Checkpoint(tmp_path)
 
 
 def fuse(tensors: dict[str, torch.Tensor], layers=3) -> None:
@@ -278,13 +292,6 @@ def test_bad_configs(changes, match, tmp_path):
 def test_config_that_is_no_object(content, match, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=match):
-        Checkpoint(tmp_path)
-
-
-def test_dense_qwen3_layers_are_refused(tmp_path):
-    hub_model(tmp_path, "qwen3_moe")
-    edit_config(tmp_path, mlp_only_layers=[1])
-    with pytest.raises(ConfigError, match="dense MLP"):
         Checkpoint(tmp_path)
 
 

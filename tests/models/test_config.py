@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from fluxmoe.models.config import ConfigError, load_config
+from transformers import AutoModelForCausalLM
 
 SIZES = {
     "vocab_size": 96,
@@ -119,6 +120,36 @@ def test_qwen3_next_is_read_as_transformers_reads_it(tmp_path):
     assert ours.state_bytes_per_sequence == 6 * (32 * 128 * 128 * 4 + 3 * (2 * 16 * 128 + 32 * 128) * 2)
 
 
+@pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_next"])
+@pytest.mark.parametrize(
+    ("changes", "dense"),
+    [
+        ({}, ()),
+        ({"mlp_only_layers": None}, ()),
+        ({"mlp_only_layers": [2, 0, 2]}, (0, 2)),
+        ({"mlp_only_layers": [-1, 4]}, ()),  # no layers of this model
+        ({"decoder_sparse_step": 2}, (0, 2)),
+        ({"decoder_sparse_step": 3, "mlp_only_layers": [1]}, (0, 1, 3)),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [3], "intermediate_size": 40}, (0, 2, 3)),
+    ],
+    ids=str,
+)
+def test_layers_without_experts_are_transformers(arch, changes, dense, tmp_path):
+    kinds = {"layer_types": ["full_attention"] * 4} if arch == "qwen3_next" else {}
+    hf = json.loads((write(tmp_path, arch, num_hidden_layers=4, **kinds, **changes) / "config.json").read_text())
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(CLASSES[arch](**hf)).model.layers
+    ours = load_config(tmp_path)
+    assert ours.dense_layers == dense == tuple(i for i, layer in enumerate(theirs) if not hasattr(layer.mlp, "experts"))
+    assert ours.moe_layers == tuple(i for i in range(4) if i not in dense)
+    assert ours.expert_bytes_total == len(ours.moe_layers) * 4 * 3 * 64 * 32 * 2
+    if dense:
+        assert theirs[dense[0]].mlp.up_proj.weight.shape == (ours.mlp_intermediate_size, 64)
+    others = [w for name, w in theirs.named_parameters() if w.dim() == 2 and "shared_expert_gate" not in name]
+    counted = ours.non_expert_bytes - 2 * 96 * 64 * 2
+    assert counted == 2 * sum(w.numel() for w in others)
+
+
 def test_top_level_original_length_has_priority(tmp_path):
     write(
         tmp_path,
@@ -169,11 +200,20 @@ def test_sizes_count_what_is_stored(tmp_path):
         ("mixtral", {"dtype": "float16"}, "float16 is not supported; convert"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act"),
         ("mixtral", {"model_type": ["mixtral"]}, "these are: mixtral, qwen3_moe, olmoe"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
-        ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
+        ("qwen3_moe", {"decoder_sparse_step": 3}, "at least one layer with experts"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step must be a positive integer, got 0"),
+        ("qwen3_moe", {"decoder_sparse_step": 1.0}, "decoder_sparse_step must be a positive integer, got 1.0"),
+        ("qwen3_moe", {"decoder_sparse_step": None}, "decoder_sparse_step must be a positive integer, got None"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1]}, "at least one layer with experts"),
+        ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers must be a list of layer numbers or null, got 1"),
+        ("qwen3_moe", {"mlp_only_layers": ["1"]}, "mlp_only_layers must be a list of layer numbers or null"),
+        ("qwen3_moe", {"mlp_only_layers": [True]}, "mlp_only_layers must be a list of layer numbers or null"),
+        ("qwen3_moe", {"mlp_only_layers": [1], "intermediate_size": 0}, "intermediate_size of the layers without"),
+        ("qwen3_moe", {"mlp_only_layers": [1], "intermediate_size": "x"}, "intermediate_size of the layers without"),
+        ("qwen3_moe", {"num_hidden_layers": "2"}, "num_hidden_layers"),
         ("qwen3_moe", {"use_sliding_window": 1}, "use_sliding_window must be true or false"),
         ("qwen3_moe", {"attention_bias": "yes"}, "attention_bias must be true or false"),
-        ("qwen3_next", {"mlp_only_layers": [1]}, "mlp_only_layers"),
+        ("qwen3_next", {"mlp_only_layers": [0, 1]}, "at least one layer with experts"),
         ("qwen3_next", {"attention_bias": True}, "attention_bias"),
         ("qwen3_next", {"layer_types": ["linear_attention"] * 2}, "at least one layer of full attention"),
         ("qwen3_next", {"layer_types": ["full_attention"]}, "for each of 2 layers"),

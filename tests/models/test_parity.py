@@ -18,9 +18,7 @@ FP32 = {"mixtral": 2e-5, "qwen3_moe": 2e-5, "olmoe": 2e-5, "qwen3_next": 1e-4}
 def serve_with_logits(directory, prompts, **settings):
     """Greedy tokens of each prompt, and the logits row behind each token."""
     config = EngineConfig(**{"max_batch": 8, "max_batched_tokens": 24, "device": "cpu", **settings})
-    requests = [
-        Request(i, tuple(p), SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)) for i, p in enumerate(prompts)
-    ]
+    requests = [Request(tuple(p), SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)) for p in prompts]
     rows: dict[int, list[torch.Tensor]] = {i: [] for i in range(len(prompts))}
     with Engine(directory, config) as engine:
         schedule, forward = engine.scheduler.schedule, engine.decoder.forward
@@ -29,9 +27,9 @@ def serve_with_logits(directory, prompts, **settings):
 
         def recording(*arguments):
             logits = forward(*arguments)
-            sampled = [chunk.sequence.request.request_id for chunk in steps[-1].chunks if chunk.sample]
-            for request_id, row in zip(sampled, logits, strict=True):
-                rows[request_id].append(row.cpu().clone())
+            sampled = [chunk.sequence.order for chunk in steps[-1].chunks if chunk.sample]
+            for order, row in zip(sampled, logits, strict=True):
+                rows[order].append(row.cpu().clone())
             return logits
 
         engine.decoder.forward = recording
@@ -72,7 +70,12 @@ def test_fp32_parity(arch, seed, kernels, tmp_path):
         ("qwen3_moe", dict(num_experts=13, num_experts_per_tok=1, attention_bias=True)),
         ("qwen3_moe", dict(tie_word_embeddings=True, num_key_value_heads=1)),
         ("qwen3_moe", dict(use_sliding_window=True, sliding_window=17, max_window_layers=0)),
+        ("qwen3_moe", dict(mlp_only_layers=[0, 2])),
+        ("qwen3_moe", dict(decoder_sparse_step=2, intermediate_size=20)),
         ("qwen3_next", dict(layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"])),
+        # The MLP wider than the shared expert, and narrower; after linear and after full attention.
+        ("qwen3_next", dict(mlp_only_layers=[0, 3])),
+        ("qwen3_next", dict(decoder_sparse_step=2, intermediate_size=12)),
         ("qwen3_next", dict(linear_num_value_heads=2, linear_conv_kernel_dim=2, tie_word_embeddings=True)),
         ("qwen3_next", dict(num_experts=11, num_experts_per_tok=8, norm_topk_prob=False, num_key_value_heads=4)),
         ("olmoe", dict(num_experts=9, num_experts_per_tok=5, norm_topk_prob=True)),

@@ -34,7 +34,6 @@ def requests(count=10, sampled=True) -> list[Request]:
     rng = np.random.default_rng(1)
     return [
         Request(
-            i,
             tuple(rng.integers(0, 512, rng.integers(1, 60)).tolist()),
             SamplingParams(
                 max_new_tokens=int(rng.integers(1, 50)),
@@ -51,11 +50,11 @@ def requests(count=10, sampled=True) -> list[Request]:
 def serve(model_dir, work=None, **settings):
     config = EngineConfig(**{"device": "cpu", "max_batch": 6, "max_batched_tokens": 48, "max_context": 160, **settings})
     with Engine(model_dir, config) as engine:
-        outputs: dict = {}
-        steps = list(engine.steps(work or requests(), outputs))
+        handles = [engine.add(request) for request in work or requests()]
+        steps = list(engine.steps())
         engine.scheduler.check_integrity()
         assert engine.scheduler.blocks_used == 0
-        return [outputs[i].token_ids for i in sorted(outputs)], steps, engine
+        return [handle.output.token_ids for handle in handles], steps, engine
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +129,18 @@ def test_too_small_a_budget_names_the_least(model_dir):
     Engine(model_dir, EngineConfig(budget_bytes=least, **common)).close()
 
 
+@pytest.mark.parametrize("settings", [{"max_batch": 10**9}, {"max_batched_tokens": 10**9}], ids=str)
+def test_a_batch_that_would_fill_the_machine_is_refused_before_it_does(model_dir, settings):
+    with pytest.raises(BudgetError, match=r"workspace at least .*lower --max-batch"):
+        Engine(model_dir, EngineConfig(device="cpu", **settings))
+
+
 def test_impossible_requests_are_refused_alone(model_dir, expected):
     good = requests()
     work = [
-        Request("empty", (), SamplingParams(max_new_tokens=3)),
-        Request("long", tuple([1] * 300), SamplingParams(max_new_tokens=3)),
-        Request("foreign", (512,), SamplingParams(max_new_tokens=3)),
+        Request((), SamplingParams(max_new_tokens=3)),
+        Request(tuple([1] * 300), SamplingParams(max_new_tokens=3)),
+        Request((512,), SamplingParams(max_new_tokens=3)),
         *good,
     ]
     config = EngineConfig(device="cpu", max_batch=6, max_batched_tokens=48, max_context=160)
@@ -152,7 +157,7 @@ def test_stop_tokens_end_a_request(model_dir, expected):
     first = requests()[1]
     stop = expected[1][5]
     params = SamplingParams(max_new_tokens=first.params.max_new_tokens, ignore_eos=True, stop_token_ids=(stop,))
-    tokens, _, _ = serve(model_dir, [Request(0, first.prompt_ids, params)])
+    tokens, _, _ = serve(model_dir, [Request(first.prompt_ids, params)])
     assert tokens[0] == expected[1][: expected[1].index(stop) + 1]
 
 
@@ -165,7 +170,7 @@ def test_streaming_moves_each_layer_once_an_iteration(model_dir):
 
 
 def test_arrivals_are_honoured(model_dir):
-    work = [Request(i, (5, 6, 7), SamplingParams(max_new_tokens=2), arrival_s=0.05 * i) for i in range(3)]
+    work = [Request((5, 6, 7), SamplingParams(max_new_tokens=2), arrival_s=0.05 * i) for i in range(3)]
     config = EngineConfig(device="cpu", max_context=160)
     with Engine(model_dir, config) as engine:
         outputs = engine.generate(work)
@@ -238,9 +243,44 @@ def test_compressed_experts_give_the_same_tokens_from_fewer_bytes(wide_model_dir
         assert sum(lines[e] for e in experts) <= sum(dense_lines[e] for e in experts)
 
 
+@pytest.fixture(scope="module")
+def dense_layers_dir(tmp_path_factory):
+    """Layers without experts at the beginning, in the middle and at the end."""
+    out = tmp_path_factory.mktemp("models") / "dense-layers"
+    make_checkpoint(
+        arch="qwen3_moe", out=out, layers=7, experts=4, top_k=2, hidden=128, moe_intermediate=64, heads=4, vocab=512,
+        dtype="bfloat16", seed=0, max_positions=256, dense_layers=(0, 3, 4, 6),
+    )  # fmt: skip
+    return out
+
+
+DENSE_LAYERS_CASES = {
+    "host": dict(placement="host"),
+    "host, a slot each": dict(placement="host", slots=3),
+    "offload": dict(placement="offload", alpha=0.4),
+    "balanced": dict(placement="balanced", alpha=0.5, dense_share=0.25, expert_format="planar12"),
+    "packed": dict(placement="packed"),
+    "packed, not fused": dict(placement="packed", expert_format="tiered"),
+    "disk": dict(placement="disk"),
+    "adaptive": dict(placement="packed", adaptive=True, plan_every=2, budget_bytes=4_000_000),
+}
+
+
+@pytest.mark.parametrize("settings", DENSE_LAYERS_CASES.values(), ids=DENSE_LAYERS_CASES)
+def test_layers_without_experts_are_not_the_pagers(dense_layers_dir, settings):
+    tokens, steps, engine = serve(dense_layers_dir, poison=True, **settings)
+    assert tokens == serve(dense_layers_dir)[0]
+    assert engine.placement.tiers.shape == (3, 4)
+    assert engine.held_bytes() == engine.budget.lines()
+    if "adaptive" in settings:
+        assert min(step.device_experts for step in steps) < steps[0].device_experts == 12
+    elif "packed" not in settings["placement"]:
+        assert sum(step.streamed_bytes for step in steps) > 0
+
+
 @pytest.mark.parametrize("expert_format", ["planar12", "huffman"])
 def test_the_reference_kernels_read_compressed_experts_from_decoded_slots(wide_model_dir, expert_format):
-    work = [Request(0, tuple(range(20)), SamplingParams(max_new_tokens=4, ignore_eos=True))]
+    work = [Request(tuple(range(20)), SamplingParams(max_new_tokens=4, ignore_eos=True))]
     plain = serve(wide_model_dir, work, kernels="torch")[0]
     packed = dict(kernels="torch", placement="packed", expert_format=expert_format, poison=True)
     tokens, _, engine = serve(wide_model_dir, work, **packed)

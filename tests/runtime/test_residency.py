@@ -114,7 +114,6 @@ def requests(count=12) -> list[Request]:
     rng = np.random.default_rng(3)
     return [
         Request(
-            i,
             tuple(rng.integers(0, 512, rng.integers(1, 90)).tolist()),
             SamplingParams(max_new_tokens=int(rng.integers(20, 90)), ignore_eos=True),
         )
@@ -141,16 +140,15 @@ def expected(model_dir):
 
 
 def serve(engine, each_step=lambda engine, step: None) -> tuple[list, list]:
-    outputs: dict = {}
-    steps = []
-    for step in engine.steps(requests(), outputs):
+    steps, handles = [], [engine.add(request) for request in requests()]
+    for step in engine.steps():
         steps.append(step)
         assert engine.held_bytes() == engine.budget.lines()
         assert sum(engine.held_bytes().values()) <= engine.budget.total
         assert engine.kv.num_blocks == engine.scheduler.num_blocks
         engine.scheduler.check_integrity()
         each_step(engine, step)
-    return [outputs[i].token_ids for i in sorted(outputs)], steps
+    return [handle.output.token_ids for handle in handles], steps
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
@@ -178,6 +176,34 @@ def test_kv_grows_into_what_experts_leave(model_dir, expected, preemption):
     assert after["kv_cache"] > before["kv_cache"]
     assert steps[-1].device_experts == LAYERS * (EXPERTS - 3)
     assert max(s.batch for s in steps[35:]) > max(s.batch for s in steps[:9])
+
+
+def test_kv_that_may_not_grow_gets_back_what_it_gave_to_experts(model_dir, expected):
+    """Experts come, for which KV gives blocks, and leave again."""
+    budget = tight_budget(model_dir, placement="packed") + (1 << 20)
+    config = EngineConfig(
+        **COMMON, placement="host", expert_format="planar12", budget_bytes=budget, adaptive=True, planning=False,
+        grow_kv=False,
+    )  # fmt: skip
+
+    def come_and_go(engine, step):
+        there = step.iteration % 20 == 5
+        if there or step.iteration % 20 == 15:
+            tiers = (Tier.HOST, Tier.PACKED) if there else (Tier.PACKED, Tier.HOST)
+            engine.pager.request(Move(layer, 0, *tiers) for layer in range(LAYERS))
+
+    with Engine(model_dir, config) as engine:
+        before = engine.kv.num_blocks
+        tokens, _ = serve(engine, come_and_go)
+        while engine.pager.mover.busy:
+            engine.residency.between_iterations()
+        engine.pager.request(
+            Move(layer, 0, Tier.PACKED, Tier.HOST) for layer in range(LAYERS) if engine.tiers[layer, 0] == Tier.PACKED
+        )
+        engine.residency.between_iterations()
+        assert engine.pager.mover.applied["to PACKED"] > 0
+        assert engine.kv.num_blocks == before
+    assert tokens == expected
 
 
 def test_thousands_of_random_moves_under_load_with_failures(model_dir, expected):

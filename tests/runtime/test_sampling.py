@@ -189,4 +189,4 @@ def test_sampling_params_are_validated(change, message):
 )
 def test_prompts_are_validated(prompt, message):
     with pytest.raises(RequestError, match=message):
-        Request("a", prompt, SamplingParams(1))
+        Request(prompt, SamplingParams(1))

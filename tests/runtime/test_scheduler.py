@@ -4,10 +4,11 @@ The fake executor keeps contents per block, as a KV cache does, and spoils every
 owned twice, a swap that loses its data or a prefill that skips a position therefore shows as a wrong token.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
-from fluxmoe.runtime.request import Request, RequestOutput, SamplingParams, SequenceState
+from fluxmoe.runtime.request import Request, SamplingParams, Sequence, SequenceState
 from fluxmoe.runtime.scheduler import Scheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,7 +55,7 @@ class FakeExecutor:
             self.device[destination] = list(self.host[source])
         self._spoil(self.device, self.scheduler.num_blocks, self.scheduler._running, "block_ids")
         self._spoil(self.host, self.host_blocks, self.scheduler._swapped, "host_block_ids")
-        sampled = {}
+        sampled = []
         for sequence, start, length, sample in step.chunks:
             assert length > 0
             assert start == sequence.num_computed
@@ -64,11 +65,18 @@ class FakeExecutor:
                 if position >= start:
                     block[position % size] = mix(state, sequence.token_ids[position])
                 state = mix(state, sequence.token_ids[position])
-                assert block[position % size] == state, f"position {position} of {sequence.request.request_id}"
+                assert block[position % size] == state, f"position {position} of {sequence.name}"
             if sample:
                 assert start + length == len(sequence.token_ids)
-                sampled[sequence.request.request_id] = (state >> 20) % VOCAB
+                sampled.append((state >> 20) % VOCAB)
         return sampled
+
+    def fail(self, step):
+        """The step stopped somewhere: nothing that it may have written is to be trusted."""
+        for block in self.device:
+            self.device[block] = [SPOILED] * self.scheduler.block_size
+        for _, block in step.swap_out:
+            self.host[block] = [SPOILED] * self.scheduler.block_size
 
     def _spoil(self, pool, count, sequences, attribute):
         owned = {block for s in sequences for block in getattr(s, attribute)}
@@ -87,9 +95,10 @@ def drive(scheduler, requests, host_blocks=0, arrivals=None):
     while pending or scheduler.has_work:
         while pending and pending[0][0] <= clock:
             request = requests[pending.pop(0)[1]]
-            answer = scheduler.add(request)
-            if isinstance(answer, str):
-                outputs[request.request_id] = RequestOutput.refused(request, answer)
+            sequence = Sequence(request)
+            if answer := scheduler.add(sequence):
+                sequence.end("refused", error=answer)
+                outputs[request.request_id] = sequence.output
         clock += 1
         if not scheduler.has_work:
             continue
@@ -103,7 +112,7 @@ def drive(scheduler, requests, host_blocks=0, arrivals=None):
             assert sequence.state is SequenceState.FINISHED
             assert not sequence.block_ids
             assert not sequence.host_block_ids
-            outputs[sequence.request.request_id] = sequence.output()
+            outputs[sequence.request.request_id] = sequence.output
         scheduler.check_integrity()
         steps.append(step)
         assert len(steps) < limit, "no end in sight"
@@ -124,7 +133,13 @@ def check_step(scheduler, step):
 
 
 def request(name, prompt, new, **params):
-    return Request(name, tuple(prompt), SamplingParams(new, **params))
+    return Request(tuple(prompt), SamplingParams(new, **params), request_id=name)
+
+
+def added(scheduler, request):
+    sequence = Sequence(request)
+    assert scheduler.add(sequence) is None
+    return sequence
 
 
 @st.composite
@@ -222,8 +237,8 @@ def test_swap_keeps_a_block_that_is_filled_in_part():
 def test_the_latest_arrival_is_preempted_and_returns_before_newcomers(preemption):
     scheduler = Scheduler(6, 2, 3, 64, preemption, 100, 100)
     for name in "abc":
-        scheduler.add(request(name, [1, 2, 3, 4], 5, ignore_eos=True))
-    scheduler.add(request("d", [1], 2, ignore_eos=True))
+        added(scheduler, request(name, [1, 2, 3, 4], 5, ignore_eos=True))
+    added(scheduler, request("d", [1], 2, ignore_eos=True))
     executor, order = FakeExecutor(scheduler, 100), []
     while scheduler.has_work:
         step = scheduler.schedule()
@@ -239,7 +254,7 @@ def test_the_latest_arrival_is_preempted_and_returns_before_newcomers(preemption
 def test_a_step_that_preempts_admits_and_resumes_nobody():
     scheduler = Scheduler(6, 2, 4, 64, "swap", 100, 1)
     for name, length in (("a", 3), ("b", 5), ("c", 1)):
-        scheduler.add(request(name, [1] * length, 6, ignore_eos=True))
+        added(scheduler, request(name, [1] * length, 6, ignore_eos=True))
     executor, plan = FakeExecutor(scheduler, 1), []
     for _ in range(4):
         step = scheduler.schedule()
@@ -253,8 +268,8 @@ def test_a_step_that_preempts_admits_and_resumes_nobody():
 
 def test_prefill_is_chunked_by_what_decodes_leave():
     scheduler = Scheduler(100, 4, 4, 8, "recompute", 100)
-    scheduler.add(request("a", [1] * 4, 10, ignore_eos=True))
-    scheduler.add(request("b", [2] * 18, 2, ignore_eos=True))
+    added(scheduler, request("a", [1] * 4, 10, ignore_eos=True))
+    added(scheduler, request("b", [2] * 18, 2, ignore_eos=True))
     executor, plan = FakeExecutor(scheduler, 0), []
     for _ in range(5):
         step = scheduler.schedule()
@@ -272,20 +287,20 @@ def test_prefill_is_chunked_by_what_decodes_leave():
 
 def test_the_last_token_of_a_prompt_alone_is_prefill():
     scheduler = Scheduler(9, 4, 1, 4, "recompute", 100)
-    scheduler.add(request("a", [1] * 5, 3, ignore_eos=True))
+    added(scheduler, request("a", [1] * 5, 3, ignore_eos=True))
     counts = []
     while scheduler.has_work:
         step = scheduler.schedule()
         counts.append((step.prefill_tokens, step.decode_tokens))
-        scheduler.commit(step, {"a": 0})
+        scheduler.commit(step, [0 for chunk in step.chunks if chunk.sample])
     assert counts == [(4, 0), (1, 0), (0, 1), (0, 1)]
 
 
 def test_admission_waits_for_the_blocks_of_the_whole_prompt():
     scheduler = Scheduler(5, 4, 4, 4, "recompute", 100)
-    scheduler.add(request("a", [1] * 12, 1, ignore_eos=True))
-    scheduler.add(request("b", [1] * 12, 1, ignore_eos=True))
-    scheduler.add(request("c", [1] * 4, 1, ignore_eos=True))
+    added(scheduler, request("a", [1] * 12, 1, ignore_eos=True))
+    added(scheduler, request("b", [1] * 12, 1, ignore_eos=True))
+    added(scheduler, request("c", [1] * 4, 1, ignore_eos=True))
     step = scheduler.schedule()
     # One chunk of "a" needs one block only; "c" would fit beside it but may not pass "b".
     assert [c.sequence.request.request_id for c in step.chunks] == ["a"]
@@ -297,8 +312,8 @@ def test_watermark_keeps_room_only_beside_others():
     free = Scheduler(5, 4, 4, 64, "recompute", 100)
     careful = Scheduler(5, 4, 4, 64, "recompute", 100, watermark_blocks=2)
     for scheduler in (free, careful):
-        scheduler.add(request("a", [1] * 12, 1))
-        scheduler.add(request("b", [1] * 4, 1))
+        added(scheduler, request("a", [1] * 12, 1))
+        added(scheduler, request("b", [1] * 4, 1))
         scheduler.schedule()
     assert (free.num_running, careful.num_running) == (2, 1)
 
@@ -306,12 +321,12 @@ def test_watermark_keeps_room_only_beside_others():
 def test_grow_lets_more_in():
     scheduler = Scheduler(2, 4, 4, 64, "recompute", 100)
     big = request("big", [1] * 9, 1)
-    assert "needs 3 KV blocks of 4 tokens, the cache has 2" in scheduler.add(big)
-    scheduler.add(request("a", [1] * 8, 1))
-    scheduler.add(request("b", [2] * 8, 1))
-    scheduler.commit(scheduler.schedule(), {"a": 0})
+    assert "needs 3 KV blocks of 4 tokens, the cache has 2" in scheduler.add(Sequence(big))
+    added(scheduler, request("a", [1] * 8, 1))
+    added(scheduler, request("b", [2] * 8, 1))
+    scheduler.commit(scheduler.schedule(), [0])
     scheduler.grow(3)
-    scheduler.add(big)
+    added(scheduler, big)
     scheduler.check_integrity()
     step = scheduler.schedule()
     assert [c.sequence.request.request_id for c in step.chunks] == ["b", "big"]
@@ -354,8 +369,7 @@ def test_refusals_say_why_and_stop_nobody():
         assert sentence in outputs[name].error
     assert outputs["good"].token_ids == reference(good)[0]
     # The last sampled token needs no KV: 12 + 5 - 1 fills the cache.
-    assert not isinstance(scheduler.add(request("just fits", [1] * 12, 5)), str)
-    assert "give every request an id of its own" in scheduler.add(request("just fits", [1], 1))
+    added(scheduler, request("just fits", [1] * 12, 5))
 
 
 @pytest.mark.parametrize(
@@ -371,11 +385,11 @@ def test_refusals_say_why_and_stop_nobody():
 )
 def test_stop_conditions(params, eos, expected):
     scheduler = Scheduler(8, 4, 1, 64, "recompute", 100, eos_token_ids=eos)
-    sequence, stream, finished = scheduler.add(request("a", [1], 4, **params)), iter([9, 4, 7, 5]), []
+    sequence, stream, finished = added(scheduler, request("a", [1], 4, **params)), iter([9, 4, 7, 5]), []
     while not finished:
-        finished = scheduler.commit(scheduler.schedule(), {"a": next(stream)})
+        finished = scheduler.commit(scheduler.schedule(), [next(stream)])
     assert finished == [sequence]
-    assert (list(sequence.output().token_ids), sequence.finish_reason) == expected
+    assert (list(sequence.output.token_ids), sequence.finish_reason) == expected
     assert not scheduler.has_work
 
 
@@ -383,24 +397,24 @@ def test_schedule_and_commit_alternate():
     scheduler = Scheduler(8, 4, 1, 64, "recompute", 100)
     with pytest.raises(AssertionError, match="nothing to schedule"):
         scheduler.schedule()
-    sequence = scheduler.add(request("a", [1], 4))
+    sequence = added(scheduler, request("a", [1], 4))
     with pytest.raises(AssertionError, match="still waiting"):
-        sequence.output()
+        _ = sequence.output
     step = scheduler.schedule()
     with pytest.raises(AssertionError, match="commit the last step"):
         scheduler.schedule()
-    scheduler.commit(step, {"a": 0})
+    scheduler.commit(step, [0])
     with pytest.raises(AssertionError, match="once"):
-        scheduler.commit(step, {"a": 0})
-    with pytest.raises(AssertionError, match="no token was sampled for request a"):
-        scheduler.commit(scheduler.schedule(), {})
+        scheduler.commit(step, [0])
+    with pytest.raises(AssertionError, match="1 sequences are sampled, got 0 tokens"):
+        scheduler.commit(scheduler.schedule(), [])
 
 
 @pytest.mark.parametrize("damage", ["leak", "share", "uncovered", "state", "lost"])
 def test_integrity_can_fail(damage):
     scheduler = Scheduler(8, 4, 4, 64, "recompute", 100)
-    a, b = scheduler.add(request("a", [1] * 5, 4)), scheduler.add(request("b", [1] * 5, 4))
-    scheduler.commit(scheduler.schedule(), {"a": 0, "b": 0})
+    a, b = added(scheduler, request("a", [1] * 5, 4)), added(scheduler, request("b", [1] * 5, 4))
+    scheduler.commit(scheduler.schedule(), [0, 0])
     scheduler.check_integrity()
     if damage == "leak":
         a.block_ids.pop()
@@ -440,3 +454,53 @@ def test_refuses_impossible_limits(change, message):
     }
     with pytest.raises(ValueError, match=message):
         Scheduler(**(limits | change))
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+@pytest.mark.parametrize("reset", [False, True], ids=["given up", "reset"])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(fails=st.sets(st.integers(0, 60), min_size=1, max_size=12))
+def test_steps_that_fail_change_no_token(preemption, reset, fails):
+    """Whatever a failed step has written, it is computed again; or, after a reset, whoever asks again gets answers."""
+    requests = crowd()
+    scheduler = Scheduler(8, 4, 6, 64, preemption, 100, 5)
+    executor = FakeExecutor(scheduler, 5)
+    sequences, count = [added(scheduler, r) for r in requests], 0
+    while scheduler.has_work:
+        step = scheduler.schedule()
+        tokens = executor.run(step)
+        if count in fails:
+            executor.fail(step)
+            if reset:
+                live = scheduler.reset()
+                assert {s.finish_reason for s in live} == {"aborted"}
+                sequences = [added(scheduler, s.request) if s in live else s for s in sequences]
+            else:
+                scheduler.give_up(step)
+        else:
+            scheduler.commit(step, tokens)
+        scheduler.check_integrity()
+        count += 1
+    assert [s.output.token_ids for s in sequences] == [reference(r)[0] for r in requests]
+    assert scheduler.blocks_used == scheduler.host_blocks_used == 0
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_aborts_free_what_is_held_and_leave_the_others_alone(preemption):
+    requests = crowd()
+    for victim, when in itertools.product(range(6), range(14)):
+        scheduler = Scheduler(8, 4, 6, 64, preemption, 100, 5)
+        executor = FakeExecutor(scheduler, 5)
+        sequences, count = [added(scheduler, r) for r in requests], 0
+        while scheduler.has_work:
+            if count == when and not sequences[victim].finished:
+                scheduler.abort(sequences[victim])
+                scheduler.check_integrity()
+            if scheduler.has_work:
+                scheduler.commit(step := scheduler.schedule(), executor.run(step))
+            count += 1
+        for i, (sequence, r) in enumerate(zip(sequences, requests, strict=True)):
+            expected = reference(r)[0]
+            got = sequence.output.token_ids
+            assert got == expected[: len(got)] if i == victim else got == expected
+        assert scheduler.blocks_used == scheduler.host_blocks_used == 0

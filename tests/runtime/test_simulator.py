@@ -24,7 +24,7 @@ PROFILE = HardwareProfile.load("H100-SXM")
 
 def requests(count=16, prompt=100, output=20) -> list[Request]:
     params = SamplingParams(max_new_tokens=output, ignore_eos=True)
-    return [Request(i, tuple([1] * prompt), params) for i in range(count)]
+    return [Request(tuple([1] * prompt), params) for _ in range(count)]
 
 
 def engine(model=MODEL, profile=PROFILE, parameters=None, devices=None, **settings) -> SimEngine:
@@ -32,13 +32,19 @@ def engine(model=MODEL, profile=PROFILE, parameters=None, devices=None, **settin
     return SimEngine(model, profile, EngineConfig(**{**common, **settings}), parameters, devices)
 
 
+def serve(sim: SimEngine, work: list[Request]):
+    for request in work:
+        sim.add(request)
+    return sim.steps()
+
+
 def run(work=None, **settings):
-    outputs: dict = {}
     sim = engine(**settings)
-    steps = list(sim.steps(work or requests(), outputs))
+    handles = [sim.add(request) for request in work or requests()]
+    steps = list(sim.steps())
     assert sum(sim.budget.lines().values()) <= sim.budget.total
     sim.scheduler.check_integrity()
-    return steps, outputs, sim
+    return steps, [handle.output for handle in handles], sim
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -52,7 +58,7 @@ def test_published_models_have_their_published_sizes(name):
 
 def test_all_tokens_are_made_and_runs_repeat():
     first, outputs, _ = run()
-    assert all(len(output.token_ids) == 20 for output in outputs.values())
+    assert all(len(output.token_ids) == 20 for output in outputs)
     assert [step.time_s for step in run()[0]] == [step.time_s for step in first]
     assert all(a.time_s < b.time_s for a, b in pairwise(first))
     assert sum(step.decode_tokens for step in first) == 16 * 19
@@ -67,6 +73,34 @@ def test_a_decode_step_takes_what_its_bytes_take():
     embedding = MODEL.vocab_size * MODEL.hidden_size * 2  # one row of it is read
     least = (experts + MODEL.non_expert_bytes - embedding) / profile.memory_bandwidth
     assert steps[-1].duration_s == pytest.approx(least, rel=0.02)
+
+
+# The first layer and every other one without experts; the last has none either.
+DENSE_LAYERS = replace(MODEL, dense_layers=(0, *range(1, 48, 2)), mlp_intermediate_size=6144)
+
+
+def test_layers_without_experts_take_what_their_bytes_take():
+    parameters = CostParameters(attention_share=1.0, expert_share=1.0)
+    profile = replace(PROFILE, launch_s=0.0, iteration_s=0.0)
+    steps, _, sim = run(requests(1), model=DENSE_LAYERS, profile=profile, parameters=parameters)
+    assert sim.placement.tiers.shape == (23, 128)
+    assert sim.budget.lines()["resident_experts"] == DENSE_LAYERS.expert_bytes_total
+    mlps = 25 * 3 * 6144 * 2048 * 2
+    routers, experts = 25 * 128 * 2048 * 2, 25 * 128 * MODEL.expert_params * 2
+    assert DENSE_LAYERS.non_expert_bytes == MODEL.non_expert_bytes + mlps - routers
+    assert DENSE_LAYERS.expert_bytes_total == MODEL.expert_bytes_total - experts
+    embedding = MODEL.vocab_size * MODEL.hidden_size * 2
+    read = DENSE_LAYERS.non_expert_bytes - embedding + DENSE_LAYERS.expert_bytes_total * 8 / 128
+    assert steps[-1].duration_s == pytest.approx(read / profile.memory_bandwidth, rel=0.02)
+
+
+def test_loads_hide_under_layers_without_experts():
+    """As many experts over the same link: the more work lies between them, the less a pass waits."""
+    fewer = replace(MODEL, num_layers=23)
+    between, bare = (run(model=model, placement="balanced", alpha=0.9)[0][-1] for model in (DENSE_LAYERS, fewer))
+    assert between.streamed_bytes == bare.streamed_bytes > 0
+    assert between.transfer_s == bare.transfer_s
+    assert between.stall_s < bare.stall_s
 
 
 def test_streaming_takes_the_longer_of_link_and_compute():
@@ -105,7 +139,7 @@ def test_a_short_budget_preempts_and_swaps():
         steps, outputs, _ = run(requests(16, 60, 60), **tight)
         assert sum(step.preemptions for step in steps) > 0
         assert (sum(step.swapped_blocks for step in steps) > 0) == (preemption == "swap")
-        assert all(len(output.token_ids) == 60 for output in outputs.values())
+        assert all(len(output.token_ids) == 60 for output in outputs)
     with pytest.raises(BudgetError, match="the least that works"):
         run(budget_bytes=need)
 
@@ -141,7 +175,7 @@ def test_states_of_qwen3_next_bound_the_batch():
 
 def test_moves_free_memory_for_kv():
     sim = engine(placement="packed", adaptive=True, planning=False, budget_bytes=45 << 30, max_batch=256)
-    steps = sim.steps(requests(256))
+    steps = serve(sim, requests(256))
     before = sim.scheduler.num_blocks
     next(steps)
     sim.request([Move(layer, 127, Tier.PACKED, Tier.HOST) for layer in range(MODEL.num_layers)])
@@ -157,7 +191,7 @@ def test_steps_that_are_not_spread_over_the_layers_show():
     durations = {}
     for spread in (True, False):
         sim = engine(placement="packed", adaptive=True, planning=False, least_alpha=0.0, max_batch=256)
-        steps = sim.steps(requests(256, 20, 100))
+        steps = serve(sim, requests(256, 20, 100))
         for _ in range(30):
             before = next(steps)
         count = MODEL.num_layers
@@ -175,7 +209,7 @@ def test_the_planner_lowers_alpha_while_requests_wait():
         placement="packed", adaptive=True, least_alpha=0.8, budget_bytes=45 << 30, max_batch=256, plan_every=4,
         max_context=1024,
     )  # fmt: skip
-    alphas = [step.device_experts for step in sim.steps(requests(300, 900, 100))]
+    alphas = [step.device_experts for step in serve(sim, requests(300, 900, 100))]
     assert min(alphas) < alphas[0]
     assert min(alphas) >= int(np.floor(0.8 * MODEL.num_experts)) * MODEL.num_layers
 
@@ -225,8 +259,7 @@ def test_a_run_of_full_size():
     """256 requests of 4,096 tokens on Qwen3-Next over 4 devices: seconds here, where the real machine takes minutes."""
     model, four = published_config("qwen3-next-80b-a3b"), HardwareProfile.load("4xL40")
     settings = dict(max_batch=256, max_batched_tokens=2048, max_context=4096, placement="packed")
-    outputs: dict = {}
     sim = engine(model, four, **settings)
-    steps = list(sim.steps(requests(256, 3072, 1024), outputs))
-    assert len(outputs) == 256
+    steps = list(serve(sim, requests(256, 3072, 1024)))
+    assert sum(step.finished for step in steps) == 256
     assert sum(step.prefill_tokens for step in steps) >= 256 * 3072

@@ -25,6 +25,15 @@ def test_fp32_parity(arch, tmp_path):
     check_parity(model, tmp_path, FP32[arch], lengths=(1, 19), **EAGER)
 
 
+@pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_next"])
+def test_layers_without_experts(arch, tmp_path):
+    """The MLP is wider than the shared expert of Qwen3-Next, whose buffers it shares."""
+    kinds = {"layer_types": ["linear_attention", "full_attention"]} if arch == "qwen3_next" else {}
+    model = save_random_model(arch, tmp_path, 0, num_hidden_layers=2, mlp_only_layers=[0], **kinds)
+    settings = dict(kernels="triton", device=DEVICE, placement="host", poison=True)
+    check_parity(model, tmp_path, FP32[arch], lengths=(1, 7), **settings)
+
+
 def test_bf16_logits_agree_within_its_precision(tmp_path):
     model = save_random_model("qwen3_moe", tmp_path, 1, dtype=torch.bfloat16)
     check_parity(model.float(), tmp_path, 0.04, lengths=(9,), exact=False, **EAGER)
@@ -32,7 +41,7 @@ def test_bf16_logits_agree_within_its_precision(tmp_path):
 
 def tokens_of(directory, **settings) -> list:
     requests = [
-        Request(i, tuple(range(3, 3 + n)), SamplingParams(max_new_tokens=3, ignore_eos=True))
+        Request(tuple(range(3, 3 + n)), SamplingParams(max_new_tokens=3, ignore_eos=True))
         for i, n in enumerate((4, 20, 1))
     ]
     config = EngineConfig(device=DEVICE, kernels="triton", max_batch=4, max_batched_tokens=16, **settings)
@@ -60,8 +69,8 @@ def test_same_tokens_from_compressed_experts(tmp_path):
 
 def test_batch_invariant_engine_gives_the_same_tokens_alone(tmp_path):
     save_random_model("qwen3_moe", tmp_path, 3, dtype=torch.bfloat16, num_hidden_layers=1)
-    request = Request(0, (5, 6, 7), SamplingParams(max_new_tokens=4, ignore_eos=True))
-    others = [Request(i, tuple(range(i, i + 6)), SamplingParams(max_new_tokens=4, ignore_eos=True)) for i in (1, 2)]
+    request = Request((5, 6, 7), SamplingParams(max_new_tokens=4, ignore_eos=True))
+    others = [Request(tuple(range(i, i + 6)), SamplingParams(max_new_tokens=4, ignore_eos=True)) for i in (1, 2)]
     settings = dict(device=DEVICE, kernels="triton", batch_invariant=True, max_batch=4, max_batched_tokens=8)
     with Engine(tmp_path, EngineConfig(**settings)) as engine:
         alone = engine.generate([request])[0].token_ids

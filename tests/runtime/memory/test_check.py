@@ -246,7 +246,7 @@ def test_memory_counts_as_taken_once_it_is_touched():
 
 def test_the_engine_compares_ledgers_with_what_it_holds(model_dir, monkeypatch):
     with Engine(model_dir, EngineConfig(**COMMON, placement="host")) as engine:
-        engine.generate([Request(0, (1, 2, 3), SamplingParams(max_new_tokens=4))])
+        engine.generate([Request((1, 2, 3), SamplingParams(max_new_tokens=4))])
         check = engine.memory_check()
         assert check.ledger_bytes == engine.budget.used + engine.host_budget.used
         assert check.warning is None

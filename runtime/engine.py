@@ -25,8 +25,9 @@ from .config import EngineConfig
 from .deployment import Deployment, limits_of, make_planner, require_workspace
 from .devices import device_of, resolve_device
 from .experts.footprint import EXPERT_LINES
-from .experts.pager import Counters, ExpertPager
+from .experts.pager import ExpertPager
 from .experts.planner import Links
+from .experts.streamer import Counters
 from .graphs import DecodeGraphs
 from .hardware import measure_links
 from .kv_cache import GrowableKVCache, PagedKVCache
@@ -67,7 +68,7 @@ class Engine(ServingLoop):
         checkpoint = Checkpoint(model_dir)
         self.model = model = checkpoint.config
         limits = limits_of(model, config)
-        require_workspace(model, limits, max(total, kind.available_bytes()))
+        require_workspace(model, limits, max(total, free.device_bytes or 0))
         self.ops = kind.make_ops(layer_dims(model), limits, config)
         self.timeline = Timeline(config.timeline)
         self.pager = ExpertPager(

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,30 +35,11 @@ from .planner import Move
 from .spill import StoreError
 from .static_store import StaticStore
 from .store import ExpertStore
-from .streamer import Streamer
+from .streamer import Counters, Streamer
 
 
 class PagerError(ValueError):
     """What a host asked of a pager cannot be."""
-
-
-class Counters(NamedTuple):
-    """Totals since `seal`: bytes that crossed to the device, whole from the host's and the disk's tier, on demand (of
-    experts that kernels read in host memory, each once a pass), and with moves; ns that passes waited for loads, and
-    that loads took (0 on CUDA, where both happen on the device); loads, two a layer."""
-
-    host_bytes: int = 0
-    disk_bytes: int = 0
-    on_demand_bytes: int = 0
-    moved_bytes: int = 0
-    stall_ns: int = 0
-    transfer_ns: int = 0
-    loads: int = 0
-
-    @property
-    def streamed_bytes(self) -> int:
-        """Brought by loads."""
-        return self.host_bytes + self.disk_bytes
 
 
 class ExpertPager:
@@ -224,11 +204,8 @@ class ExpertPager:
     def counters(self) -> Counters:
         """Totals so far. On CUDA, with reads in host memory, waits for the device."""
         self._settle_reads()
-        done = self.streamer.traffic()
         moved = self.mover.copied_bytes if self.mover else 0
-        return Counters(
-            done.host_bytes, done.disk_bytes, self._on_demand_bytes, moved, done.stall_ns, done.transfer_ns, done.loads
-        )
+        return self.streamer.counters()._replace(on_demand_bytes=self._on_demand_bytes, moved_bytes=moved)
 
     def _settle_reads(self) -> None:
         """Turn counted reads into bytes, before any expert changes tier."""

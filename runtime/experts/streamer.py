@@ -27,14 +27,23 @@ from .store import ExpertStore, LayerPlan
 _POISON = 0xFF
 
 
-class Traffic(NamedTuple):
-    """Totals since construction: bytes copied by tier, ns that the reader waited for loads, ns spent loading, loads."""
+class Counters(NamedTuple):
+    """Totals since `seal`: bytes that crossed to the device, whole from the host's and the disk's tier, on demand (of
+    experts that kernels read in host memory, each once a pass), and with moves; ns that passes waited for loads, and
+    that loads took (0 on CUDA, where both happen on the device); loads, two a layer."""
 
-    host_bytes: int
-    disk_bytes: int
-    stall_ns: int
-    transfer_ns: int
-    loads: int
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    on_demand_bytes: int = 0
+    moved_bytes: int = 0
+    stall_ns: int = 0
+    transfer_ns: int = 0
+    loads: int = 0
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Brought by loads."""
+        return self.host_bytes + self.disk_bytes
 
 
 class LayerPage:
@@ -175,7 +184,8 @@ class Streamer(ABC):
         """The visit is computed, or in the order of the stream will be: its slot may be overwritten."""
 
     @abstractmethod
-    def traffic(self) -> Traffic: ...
+    def counters(self) -> Counters:
+        """What loads have done; the rest is 0."""
 
     @abstractmethod
     def close(self) -> None:

@@ -13,7 +13,7 @@ from .config import Delay
 from .placement import Tier
 from .spill import StoreError
 from .store import TENSOR_NAMES, ExpertStore
-from .streamer import Streamer, Traffic
+from .streamer import Counters, Streamer
 
 
 class ThreadStreamer(Streamer):
@@ -117,9 +117,15 @@ class ThreadStreamer(Streamer):
             self._computed = max(self._computed, visit + 1)
             self._changed.notify_all()
 
-    def traffic(self) -> Traffic:
+    def counters(self) -> Counters:
         with self._changed:
-            return Traffic(self._host_bytes, self._disk_bytes, self._stall_ns, self._transfer_ns, self._loads)
+            return Counters(
+                self._host_bytes,
+                self._disk_bytes,
+                stall_ns=self._stall_ns,
+                transfer_ns=self._transfer_ns,
+                loads=self._loads,
+            )
 
     def close(self) -> None:
         """Stop the copy thread; a load under way ends with its chunk (milliseconds). Idempotent."""

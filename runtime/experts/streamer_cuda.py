@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .placement import Tier
 from .store import ExpertStore, LayerPlan
-from .streamer import Streamer, Traffic
+from .streamer import Counters, Streamer
 
 
 class CudaStreamer(Streamer):
@@ -178,8 +178,8 @@ class CudaStreamer(Streamer):
     def _finish(self, visit: int) -> None:
         self._record(self._computed[self.schedule.slot(visit)], self._cuda.current_stream())
 
-    def traffic(self) -> Traffic:
-        return Traffic(self._bytes, 0, 0, 0, 2 * self._issued)
+    def counters(self) -> Counters:
+        return Counters(self._bytes, loads=2 * self._issued)
 
     def close(self) -> None:
         for stream in self._streams:

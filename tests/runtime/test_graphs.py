@@ -225,15 +225,15 @@ def test_replays_and_eager_passes_mix_in_order(layers, slots, poison):
                     one_pass(streamer, cuda, layers)
                 graph, cuda.log = cuda.log, outside
                 assert state == state_of(streamer)
-            before = streamer.traffic()
+            before = streamer.counters()
             with streamer.replay():
                 cuda.log.extend(graph)
             loads = 0 if streamer.keeps_all else 2 * layers
-            assert streamer.traffic().loads - before.loads == loads
+            assert streamer.counters().loads - before.loads == loads
             assert sum(entry[0] == "copy" for entry in graph) == loads
         arenas = arenas_of(store)
         copied = sum(entry[0] == "copy" for entry in cuda.log)
-        assert copied == streamer.traffic().loads
+        assert copied == streamer.counters().loads
     check_order(cuda.log, arenas)
     for dropped in ("compute", "load0"):
         if layers > slots:
@@ -244,7 +244,7 @@ def test_replays_and_eager_passes_mix_in_order(layers, slots, poison):
 def state_of(streamer) -> tuple:
     events = [id(event) for pair in streamer._loaded for event in pair] + [id(event) for event in streamer._computed]
     plans = {visit: id(plan) for visit, plan in streamer._plans.items()}
-    return events, streamer._issued, streamer._next_visit, streamer.traffic(), plans, streamer._capturing
+    return events, streamer._issued, streamer._next_visit, streamer.counters(), plans, streamer._capturing
 
 
 class Injected(Exception):

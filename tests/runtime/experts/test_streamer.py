@@ -58,7 +58,7 @@ def test_reader_sees_every_layer(placement, formats, slots):
                     if rng.random() < 0.2:
                         time.sleep(0.001)
                         check_layer(page, layer)
-        loads = streamer.traffic().loads
+        loads = streamer.counters().loads
         streamer.close()
         assert streamer.slot_bytes == Footprint(store.layout, PagingConfig(slots=slots), KERNELS).slot_bytes
     layers = len(store.layout.streamed_layers)
@@ -88,7 +88,7 @@ def test_a_skipped_wait_reads_poison():
             gate_up = page.table.blocks[0][0]
             assert (gate_up == 0xFF).all()
             check_layer(page, 2)
-        assert streamer.traffic().stall_ns > 0
+        assert streamer.counters().stall_ns > 0
         streamer.close()
 
 
@@ -99,7 +99,7 @@ def test_slot_is_not_recycled_while_it_is_read():
             check_layer(page, 0)
             time.sleep(0.05)  # the copier wants this slot for layer 2 all the while
             check_layer(page, 0)
-            assert streamer.traffic().loads <= 4
+            assert streamer.counters().loads <= 4
         streamer.close()
 
 
@@ -152,7 +152,7 @@ def test_close_gives_up_a_load_at_the_next_chunk(monkeypatch):
         closer.join(5)
         assert not closer.is_alive()
     assert chunks == [64]
-    assert streamer.traffic().loads == 0
+    assert streamer.counters().loads == 0
 
 
 def test_gate_up_can_be_read_while_down_still_loads():
@@ -162,7 +162,7 @@ def test_gate_up_can_be_read_while_down_still_loads():
         streamer = ThreadStreamer(store, 2, delay=delay)
         with streamer.layer(0) as page:
             page.wait(0)
-            assert streamer.traffic().loads == 1
+            assert streamer.counters().loads == 1
             release.set()
             page.wait(1)
         streamer.close()
@@ -411,6 +411,6 @@ def test_a_slower_link_makes_loads_as_long_as_it_would():
         with with_link.layer(layer) as page:
             page.wait(0)
             page.wait(1)
-    counters = with_link.traffic()
+    counters = with_link.counters()
     with_link.close()
     assert counters.transfer_ns / 1e9 >= counters.host_bytes / link

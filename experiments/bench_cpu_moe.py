@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from fluxmoe.kernels.cpu import gemm, moe, planar
 from fluxmoe.kernels.cpu.gemm import default_threads
-from fluxmoe.kernels.expert_table import FORMAT_PLANAR12, ExpertTable
+from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.runtime.hardware import measure_bandwidths
 from fluxmoe.runtime.placement import Tier
 
@@ -66,7 +66,7 @@ def make_layer(hidden: int, intermediate: int, experts: int) -> Layer:
             planar.encode(source, target)
         compressed.append(smaller)
     return Layer(
-        ExpertTable.from_blocks(blocks, "cpu"), ExpertTable.from_blocks(compressed, "cpu", FORMAT_PLANAR12), weights
+        ExpertTable.from_blocks(blocks, "cpu"), ExpertTable.from_blocks(compressed, "cpu", "planar12"), weights
     )
 
 
@@ -105,11 +105,11 @@ def bench(shape: str, rows: list[int], bandwidth: float, flops_rate: float, peer
         scratch = gemm.Scratch(tokens, threads)
         # Token t goes to expert t mod E: every expert gets `count` rows, gathered from all over x.
         logits = F.one_hot(torch.arange(tokens) % experts, experts).float()
-        moe.route(logits, 1, True, buffers)
+        routing = moe.route(logits, 1, True, buffers)
 
         def run(table: ExpertTable) -> None:
-            moe.gate_up(x, table, intermediate, torch.bfloat16, buffers, scratch)  # noqa: B023
-            moe.down(table, intermediate, torch.bfloat16, buffers, scratch)  # noqa: B023
+            moe.gate_up(x, table, intermediate, torch.bfloat16, routing, buffers, scratch)  # noqa: B023
+            moe.down(table, intermediate, torch.bfloat16, routing, buffers, scratch)  # noqa: B023
 
         def torch_loop(weights, inputs) -> None:
             for expert, (gate_up, down) in enumerate(weights):

@@ -21,7 +21,7 @@ import torch
 from fluxmoe.kernels.cpu import gemm
 from fluxmoe.kernels.cpu.copy import stream_copy
 from fluxmoe.kernels.cpu.gemm import default_threads
-from fluxmoe.kernels.packing import FORMATS
+from fluxmoe.kernels.formats import compressed_formats
 from fluxmoe.runtime.engine import resolve_device
 from fluxmoe.runtime.hardware import HardwareProfile, best_seconds, measure_bandwidths, measure_links
 from fluxmoe.runtime.placement import Tier
@@ -129,7 +129,7 @@ def decoders(device: torch.device, size: int) -> dict[str, float]:
     weight = (torch.randn(size, size) * 0.02).bfloat16()
     out = torch.empty(size, size, dtype=torch.bfloat16, device=device)
     rates = {}
-    for name, codec in FORMATS.items():
+    for name, codec in ((name, each.codec) for name, each in compressed_formats().items()):
         packed = codec.encode(weight).to(device)
         rates[name] = weight.nbytes / best_seconds(lambda: codec.decode(packed, out, parallel=False), device)  # noqa: B023
     return rates
@@ -140,7 +140,7 @@ def decode_latency(device: torch.device) -> float:
     weight = (torch.randn(32, 64) * 0.02).bfloat16()
     out, calls = torch.empty(32, 64, dtype=torch.bfloat16, device=device), 50
     latencies = []
-    for codec in FORMATS.values():
+    for codec in (each.codec for each in compressed_formats().values()):
         packed = codec.encode(weight).to(device)
 
         def decode() -> None:

@@ -15,15 +15,16 @@ the workspace: every buffer is made in the constructor for the limits given, wit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from .expert_table import ExpertTable
-from .packing.formats import Packed
+from .packing.codec import Packed
 
-DENSE = "dense"
+if TYPE_CHECKING:
+    from .expert_table import ExpertTable
+
 # What `decode_expert` must be told beside the (gate/up, down) blocks; None where a block says it all.
 Recipes = tuple[Packed | None, Packed | None]
 
@@ -194,9 +195,10 @@ R = TypeVar("R")
 class ExpertOps(Protocol[R]):
     """See CpuExperts for shapes; activations are [T, H] in `act_dtype`. R: a batch's routing, opaque to callers.
 
-    Experts come in formats: dense, or one of packing.FORMATS. `fused_formats` are those that `moe_add` reads in place;
-    blocks of others must go through `decode_expert` first, which makes dense blocks of them. It runs on the block's
-    device, on the current stream or the calling thread alone, so that it can work beside a forward pass.
+    Experts come in the formats of `formats.FORMATS`, dense unless another is named. `fused_formats` are the compressed
+    ones that `moe_add` reads in place; blocks of others must go through `decode_expert` first, which makes dense blocks
+    of them. It runs on the block's device, on the current stream or the calling thread alone, so that it can work
+    beside a forward pass.
 
     A routing is valid until the next one is made: by `route` from router logits, or by `route_to` from experts that a
     host has chosen.
@@ -208,14 +210,14 @@ class ExpertOps(Protocol[R]):
     workspace_bytes: int
     fused_formats: frozenset[str]
 
-    def expert_bytes(self, expert_format: str = DENSE) -> tuple[int, int]: ...
-    def pack_expert(
-        self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = DENSE
+    def expert_bytes(self, expert_format: str = ...) -> tuple[int, int]: ...
+    def encode_expert(
+        self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = ...
     ) -> Recipes: ...
     def decode_expert(
         self, expert_format: str, tensor_type: int, block: Tensor, out: Tensor, recipe: Packed | None
     ) -> None: ...
-    def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]: ...
+    def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]: ...
     def route(self, logits: Tensor, num_tokens: Tensor | None = None) -> R: ...
     def route_to(self, topk_ids: Tensor, topk_weights: Tensor, num_tokens: Tensor | None = None) -> R: ...
     def moe_add(self, x: Tensor, routing: R, experts: LayerExperts, residual: Tensor) -> Tensor: ...

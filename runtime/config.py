@@ -6,10 +6,10 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fluxmoe.kernels.packing import FORMATS
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, FORMATS, compressed_formats
 
 from .hardware import HardwareProfile
-from .layout import DENSE, ExpertFormats
+from .layout import ExpertFormats
 from .placement import COMPRESSING
 from .streamer import Delay
 
@@ -24,8 +24,8 @@ class EngineConfig:
 
     budget_bytes        device bytes for everything; None: all that is free, on a CPU less what is kept beside it
     placement, alpha    see `placement.place`; dense_share: its `dense`
-    expert_format       dense, or a name of packing.FORMATS: how balanced, host and disk hold experts, and packed and
-                        hybrid, for which None means planar12 (for the others: dense)
+    expert_format       a name of kernels.formats: how balanced, host and disk hold experts, and packed and hybrid, for
+                        which None means DEFAULT_COMPRESSED (for the others: dense)
     host_format         format in host memory and files, so of what crosses PCIe; None: expert_format
     slot_format         packed: the GEMM reads compressed experts in their slots, where it can | decoded
     transfer            whole: the host's share of each layer is copied ahead of time | on_demand: kernels read the
@@ -104,14 +104,15 @@ class EngineConfig:
             raise SettingError(f"link_bandwidth must be positive bytes per second, got {self.link_bandwidth}")
         for name in ("expert_format", "host_format"):
             value = getattr(self, name)
-            if value not in (None, DENSE, *FORMATS):
-                raise SettingError(f"{name} must be one of {DENSE}, {', '.join(FORMATS)}, got {value!r}")
+            if value not in (None, *FORMATS):
+                raise SettingError(f"{name} must be one of {', '.join(FORMATS)}, got {value!r}")
         if self.placement == "resident" and self.device_format != DENSE:
             raise SettingError(
                 f"placement resident holds experts dense; placement packed holds them in {self.expert_format}"
             )
         if self.placement in COMPRESSING and self.device_format == DENSE:
-            raise SettingError(f"placement {self.placement} holds compressed experts: choose {', '.join(FORMATS)}")
+            choices = ", ".join(compressed_formats())
+            raise SettingError(f"placement {self.placement} holds compressed experts: choose {choices}")
         if self.slot_format not in ("packed", "decoded"):
             raise SettingError(f"slot_format must be packed or decoded, got {self.slot_format!r}")
         if self.transfer not in ("whole", "on_demand", "auto"):
@@ -129,11 +130,11 @@ class EngineConfig:
     @property
     def device_format(self) -> str:
         """The format of experts that stay on the device, but for those that a placement keeps dense."""
-        return self.expert_format or ("planar12" if self.placement in COMPRESSING else DENSE)
+        return self.expert_format or (DEFAULT_COMPRESSED if self.placement in COMPRESSING else DENSE)
 
     @property
     def formats(self) -> ExpertFormats:
         """Formats of all tiers."""
-        packed = "planar12" if self.device_format == DENSE else self.device_format  # no policy will use it
+        packed = DEFAULT_COMPRESSED if self.device_format == DENSE else self.device_format  # no policy will use it
         transfer = "whole" if self.transfer == "auto" else self.transfer
         return ExpertFormats(packed, self.host_format or self.device_format, self.slot_format, transfer)

@@ -79,11 +79,11 @@ def _make_ops(model: ModelConfig, config: EngineConfig, limits: Limits, device: 
     from fluxmoe.kernels.triton_ops import TritonOps
 
     formats = config.formats
-    planar12 = config.device_format == "planar12" or (formats.host == "planar12" and formats.slot == "packed")
+    met = {config.device_format} | ({formats.host} if formats.slot == "packed" else set())
     invariant = config.batch_invariant
     return (
         TritonOps(dims, limits, device, batch_invariant=invariant),
-        TritonExperts(experts, limits.tokens, device, batch_invariant=invariant, planar12=planar12),
+        TritonExperts(experts, limits.tokens, device, batch_invariant=invariant, formats=met),
     )
 
 
@@ -263,7 +263,7 @@ class Engine(ServingLoop):
         for decoder_layer, expert, gate_up, down in experts:
             layer = moe_layers.index(decoder_layer)
             stored = self.store.stored(layer, expert)
-            recipes = ops.pack_expert(gate_up, down, staging[stored], stored)
+            recipes = ops.encode_expert(gate_up, down, staging[stored], stored)
             self.store.put(layer, expert, staging[stored], recipes)
         self.store.seal()
         return decoder

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from fluxmoe.kernels.expert_table import DOWN, GATE_UP, TABLE_FORMATS
+from fluxmoe.kernels.expert_table import DOWN, GATE_UP
 from fluxmoe.kernels.ops import Recipes
 from torch import Tensor
 
@@ -219,7 +219,7 @@ class MovingStore(ExpertStore):
             where = (layer, expert)
             tier = Tier(self.layout.placement.tiers[where])
             pair = self.heaps[tier].pair_of(where) if tier in self.heaps else self._host_pair(where)
-            blocks[expert] = Block(pair, TABLE_FORMATS[self.layout.stored(tier)])
+            blocks[expert] = Block(pair, self.layout.stored(tier))
         return blocks
 
     def decodes(self, plan, tensor_type, lie):

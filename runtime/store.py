@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 from fluxmoe.kernels.cpu.copy import stream_copy
-from fluxmoe.kernels.expert_table import TABLE_FORMATS
 from fluxmoe.kernels.ops import Recipes
 from torch import Tensor
 
@@ -48,10 +47,10 @@ def aligned_empty(nbytes: int, device: torch.device) -> Tensor:
 
 
 class Block(NamedTuple):
-    """A block as a kernel's table has it: uint8 [bytes] of both tensor types, number of its format."""
+    """A block as a kernel's table has it: uint8 [bytes] of both tensor types, and its format."""
 
     pair: tuple[Tensor, Tensor]
-    table_format: int
+    expert_format: str
 
 
 class Decode(NamedTuple):
@@ -248,10 +247,9 @@ class ExpertStore:
         blocks = {}
         for tier in (*DEVICE_TIERS, Tier.HOST):
             if not self.layout.streams(tier):
-                number = TABLE_FORMATS[self.layout.read(tier)] if self._members[tier][layer] else 0
                 arenas = [self._payload(layer, tier, d, self._arenas[tier][layer][d]) for d in (0, 1)]
                 for expert, pair in zip(self._members[tier][layer], zip(*arenas, strict=True), strict=True):
-                    blocks[expert] = Block(pair, number)
+                    blocks[expert] = Block(pair, self.layout.read(tier))
         return blocks
 
     def slot_blocks(self, plan: LayerPlan, slot: tuple[Tensor, Tensor]) -> dict[int, Block]:
@@ -259,7 +257,7 @@ class ExpertStore:
         blocks = {}
         for expert, tier in plan.streamed:
             gate_up, down = (slot[d][slice(*plan.places[d][expert])] for d in (0, 1))
-            blocks[expert] = Block((gate_up, down), TABLE_FORMATS[self.layout.read(tier)])
+            blocks[expert] = Block((gate_up, down), self.layout.read(tier))
         return blocks
 
     def _payload(self, layer: int, tier: Tier, tensor_type: int, source: Tensor) -> list[Tensor]:

@@ -29,13 +29,15 @@ import torch
 from numba import njit, prange, types
 from torch import Tensor
 
-from ..expert_table import FORMAT_PLANAR12, ExpertTable
+from ..expert_table import ExpertTable
+from ..formats import FORMATS
 from ..ops import KernelError
 from . import gemm
 from .gemm import LANES, Scratch, fill_rows, padded, zeros
 from .planar import planar_panel
 from .simd import exp_f32, fetch_add, gemm_panel
 
+_PLANAR12 = FORMATS["planar12"].number
 _TASK_BYTES = 64 * 1024
 # Rows of gate and up kept per thread between the GEMM and SwiGLU: 2 x 48 x 16 fp32 = 6 KiB stay in L1.
 _CHUNK_ROWS = 48
@@ -164,7 +166,7 @@ def _gate_up(
             if first == last:
                 continue
             group = task % groups
-            planar = formats[expert, 0] == FORMAT_PLANAR12
+            planar = formats[expert, 0] == _PLANAR12
             for p in range(group * per_task, min(panels, (group + 1) * per_task)):
                 for begin in range(first, last, chunk):
                     count = min(chunk, last - begin)
@@ -206,7 +208,7 @@ def _down(
             if first == last:
                 continue
             group = task % groups
-            planar = formats[expert, 1] == FORMAT_PLANAR12
+            planar = formats[expert, 1] == _PLANAR12
             for p in range(group * per_task, min(panels, (group + 1) * per_task)):
                 _expert_panel(
                     table[expert, 1], planar, p, panels, panel_bytes, bf16, rows_base + 8 * first, last - first, depth,

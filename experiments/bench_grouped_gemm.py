@@ -125,12 +125,12 @@ class Ours:
     def __init__(
         self, shape: Shape, tokens: int, device: torch.device, tiles: Tiles | None = None, expert_format: str = DENSE
     ) -> None:
-        self.expert_format, slots = expert_format, tokens * shape.top_k
+        self.expert_format, rows = expert_format, tokens * shape.top_k
         self.num_sms = num_sms_of(device)
         self.tiles = tiles or rule_tiles(shape, tokens, device, expert_format)
         self.router = Router(tokens, shape.experts, shape.top_k, True, device)
-        self.h = torch.empty(slots, shape.intermediate, dtype=torch.bfloat16, device=device)
-        self.y = torch.empty(slots, shape.hidden, dtype=torch.bfloat16, device=device)
+        self.h = torch.empty(rows, shape.intermediate, dtype=torch.bfloat16, device=device)
+        self.y = torch.empty(rows, shape.hidden, dtype=torch.bfloat16, device=device)
         self.out = torch.zeros(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
         self.top_k = shape.top_k
 
@@ -145,8 +145,8 @@ class Ours:
 
 def rows_per_expert(shape: Shape, tokens: int) -> float:
     """Mean rows of an expert that has any, as TritonOps reckons them."""
-    slots = tokens * shape.top_k
-    return slots / max(1, min(slots, shape.experts))
+    rows = tokens * shape.top_k
+    return rows / max(1, min(rows, shape.experts))
 
 
 def rule_tiles(shape: Shape, tokens: int, device: torch.device, expert_format: str = DENSE) -> Tiles:

@@ -43,7 +43,7 @@ def audited(arch: str) -> dict[tuple[str, Tile], Report]:
 
 
 def gemm_limits(
-    n: int, k: int, blocks: float, slots: float, touched: float, tile: Tile, code: Report, weight_bytes: float = 2.0
+    n: int, k: int, blocks: float, rows: float, touched: float, tile: Tile, code: Report, weight_bytes: float = 2.0
 ) -> dict:
     """Seconds that each resource needs for one grouped GEMM [n, k] over `blocks` blocks of rows.
 
@@ -59,7 +59,7 @@ def gemm_limits(
     )
     waves = max(1.0, tiles / resident)
     return {
-        "hbm": (weight_bytes * touched * n * k + 2 * slots * (n + k)) / ROOFS.bytes_per_s,
+        "hbm": (weight_bytes * touched * n * k + 2 * rows * (n + k)) / ROOFS.bytes_per_s,
         "matrix": 2.0 * blocks * tile.block_m * n * k / ROOFS.flops_per_s,
         "l2": steps * (2 * tile.block_m + weight_bytes * tile.block_n) * tile.block_k / L2_BYTES_PER_S,
         "issue": steps * loop["all"] * tile.num_warps / (SMS * ISSUES_PER_CLOCK * CLOCK_HZ),
@@ -89,16 +89,16 @@ def predict_layer(
     shape: Shape, tokens: int, codes: dict[tuple[str, Tile], Report], expert_format: str = DENSE
 ) -> tuple[float, dict[str, str]]:
     """(seconds, limit of each GEMM) of a layer under uniform routing."""
-    slots = tokens * shape.top_k
+    rows = tokens * shape.top_k
     touched = shape.touched(tokens)
-    rows = slots / min(slots, shape.experts)
-    tile = _tile(expert_format, rows, 90)
+    each = rows / min(rows, shape.experts)
+    tile = _tile(expert_format, each, 90)
     blocks = shape.experts * expected_blocks(tokens, shape.top_k / shape.experts, tile.block_m)
-    # Routing, two GEMMs, combine; the last reads slots, and reads and writes tokens.
-    total = 4 * FIXED_S + 2 * shape.hidden * (slots + 2 * tokens) / ROOFS.bytes_per_s
+    # Routing, two GEMMs, combine; the last reads rows, and reads and writes tokens.
+    total = 4 * FIXED_S + 2 * shape.hidden * (rows + 2 * tokens) / ROOFS.bytes_per_s
     limits = {}
     for name, n, k in (("gate_up", 2 * shape.intermediate, shape.hidden), ("down", shape.hidden, shape.intermediate)):
-        seconds = gemm_limits(n, k, blocks, slots, touched, tile, codes[name, tile], FORMATS[expert_format].bits / 8)
+        seconds = gemm_limits(n, k, blocks, rows, touched, tile, codes[name, tile], FORMATS[expert_format].bits / 8)
         limits[name] = max(seconds, key=seconds.get)
         total += seconds[limits[name]]
     return total, limits

@@ -94,9 +94,9 @@ def copy_overlap(device: torch.device, host_bytes: int) -> float:
         return 1.0
     rows, n, k = 4, 2048, 2048
     scratch = gemm.Scratch(rows, default_threads())
-    weights = [torch.empty(gemm.packed_bytes(n, k, torch.bfloat16), dtype=torch.uint8) for _ in range(24)]
+    weights = [torch.empty(gemm.arranged_bytes(n, k, torch.bfloat16), dtype=torch.uint8) for _ in range(24)]
     for block in weights:
-        gemm.pack(torch.randn(n, k).bfloat16(), block)
+        gemm.arrange(torch.randn(n, k).bfloat16(), block)
     x, y = torch.randn(rows, k), torch.empty(rows, n)
 
     def compute() -> None:

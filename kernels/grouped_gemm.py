@@ -1,7 +1,7 @@
 """Grouped GEMM over an ExpertTable: one launch for all experts of a layer, wherever their weights lie.
 
     gate_up   h[p] = silu(x[t] Wg^T) * (x[t] Wu^T)       t = order[p] // top_k, expert of sorted position p
-    down      y[s] = w[s] * (h[p] Wd^T)                   s = order[p], the slot; w its routing weight
+    down      y[r] = w[r] * (h[p] Wd^T)                   r = order[p], the row; w its routing weight
     combine   out[t] = residual[t] + sum_j y[t, j]        j = 0 … top_k - 1 in this order
 
 A program finds its block of positions in the routing's block map, and its expert's weight by the address in the
@@ -12,7 +12,7 @@ Few rows an expert: weights are the M operand ("swap AB"), see tiles.py. Grids a
 to the host between router and combine.
 
 Sources of the ideas: block maps and sorted tokens, vLLM's fused_moe; SwiGLU on interleaved columns, OpenAI's
-triton_kernels; a slot buffer summed afterwards, SonicMoE (arXiv 2512.14080).
+triton_kernels; a buffer of rows summed afterwards, SonicMoE (arXiv 2512.14080).
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def weight_times_rows(
 
 @triton.jit
 def _grouped_gemm_kernel(
-    x_ptr,  # (T, K) tokens for gate_up, (S, K) sorted positions for down
+    x_ptr,  # (T, K) tokens for gate_up, (R, K) sorted positions for down
     addresses_ptr,  # (E, 2) int64
     formats_ptr,  # (E, 2) uint8
-    y_ptr,  # (S, N / 2) by position for gate_up, (S, N) by slot for down
-    order_ptr,  # (S,) int32
-    slot_weights_ptr,  # (S,) fp32
+    y_ptr,  # (R, N / 2) by position for gate_up, (R, N) by row for down
+    order_ptr,  # (R,) int32
+    row_weights_ptr,  # (R,) fp32
     block_map_ptr,  # (B, 4) int32
     num_blocks_ptr,  # (1,) int32
     N, K, stride_x, stride_y,
@@ -136,7 +136,7 @@ def _grouped_gemm_kernel(
             targets = positions
         else:
             targets = tl.load(order_ptr + positions)
-            value = acc * tl.load(slot_weights_ptr + targets)[:, None]
+            value = acc * tl.load(row_weights_ptr + targets)[:, None]
             columns = n0 + tl.arange(0, BLOCK_N)
             inside = columns < N
         y_ptrs = y_ptr + targets.to(tl.int64)[:, None] * stride_y + columns[None, :]
@@ -145,7 +145,7 @@ def _grouped_gemm_kernel(
 
 @triton.jit
 def _combine_kernel(
-    y_ptr,  # (T, TOP_K, H) by slot
+    y_ptr,  # (T, TOP_K, H) by row
     residual_ptr,  # (T, H)
     out_ptr,  # (T, H), may be residual_ptr
     num_tokens_ptr,  # (1,) int32
@@ -157,7 +157,7 @@ def _combine_kernel(
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = h < H
     total = tl.load(residual_ptr + t * H + h, mask=inside, other=0.0).to(tl.float32)
-    # Slots of padding were never written.
+    # Rows of padding were never written.
     real = inside & (t < tl.load(num_tokens_ptr)) if PADDED else inside
     experts = tl.zeros([BLOCK_H], tl.float32)
     for choice in tl.static_range(TOP_K):
@@ -255,19 +255,19 @@ def _launch(
 def gate_up(
     x: Tensor, table: ExpertTable, routing: Routing, h: Tensor, w_dtype: torch.dtype, tile: Tile, num_sms: int = 132
 ) -> Tensor:
-    """x [T, H] → h [S, I] by sorted position, SwiGLU applied. Rows of padding are left as they are."""
+    """x [T, H] → h [R, I] by sorted position, SwiGLU applied. Rows of padding are left as they are."""
     return _launch(x, table, routing, h, 2 * h.shape[1], x.shape[1], GATE_UP, w_dtype, tile, num_sms)
 
 
 def down(
     h: Tensor, table: ExpertTable, routing: Routing, y: Tensor, w_dtype: torch.dtype, tile: Tile, num_sms: int = 132
 ) -> Tensor:
-    """h [S, I] by sorted position → y [S, H] by slot, times the routing weight."""
+    """h [R, I] by sorted position → y [R, H] by row, times the routing weight."""
     return _launch(h, table, routing, y, y.shape[1], h.shape[1], DOWN, w_dtype, tile, num_sms)
 
 
 def combine(y: Tensor, routing: Routing, residual: Tensor, out: Tensor | None = None) -> Tensor:
-    """residual [T, H] + sum of each token's slots of y [T * top_k, H]; in place unless `out` is given."""
+    """residual [T, H] + sum of each token's rows of y [T * top_k, H]; in place unless `out` is given."""
     tokens, hidden = residual.shape
     out = residual if out is None else out
     if tokens:
@@ -316,10 +316,10 @@ def deinterleave(weight: Tensor) -> Tensor:
 
 
 def moe_torch(
-    x: Tensor, weights: Callable[[int], tuple[Tensor, Tensor]], experts: Tensor, slot_weights: Tensor
+    x: Tensor, weights: Callable[[int], tuple[Tensor, Tensor]], experts: Tensor, row_weights: Tensor
 ) -> Tensor:
     """Reference in float64: loops over experts. x [T, H]; weights(e) → gate_up [2I, H], down [H, I] as in checkpoints;
-    experts, slot_weights [T, top_k] → [T, H].
+    experts, row_weights [T, top_k] → [T, H].
     """
     out = torch.zeros(x.shape, dtype=torch.float64)
     x = x.double()
@@ -329,7 +329,7 @@ def moe_torch(
             gate_up_weight, down_weight = (w.double() for w in weights(expert))
             gate, up = (x[token] @ gate_up_weight.T).chunk(2, dim=-1)
             y = torch.nn.functional.silu(gate) * up @ down_weight.T
-            out.index_add_(0, token, y * slot_weights[token, choice, None].double())
+            out.index_add_(0, token, y * row_weights[token, choice, None].double())
     return out
 
 

@@ -7,7 +7,7 @@
     kernels.cpu.ops, cpu.experts          CPU: numba kernels, fp32 activations, batch-invariant
     kernels.torch_ops, torch_experts      plain torch on any device: the reference
 
-They own the layout of blocks (of experts, packed weights, KV), which models and runtime treat as bytes. They also own
+They own the layout of blocks (of experts, weights, KV), which models and runtime treat as bytes. They also own
 the workspace: every buffer is made in the constructor for the limits given, with its dtype and device, so
 `workspace_bytes` is all that a forward pass ever uses.
 """
@@ -149,8 +149,8 @@ class AttentionMetadata:
 
 
 @dataclass(frozen=True)
-class PackedLinear:
-    """A packed weight [n, k] of `dtype`, with an optional fp32 bias [n]."""
+class Linear:
+    """A weight [n, k] of `dtype` as `Ops.arrange` lays it out, with an optional fp32 bias [n]."""
 
     block: Tensor
     n: int
@@ -164,7 +164,7 @@ class DeltaNetWeights:
     """A Gated DeltaNet layer up to its output projection. in_proj: rows q | k | v | z | b | a; fp32: conv
     [channels, taps], rate = exp(A_log) [value_heads], dt_bias [value_heads], norm [value_dim]."""
 
-    in_proj: PackedLinear
+    in_proj: Linear
     conv: Tensor
     rate: Tensor
     dt_bias: Tensor
@@ -176,9 +176,9 @@ class DenseMlp:
     """A SwiGLU MLP that every token uses, in the place of experts or beside them (a shared expert): gate_up [2I, H]
     (gate rows, then up rows), down [H, I]; score [1, H], if given, scales its output by sigmoid(x·score)."""
 
-    gate_up: PackedLinear
-    down: PackedLinear
-    score: PackedLinear | None = None
+    gate_up: Linear
+    down: Linear
+    score: Linear | None = None
 
 
 class LayerExperts(Protocol):
@@ -232,15 +232,15 @@ class Ops(Protocol):
     act_dtype: torch.dtype
     workspace_bytes: int
 
-    def packed_bytes(self, n: int, k: int) -> int: ...
-    def pack(self, weight: Tensor, out: Tensor) -> None: ...
-    def unpack(self, block: Tensor, n: int, k: int) -> Tensor: ...
+    def arranged_bytes(self, n: int, k: int) -> int: ...
+    def arrange(self, weight: Tensor, out: Tensor) -> None: ...
+    def restore(self, block: Tensor, n: int, k: int) -> Tensor: ...
     def kv_block_shape(
         self, block_size: int, kv_heads: int, head_dim: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]: ...
-    def embed(self, token_ids: Tensor, table: PackedLinear) -> Tensor: ...
+    def embed(self, token_ids: Tensor, table: Linear) -> Tensor: ...
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor: ...
-    def qkv(self, x: Tensor, weight: PackedLinear) -> Tensor: ...
+    def qkv(self, x: Tensor, weight: Linear) -> Tensor: ...
     def attention(
         self,
         qkv: Tensor,
@@ -251,11 +251,11 @@ class Ops(Protocol):
         k_cache: Tensor,
         v_cache: Tensor,
     ) -> Tensor: ...
-    def gate_attention(self, attended: Tensor, x: Tensor, weight: PackedLinear) -> Tensor: ...
+    def gate_attention(self, attended: Tensor, x: Tensor, weight: Linear) -> Tensor: ...
     def delta_net(
         self, x: Tensor, weights: DeltaNetWeights, metadata: AttentionMetadata, conv_state: Tensor, state: Tensor
     ) -> Tensor: ...
-    def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor: ...
+    def project_add(self, x: Tensor, weight: Linear, residual: Tensor) -> Tensor: ...
     def mlp_add(self, x: Tensor, mlp: DenseMlp, residual: Tensor) -> Tensor: ...
-    def router(self, x: Tensor, weight: PackedLinear) -> Tensor: ...
-    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor: ...
+    def router(self, x: Tensor, weight: Linear) -> Tensor: ...
+    def logits(self, x: Tensor, weight: Linear) -> Tensor: ...

@@ -93,13 +93,15 @@ class TritonExperts(ExpertBlocks):
         counts.add_(routing.expert_start[1:]).sub_(routing.expert_start[:-1])
 
     def _tiles(self, tokens: int) -> Tiles:
-        d, itemsize, slots = self.dims, self.dims.dtype.itemsize, tokens * self.dims.top_k
-        rows = slots / max(1, min(slots, d.experts))
+        d, itemsize, rows = self.dims, self.dims.dtype.itemsize, tokens * self.dims.top_k
+        rows_per_expert = rows / max(1, min(rows, d.experts))
         if self._weight_tile is not None:
             # Batch-invariant: whatever the batch, the tile of the largest.
-            tile = fused_tile(self._weight_tile, math.inf if self.batch_invariant else rows, self._capability)
+            tile = fused_tile(
+                self._weight_tile, math.inf if self.batch_invariant else rows_per_expert, self._capability
+            )
             return Tiles(tile, tile)
         if self.batch_invariant:
             tile = invariant_tile(self._capability, itemsize)
             return Tiles(tile, tile)
-        return choose_tiles(d.hidden, d.intermediate, rows, self._capability, itemsize, self._gpu)
+        return choose_tiles(d.hidden, d.intermediate, rows_per_expert, self._capability, itemsize, self._gpu)

@@ -88,7 +88,7 @@ class SimOps:
         if parameters.workspace_bytes is not None:
             self.workspace_bytes = parameters.workspace_bytes - self.experts.workspace_bytes
 
-    def packed_bytes(self, n: int, k: int) -> int:
+    def arranged_bytes(self, n: int, k: int) -> int:
         return n * k * self.dims.dtype.itemsize // self._devices
 
     def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -40,8 +40,8 @@ class CpuExperts(ExpertBlocks):
     def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         d = self.dims
         return (
-            moe.unpack_gate_up(blocks[GATE_UP], d.intermediate, d.hidden, d.dtype),
-            gemm.unpack(blocks[DOWN], d.hidden, d.intermediate, d.dtype),
+            moe.restore_gate_up(blocks[GATE_UP], d.intermediate, d.hidden, d.dtype),
+            gemm.restore(blocks[DOWN], d.hidden, d.intermediate, d.dtype),
         )
 
     @property
@@ -54,8 +54,8 @@ class CpuExperts(ExpertBlocks):
         )
 
     def _arrange(self, tensor_type: int, weight: Tensor, out: Tensor) -> None:
-        pack, halves = ((moe.pack_gate_up, 2), (gemm.pack, 1))[tensor_type]
-        pack(weight, out.view(-1).view(torch.uint8))
+        arrange, halves = ((moe.arrange_gate_up, 2), (gemm.arrange, 1))[tensor_type]
+        arrange(weight, out.view(-1).view(torch.uint8))
         if spare := -(len(weight) // halves) % gemm.LANES:
             # Lanes past the last row are read by nobody; zeros there would all be escapes of a compressed format.
             panels = out.view(len(out), -1, gemm.LANES)[-halves:]

@@ -160,7 +160,7 @@ def test_padding_tokens_keep_their_residual(real):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 13])
-def test_combine_adds_slots_to_the_residual(tokens):
+def test_combine_adds_rows_to_the_residual(tokens):
     y, residual = torch.randn(tokens * 3, 40), torch.randn(tokens, 40)
     routing = Router(max(tokens, 1), 4, 3, True, DEVICE)(torch.randn(tokens, 4, device=DEVICE), 16)
     got = combine(y.to(DEVICE), routing, residual.clone().to(DEVICE))

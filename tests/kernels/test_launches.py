@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.launches import compile_only
 from fluxmoe.kernels.ops import (
-    AttentionMetadata, DeltaNetDims, DeltaNetWeights, ExpertDims, LayerDims, Limits, PackedLinear, RopeTable,
+    AttentionMetadata, DeltaNetDims, DeltaNetWeights, ExpertDims, LayerDims, Limits, Linear, RopeTable,
 )
 from fluxmoe.kernels.triton_experts import TritonExperts
 from fluxmoe.kernels.triton_ops import TritonOps
@@ -52,7 +52,7 @@ block = torch.zeros(16, dtype=torch.uint8)
 experts = SimpleNamespace(table=ExpertTable.from_blocks([(block, block)] * 128, "cpu", FORMAT), wait=lambda d: None)
 
 def linear(n, k):
-    return PackedLinear(empty(n * k * 2, dtype=torch.uint8), n, k, torch.bfloat16)
+    return Linear(empty(n * k * 2, dtype=torch.uint8), n, k, torch.bfloat16)
 
 with compile_only(90):
     ops = TritonOps(dims, Limits(1024, 256, 4096, 32), "meta")

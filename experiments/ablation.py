@@ -23,6 +23,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE
 from fluxmoe.runtime.memory.budget import BudgetError, parse_bytes
 from fluxmoe.runtime.metrics import summarise
 from tqdm import tqdm
@@ -33,12 +34,12 @@ from .machines import Machine, machine_of
 from .presets import Source, add_model_source, model_source
 from .workloads import drawn_lengths, make_requests
 
-_HALF = {"placement": "balanced", "alpha": 0.5, "expert_format": "planar12"}
+_HALF = {"placement": "balanced", "alpha": 0.5, "expert_format": DEFAULT_COMPRESSED}
 _ADAPTIVE = {"placement": "packed", "adaptive": True, "least_alpha": 0.8}
 VARIANTS = {
     "full": _HALF,
     "decoded slots": _HALF | {"slot_format": "decoded"},
-    "dense transfer": _HALF | {"host_format": "dense"},
+    "dense transfer": _HALF | {"host_format": DENSE},
     "no compression": {"placement": "balanced", "alpha": 0.5},
     "whole layers": _HALF | {"placement": "hybrid"},
     "on demand": _HALF | {"transfer": "on_demand"},

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from fluxmoe.kernels.cpu import gemm, moe, planar
 from fluxmoe.kernels.cpu.gemm import default_threads
-from fluxmoe.kernels.expert_table import FORMAT_PLANAR12, ExpertTable
+from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.hardware import measure_bandwidths
 
@@ -35,7 +35,7 @@ _SECONDS = 0.4
 
 @dataclass
 class Layer:
-    """One layer's experts: packed for us, dense and compressed, and as they are for torch."""
+    """One layer's experts: arranged for us, dense and compressed, and as they are for torch."""
 
     table: ExpertTable
     planar: ExpertTable
@@ -51,11 +51,11 @@ def make_layer(hidden: int, intermediate: int, experts: int) -> Layer:
     for gate_up, down in weights:
         sizes = (
             moe.gate_up_bytes(intermediate, hidden, torch.bfloat16),
-            gemm.packed_bytes(hidden, intermediate, torch.bfloat16),
+            gemm.arranged_bytes(hidden, intermediate, torch.bfloat16),
         )
         pair = tuple(torch.empty(n, dtype=torch.uint8) for n in sizes)
-        moe.pack_gate_up(gate_up, pair[0])
-        gemm.pack(down, pair[1])
+        moe.arrange_gate_up(gate_up, pair[0])
+        gemm.arrange(down, pair[1])
         blocks.append(pair)
         panels = [
             block.view(torch.bfloat16).view(-1, depth, gemm.LANES)
@@ -66,7 +66,7 @@ def make_layer(hidden: int, intermediate: int, experts: int) -> Layer:
             planar.encode(source, target)
         compressed.append(smaller)
     return Layer(
-        ExpertTable.from_blocks(blocks, "cpu"), ExpertTable.from_blocks(compressed, "cpu", FORMAT_PLANAR12), weights
+        ExpertTable.from_blocks(blocks, "cpu"), ExpertTable.from_blocks(compressed, "cpu", "planar12"), weights
     )
 
 
@@ -85,8 +85,8 @@ def median_seconds(work: Callable[[int], None], layers: int) -> tuple[float, flo
 def peak_flops(threads: int) -> float:
     """FMA rate of the tile on a product that is far from memory-bound, flop/s."""
     n, k, rows = 2048, 512, 256
-    block = torch.empty(gemm.packed_bytes(n, k, torch.bfloat16), dtype=torch.uint8)
-    gemm.pack(torch.randn(n, k).bfloat16(), block)
+    block = torch.empty(gemm.arranged_bytes(n, k, torch.bfloat16), dtype=torch.uint8)
+    gemm.arrange(torch.randn(n, k).bfloat16(), block)
     x, y, scratch = torch.randn(rows, k), torch.empty(rows, n), gemm.Scratch(rows, threads)
     seconds, _ = median_seconds(lambda i: gemm.linear(x, block, n, torch.bfloat16, y, scratch), 1)
     return 2 * n * k * rows / seconds
@@ -105,11 +105,11 @@ def bench(shape: str, rows: list[int], bandwidth: float, flops_rate: float, peer
         scratch = gemm.Scratch(tokens, threads)
         # Token t goes to expert t mod E: every expert gets `count` rows, gathered from all over x.
         logits = F.one_hot(torch.arange(tokens) % experts, experts).float()
-        moe.route(logits, 1, True, buffers)
+        routing = moe.route(logits, 1, True, buffers)
 
         def run(table: ExpertTable) -> None:
-            moe.gate_up(x, table, intermediate, torch.bfloat16, buffers, scratch)  # noqa: B023
-            moe.down(table, intermediate, torch.bfloat16, buffers, scratch)  # noqa: B023
+            moe.gate_up(x, table, intermediate, torch.bfloat16, routing, buffers, scratch)  # noqa: B023
+            moe.down(table, intermediate, torch.bfloat16, routing, buffers, scratch)  # noqa: B023
 
         def torch_loop(weights, inputs) -> None:
             for expert, (gate_up, down) in enumerate(weights):

@@ -19,16 +19,16 @@ from pathlib import Path
 
 import torch
 from fluxmoe.kernels import grouped_gemm
-from fluxmoe.kernels.expert_table import FORMAT_DENSE, FORMAT_PLANAR12, ExpertTable
-from fluxmoe.kernels.packing.blocks import block_bytes, encode_block
+from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats
 from fluxmoe.kernels.routing import Router
 from fluxmoe.kernels.tiles import (
     Tiles,
     capability_of,
     choose_tiles,
+    fused_tile,
     invariant_tile,
     num_sms_of,
-    planar12_tile,
     read_tuned,
     tuned_tiles,
 )
@@ -50,10 +50,17 @@ from .gpu import (
 from .moe_peers import PEERS
 from .moe_shapes import MODEL_SHAPES, SHAPES, TOKENS, Shape
 
-OURS = ("fluxmoe", "fluxmoe invariant", "fluxmoe planar12")
+# Ours on dense experts, with one tile for all batches, and on experts in each format that the GEMM decodes.
+OURS = ("fluxmoe", "fluxmoe invariant", *(f"fluxmoe {name}" for name in sorted(fused_formats("triton"))))
 # Experts of a layer with weights of their own; the others repeat them at addresses of their own, which is all that
 # time depends on. So few need be compressed.
 _DISTINCT = 8
+
+
+def format_of(provider: str) -> str:
+    """The format of the experts that one of OURS is given."""
+    name = provider.removeprefix("fluxmoe").strip()
+    return name if name in FORMATS else DENSE
 
 
 class Layer:
@@ -63,6 +70,7 @@ class Layer:
         self.shape, self.device = shape, device
         self.gate_up = self._weights(2 * shape.intermediate, shape.hidden)
         self.down = self._weights(shape.hidden, shape.intermediate)
+        self._tables: dict[str, tuple[ExpertTable, float]] = {}
 
     def _weights(self, n: int, k: int) -> Tensor:
         """bf16 [E, n, k]."""
@@ -70,33 +78,41 @@ class Layer:
         few = torch.randn(count, n, k, dtype=torch.bfloat16, device=self.device) * k**-0.5
         return few.repeat(-(-self.shape.experts // count), 1, 1)[: self.shape.experts].contiguous()
 
-    @cached_property
-    def table(self) -> ExpertTable:
-        """Every expert dense."""
-        mixed = [grouped_gemm.interleave(w) for w in self.gate_up]
-        return self._table([(_bytes(a), _bytes(b)) for a, b in zip(mixed, self.down, strict=True)], FORMAT_DENSE)
+    def table(self, expert_format: str = DENSE) -> ExpertTable:
+        """Every expert in a format."""
+        return self._made(expert_format)[0]
 
-    @cached_property
-    def packed(self) -> tuple[ExpertTable, float]:
-        """Every expert in planar12, and bits a weight."""
+    def bits(self, expert_format: str) -> float:
+        """Of a weight, measured."""
+        return self._made(expert_format)[1]
+
+    def _made(self, expert_format: str) -> tuple[ExpertTable, float]:
+        if expert_format not in self._tables:
+            if expert_format == DENSE:
+                mixed = [grouped_gemm.interleave(w) for w in self.gate_up]
+                blocks, bits = [(_bytes(a), _bytes(b)) for a, b in zip(mixed, self.down, strict=True)], 16.0
+            else:
+                blocks, bits = self._compress(expert_format)
+            # On the meta device, where launches are only compiled, the table itself must have values.
+            where = torch.device("cpu") if self.device.type == "meta" else self.device
+            self._tables[expert_format] = ExpertTable.from_blocks(blocks, where, expert_format), bits
+        return self._tables[expert_format]
+
+    def _compress(self, expert_format: str) -> tuple[list[tuple[Tensor, Tensor]], float]:
+        blocks_of = FORMATS[expert_format].blocks("triton")
+
+        def compress(weight: Tensor) -> tuple[Tensor, float]:
+            block = torch.empty(blocks_of.nbytes(*weight.shape), dtype=torch.uint8, device=self.device)
+            if self.device.type == "meta":
+                return block, FORMATS[expert_format].bits
+            on_host = torch.empty_like(block, device="cpu")
+            recipe = blocks_of.encode(weight.cpu(), on_host)
+            return block.copy_(on_host), 8 * recipe.nbytes / weight.numel()
+
         experts = range(min(_DISTINCT, self.shape.experts))
-        few = [(self._pack(grouped_gemm.interleave(self.gate_up[e])), self._pack(self.down[e])) for e in experts]
+        few = [(compress(grouped_gemm.interleave(self.gate_up[e])), compress(self.down[e])) for e in experts]
         blocks = [tuple(block.clone() for block, _ in few[e % len(few)]) for e in range(self.shape.experts)]
-        bits = sum(bits for pair in few for _, bits in pair) / (2 * len(few))
-        return self._table(blocks, FORMAT_PLANAR12), bits
-
-    def _pack(self, weight: Tensor) -> tuple[Tensor, float]:
-        block = torch.empty(block_bytes("planar12", *weight.shape), dtype=torch.uint8, device=self.device)
-        if self.device.type == "meta":
-            return block, 12.0
-        on_host = torch.empty_like(block, device="cpu")
-        recipe = encode_block("planar12", weight.cpu(), on_host)
-        return block.copy_(on_host), 8 * recipe.nbytes / weight.numel()
-
-    def _table(self, blocks: list, table_format: int) -> ExpertTable:
-        # On the meta device, where launches are only compiled, the table itself must have values.
-        where = torch.device("cpu") if self.device.type == "meta" else self.device
-        return ExpertTable.from_blocks(blocks, where, table_format)
+        return blocks, sum(bits for pair in few for _, bits in pair) / (2 * len(few))
 
 
 def _bytes(weight: Tensor) -> Tensor:
@@ -104,23 +120,23 @@ def _bytes(weight: Tensor) -> Tensor:
 
 
 class Ours:
-    """Router, tiles and buffers of one engine, for batches of `tokens`; packed: of compressed experts."""
+    """Router, tiles and buffers of one engine, for batches of `tokens`, and the format of its experts."""
 
     def __init__(
-        self, shape: Shape, tokens: int, device: torch.device, tiles: Tiles | None = None, packed: bool = False
+        self, shape: Shape, tokens: int, device: torch.device, tiles: Tiles | None = None, expert_format: str = DENSE
     ) -> None:
-        self.packed, slots = packed, tokens * shape.top_k
+        self.expert_format, rows = expert_format, tokens * shape.top_k
         self.num_sms = num_sms_of(device)
-        self.tiles = tiles or rule_tiles(shape, tokens, device, packed)
+        self.tiles = tiles or rule_tiles(shape, tokens, device, expert_format)
         self.router = Router(tokens, shape.experts, shape.top_k, True, device)
-        self.h = torch.empty(slots, shape.intermediate, dtype=torch.bfloat16, device=device)
-        self.y = torch.empty(slots, shape.hidden, dtype=torch.bfloat16, device=device)
+        self.h = torch.empty(rows, shape.intermediate, dtype=torch.bfloat16, device=device)
+        self.y = torch.empty(rows, shape.hidden, dtype=torch.bfloat16, device=device)
         self.out = torch.zeros(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
         self.top_k = shape.top_k
 
     def run(self, layer: Layer, x: Tensor, logits: Tensor) -> Tensor:
         """The layer's output, added to what `out` holds."""
-        table = layer.packed[0] if self.packed else layer.table
+        table = layer.table(self.expert_format)
         routing = self.router(logits, self.tiles.gate_up.block_m)
         grouped_gemm.gate_up(x, table, routing, self.h, torch.bfloat16, self.tiles.gate_up, self.num_sms)
         grouped_gemm.down(self.h, table, routing, self.y, torch.bfloat16, self.tiles.down, self.num_sms)
@@ -129,15 +145,15 @@ class Ours:
 
 def rows_per_expert(shape: Shape, tokens: int) -> float:
     """Mean rows of an expert that has any, as TritonOps reckons them."""
-    slots = tokens * shape.top_k
-    return slots / max(1, min(slots, shape.experts))
+    rows = tokens * shape.top_k
+    return rows / max(1, min(rows, shape.experts))
 
 
-def rule_tiles(shape: Shape, tokens: int, device: torch.device, packed: bool = False) -> Tiles:
+def rule_tiles(shape: Shape, tokens: int, device: torch.device, expert_format: str = DENSE) -> Tiles:
     """The tiles that an engine would use on this device."""
     capability, rows = capability_of(device), rows_per_expert(shape, tokens)
-    if packed:
-        tile = planar12_tile(rows, capability)
+    if expert_format != DENSE:
+        tile = fused_tile(FORMATS[expert_format].tile, rows, capability)
         return Tiles(tile, tile)
     name = torch.cuda.get_device_name() if device.type == "cuda" else None
     return choose_tiles(shape.hidden, shape.intermediate, rows, capability, 2, name)
@@ -221,13 +237,12 @@ class Point:
             inputs = (self.x, self.logits, self.weights, self.chosen)
             check(runs[0](*inputs), self.expected(peer.plus_one))
             return time_calls([partial(run, *inputs) for run in runs], graph=peer.graph)
-        packed = provider == "fluxmoe planar12"
-        ours = Ours(self.shape, self.tokens, self.device, self.tiles(provider), packed)
+        ours = Ours(self.shape, self.tokens, self.device, self.tiles(provider), format_of(provider))
         check(ours.run(self.layers[0], self.x, self.logits), self.expected())
         return time_calls([partial(ours.run, layer, self.x, self.logits) for layer in self.layers])
 
     def bits(self, provider: str) -> float:
-        return self.layers[0].packed[1] if provider == "fluxmoe planar12" else 16.0
+        return self.layers[0].bits(format_of(provider))
 
     @cached_property
     def base_s(self) -> float | None:

@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from fluxmoe.kernels.cpu.experts import CpuExperts
-from fluxmoe.kernels.expert_table import FORMAT_DENSE, FORMAT_PLANAR12, ExpertTable
+from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.formats import DENSE, compressed_formats
 from fluxmoe.kernels.ops import ExpertOps
-from fluxmoe.kernels.packing import FORMATS, Packed, PackedFormat
+from fluxmoe.kernels.packing import Codec, Packed
 from fluxmoe.kernels.packing.histogram import exponent_histogram
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.decoder import expert_dims
@@ -34,6 +35,9 @@ from tqdm import tqdm
 from .common import Parser, UsageError, cli_main, provenance, write_csv, write_json
 from .fig5_exponents import entropy
 from .presets import add_model_source, model_source
+
+# The format whose GEMM is timed.
+FUSED = "planar12"
 
 _REPEATS = 3
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -59,14 +63,14 @@ def median_seconds(work: Callable[[], object]) -> float:
     return float(np.median(times))
 
 
-def gpu_decode_rate(packed_format: PackedFormat, packed: Packed, weight: Tensor) -> dict[str, float]:
+def gpu_decode_rate(codec: Codec, packed: Packed, weight: Tensor) -> dict[str, float]:
     """GB/s of output on the GPU, and the share of what a copy of as many bytes reaches."""
     from .gpu import time_calls
 
     on_gpu = packed.to("cuda")
     out, source = torch.empty(packed.shape, dtype=torch.bfloat16, device="cuda"), weight.cuda()
-    assert torch.equal(packed_format.decode(on_gpu).view(torch.int16), source.view(torch.int16)), packed_format.name
-    decode = time_calls([lambda: packed_format.decode(on_gpu, out)]).p50
+    assert torch.equal(codec.decode(on_gpu).view(torch.int16), source.view(torch.int16)), codec.name
+    decode = time_calls([lambda: codec.decode(on_gpu, out)]).p50
     copy = time_calls([lambda: out.copy_(source)]).p50
     moved = packed.nbytes + weight.nbytes
     return {
@@ -75,25 +79,25 @@ def gpu_decode_rate(packed_format: PackedFormat, packed: Packed, weight: Tensor)
     }
 
 
-def bench_format(packed_format: PackedFormat, tensor: str, weight: Tensor) -> dict:
+def bench_format(codec: Codec, tensor: str, weight: Tensor) -> dict:
     """One row: weight bf16 [E, rows, cols]."""
-    packed = packed_format.encode(weight)
+    packed = codec.encode(weight)
     out = torch.empty_like(weight)
-    packed_format.decode(packed, out)
+    codec.decode(packed, out)
     exact = torch.equal(out.view(torch.int16), weight.view(torch.int16))
-    assert exact, f"format {packed_format.name} does not give back {tensor}"
+    assert exact, f"format {codec.name} does not give back {tensor}"
     row = {
-        "format": packed_format.name,
+        "format": codec.name,
         "tensor": tensor,
         "weights": weight.numel(),
-        "bits_per_weight": packed_format.bits_per_weight(packed),
+        "bits_per_weight": codec.bits_per_weight(packed),
         "bound_bits": bound_of(weight),
-        "encode_gb_per_s": weight.nbytes / median_seconds(lambda: packed_format.encode(weight)) / 1e9,
-        "decode_gb_per_s": weight.nbytes / median_seconds(lambda: packed_format.decode(packed, out)) / 1e9,
+        "encode_gb_per_s": weight.nbytes / median_seconds(lambda: codec.encode(weight)) / 1e9,
+        "decode_gb_per_s": weight.nbytes / median_seconds(lambda: codec.decode(packed, out)) / 1e9,
         "copy_gb_per_s": weight.nbytes / median_seconds(lambda: out.copy_(weight)) / 1e9,
     }
     if torch.cuda.is_available():
-        row |= gpu_decode_rate(packed_format, packed, weight)
+        row |= gpu_decode_rate(codec, packed, weight)
     return row
 
 
@@ -109,26 +113,23 @@ class FusedGemm:
             from .gpu import cold_copies
 
             self.dense_ops: ExpertOps = TritonExperts(dims, most_tokens, device)
-            self.ops: ExpertOps = TritonExperts(dims, most_tokens, device, planar12=True)
+            self.ops: ExpertOps = TritonExperts(dims, most_tokens, device, formats=(FUSED,))
             wanted = cold_copies(config.expert_bytes_total // len(config.moe_layers))
         else:
             self.dense_ops = self.ops = CpuExperts(dims, most_tokens)
             wanted = -(-_COLD_BYTES * len(config.moe_layers) // config.expert_bytes_total)
         self.hidden = config.hidden_size
         layers = config.moe_layers[:wanted]
-        self.pages = {
-            name: [self._page(checkpoint, i, name) for i in tqdm(layers, name)] for name in ("dense", "planar12")
-        }
+        self.pages = {name: [self._page(checkpoint, i, name) for i in tqdm(layers, name)] for name in (DENSE, FUSED)}
         self.num_experts = config.num_experts
 
     def _page(self, checkpoint: Checkpoint, layer: int, name: str) -> LayerPage:
         pairs: list = [None] * checkpoint.config.num_experts
         for _, expert, gate_up, down in checkpoint.experts(layers={layer}):
             blocks = tuple(torch.empty(n, dtype=torch.uint8) for n in self.ops.expert_bytes(name))
-            self.ops.pack_expert(gate_up, down, blocks, name)
+            self.ops.encode_expert(gate_up, down, blocks, name)
             pairs[expert] = tuple(block.to(self.device) for block in blocks)
-        number = FORMAT_PLANAR12 if name == "planar12" else FORMAT_DENSE
-        return LayerPage(ExpertTable.from_blocks(pairs, self.device, number), lambda tensor_type: None)
+        return LayerPage(ExpertTable.from_blocks(pairs, self.device, name), lambda tensor_type: None)
 
     def run(self, ops: ExpertOps, x: Tensor, logits: Tensor, page: LayerPage, out: Tensor) -> Tensor:
         return ops.moe_add(x, ops.route(logits), page, out)
@@ -138,7 +139,7 @@ class FusedGemm:
         x = torch.randn(tokens, self.hidden, device=self.device).to(self.ops.act_dtype)
         logits = torch.randn(tokens, self.num_experts, device=self.device)
         zero = torch.zeros_like(x)
-        dense, packed = self.pages["dense"], self.pages["planar12"]
+        dense, packed = self.pages[DENSE], self.pages[FUSED]
         results = [self.run(self.ops, x, logits, pages[0], zero.clone()) for pages in (dense, packed)]
         assert torch.equal(*results), f"{tokens} tokens: compressed and dense experts differ"
         out = zero.clone()
@@ -165,9 +166,9 @@ class FusedGemm:
 
     def _cpu_pairs(self, x: Tensor, logits: Tensor, out: Tensor) -> np.ndarray:
         """Seconds [pairs, 2], each pair on the same layer, its order alternating."""
-        times, begin, names = [], time.perf_counter(), ("dense", "planar12")
+        times, begin, names = [], time.perf_counter(), (DENSE, FUSED)
         while len(times) < _PAIRS and (len(times) < 3 or time.perf_counter() - begin < _SECONDS):
-            layer, pair = len(times) % len(self.pages["dense"]), [0.0, 0.0]
+            layer, pair = len(times) % len(self.pages[DENSE]), [0.0, 0.0]
             for which in (0, 1) if len(times) % 2 else (1, 0):
                 start = time.perf_counter()
                 self.run(self.ops, x, logits, self.pages[names[which]][layer], out)
@@ -181,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
     add_model_source(p)
     p.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS), help="tokens of the GEMM's points")
     p.add_argument("--experts", type=int, default=64, help="experts to take, from the first layer on")
-    p.add_argument("--formats", nargs="+", choices=sorted(FORMATS), default=list(FORMATS))
+    p.add_argument("--formats", nargs="+", choices=sorted(compressed_formats()), default=list(compressed_formats()))
     p.add_argument("--out", required=True, metavar="DIR")
     return p
 
@@ -204,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for name in args.formats:
         for tensor, weight in tensors.items():
-            row = bench_format(FORMATS[name], tensor, weight)
+            row = bench_format(compressed_formats()[name].codec, tensor, weight)
             rows.append(row)
             gpu = f", on the GPU {row['gpu_decode_gb_per_s']:.0f}" if "gpu_decode_gb_per_s" in row else ""
             print(

@@ -2,8 +2,8 @@
 
     python -m fluxmoe.experiments.bit_equality --out results/<gpu>/bit_equality
 
-One tile of 16, 32 and 64 rows, gate_up and down: the same GEMM on an expert that is dense and on the same expert in
-planar12, in launches that may meet both, as serving's. Output is compared on the device after every launch, so a race
+One tile of 16, 32 and 64 rows, gate_up and down: the same GEMM on an expert that is dense and on the same expert
+compressed, in launches that may meet both, as serving's. Output is compared on the device after every launch, so a race
 that goes wrong once in a thousand shows; a row counts the launches that differed, and those that differed from their
 own first.
 """
@@ -15,15 +15,16 @@ from functools import partial
 
 import torch
 from fluxmoe.kernels import grouped_gemm
-from fluxmoe.kernels.expert_table import FORMAT_DENSE, FORMAT_PLANAR12, ExpertTable
-from fluxmoe.kernels.packing.blocks import block_bytes, encode_block
+from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, FORMATS
 from fluxmoe.kernels.routing import Router
-from fluxmoe.kernels.tiles import capability_of, num_sms_of, planar12_tile
+from fluxmoe.kernels.tiles import capability_of, fused_tile, num_sms_of
 from torch import Tensor
 
 from .common import Parser, UsageError, cli_main
 from .gpu import ResultRows, WrongError, require_gpu
 
+FUSED = DEFAULT_COMPRESSED
 ROWS = (16, 32, 64)
 TENSORS = ("gate_up", "down")
 # Qwen3-30B-A3B's expert, and for rehearsals the smallest that the format takes.
@@ -39,16 +40,16 @@ class Twins:
         down = (torch.randn(hidden, intermediate) * intermediate**-0.5).bfloat16()
         dense = tuple(w.reshape(-1).view(torch.uint8).to(device) for w in (gate_up, down))
         packed = tuple(_packed(w).to(device) for w in (gate_up, down))
-        formats = (FORMAT_DENSE, FORMAT_PLANAR12)
+        formats = (DENSE, FUSED)
         # With a packed expert in each, both launch the same kernel.
         where = torch.device("cpu") if device.type == "meta" else device
-        self.tables = [ExpertTable.from_blocks([first, packed], where, [f, FORMAT_PLANAR12])
+        self.tables = [ExpertTable.from_blocks([first, packed], where, [f, FUSED])
                        for first, f in zip((dense, packed), formats, strict=True)]  # fmt: skip
 
     def outputs(self, tensor: str, rows: int):
         """A function each, dense and packed, that runs the GEMM and returns its output."""
         hidden, intermediate = self.sizes
-        tile = planar12_tile(rows, capability_of(self.device))
+        tile = fused_tile(FORMATS[FUSED].tile, rows, capability_of(self.device))
         logits = torch.tensor([[1.0, 0.0]], device=self.device).repeat(rows, 1)
         routing = Router(rows, 2, 1, True, self.device)(logits, tile.block_m)
         width, n = (hidden, intermediate) if tensor == "gate_up" else (intermediate, hidden)
@@ -64,8 +65,9 @@ class Twins:
 
 
 def _packed(weight: Tensor) -> Tensor:
-    block = torch.empty(block_bytes("planar12", *weight.shape), dtype=torch.uint8)
-    encode_block("planar12", weight, block)
+    blocks = FORMATS[FUSED].blocks("triton")
+    block = torch.empty(blocks.nbytes(*weight.shape), dtype=torch.uint8)
+    blocks.encode(weight, block)
     return block
 
 

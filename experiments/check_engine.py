@@ -20,6 +20,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED
 from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.devices import resolve_device
 from fluxmoe.runtime.engine import Engine
@@ -49,25 +50,25 @@ MODELS = {
     "olmoe": dict(arch="olmoe", experts=8, top_k=3, hidden=128, moe_intermediate=128, heads=4),
 }
 _EAGER, _INVARIANT = {"cuda_graphs": False}, {"batch_invariant": True}
-_HOST, _PLANAR = {"placement": "host", "poison": True}, {"expert_format": "planar12"}
+_HOST, _FUSED = {"placement": "host", "poison": True}, {"expert_format": DEFAULT_COMPRESSED}
 _PACKED, _HALF = {"placement": "packed"}, {"alpha": 0.5}
-# Settings within a group give the same tokens. Launches that may meet planar12 have tiles of their own.
+# Settings within a group give the same tokens. Launches that may meet compressed experts have tiles of their own.
 PACKED_GROUPS = {
     "packed": {
         "packed": _PACKED,
-        "host": _HOST | _PLANAR,
-        "balanced": {"placement": "balanced"} | _HALF | _PLANAR,
+        "host": _HOST | _FUSED,
+        "balanced": {"placement": "balanced"} | _HALF | _FUSED,
         "hybrid": {"placement": "hybrid"} | _HALF,
         "dense share": _PACKED | {"dense_share": 0.5},
-        "on demand": {"placement": "host", "transfer": "on_demand"} | _PLANAR,
-        "host, decoded slots": _HOST | _PLANAR | {"slot_format": "decoded"},
-        "disk": {"placement": "disk"} | _PLANAR,
+        "on demand": {"placement": "host", "transfer": "on_demand"} | _FUSED,
+        "host, decoded slots": _HOST | _FUSED | {"slot_format": "decoded"},
+        "disk": {"placement": "disk"} | _FUSED,
     },
-    "packed, no graphs": {"packed": _PACKED | _EAGER, "host": _HOST | _PLANAR | _EAGER},
+    "packed, no graphs": {"packed": _PACKED | _EAGER, "host": _HOST | _FUSED | _EAGER},
     "packed, batch-invariant": {
         "graphs": _PACKED | _INVARIANT,
         "no graphs": _PACKED | _INVARIANT | _EAGER,
-        "host": _HOST | _PLANAR | _INVARIANT,
+        "host": _HOST | _FUSED | _INVARIANT,
     },
     "decoded first": {
         "resident": {},

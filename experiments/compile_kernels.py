@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 import torch
 import triton
-from fluxmoe.kernels.expert_table import FORMAT_DENSE, FORMAT_PLANAR12, ExpertTable
+from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, compressed_formats
 from fluxmoe.kernels.launches import compile_only
 from fluxmoe.kernels.ops import AttentionMetadata, ExpertOps, Limits
-from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.kernels.tiles import capability_of, choose_tiles, num_sms_of, read_tuned, tuned_tiles
 from fluxmoe.models import ARCHITECTURES
 from fluxmoe.models.config import ModelConfig
@@ -78,7 +78,7 @@ def jobs(tuned: Path | None, rehearse: bool) -> Iterator[Job]:
                 for invariant in (False, True):
                     where = f"{name} {dtype}{' packed' * packed}{' invariant' * invariant}"
                     yield Job(where, "small_model", (name, dtype, packed, invariant))
-    for provider in ("fluxmoe", "fluxmoe planar12", "fluxmoe invariant"):
+    for provider in bench_grouped_gemm.OURS:
         for shape in ("qwen3_30b", "mixtral"):
             for tokens in (1, 2, 8, 32, 128, 512, 1024, 2048, 8192):
                 yield Job(f"layer {shape} {tokens} {provider}", "layer_point", (shape, tokens, provider, tuned))
@@ -95,7 +95,7 @@ def jobs(tuned: Path | None, rehearse: bool) -> Iterator[Job]:
             yield Job(where, "attention_point", (shape, sequences, queries, context))
     for sequences, tokens in ((1, 1), (32, 1), (128, 1), (1, 512), (1, 2048)):
         yield Job(f"delta net {sequences} {tokens}", "delta_point", (sequences, tokens))
-    for name in FORMATS:
+    for name in compressed_formats():
         yield Job(f"decode {name}", "decode", (name,))
 
 
@@ -104,7 +104,7 @@ def jobs(tuned: Path | None, rehearse: bool) -> Iterator[Job]:
 
 def layer_point(name: str, tokens: int, provider: str, tuned: Path | None, gpu: str | None) -> None:
     shape = SHAPES[name]
-    layer, packed = bench_grouped_gemm.Layer(shape, META), provider == "fluxmoe planar12"
+    layer, expert_format = bench_grouped_gemm.Layer(shape, META), bench_grouped_gemm.format_of(provider)
     tiles = None
     if provider == "fluxmoe":
         rows = bench_grouped_gemm.rows_per_expert(shape, tokens)
@@ -113,7 +113,7 @@ def layer_point(name: str, tokens: int, provider: str, tuned: Path | None, gpu: 
         tiles = tiles or choose_tiles(*sizes, capability_of(META), 2, gpu)
     elif provider == "fluxmoe invariant":
         tiles = bench_grouped_gemm.invariant_tiles(META)
-    ours = bench_grouped_gemm.Ours(shape, tokens, META, tiles, packed)
+    ours = bench_grouped_gemm.Ours(shape, tokens, META, tiles, expert_format)
     ours.run(layer, *_layer_inputs(name, tokens))
 
 
@@ -150,8 +150,9 @@ def delta_point(sequences: int, tokens: int, gpu: str | None) -> None:
 
 
 def decode(name: str, gpu: str | None) -> None:
-    packed = FORMATS[name].encode((0.02 * torch.randn(256, 512)).bfloat16())
-    FORMATS[name].decode_triton(packed.to("meta"), torch.empty(256, 512, dtype=torch.bfloat16, device=META))
+    codec = compressed_formats()[name].codec
+    packed = codec.encode((0.02 * torch.randn(256, 512)).bfloat16())
+    codec.decode_triton(packed.to("meta"), torch.empty(256, 512, dtype=torch.bfloat16, device=META))
 
 
 def small_model(name: str, dtype: str, packed: bool, invariant: bool, gpu: str | None) -> None:
@@ -181,7 +182,8 @@ def forward_passes(
     most = max(sequences for sequences, _, _ in passes), max(tokens for _, tokens, _ in passes)
     limits = Limits(most[1], most[0], context, _BLOCK_SIZE)
     ops = TritonOps(layer_dims(config), limits, META, batch_invariant=invariant)
-    expert_ops = TritonExperts(expert_dims(config), limits.tokens, META, batch_invariant=invariant, planar12=packed)
+    dims, expert_format = expert_dims(config), DEFAULT_COMPRESSED if packed else DENSE
+    expert_ops = TritonExperts(dims, limits.tokens, META, batch_invariant=invariant, formats=(expert_format,))
     blocks = -(-context // _BLOCK_SIZE)
     with torch.device("meta"):
         decoder = Decoder(config, ops, context)
@@ -193,8 +195,7 @@ def forward_passes(
             StateCache(config.delta, len(config.delta_layers), most[0], config.dtype, META) if config.delta else None
         )
     block = torch.zeros(16, dtype=torch.uint8)
-    number = FORMAT_PLANAR12 if packed else FORMAT_DENSE
-    table = ExpertTable.from_blocks([(block, block)] * config.num_experts, "cpu", number)
+    table = ExpertTable.from_blocks([(block, block)] * config.num_experts, "cpu", expert_format)
     for sequences, tokens, graph in passes:
         metadata = _metadata(sequences, tokens, blocks, graph)
         token_ids, rows = (torch.empty(n, dtype=torch.int64, device=META) for n in (tokens, sequences))

@@ -66,7 +66,7 @@ class Experts:
             gate_up = torch.randn(2 * d.intermediate, d.hidden).mul_(d.hidden**-0.5).bfloat16()
             down = torch.randn(d.hidden, d.intermediate).mul_(d.intermediate**-0.5).bfloat16()
             blocks = tuple(torch.empty(n, dtype=torch.uint8) for n in sizes)
-            self.ops.pack_expert(gate_up, down, blocks)
+            self.ops.encode_expert(gate_up, down, blocks)
             for target, block in zip(stacked, blocks, strict=True):
                 target[expert].copy_(block)
         for tensor, source in zip(self.paged, stacked, strict=True):

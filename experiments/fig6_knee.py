@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE
 from fluxmoe.runtime.experts.planner import knee
 from tqdm import tqdm
 
@@ -32,7 +33,7 @@ def step_times(
     # No request may end before the last prompt is prefilled, and a step has room for one at least.
     output = batch * -(-args.prompt_tokens // max(1, args.max_batched_tokens - batch)) + args.steps + 1
     settings = engine_config(
-        args, args.prompt_tokens + output, placement="balanced", alpha=alpha, expert_format="planar12",
+        args, args.prompt_tokens + output, placement="balanced", alpha=alpha, expert_format=DEFAULT_COMPRESSED,
         host_format=host_format, max_batch=batch, budget_bytes=1 << 50 if machine.simulated else None,
     )  # fmt: skip
     requests = make_requests([Lengths(0.0, args.prompt_tokens, output)] * batch, source.config.vocab_size, 0)
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError("batches, prompts and steps must be at least 1")
     machine, source, out = machine_of(args), model_source(args), Path(args.out)
     rows: list[dict] = []
-    points = [(b, f, a) for b in args.batches for f in ("dense", "planar12") for a in ALPHAS]
+    points = [(b, f, a) for b in args.batches for f in (DENSE, DEFAULT_COMPRESSED) for a in ALPHAS]
     for batch, host_format, alpha in tqdm(points, "points", unit="point"):
         compute, load = step_times(args, machine, source, batch, alpha, host_format)
         rows.append({"batch": batch, "host_format": host_format, "alpha": alpha, "compute_s": compute, "load_s": load})

@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from fluxmoe.kernels.packing import FORMATS
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, FORMATS, formats_help
 from fluxmoe.models.config import load_config
 from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.devices import resolve_device
@@ -61,12 +61,12 @@ def add_engine_arguments(p: argparse.ArgumentParser, swept: bool = False, simula
         p.add_argument("--alpha", type=float, help="share of experts kept on the device")
         p.add_argument("--dense-share", type=float, default=0.0, help="share of experts kept dense even so")
         p.add_argument(
-            "--expert-format", choices=["dense", *FORMATS],
-            help="lossless format of experts (default: planar12 for packed and hybrid, dense for the others); the GEMM "
-            "reads planar12 in place, the others are decoded into slots",
+            "--expert-format", choices=list(FORMATS),
+            help=f"lossless format of experts (default: {DEFAULT_COMPRESSED} for packed and hybrid, {DENSE} for the "
+            f"others). {formats_help()}",
         )  # fmt: skip
     p.add_argument(
-        "--host-format", choices=["dense", *FORMATS], help="format in host memory and files (default: --expert-format)"
+        "--host-format", choices=list(FORMATS), help="format in host memory and files (default: --expert-format)"
     )
     p.add_argument(
         "--slot-format", choices=["packed", "decoded"], default="packed",

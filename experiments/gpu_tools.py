@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, fused_formats
 
 from .bench_attention import SHAPES as ATTENTION_SHAPES
 from .bench_attention import make_case
@@ -36,7 +37,8 @@ from .gpu import AbsentError, ResultRows, WrongError, require_gpu
 from .moe_shapes import SHAPES
 from .presets import add_model_source, model_source
 
-KERNELS = ("dense", "planar12", "attention", "delta_net")
+_FORMATS = (DENSE, *sorted(fused_formats("triton")))
+KERNELS = (*_FORMATS, "attention", "delta_net")
 METRICS = {
     "gpu__time_duration.sum": "duration",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
@@ -45,16 +47,16 @@ METRICS = {
     "launch__registers_per_thread": "registers",
 }
 # Which of the launches of each is meant.
-_NAMES = {"dense": "_grouped_gemm_kernel", "planar12": "_grouped_gemm_kernel", "attention": "_decode_kernel",
+_NAMES = {**dict.fromkeys(_FORMATS, "_grouped_gemm_kernel"), "attention": "_decode_kernel",
           "delta_net": "_delta_kernel"}  # fmt: skip
 _FOLDERS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute", "/usr/local/cuda/compute-sanitizer")
 
 
 def run_kernel(name: str, device: torch.device, small: bool) -> None:
     """Launch one of KERNELS once, as serving does, or on the smallest shape."""
-    if name in ("dense", "planar12"):
+    if name in _FORMATS:
         shape, tokens = (SHAPES["tiny"], 3) if small else (SHAPES["qwen3_30b"], 32)
-        layer, ours = Layer(shape, device), Ours(shape, tokens, device, packed=name == "planar12")
+        layer, ours = Layer(shape, device), Ours(shape, tokens, device, expert_format=name)
         x = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
         ours.run(layer, x, router_logits(shape, tokens, "uniform", 0, device))
     elif name == "attention":
@@ -203,7 +205,8 @@ def parser() -> argparse.ArgumentParser:
     for tool in tools:
         tool.add_argument("--out", required=True, metavar="DIR")
     add_model_source(tools[2])
-    tools[2].add_argument("--placements", nargs="+", default=["balanced:0.5+planar12", "host+planar12"])
+    streamed = [f"{where}+{DEFAULT_COMPRESSED}" for where in ("balanced:0.5", "host")]
+    tools[2].add_argument("--placements", nargs="+", default=streamed)
     tools[2].add_argument("--budget", default="4GiB")
     for command in (*tools, kernels):
         command.add_argument("--rehearse", action="store_true", help="no GPU: interpreted on the CPU")

@@ -20,7 +20,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from fluxmoe.kernels.packing import FORMATS
+from fluxmoe.kernels.formats import FORMATS
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.runtime.experts.placement import POLICIES, Tier, place
 from fluxmoe.runtime.memory.budget import BudgetError, format_bytes, parse_bytes
@@ -75,8 +75,8 @@ def split_placement(text: str) -> tuple[str, float | None, str | None]:
         alpha = float(share) if share else None
     except ValueError:
         raise UsageError(f"placement {text!r}: {share!r} is no share; write for example balanced:0.5") from None
-    if (expert_format or "dense") not in ("dense", *FORMATS):
-        raise UsageError(f"placement {text!r}: unknown expert format; these are: dense, {', '.join(FORMATS)}")
+    if expert_format and expert_format not in FORMATS:
+        raise UsageError(f"placement {text!r}: unknown expert format; these are: {', '.join(FORMATS)}")
     place(name, 1, 1, alpha=alpha, bandwidths={Tier.RESIDENT: 1.0, Tier.HOST: 1.0})
     return name, alpha, expert_format or None
 

@@ -112,14 +112,14 @@ def _triton_kernels_new(first: Tensor, second: Tensor, swiglu_fn: object) -> Run
     def run(x: Tensor, logits: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         top_k = chosen.shape[1]
         sparse = topk(logits, top_k, apply_softmax=True)
-        # Sorted position → slot, a token's choices side by side.
-        slots = sparse.mask_metadata.col_sorted_indx
-        ragged = make_ragged_tensor_metadata(sparse.mask_metadata.col_sum, len(slots))
+        # Sorted position → row, a token's choices side by side.
+        rows = sparse.mask_metadata.col_sorted_indx
+        ragged = make_ragged_tensor_metadata(sparse.mask_metadata.col_sum, len(rows))
         h = matmul(
-            x, first, None, a_ragged_metadata=ragged, gather_indx=slots // top_k, fused_activation=activation
+            x, first, None, a_ragged_metadata=ragged, gather_indx=rows // top_k, fused_activation=activation
         )  # fmt: skip
         y = matmul(
-            h, second, None, a_ragged_metadata=ragged, scatter_indx=slots, gammas=sparse.vals.flatten()[slots]
+            h, second, None, a_ragged_metadata=ragged, scatter_indx=rows, gammas=sparse.vals.flatten()[rows]
         )  # fmt: skip
         return reduce(y.view(len(x), top_k, -1), dim=1)[0]
 

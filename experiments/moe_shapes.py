@@ -25,10 +25,10 @@ class Shape:
     def work(self, tokens: int, touched: float, bits: float = 16.0) -> tuple[float, float]:
         """(bytes, flops) that a layer cannot avoid: touched experts once, each activation written and read once.
         bits: of a weight."""
-        slots = tokens * self.top_k
-        activations = 2 * (3 * tokens * self.hidden + 2 * slots * self.intermediate + 2 * slots * self.hidden)
+        rows = tokens * self.top_k
+        activations = 2 * (3 * tokens * self.hidden + 2 * rows * self.intermediate + 2 * rows * self.hidden)
         weights = touched * self.expert_bytes * bits / 16
-        return weights + activations, 6.0 * slots * self.hidden * self.intermediate
+        return weights + activations, 6.0 * rows * self.hidden * self.intermediate
 
 
 SHAPES = {

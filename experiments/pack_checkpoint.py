@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 
 import torch
-from fluxmoe.kernels.packing import FORMATS, Packed, PackingError
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, compressed_formats
+from fluxmoe.kernels.packing import Packed, PackingError
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.packed import INDEX, TENSORS, UNFINISHED, VERSION, expert_file, expert_shape
 from safetensors.torch import save_file
@@ -36,7 +37,7 @@ _NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth",
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="fluxmoe.experiments.pack_checkpoint", description=__doc__.splitlines()[0])
     p.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint in bf16")
-    p.add_argument("--format", default="planar12", choices=sorted(FORMATS))
+    p.add_argument("--format", default=DEFAULT_COMPRESSED, choices=sorted(compressed_formats()))
     p.add_argument("--out", required=True, metavar="DIR")
     return p
 
@@ -56,9 +57,10 @@ def pack_layer(checkpoint: Checkpoint, layer: int, name: str, out: Path) -> None
     weights = {tensor: torch.empty(shape, dtype=torch.bfloat16) for tensor, shape in shapes.items()}
     for _, expert, gate_up, down in checkpoint.experts(layers={layer}):
         weights["gate_up"][expert], weights["down"][expert] = gate_up, down
+    codec = compressed_formats()[name].codec
     for tensor, weight in weights.items():
-        packed = FORMATS[name].encode(weight)
-        decoded = FORMATS[name].decode(packed)
+        packed = codec.encode(weight)
+        decoded = codec.decode(packed)
         assert torch.equal(decoded.view(torch.int16), weight.view(torch.int16)), f"{name} lost bits of layer {layer}"
         packed.save(out / expert_file(layer, tensor))
 

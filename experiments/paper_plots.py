@@ -170,12 +170,12 @@ def plot_knee(directory: Path) -> Path:
     points, about = _read(directory)
     batches = sorted(points.batch.unique())
     figure, axes = plt.subplots(1, len(batches), figsize=(4.0 * len(batches), 3.6), layout="constrained", squeeze=False)
-    colours = {"dense": "#000000", "planar12": "#D55E00"}
     for axis, batch in zip(axes[0], batches, strict=True):
         for host, rows in points[points.batch == batch].groupby("host_format"):
-            axis.plot(rows.alpha, rows.load_s * 1e3, "s" + line_of(about), color=colours[host], markersize=4,
+            colour = "#000000" if host == "dense" else "#D55E00"
+            axis.plot(rows.alpha, rows.load_s * 1e3, "s" + line_of(about), color=colour, markersize=4,
                       label=f"loads, host experts {host}")  # fmt: skip
-            axis.plot(rows.alpha, rows.compute_s * 1e3, "o" + line_of(about), color=colours[host], markersize=4,
+            axis.plot(rows.alpha, rows.compute_s * 1e3, "o" + line_of(about), color=colour, markersize=4,
                       markerfacecolor="white", label=f"compute, host experts {host}")  # fmt: skip
         axis.set_title(f"batch {batch}", fontsize=9)
         _finish(axis, "α, share of experts on the device")

@@ -19,8 +19,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE
 from fluxmoe.runtime.config import EngineConfig
-from fluxmoe.runtime.cost_model import FORMAT_BITS, CostParameters
+from fluxmoe.runtime.cost_model import CostParameters
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.metrics import summarise
@@ -29,7 +30,7 @@ from .machines import SIMULATED, Machine
 from .presets import Source
 from .workloads import Lengths, make_requests
 
-PAPER = CostParameters(bits={**FORMAT_BITS, "huffman": 12.8}, eager=True)
+PAPER = CostParameters(bits={**CostParameters().bits, "huffman": 12.8}, eager=True)
 OURS = CostParameters()
 # Of a request's context, what it generates: a conversation whose history is most of it. The paper does not say.
 OUTPUT_SHARE = 0.25
@@ -85,12 +86,12 @@ def settings_of(run: Run) -> Iterator[EngineConfig]:
             yield EngineConfig(**common, **where, preemption="swap")
             yield EngineConfig(**common, **where, preemption="recompute")
     elif system in ("fluxmoe", "fluxmoe-h"):
-        formats = dict(expert_format=run.buffer_format, host_format="dense" if offloads else None)
+        formats = dict(expert_format=run.buffer_format, host_format=DENSE if offloads else None)
         name = "hybrid" if system == "fluxmoe-h" else "balanced" if offloads else "packed"
         yield EngineConfig(**paper, **formats, placement=name, alpha=run.alpha if offloads else None)
     elif system in ("ours", "ours-eager"):
         name = "balanced" if offloads else "packed"
-        where = dict(placement=name, alpha=run.alpha if offloads else None, expert_format="planar12")
+        where = dict(placement=name, alpha=run.alpha if offloads else None, expert_format=DEFAULT_COMPRESSED)
         ours = dict(common, preemption="recompute") if system == "ours" else paper
         yield EngineConfig(**ours, **where)
     else:

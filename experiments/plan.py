@@ -13,6 +13,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED
 from fluxmoe.models.config import ModelConfig, load_config
 from fluxmoe.models.published import PUBLISHED, published_config
 from fluxmoe.runtime.config import EngineConfig
@@ -24,12 +25,13 @@ from fluxmoe.runtime.simulator import SimEngine
 from .common import Parser, UsageError, cli_main, provenance, write_json
 from .workloads import Lengths, make_requests
 
+_FORMAT = DEFAULT_COMPRESSED
 # (name, placement, α, format of experts): what a user can ask the engine for.
 CANDIDATES = (
     ("resident", "resident", None, None),
-    ("packed", "packed", None, "planar12"),
-    *((f"balanced:{alpha}+planar12", "balanced", alpha, "planar12") for alpha in (0.95, 0.9, 0.8, 0.7, 0.5, 0.25)),
-    ("host+planar12", "host", None, "planar12"),
+    ("packed", "packed", None, _FORMAT),
+    *((f"balanced:{alpha}+{_FORMAT}", "balanced", alpha, _FORMAT) for alpha in (0.95, 0.9, 0.8, 0.7, 0.5, 0.25)),
+    (f"host+{_FORMAT}", "host", None, _FORMAT),
 )
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from fluxmoe.kernels.audit import Report, audit, cases_of
-from fluxmoe.kernels.tiles import ROW_BOUNDS, Tile, default_tile, planar12_tile
+from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats
+from fluxmoe.kernels.tiles import ROW_BOUNDS, Tile, default_tile, fused_tile
 
 from .common import provenance, write_csv, write_json
 from .gpu import Roofs, Timing
@@ -29,21 +30,20 @@ LATENCY_S = 0.8e-6
 # A kernel inside a graph: launch to launch, its index loads, its epilogue.
 FIXED_S = 4e-6
 GEMMS = ("gate_up", "down")
-# planar12 with the escapes of Gaussian weights.
-PLANAR12_BITS = 12.01
 
 
 def audited(arch: str) -> dict[tuple[str, Tile], Report]:
     """The machine code of both GEMMs at each tile of the rule."""
     capability = int(arch.removeprefix("sm_"))
     tiles = {f"{bound:.0f} rows": default_tile(bound, capability, 2) for bound in ROW_BOUNDS}
-    tiles |= {f"planar12, {rows} rows": planar12_tile(rows, capability) for rows in (16, 32, 64)}
+    for name in fused_formats("triton"):
+        tiles |= {f"{name}, {rows} rows": fused_tile(FORMATS[name].tile, rows, capability) for rows in (16, 32, 64)}
     wanted = {f"grouped_gemm {name}, {label}": (name, tile) for label, tile in tiles.items() for name in GEMMS}
     return {wanted[case.name]: audit(case, arch)[0] for case in cases_of(arch) if case.name in wanted}
 
 
 def gemm_limits(
-    n: int, k: int, blocks: float, slots: float, touched: float, tile: Tile, code: Report, weight_bytes: float = 2.0
+    n: int, k: int, blocks: float, rows: float, touched: float, tile: Tile, code: Report, weight_bytes: float = 2.0
 ) -> dict:
     """Seconds that each resource needs for one grouped GEMM [n, k] over `blocks` blocks of rows.
 
@@ -59,7 +59,7 @@ def gemm_limits(
     )
     waves = max(1.0, tiles / resident)
     return {
-        "hbm": (weight_bytes * touched * n * k + 2 * slots * (n + k)) / ROOFS.bytes_per_s,
+        "hbm": (weight_bytes * touched * n * k + 2 * rows * (n + k)) / ROOFS.bytes_per_s,
         "matrix": 2.0 * blocks * tile.block_m * n * k / ROOFS.flops_per_s,
         "l2": steps * (2 * tile.block_m + weight_bytes * tile.block_n) * tile.block_k / L2_BYTES_PER_S,
         "issue": steps * loop["all"] * tile.num_warps / (SMS * ISSUES_PER_CLOCK * CLOCK_HZ),
@@ -79,22 +79,26 @@ def expected_blocks(tokens: int, probability: float, block_m: int) -> float:
     return float(math.ceil(tokens / block_m))
 
 
+def _tile(expert_format: str, rows_per_expert: float, capability: int) -> Tile:
+    if expert_format == DENSE:
+        return default_tile(rows_per_expert, capability, 2)
+    return fused_tile(FORMATS[expert_format].tile, rows_per_expert, capability)
+
+
 def predict_layer(
-    shape: Shape, tokens: int, codes: dict[tuple[str, Tile], Report], planar12: bool = False
+    shape: Shape, tokens: int, codes: dict[tuple[str, Tile], Report], expert_format: str = DENSE
 ) -> tuple[float, dict[str, str]]:
-    """(seconds, limit of each GEMM) of a layer under uniform routing; planar12: of compressed experts."""
-    slots = tokens * shape.top_k
+    """(seconds, limit of each GEMM) of a layer under uniform routing."""
+    rows = tokens * shape.top_k
     touched = shape.touched(tokens)
-    rows = slots / min(slots, shape.experts)
-    tile = planar12_tile(rows, 90) if planar12 else default_tile(rows, 90, 2)
+    each = rows / min(rows, shape.experts)
+    tile = _tile(expert_format, each, 90)
     blocks = shape.experts * expected_blocks(tokens, shape.top_k / shape.experts, tile.block_m)
-    # Routing, two GEMMs, combine; the last reads slots, and reads and writes tokens.
-    total = 4 * FIXED_S + 2 * shape.hidden * (slots + 2 * tokens) / ROOFS.bytes_per_s
+    # Routing, two GEMMs, combine; the last reads rows, and reads and writes tokens.
+    total = 4 * FIXED_S + 2 * shape.hidden * (rows + 2 * tokens) / ROOFS.bytes_per_s
     limits = {}
     for name, n, k in (("gate_up", 2 * shape.intermediate, shape.hidden), ("down", shape.hidden, shape.intermediate)):
-        seconds = gemm_limits(
-            n, k, blocks, slots, touched, tile, codes[name, tile], PLANAR12_BITS / 8 if planar12 else 2.0
-        )
+        seconds = gemm_limits(n, k, blocks, rows, touched, tile, codes[name, tile], FORMATS[expert_format].bits / 8)
         limits[name] = max(seconds, key=seconds.get)
         total += seconds[limits[name]]
     return total, limits
@@ -108,11 +112,12 @@ def predicted_layer_rows(shapes: list[str], tokens: list[int], arch: str, out: s
     for name in shapes:
         for count in tokens:
             shape, base = SHAPES[name], None
-            for provider, planar12 in (("fluxmoe", False), ("fluxmoe planar12", True)):
-                seconds, limits = predict_layer(shape, count, codes, planar12)
+            for expert_format in (DENSE, *sorted(fused_formats("triton"))):
+                provider = "fluxmoe" if expert_format == DENSE else f"fluxmoe {expert_format}"
+                seconds, limits = predict_layer(shape, count, codes, expert_format)
                 base = base or seconds
                 timing = Timing(seconds, seconds, seconds, "/".join(limits.values()))
-                bits = PLANAR12_BITS if planar12 else 16.0
+                bits = FORMATS[expert_format].bits
                 columns = layer_columns(shape, count, shape.touched(count), timing, base, ROOFS, bits)
                 point = {"shape": name, "tokens": count, "routing": "uniform", "provider": provider}
                 rows.append({"kind": "predicted", **point, **columns})

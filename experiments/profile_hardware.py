@@ -21,7 +21,7 @@ import torch
 from fluxmoe.kernels.cpu import gemm
 from fluxmoe.kernels.cpu.copy import stream_copy
 from fluxmoe.kernels.cpu.gemm import default_threads
-from fluxmoe.kernels.packing import FORMATS
+from fluxmoe.kernels.formats import compressed_formats
 from fluxmoe.runtime.devices import HOST, PAGE, resolve_device
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.hardware import HardwareProfile, best_seconds, measure_bandwidths, measure_links
@@ -93,9 +93,9 @@ def copy_overlap(device: torch.device, host_bytes: int) -> float:
         return 1.0
     rows, n, k = 4, 2048, 2048
     scratch = gemm.Scratch(rows, default_threads())
-    weights = [torch.empty(gemm.packed_bytes(n, k, torch.bfloat16), dtype=torch.uint8) for _ in range(24)]
+    weights = [torch.empty(gemm.arranged_bytes(n, k, torch.bfloat16), dtype=torch.uint8) for _ in range(24)]
     for block in weights:
-        gemm.pack(torch.randn(n, k).bfloat16(), block)
+        gemm.arrange(torch.randn(n, k).bfloat16(), block)
     x, y = torch.randn(rows, k), torch.empty(rows, n)
 
     def compute() -> None:
@@ -128,7 +128,7 @@ def decoders(device: torch.device, size: int) -> dict[str, float]:
     weight = (torch.randn(size, size) * 0.02).bfloat16()
     out = torch.empty(size, size, dtype=torch.bfloat16, device=device)
     rates = {}
-    for name, codec in FORMATS.items():
+    for name, codec in ((name, each.codec) for name, each in compressed_formats().items()):
         packed = codec.encode(weight).to(device)
         rates[name] = weight.nbytes / best_seconds(lambda: codec.decode(packed, out, parallel=False), device)  # noqa: B023
     return rates
@@ -139,7 +139,7 @@ def decode_latency(device: torch.device) -> float:
     weight = (torch.randn(32, 64) * 0.02).bfloat16()
     out, calls = torch.empty(32, 64, dtype=torch.bfloat16, device=device), 50
     latencies = []
-    for codec in FORMATS.values():
+    for codec in (each.codec for each in compressed_formats().values()):
         packed = codec.encode(weight).to(device)
 
         def decode() -> None:

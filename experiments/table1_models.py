@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, FORMATS
 from fluxmoe.models.published import PUBLISHED
 from fluxmoe.runtime.config import EngineConfig
-from fluxmoe.runtime.cost_model import FORMAT_BITS
 from tqdm import tqdm
 
 from .common import cli_main, provenance, write_atomically, write_csv, write_json
@@ -42,7 +42,7 @@ def row_of(source: Source, experts: int, packed: float, others: int) -> dict[str
 
 def computed(source: Source) -> dict[str, object]:
     experts = source.config.expert_bytes_total
-    return row_of(source, experts, experts * FORMAT_BITS["planar12"] / 16, source.config.non_expert_bytes)
+    return row_of(source, experts, experts * FORMATS[DEFAULT_COMPRESSED].bits / 16, source.config.non_expert_bytes)
 
 
 def held(machine: Machine, source: Source) -> dict[str, object]:

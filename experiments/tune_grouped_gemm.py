@@ -78,10 +78,10 @@ class Search:
         h = self.expected["gate_up"]
         return {
             "gate_up": lambda layer: grouped_gemm.gate_up(
-                self.x, layer.table, routing, ours.h, torch.bfloat16, tile, ours.num_sms
+                self.x, layer.table(), routing, ours.h, torch.bfloat16, tile, ours.num_sms
             ),
             "down": lambda layer: grouped_gemm.down(
-                h, layer.table, routing, ours.y, torch.bfloat16, tile, ours.num_sms
+                h, layer.table(), routing, ours.y, torch.bfloat16, tile, ours.num_sms
             ),
         }  # fmt: skip
 

@@ -32,9 +32,10 @@ import triton
 import triton.language as tl
 
 from . import delta_net, grouped_gemm, norm, paged_attention, rope_kv, routing
+from .formats import compressed_formats
 from .launches import Case, Launch, compile_only
 from .ops import KernelError
-from .packing import FORMATS
+from .packing import Codec
 from .sass import MATRIX, SERIALIZED, Loop, instructions, load_bytes, matrix_loops, overwritten_in_flight
 from .tiles import shared_limit
 
@@ -94,13 +95,13 @@ def _cases() -> Iterator[Case]:
     """Of all modules; inside `compile_only`, whose target decides tiles."""
     for module in (routing, grouped_gemm, norm, rope_kv, paged_attention, delta_net):
         yield from module.audit_cases()
-    for each in FORMATS.values():
-        yield Case(f"packing/{each.name}", partial(_decode, each.name))
+    for name, each in compressed_formats().items():
+        yield Case(f"packing/{name}", partial(_decode, each.codec))
 
 
-def _decode(name: str) -> None:
+def _decode(codec: Codec) -> None:
     """A Gaussian weight's decoder to a buffer; what is compiled does not depend on the weight's size."""
-    FORMATS[name].decode(FORMATS[name].encode(torch.randn(128, 256).bfloat16()).to("meta"))
+    codec.decode(codec.encode(torch.randn(128, 256).bfloat16()).to("meta"))
 
 
 def audit(case: Case, arch: str, dump: Path | None = None) -> list[Report]:

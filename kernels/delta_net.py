@@ -32,7 +32,7 @@ from . import portable
 from .delta_net_torch import L2_EPS
 from .launches import Case
 from .norm import DTYPES
-from .ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights, KernelError, PackedLinear
+from .ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights, KernelError, Linear
 
 
 @triton.jit
@@ -205,7 +205,7 @@ def audit_cases() -> Iterator[Case]:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    in_proj = PackedLinear(empty(0, dtype=torch.uint8), dims.projected, 2048, torch.bfloat16)
+    in_proj = Linear(empty(0, dtype=torch.uint8), dims.projected, 2048, torch.bfloat16)
     weights = DeltaNetWeights(in_proj, empty(dims.channels, 4), empty(32), empty(32), empty(128))
     for name, sequences, tokens in (("decode", 64, 64), ("prefill", 2, 512)):
         ids = partial(empty, dtype=torch.int32)

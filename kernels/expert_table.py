@@ -4,7 +4,7 @@ One table serves one layer. Entry (expert, tensor type) holds the address of a p
 format, so the experts of one launch may lie in resident memory, in a streaming slot or in pinned host memory:
 
     addresses  int64 [E, 2]   address of block (expert, GATE_UP | DOWN), a multiple of 16
-    formats    uint8 [E, 2]   how the block is encoded (TABLE_FORMATS), each in the backend's own layout
+    formats    uint8 [E, 2]   how the block is encoded (`Format.number`), each in the backend's own layout
 
 Both tensors are made once and updated in place, so a captured CUDA graph that reads them stays right.
 
@@ -15,15 +15,14 @@ here the kernels are ours, so the indirection is a table and no page is ever rem
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .formats import DENSE, FORMATS
+
 GATE_UP, DOWN = 0, 1
-FORMAT_DENSE, FORMAT_PLANAR12 = 0, 1
-# What a GEMM may find in a table. dense: bf16 or fp32 as it is. planar12: bf16 in 12 bits and rare escapes, lossless.
-TABLE_FORMATS = {"dense": FORMAT_DENSE, "planar12": FORMAT_PLANAR12}
 # Kernels promise the compiler that addresses are multiples of it, and load vectors of as many bytes.
 _ALIGNMENT = 16
 Pair = tuple[Tensor, Tensor]
@@ -35,38 +34,39 @@ class ExpertTable:
 
     `blocks[e]` is (gate_up, down): uint8 tensors that keep the memory alive and let a kernel that cannot follow
     raw addresses (the torch reference) view it; `addresses` and `formats` live on the device of the kernels.
-    `planar12`: whether any block is compressed so. The host chooses its kernel by it, without reading the device; a
-    captured graph has chosen.
+    `compressed`: names of all formats in it but dense. The host chooses its kernel by them, without reading the device;
+    a captured graph has chosen.
     """
 
     blocks: tuple[Pair, ...]
     addresses: Tensor
     formats: Tensor
-    planar12: bool = field(init=False)
+    compressed: frozenset[str]
 
     @classmethod
     def from_blocks(
-        cls, blocks: Sequence[Pair], device: torch.device | str, formats: int | Sequence[int] = FORMAT_DENSE
+        cls, blocks: Sequence[Pair], device: torch.device | str, formats: str | Sequence[str] = DENSE
     ) -> ExpertTable:
         """Table over contiguous uint8 `blocks`; `device` is where the kernels read it. formats: one of each expert, or
         one of all. ValueError for blocks that no kernel can read."""
-        addresses, numbers = _entries(blocks, formats)
-        return cls(tuple(blocks), addresses.to(device), numbers.to(device))
+        names = _each(formats, len(blocks))
+        addresses, numbers = _entries(blocks, names)
+        return cls(tuple(blocks), addresses.to(device), numbers.to(device), frozenset(names) - {DENSE})
 
     def __post_init__(self) -> None:
-        self.planar12 = bool((self.formats == FORMAT_PLANAR12).any())
         # On a GPU: where the host writes what is copied, and when the copy before it was done.
         self._staging: tuple[Tensor, Tensor] | None = None
         self._copied: torch.cuda.Event | None = None
 
-    def update(self, blocks: Sequence[Pair], formats: int | Sequence[int] = FORMAT_DENSE) -> None:
+    def update(self, blocks: Sequence[Pair], formats: str | Sequence[str] = DENSE) -> None:
         """Other blocks and formats of the same experts, into the same two tensors.
 
         On a GPU in the order of the current stream, which must not be capturing: a graph would copy for ever what the
         host wrote once. ValueError as in `from_blocks`; the table is then as it was.
         """
         assert len(blocks) == self.num_experts, f"{len(blocks)} blocks for a table of {self.num_experts} experts"
-        entries = _entries(blocks, formats)
+        names = _each(formats, len(blocks))
+        entries = _entries(blocks, names)
         if self.addresses.is_cuda:
             assert not torch.cuda.is_current_stream_capturing(), "a table is updated before a capture, not inside"
             if self._staging is None:
@@ -82,14 +82,26 @@ class ExpertTable:
             self.addresses.copy_(entries[0])
             self.formats.copy_(entries[1])
         self.blocks = tuple(blocks)
-        self.planar12 = bool((entries[1] == FORMAT_PLANAR12).any())
+        self.compressed = frozenset(names) - {DENSE}
 
     @property
     def num_experts(self) -> int:
         return len(self.blocks)
 
 
-def _entries(blocks: Sequence[Pair], formats: int | Sequence[int]) -> tuple[Tensor, Tensor]:
+def _each(formats: str | Sequence[str], experts: int) -> list[str]:
+    """The format of each expert, all of which a GEMM can meet."""
+    names = [formats] * experts if isinstance(formats, str) else list(formats)
+    if len(names) != experts:
+        raise ValueError(f"{experts} experts need as many formats, got {len(names)}")
+    for name in names:
+        if name not in FORMATS or FORMATS[name].number is None:
+            numbered = ", ".join(each.name for each in FORMATS.values() if each.number is not None)
+            raise ValueError(f"no GEMM reads format {name!r}: decode it first, to one of {numbered}")
+    return names
+
+
+def _entries(blocks: Sequence[Pair], names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """(addresses, formats) on the host."""
     for expert, pair in enumerate(blocks):
         for block in pair:
@@ -100,9 +112,6 @@ def _entries(blocks: Sequence[Pair], formats: int | Sequence[int]) -> tuple[Tens
                     f"expert {expert}: a block must begin at a multiple of {_ALIGNMENT} bytes, which kernels rely on, "
                     f"got address {block.data_ptr():#x}"
                 )
-    each = [formats] * len(blocks) if isinstance(formats, int) else list(formats)
-    if len(each) != len(blocks):
-        raise ValueError(f"{len(blocks)} experts need as many formats, got {len(each)}")
     addresses = torch.tensor([[block.data_ptr() for block in pair] for pair in blocks], dtype=torch.int64, device="cpu")
-    numbers = torch.tensor([[number, number] for number in each], dtype=torch.uint8, device="cpu")
+    numbers = torch.tensor([[FORMATS[name].number] * 2 for name in names], dtype=torch.uint8, device="cpu")
     return addresses.reshape(-1, 2), numbers.reshape(-1, 2)

@@ -1,7 +1,7 @@
 """Grouped GEMM over an ExpertTable: one launch for all experts of a layer, wherever their weights lie.
 
     gate_up   h[p] = silu(x[t] Wg^T) * (x[t] Wu^T)       t = order[p] // top_k, expert of sorted position p
-    down      y[s] = w[s] * (h[p] Wd^T)                   s = order[p], the slot; w its routing weight
+    down      y[r] = w[r] * (h[p] Wd^T)                   r = order[p], the row; w its routing weight
     combine   out[t] = residual[t] + sum_j y[t, j]        j = 0 … top_k - 1 in this order
 
 A program finds its block of positions in the routing's block map, and its expert's weight by the address in the
@@ -12,7 +12,7 @@ Few rows an expert: weights are the M operand ("swap AB"), see tiles.py. Grids a
 to the host between router and combine.
 
 Sources of the ideas: block maps and sorted tokens, vLLM's fused_moe; SwiGLU on interleaved columns, OpenAI's
-triton_kernels; a slot buffer summed afterwards, SonicMoE (arXiv 2512.14080).
+triton_kernels; a buffer of rows summed afterwards, SonicMoE (arXiv 2512.14080).
 """
 
 from __future__ import annotations
@@ -26,14 +26,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .expert_table import DOWN, FORMAT_DENSE, FORMAT_PLANAR12, GATE_UP, ExpertTable
+from .expert_table import DOWN, GATE_UP, ExpertTable
+from .formats import DENSE, FORMATS, fused_formats
 from .launches import Case
 from .ops import KernelError
 from .planar12_gemm import planar12_times_rows
 from .portable import cast, dot
 from .routing import Routing
-from .tiles import ROW_BOUNDS, Tile, capability_of, default_tile, invariant_tile, planar12_tile
+from .tiles import ROW_BOUNDS, Tile, capability_of, default_tile, fused_tile, invariant_tile
 
+_PLANAR12 = tl.constexpr(FORMATS["planar12"].number)
+# Compressed formats that the kernel below has a tile loop for.
+_LOOPS = ("planar12",)
 TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -72,12 +76,12 @@ def weight_times_rows(
 
 @triton.jit
 def _grouped_gemm_kernel(
-    x_ptr,  # (T, K) tokens for gate_up, (S, K) sorted positions for down
+    x_ptr,  # (T, K) tokens for gate_up, (R, K) sorted positions for down
     addresses_ptr,  # (E, 2) int64
     formats_ptr,  # (E, 2) uint8
-    y_ptr,  # (S, N / 2) by position for gate_up, (S, N) by slot for down
-    order_ptr,  # (S,) int32
-    slot_weights_ptr,  # (S,) fp32
+    y_ptr,  # (R, N / 2) by position for gate_up, (R, N) by row for down
+    order_ptr,  # (R,) int32
+    row_weights_ptr,  # (R,) fp32
     block_map_ptr,  # (B, 4) int32
     num_blocks_ptr,  # (1,) int32
     N, K, stride_x, stride_y,
@@ -113,7 +117,7 @@ def _grouped_gemm_kernel(
         sources = rows.to(tl.int64) * stride_x
         # Without the hints, loads through an address that was loaded are as narrow as one element.
         if PLANAR12:
-            if tl.load(formats_ptr + expert * 2 + TENSOR) == 1:
+            if tl.load(formats_ptr + expert * 2 + TENSOR) == _PLANAR12:
                 block_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
                 acc = planar12_times_rows(x_ptr, sources, block_ptr, n, n0, N, K, BLOCK_M, BLOCK_N, EVEN_K)
             else:
@@ -132,7 +136,7 @@ def _grouped_gemm_kernel(
             targets = positions
         else:
             targets = tl.load(order_ptr + positions)
-            value = acc * tl.load(slot_weights_ptr + targets)[:, None]
+            value = acc * tl.load(row_weights_ptr + targets)[:, None]
             columns = n0 + tl.arange(0, BLOCK_N)
             inside = columns < N
         y_ptrs = y_ptr + targets.to(tl.int64)[:, None] * stride_y + columns[None, :]
@@ -141,7 +145,7 @@ def _grouped_gemm_kernel(
 
 @triton.jit
 def _combine_kernel(
-    y_ptr,  # (T, TOP_K, H) by slot
+    y_ptr,  # (T, TOP_K, H) by row
     residual_ptr,  # (T, H)
     out_ptr,  # (T, H), may be residual_ptr
     num_tokens_ptr,  # (1,) int32
@@ -153,7 +157,7 @@ def _combine_kernel(
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = h < H
     total = tl.load(residual_ptr + t * H + h, mask=inside, other=0.0).to(tl.float32)
-    # Slots of padding were never written.
+    # Rows of padding were never written.
     real = inside & (t < tl.load(num_tokens_ptr)) if PADDED else inside
     experts = tl.zeros([BLOCK_H], tl.float32)
     for choice in tl.static_range(TOP_K):
@@ -193,10 +197,11 @@ def programs(tile: Tile, num_blocks: int, n: int, num_sms: int) -> int:
     return min(tiles, num_sms) if tile.persistent else tiles
 
 
-def _constants(tile: Tile, k: int, planar12: bool = False) -> dict:
+def _constants(tile: Tile, k: int, step: int) -> dict:
+    """step: columns of the weight that the longest step of a tile loop reads."""
     return dict(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SWAP_AB=tile.swap_ab,
-        EVEN_K=k % (128 if planar12 else tile.block_k) == 0,
+        EVEN_K=k % step == 0,
     )  # fmt: skip
 
 
@@ -225,16 +230,24 @@ def _launch(
         raise KernelError(f"a TMA tile of {tile.block_n} x {tile.block_k} must divide the weight {n} x {k}")
     if routing.max_blocks == 0:
         return y
-    if table.planar12 and (w_dtype != torch.bfloat16 or tile.block_n != 64 or not tile.swap_ab):
-        raise KernelError(f"planar12 experts need bf16 and a tile of 64 swapped weight rows, got {w_dtype} and {tile}")
+    step = tile.block_k
+    for name in table.compressed:
+        if name not in _LOOPS:
+            raise KernelError(f"this GEMM has no tile loop for format {name}; it has {', '.join(_LOOPS)} and dense")
+        rows, columns = FORMATS[name].tile
+        step = max(step, columns)
+        if w_dtype != torch.bfloat16 or tile.block_n != rows or not tile.swap_ab:
+            raise KernelError(
+                f"{name} experts need bf16 and a tile of {rows} swapped weight rows, got {w_dtype} and {tile}"
+            )
     if tile.tma:
         # Descriptors that a program makes lie in global memory. Set here, since contexts of threads start without.
         triton.set_allocator(_scratch)
     _grouped_gemm_kernel[(programs(tile, routing.max_blocks, n, num_sms),)](
         x, table.addresses, table.formats, y, routing.order, routing.weights, routing.block_map, routing.num_blocks,
         n, k, x.stride(0), y.stride(0), TENSOR=tensor, TOP_K=routing.experts.shape[1], W_DTYPE=TL_DTYPES[w_dtype],
-        GROUP_M=tile.group_m, TMA=tile.tma, PLANAR12=table.planar12,
-        **_constants(tile, k, table.planar12), **_options(tile),
+        GROUP_M=tile.group_m, TMA=tile.tma, PLANAR12="planar12" in table.compressed,
+        **_constants(tile, k, step), **_options(tile),
     )  # fmt: skip
     return y
 
@@ -242,19 +255,19 @@ def _launch(
 def gate_up(
     x: Tensor, table: ExpertTable, routing: Routing, h: Tensor, w_dtype: torch.dtype, tile: Tile, num_sms: int = 132
 ) -> Tensor:
-    """x [T, H] → h [S, I] by sorted position, SwiGLU applied. Rows of padding are left as they are."""
+    """x [T, H] → h [R, I] by sorted position, SwiGLU applied. Rows of padding are left as they are."""
     return _launch(x, table, routing, h, 2 * h.shape[1], x.shape[1], GATE_UP, w_dtype, tile, num_sms)
 
 
 def down(
     h: Tensor, table: ExpertTable, routing: Routing, y: Tensor, w_dtype: torch.dtype, tile: Tile, num_sms: int = 132
 ) -> Tensor:
-    """h [S, I] by sorted position → y [S, H] by slot, times the routing weight."""
+    """h [R, I] by sorted position → y [R, H] by row, times the routing weight."""
     return _launch(h, table, routing, y, y.shape[1], h.shape[1], DOWN, w_dtype, tile, num_sms)
 
 
 def combine(y: Tensor, routing: Routing, residual: Tensor, out: Tensor | None = None) -> Tensor:
-    """residual [T, H] + sum of each token's slots of y [T * top_k, H]; in place unless `out` is given."""
+    """residual [T, H] + sum of each token's rows of y [T * top_k, H]; in place unless `out` is given."""
     tokens, hidden = residual.shape
     out = residual if out is None else out
     if tokens:
@@ -273,7 +286,17 @@ def linear(x: Tensor, w: Tensor, y: Tensor, tile: Tile, add: bool = False) -> Te
         raise KernelError(f"a weight of {n} x {k} elements exceeds the 2^31 that a tile can index")
     if tokens:
         _linear_kernel[(triton.cdiv(tokens, tile.block_m), triton.cdiv(n, tile.block_n))](
-            x, w, y, tokens, n, k, x.stride(0), y.stride(0), ADD=add, **_constants(tile, k), **_options(tile)
+            x,
+            w,
+            y,
+            tokens,
+            n,
+            k,
+            x.stride(0),
+            y.stride(0),
+            ADD=add,
+            **_constants(tile, k, tile.block_k),
+            **_options(tile),
         )
     return y
 
@@ -293,10 +316,10 @@ def deinterleave(weight: Tensor) -> Tensor:
 
 
 def moe_torch(
-    x: Tensor, weights: Callable[[int], tuple[Tensor, Tensor]], experts: Tensor, slot_weights: Tensor
+    x: Tensor, weights: Callable[[int], tuple[Tensor, Tensor]], experts: Tensor, row_weights: Tensor
 ) -> Tensor:
     """Reference in float64: loops over experts. x [T, H]; weights(e) → gate_up [2I, H], down [H, I] as in checkpoints;
-    experts, slot_weights [T, top_k] → [T, H].
+    experts, row_weights [T, top_k] → [T, H].
     """
     out = torch.zeros(x.shape, dtype=torch.float64)
     x = x.double()
@@ -306,19 +329,23 @@ def moe_torch(
             gate_up_weight, down_weight = (w.double() for w in weights(expert))
             gate, up = (x[token] @ gate_up_weight.T).chunk(2, dim=-1)
             y = torch.nn.functional.silu(gate) * up @ down_weight.T
-            out.index_add_(0, token, y * slot_weights[token, choice, None].double())
+            out.index_add_(0, token, y * row_weights[token, choice, None].double())
     return out
 
 
 def audit_cases() -> Iterator[Case]:
     """For `kernels.audit`: both GEMMs at every tile of the rule and its variants for prefill, on Qwen3-30B-A3B's
-    experts; planar12 beside dense experts in one launch; and the operations around them."""
+    experts; fused formats beside dense experts in one launch; and the operations around them."""
     hidden, intermediate, experts, top_k = 2048, 768, 128, 8
     capability = capability_of(torch.device("meta"))
     tiles = {f"{bound:.0f} rows": default_tile(bound, capability, 2) for bound in ROW_BOUNDS}
     tiles["invariant"] = invariant_tile(capability, 2)
     largest = tiles["inf rows"]
-    tiles |= {f"planar12, {rows} rows": planar12_tile(rows, capability) for rows in (16, 32, 64)}
+    formats: dict[str, str] = {}
+    for name in sorted(fused_formats("triton")):
+        for rows in (16, 32, 64):
+            tiles[f"{name}, {rows} rows"] = fused_tile(FORMATS[name].tile, rows, capability)
+            formats[f"{name}, {rows} rows"] = name
     tiles["persistent"] = replace(largest, persistent=True)
     tiles["tma"] = replace(largest, tma=True)
     tokens, block = 64, torch.zeros(16, dtype=torch.uint8)  # kernels see the table's addresses alone
@@ -336,10 +363,10 @@ def audit_cases() -> Iterator[Case]:
 
     x, h, y = empty(tokens, hidden), empty(tokens * top_k, intermediate), empty(tokens * top_k, hidden)
     for label, tile in tiles.items():
-        packed = "planar12" in label
-        table = ExpertTable.from_blocks([(block, block)] * experts, "cpu", FORMAT_PLANAR12 if packed else FORMAT_DENSE)
+        expert_format = formats.get(label, DENSE)
+        table = ExpertTable.from_blocks([(block, block)] * experts, "cpu", expert_format)
         routing = routing_of(tile.block_m)
-        decoded = 64 * 128 // (32 * tile.num_warps) if packed else 0
+        decoded = 0 if expert_format == DENSE else tile.block_n * tile.block_k // (32 * tile.num_warps)
         for name, launch in (
             ("gate_up", partial(gate_up, x, table, routing, h, x.dtype, tile)),
             ("down", partial(down, h, table, routing, y, x.dtype, tile)),

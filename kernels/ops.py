@@ -7,7 +7,7 @@
     kernels.cpu.ops, cpu.experts          CPU: numba kernels, fp32 activations, batch-invariant
     kernels.torch_ops, torch_experts      plain torch on any device: the reference
 
-They own the layout of blocks (of experts, packed weights, KV), which models and runtime treat as bytes. They also own
+They own the layout of blocks (of experts, weights, KV), which models and runtime treat as bytes. They also own
 the workspace: every buffer is made in the constructor for the limits given, with its dtype and device, so
 `workspace_bytes` is all that a forward pass ever uses.
 """
@@ -15,15 +15,16 @@ the workspace: every buffer is made in the constructor for the limits given, wit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from .expert_table import ExpertTable
-from .packing.formats import Packed
+from .packing.codec import Packed
 
-DENSE = "dense"
+if TYPE_CHECKING:
+    from .expert_table import ExpertTable
+
 # What `decode_expert` must be told beside the (gate/up, down) blocks; None where a block says it all.
 Recipes = tuple[Packed | None, Packed | None]
 
@@ -148,8 +149,8 @@ class AttentionMetadata:
 
 
 @dataclass(frozen=True)
-class PackedLinear:
-    """A packed weight [n, k] of `dtype`, with an optional fp32 bias [n]."""
+class Linear:
+    """A weight [n, k] of `dtype` as `Ops.arrange` lays it out, with an optional fp32 bias [n]."""
 
     block: Tensor
     n: int
@@ -163,7 +164,7 @@ class DeltaNetWeights:
     """A Gated DeltaNet layer up to its output projection. in_proj: rows q | k | v | z | b | a; fp32: conv
     [channels, taps], rate = exp(A_log) [value_heads], dt_bias [value_heads], norm [value_dim]."""
 
-    in_proj: PackedLinear
+    in_proj: Linear
     conv: Tensor
     rate: Tensor
     dt_bias: Tensor
@@ -175,9 +176,9 @@ class DenseMlp:
     """A SwiGLU MLP that every token uses, in the place of experts or beside them (a shared expert): gate_up [2I, H]
     (gate rows, then up rows), down [H, I]; score [1, H], if given, scales its output by sigmoid(x·score)."""
 
-    gate_up: PackedLinear
-    down: PackedLinear
-    score: PackedLinear | None = None
+    gate_up: Linear
+    down: Linear
+    score: Linear | None = None
 
 
 class LayerExperts(Protocol):
@@ -194,9 +195,10 @@ R = TypeVar("R")
 class ExpertOps(Protocol[R]):
     """See CpuExperts for shapes; activations are [T, H] in `act_dtype`. R: a batch's routing, opaque to callers.
 
-    Experts come in formats: dense, or one of packing.FORMATS. `fused_formats` are those that `moe_add` reads in place;
-    blocks of others must go through `decode_expert` first, which makes dense blocks of them. It runs on the block's
-    device, on the current stream or the calling thread alone, so that it can work beside a forward pass.
+    Experts come in the formats of `formats.FORMATS`, dense unless another is named. `fused_formats` are the compressed
+    ones that `moe_add` reads in place; blocks of others must go through `decode_expert` first, which makes dense blocks
+    of them. It runs on the block's device, on the current stream or the calling thread alone, so that it can work
+    beside a forward pass.
 
     A routing is valid until the next one is made: by `route` from router logits, or by `route_to` from experts that a
     host has chosen.
@@ -208,14 +210,14 @@ class ExpertOps(Protocol[R]):
     workspace_bytes: int
     fused_formats: frozenset[str]
 
-    def expert_bytes(self, expert_format: str = DENSE) -> tuple[int, int]: ...
-    def pack_expert(
-        self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = DENSE
+    def expert_bytes(self, expert_format: str = ...) -> tuple[int, int]: ...
+    def encode_expert(
+        self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = ...
     ) -> Recipes: ...
     def decode_expert(
         self, expert_format: str, tensor_type: int, block: Tensor, out: Tensor, recipe: Packed | None
     ) -> None: ...
-    def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]: ...
+    def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]: ...
     def route(self, logits: Tensor, num_tokens: Tensor | None = None) -> R: ...
     def route_to(self, topk_ids: Tensor, topk_weights: Tensor, num_tokens: Tensor | None = None) -> R: ...
     def moe_add(self, x: Tensor, routing: R, experts: LayerExperts, residual: Tensor) -> Tensor: ...
@@ -230,15 +232,15 @@ class Ops(Protocol):
     act_dtype: torch.dtype
     workspace_bytes: int
 
-    def packed_bytes(self, n: int, k: int) -> int: ...
-    def pack(self, weight: Tensor, out: Tensor) -> None: ...
-    def unpack(self, block: Tensor, n: int, k: int) -> Tensor: ...
+    def arranged_bytes(self, n: int, k: int) -> int: ...
+    def arrange(self, weight: Tensor, out: Tensor) -> None: ...
+    def restore(self, block: Tensor, n: int, k: int) -> Tensor: ...
     def kv_block_shape(
         self, block_size: int, kv_heads: int, head_dim: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]: ...
-    def embed(self, token_ids: Tensor, table: PackedLinear) -> Tensor: ...
+    def embed(self, token_ids: Tensor, table: Linear) -> Tensor: ...
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor: ...
-    def qkv(self, x: Tensor, weight: PackedLinear) -> Tensor: ...
+    def qkv(self, x: Tensor, weight: Linear) -> Tensor: ...
     def attention(
         self,
         qkv: Tensor,
@@ -249,11 +251,11 @@ class Ops(Protocol):
         k_cache: Tensor,
         v_cache: Tensor,
     ) -> Tensor: ...
-    def gate_attention(self, attended: Tensor, x: Tensor, weight: PackedLinear) -> Tensor: ...
+    def gate_attention(self, attended: Tensor, x: Tensor, weight: Linear) -> Tensor: ...
     def delta_net(
         self, x: Tensor, weights: DeltaNetWeights, metadata: AttentionMetadata, conv_state: Tensor, state: Tensor
     ) -> Tensor: ...
-    def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor: ...
+    def project_add(self, x: Tensor, weight: Linear, residual: Tensor) -> Tensor: ...
     def mlp_add(self, x: Tensor, mlp: DenseMlp, residual: Tensor) -> Tensor: ...
-    def router(self, x: Tensor, weight: PackedLinear) -> Tensor: ...
-    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor: ...
+    def router(self, x: Tensor, weight: Linear) -> Tensor: ...
+    def logits(self, x: Tensor, weight: Linear) -> Tensor: ...

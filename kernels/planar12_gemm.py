@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language import target_info
 
 from .packing._planar12 import unpack_planar12
-from .packing.formats import BLOCK_ALIGNMENT
+from .packing.codec import BLOCK_ALIGNMENT
 from .portable import INTERPRETED, dot
 
 ALIGNMENT = tl.constexpr(BLOCK_ALIGNMENT)

@@ -1,11 +1,11 @@
-"""Routing: softmax, top-k, and the stable sort of token slots by expert that the grouped GEMM reads.
+"""Routing: softmax, top-k, and the stable sort by expert of a token's choices, which the grouped GEMM reads.
 
-A slot is one (token, choice) pair, slot = token * top_k + choice. Data map (T tokens, E experts, S = T * top_k slots;
+A row is one (token, choice) pair, row = token * top_k + choice. Data map (T tokens, E experts, R = T * top_k rows;
 made here, read by the grouped GEMM and the combine; everything stays on the device and has a fixed shape):
 
     experts       int32 [T, top_k]     chosen experts, best first; equal logits: the lower id first; -1: elsewhere
     weights       fp32  [T, top_k]     softmax over all experts, or over the chosen ones (`renormalise`)
-    order         int32 [S]            sorted position → slot; by expert, then by slot
+    order         int32 [R]            sorted position → row; by expert, then by row
     expert_start  int32 [E + 1]        first sorted position of each expert; the last entry is their number
     block_map     int32 [B, 4]         block → (expert, first position, end position, 0); blocks of ≤ block_m
                                        positions, none crosses an expert; expert -1 beyond `num_blocks`
@@ -64,9 +64,9 @@ class Routing:
         return len(self.block_map)
 
 
-def max_blocks(num_slots: int, num_experts: int, block_m: int) -> int:
-    """Blocks that any routing of `num_slots` slots can need: each expert in use leaves at most one part-filled."""
-    return num_slots // block_m + min(num_slots, num_experts)
+def max_blocks(num_rows: int, num_experts: int, block_m: int) -> int:
+    """Blocks that any routing of `num_rows` rows can need: each expert in use leaves at most one part-filled."""
+    return num_rows // block_m + min(num_rows, num_experts)
 
 
 def block_t(num_experts: int) -> int:
@@ -163,7 +163,7 @@ def _store_order(
     order_ptr, ids, chosen, starts, num_tokens, first, TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Place a chunk's slots; starts [BLOCK_E]: the first position of each expert that belongs to this chunk."""
+    """Place a chunk's rows; starts [BLOCK_E]: the first position of each expert that belongs to this chunk."""
     t = first + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     j = tl.arange(0, TOP_K_PAD)
@@ -208,7 +208,7 @@ def _route_kernel(
     num_tokens_ptr,  # (1,) int32: tokens from there on are padding
     experts_ptr,  # (T, TOP_K) int32
     weights_ptr,  # (T, TOP_K) fp32
-    order_ptr,  # (S,) int32
+    order_ptr,  # (R,) int32
     expert_start_ptr,  # (E + 1,) int32
     block_map_ptr,  # (MAX_BLOCKS, 4) int32
     num_blocks_ptr,  # (1,) int32
@@ -234,7 +234,7 @@ def _route_kernel(
 @triton.jit(do_not_specialize=["T"])
 def _top_k_kernel(
     logits_ptr, ids_ptr, given_ptr, num_tokens_ptr, experts_ptr, weights_ptr,
-    chunk_counts_ptr,  # (chunks, E) int32: slots of each expert in each chunk
+    chunk_counts_ptr,  # (chunks, E) int32: rows of each expert in each chunk
     T, E, stride_t,
     GIVEN: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr, RENORMALISE: tl.constexpr,
     PADDED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -309,17 +309,17 @@ class Router:
         if not 1 <= top_k <= min(num_experts, _MAX_TOP_K):
             raise KernelError(f"top_k must be 1 to min(experts, {_MAX_TOP_K}), got {top_k} of {num_experts} experts")
         self.num_experts, self.top_k, self.renormalise = num_experts, top_k, renormalise
-        slots = max_tokens * top_k
+        rows = max_tokens * top_k
         self._block_t = block_t(num_experts)
 
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        self._experts, self._order = ints(slots), ints(slots)
-        self._weights = torch.zeros(slots, dtype=torch.float32, device=device)
+        self._experts, self._order = ints(rows), ints(rows)
+        self._weights = torch.zeros(rows, dtype=torch.float32, device=device)
         self.expert_start, self._num_blocks = ints(num_experts + 1), ints(1)
-        # Blocks hold at least one slot: the bound for any block_m that a launch may choose.
-        self._block_map = ints(max_blocks(slots, num_experts, 16) + 1, 4)
+        # Blocks hold at least one row: the bound for any block_m that a launch may choose.
+        self._block_map = ints(max_blocks(rows, num_experts, 16) + 1, 4)
         self._chunk_counts = ints(max(1, triton.cdiv(max_tokens, self._block_t)), num_experts)
 
     @property
@@ -348,13 +348,13 @@ class Router:
     def _route(self, source: Tensor, weights: Tensor | None, block_m: int, num_tokens: Tensor | None) -> Routing:
         """source: logits; or, with weights, ids."""
         tokens, experts, given = len(source), self.num_experts, weights is not None
-        slots = tokens * self.top_k
-        if slots > self._order.numel():
+        rows = tokens * self.top_k
+        if rows > self._order.numel():
             raise KernelError(f"{tokens} tokens exceed the {self._order.numel() // self.top_k} of this router")
-        blocks = max_blocks(slots, experts, block_m)
+        blocks = max_blocks(rows, experts, block_m)
         routing = Routing(
-            self._experts[:slots].view(tokens, self.top_k), self._weights[:slots].view(tokens, self.top_k),
-            self._order[:slots], self.expert_start, self._block_map[:blocks], self._num_blocks, block_m, num_tokens,
+            self._experts[:rows].view(tokens, self.top_k), self._weights[:rows].view(tokens, self.top_k),
+            self._order[:rows], self.expert_start, self._block_map[:blocks], self._num_blocks, block_m, num_tokens,
             given,
         )  # fmt: skip
         if tokens == 0:

@@ -84,12 +84,14 @@ def invariant_tile(capability: int, itemsize: int) -> Tile:
     return Tile(16, 32, 32, 4, 2) if itemsize == 4 else fit(Tile(64, 64, 128, 4, 3, swap_ab=True), capability, itemsize)
 
 
-def planar12_tile(rows_per_expert: float, capability: int) -> Tile:
-    """The tile for launches that meet planar12 experts: 64 swapped weight rows, as a tile of the format has."""
+def fused_tile(weight_tile: tuple[int, int], rows_per_expert: float, capability: int) -> Tile:
+    """The tile for launches that meet experts of a format that the tile loop decodes: swapped, and of the weight what
+    the format asks for (`Format.tile`)."""
+    block_n, block_k = weight_tile
     # Below sm_90 decoded weights stay in registers beside both operands: 64 tokens would spill.
     most = 64 if capability >= 90 else 32
     block_m = min(16 if rows_per_expert <= 16 else 32 if rows_per_expert <= 32 else 64, most)
-    return fit(Tile(block_m, 64, 128, 4, 4 if block_m == 16 else 3, swap_ab=True), capability, 2)
+    return fit(Tile(block_m, block_n, block_k, 4, 4 if block_m == 16 else 3, swap_ab=True), capability, 2)
 
 
 def shared_limit(capability: int) -> int:

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .expert_blocks import ExpertBlocks
 from .expert_table import DOWN, GATE_UP
-from .ops import DENSE, ExpertDims, LayerExperts, Recipes
-from .packing.blocks import block_bytes, decode_block, encode_block
-from .packing.formats import Packed
+from .ops import ExpertDims, LayerExperts
 
 
 class Choice(NamedTuple):
@@ -24,14 +23,13 @@ class Choice(NamedTuple):
     weights: Tensor
 
 
-class TorchExperts:
+class TorchExperts(ExpertBlocks):
     """ExpertOps; `act_dtype` defaults to fp32 on the CPU and to the weights' dtype elsewhere.
 
     torch allocates its temporaries itself: `workspace_bytes` is an upper bound on those of one layer of `max_tokens`.
     """
 
-    # Every format goes through `decode_expert`: nothing is read in place.
-    fused_formats: frozenset[str] = frozenset()
+    backend = "torch"
 
     def __init__(
         self,
@@ -45,32 +43,11 @@ class TorchExperts:
         rows = max_tokens * dims.top_k
         self.workspace_bytes = 4 * (3 * max_tokens * dims.experts + rows * (3 * dims.intermediate + 2 * dims.hidden))
 
-    def expert_bytes(self, expert_format: str = DENSE) -> tuple[int, int]:
-        if expert_format == DENSE:
-            gate_up, down = (n * k * self.dims.dtype.itemsize for n, k in self.dims.shapes)
-        else:
-            gate_up, down = (block_bytes(expert_format, n, k, self.dims.dtype) for n, k in self.dims.shapes)
-        return gate_up, down
-
-    def pack_expert(
-        self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = DENSE
-    ) -> Recipes:
-        if expert_format != DENSE:
-            return encode_block(expert_format, gate_up, out[GATE_UP]), encode_block(expert_format, down, out[DOWN])
-        for d, weight in enumerate((gate_up, down)):
-            self._matrix(out[d], d).copy_(weight)
-        return None, None
-
-    def decode_expert(
-        self, expert_format: str, tensor_type: int, block: Tensor, out: Tensor, recipe: Packed | None
-    ) -> None:
-        decode_block(recipe, block, self._matrix(out, tensor_type), parallel=False)
-
-    def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return self._matrix(blocks[GATE_UP], GATE_UP), self._matrix(blocks[DOWN], DOWN)
 
-    def _matrix(self, block: Tensor, tensor_type: int) -> Tensor:
-        return block.view(self.dims.dtype).view(self.dims.shapes[tensor_type])
+    def _arrange(self, tensor_type: int, weight: Tensor, out: Tensor) -> None:
+        out.copy_(weight)
 
     def route(self, logits: Tensor, num_tokens: Tensor | None = None) -> Choice:
         assert num_tokens is None, "padding is for captured graphs, and this path cannot be captured"
@@ -90,7 +67,7 @@ class TorchExperts:
         for expert in range(self.dims.experts):
             token, choice = torch.where(routing.ids == expert)
             if len(token):
-                gate_up, down = self.unpack_expert(experts.table.blocks[expert])
+                gate_up, down = self.restore_expert(experts.table.blocks[expert])
                 gate, up = F.linear(x[token], gate_up.to(x.dtype)).chunk(2, dim=-1)
                 y = F.linear(F.silu(gate) * up, down.to(x.dtype))
                 out.index_add_(0, token, y * routing.weights[token, choice, None].to(y.dtype))

@@ -1,7 +1,7 @@
 """TorchOps: the operations of a decoder but its experts in plain torch, on any device.
 
 Slow and written independently of the fast kernels (loops over experts and sequences, no packing tricks): the
-oracle that they are tested against, and a path for sizes that they do not take. Weights are packed row-major; a KV
+oracle that they are tested against, and a path for sizes that they do not take. Weights are row-major; a KV
 block is [block_size, kv_heads, head_dim] for K and for V.
 """
 
@@ -19,7 +19,7 @@ from .ops import (
     DenseMlp,
     LayerDims,
     Limits,
-    PackedLinear,
+    Linear,
     RopeTable,
 )  # fmt: skip
 
@@ -51,26 +51,26 @@ class TorchOps:
             )
         self.workspace_bytes = 4 * floats
 
-    def packed_bytes(self, n: int, k: int) -> int:
+    def arranged_bytes(self, n: int, k: int) -> int:
         return n * k * self.dims.dtype.itemsize
 
-    def pack(self, weight: Tensor, out: Tensor) -> None:
+    def arrange(self, weight: Tensor, out: Tensor) -> None:
         out.view(self.dims.dtype).view(weight.shape).copy_(weight)
 
-    def unpack(self, block: Tensor, n: int, k: int) -> Tensor:
+    def restore(self, block: Tensor, n: int, k: int) -> Tensor:
         return block.view(self.dims.dtype).view(n, k)
 
     def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (block_size, kv_heads, head_dim), (block_size, kv_heads, head_dim)
 
-    def embed(self, token_ids: Tensor, table: PackedLinear) -> Tensor:
-        rows = self.unpack(table.block, table.n, table.k)
+    def embed(self, token_ids: Tensor, table: Linear) -> Tensor:
+        rows = self.restore(table.block, table.n, table.k)
         return rows[token_ids.to(rows.device)].to(self.act_dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._norm(x, weight)
 
-    def qkv(self, x: Tensor, weight: PackedLinear) -> Tensor:
+    def qkv(self, x: Tensor, weight: Linear) -> Tensor:
         return self._linear(x, weight)
 
     def attention(
@@ -107,7 +107,7 @@ class TorchOps:
             outputs.append(self._attend(q[starts[b] : starts[b + 1]], keys, values))
         return torch.cat(outputs) if outputs else q.reshape(0, d.heads * d.head_dim)
 
-    def gate_attention(self, attended: Tensor, x: Tensor, weight: PackedLinear) -> Tensor:
+    def gate_attention(self, attended: Tensor, x: Tensor, weight: Linear) -> Tensor:
         return attended * self._linear(x, weight).sigmoid()
 
     def delta_net(
@@ -123,17 +123,17 @@ class TorchOps:
         y = self._linear(F.silu(gate) * up, mlp.down)
         return residual + (y if mlp.score is None else self._linear(x, mlp.score).sigmoid() * y)
 
-    def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
+    def project_add(self, x: Tensor, weight: Linear, residual: Tensor) -> Tensor:
         return residual + self._linear(x, weight)
 
-    def router(self, x: Tensor, weight: PackedLinear) -> Tensor:
+    def router(self, x: Tensor, weight: Linear) -> Tensor:
         return self._linear(x, weight).float()
 
-    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
+    def logits(self, x: Tensor, weight: Linear) -> Tensor:
         return self._linear(x, weight).float()
 
-    def _linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
-        w = self.unpack(weight.block, weight.n, weight.k).to(x.dtype)
+    def _linear(self, x: Tensor, weight: Linear) -> Tensor:
+        w = self.restore(weight.block, weight.n, weight.k).to(x.dtype)
         return F.linear(x, w, None if weight.bias is None else weight.bias.to(x.dtype))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:

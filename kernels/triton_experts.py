@@ -6,36 +6,38 @@ Where it runs and what it promises is as in `triton_ops`. Weights are row-major,
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from . import grouped_gemm
+from .expert_blocks import ExpertBlocks
 from .expert_table import DOWN, GATE_UP
-from .ops import DENSE, ExpertDims, LayerExperts, Recipes
-from .packing.blocks import block_bytes, decode_block, encode_block
-from .packing.formats import Packed
+from .formats import FORMATS
+from .ops import ExpertDims, KernelError, LayerExperts
 from .routing import Router, Routing
-from .tiles import Tiles, capability_of, choose_tiles, invariant_tile, num_sms_of, planar12_tile
+from .tiles import Tiles, capability_of, choose_tiles, fused_tile, invariant_tile, num_sms_of
 from .triton_ops import check_backend
 
 
-class TritonExperts:
+class TritonExperts(ExpertBlocks):
     """ExpertOps for batches of up to `max_tokens`; one pager owns one (not thread-safe).
 
-    planar12: launches may meet experts in that format, so they use its tiles, whatever the format of each expert: the
-    order of summation, and so the result, is the same for all. batch_invariant: one tile, whatever the batch. Raises
-    KernelError for dtypes and sizes that the kernels cannot take, and without a GPU or interpreter.
+    formats: in which experts may be stored. Launches that may meet a fused one use its tiles, whatever the format of
+    each expert: the order of summation, and so the result, is the same for all. batch_invariant: one tile, whatever the
+    batch. Raises KernelError for dtypes, sizes and formats that the kernels cannot take, and without a GPU or
+    interpreter.
     """
 
-    fused_formats = frozenset({"planar12"})
+    backend = "triton"
 
     def __init__(
         self, dims: ExpertDims, max_tokens: int, device: torch.device | str, *, batch_invariant: bool = False,
-        planar12: bool = False,
+        formats: Collection[str] = (),
     ) -> None:  # fmt: skip
         self.dims, self.device, self.act_dtype = dims, torch.device(device), dims.dtype
-        self.batch_invariant, self._planar12 = batch_invariant, planar12
+        self.batch_invariant, self._weight_tile = batch_invariant, self._choose_weight_tile(formats)
         check_backend(self.device, dims.dtype)
         self._capability, self._num_sms = capability_of(self.device), num_sms_of(self.device)
         self._gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
@@ -45,40 +47,24 @@ class TritonExperts:
         self._y = torch.empty(rows, dims.hidden, dtype=dims.dtype, device=self.device)
         self.workspace_bytes = self._router.nbytes + self._h.nbytes + self._y.nbytes
 
+    def _choose_weight_tile(self, formats: Collection[str]) -> tuple[int, int] | None:
+        """`Format.tile` of the fused ones among `formats`."""
+        tiles = {name: FORMATS[name].tile for name in sorted(self.fused_formats.intersection(formats))}
+        if len(set(tiles.values())) > 1:
+            raise KernelError(f"formats {' and '.join(tiles)} need different tiles; choose one of them for all experts")
+        return next(iter(tiles.values()), None)
+
     # Blocks.
 
-    def expert_bytes(self, expert_format: str = DENSE) -> tuple[int, int]:
-        """Bytes of one expert's (gate/up, down) blocks. KernelError for a format that does not exist or suit."""
-        if expert_format == DENSE:
-            gate_up, down = (n * k * self.dims.dtype.itemsize for n, k in self.dims.shapes)
-        else:
-            gate_up, down = (block_bytes(expert_format, n, k, self.dims.dtype) for n, k in self.dims.shapes)
-        return gate_up, down
-
-    def pack_expert(
-        self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = DENSE
-    ) -> Recipes:
-        """gate_up [2I, H], down [H, I] → the two uint8 blocks of `expert_bytes`; gate and up rows in turns."""
-        if expert_format == DENSE:
-            grouped_gemm.interleave(gate_up, self._matrix(out[GATE_UP], GATE_UP))
-            self._matrix(out[DOWN], DOWN).copy_(down)
-            return None, None
-        mixed = grouped_gemm.interleave(gate_up)
-        return encode_block(expert_format, mixed, out[GATE_UP]), encode_block(expert_format, down, out[DOWN])
-
-    def decode_expert(
-        self, expert_format: str, tensor_type: int, block: Tensor, out: Tensor, recipe: Packed | None
-    ) -> None:
-        """A compressed block → the dense block of the same weights; see ExpertOps."""
-        decode_block(recipe, block, self._matrix(out, tensor_type), parallel=False)
-
-    def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Dense blocks → gate_up [2I, H], down [H, I]."""
+    def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         mixed, down = (self._matrix(block, d) for d, block in enumerate(blocks))
         return grouped_gemm.deinterleave(mixed), down
 
-    def _matrix(self, block: Tensor, tensor_type: int) -> Tensor:
-        return block.view(self.dims.dtype).view(self.dims.shapes[tensor_type])
+    def _arrange(self, tensor_type: int, weight: Tensor, out: Tensor) -> None:
+        if tensor_type == GATE_UP:
+            grouped_gemm.interleave(weight, out)
+        else:
+            out.copy_(weight)
 
     # The layer.
 
@@ -107,13 +93,15 @@ class TritonExperts:
         counts.add_(routing.expert_start[1:]).sub_(routing.expert_start[:-1])
 
     def _tiles(self, tokens: int) -> Tiles:
-        d, itemsize, slots = self.dims, self.dims.dtype.itemsize, tokens * self.dims.top_k
-        rows = slots / max(1, min(slots, d.experts))
-        if self._planar12:
+        d, itemsize, rows = self.dims, self.dims.dtype.itemsize, tokens * self.dims.top_k
+        rows_per_expert = rows / max(1, min(rows, d.experts))
+        if self._weight_tile is not None:
             # Batch-invariant: whatever the batch, the tile of the largest.
-            tile = planar12_tile(math.inf if self.batch_invariant else rows, self._capability)
+            tile = fused_tile(
+                self._weight_tile, math.inf if self.batch_invariant else rows_per_expert, self._capability
+            )
             return Tiles(tile, tile)
         if self.batch_invariant:
             tile = invariant_tile(self._capability, itemsize)
             return Tiles(tile, tile)
-        return choose_tiles(d.hidden, d.intermediate, rows, self._capability, itemsize, self._gpu)
+        return choose_tiles(d.hidden, d.intermediate, rows_per_expert, self._capability, itemsize, self._gpu)

@@ -26,7 +26,7 @@ from .ops import (
     KernelError,
     LayerDims,
     Limits,
-    PackedLinear,
+    Linear,
     RopeTable,
 )  # fmt: skip
 from .rope_kv import rope_and_cache
@@ -101,13 +101,13 @@ class TritonOps:
 
     # Layouts: opaque to everybody else.
 
-    def packed_bytes(self, n: int, k: int) -> int:
+    def arranged_bytes(self, n: int, k: int) -> int:
         return n * k * self.dims.dtype.itemsize
 
-    def pack(self, weight: Tensor, out: Tensor) -> None:
+    def arrange(self, weight: Tensor, out: Tensor) -> None:
         out.view(self.dims.dtype).view(weight.shape).copy_(weight)
 
-    def unpack(self, block: Tensor, n: int, k: int) -> Tensor:
+    def restore(self, block: Tensor, n: int, k: int) -> Tensor:
         return block.view(self.dims.dtype).view(n, k)
 
     def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -115,15 +115,15 @@ class TritonOps:
 
     # The forward pass.
 
-    def embed(self, token_ids: Tensor, table: PackedLinear) -> Tensor:
+    def embed(self, token_ids: Tensor, table: Linear) -> Tensor:
         """token_ids int64 [T] → [T, H]."""
-        rows = self.unpack(table.block, table.n, table.k)
+        rows = self.restore(table.block, table.n, table.k)
         return torch.index_select(rows, 0, token_ids, out=self._buffers["hidden"][: len(token_ids)])
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.dims.eps, self._buffers["normed"][: len(x)])
 
-    def qkv(self, x: Tensor, weight: PackedLinear) -> Tensor:
+    def qkv(self, x: Tensor, weight: Linear) -> Tensor:
         """[T, H] → [T, (heads + 2·kv_heads)·D]: q, k, v side by side."""
         return self._linear(x, weight, "qkv")
 
@@ -154,7 +154,7 @@ class TritonOps:
         )  # fmt: skip
         return out.view(tokens, d.heads * d.head_dim)
 
-    def gate_attention(self, attended: Tensor, x: Tensor, weight: PackedLinear) -> Tensor:
+    def gate_attention(self, attended: Tensor, x: Tensor, weight: Linear) -> Tensor:
         """attended [T, heads·D] *= sigmoid(x @ W^T); returns attended."""
         return attended.mul_(self._linear(x, weight, "gate").sigmoid_())
 
@@ -170,7 +170,7 @@ class TritonOps:
 
     def mlp_add(self, x: Tensor, mlp: DenseMlp, residual: Tensor) -> Tensor:
         """residual += SwiGLU MLP of x [T, H], times sigmoid(x·score) where there is one; returns residual."""
-        halves = self.unpack(mlp.gate_up.block, mlp.gate_up.n, mlp.gate_up.k).chunk(2)
+        halves = self.restore(mlp.gate_up.block, mlp.gate_up.n, mlp.gate_up.k).chunk(2)
         gate, up = (self._matmul(x, w, f"mlp_{name}") for w, name in zip(halves, ("gate", "up"), strict=True))
         torch.nn.functional.silu(gate, inplace=True).mul_(up)
         if mlp.score is None:
@@ -178,32 +178,32 @@ class TritonOps:
         y, score = self._linear(gate, mlp.down, "mlp_out"), self._linear(x, mlp.score, "mlp_score")
         return residual.addcmul_(y, score.sigmoid_())
 
-    def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
+    def project_add(self, x: Tensor, weight: Linear, residual: Tensor) -> Tensor:
         """residual += x @ W^T; returns residual."""
-        w = self.unpack(weight.block, weight.n, weight.k)
+        w = self.restore(weight.block, weight.n, weight.k)
         if self.batch_invariant:
             grouped_gemm.linear(x, w, residual, self._fixed_tile, add=True)
         else:
             residual.addmm_(x, w.t())
         return residual if weight.bias is None else residual.add_(weight.bias)
 
-    def router(self, x: Tensor, weight: PackedLinear) -> Tensor:
+    def router(self, x: Tensor, weight: Linear) -> Tensor:
         """[T, H] → fp32 logits [T, experts]."""
         logits = self._buffers["router"][: len(x)]
-        w = self.unpack(weight.block, weight.n, weight.k)
+        w = self.restore(weight.block, weight.n, weight.k)
         return grouped_gemm.linear(x, w, logits, self._router_tile(len(x)))
 
-    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
+    def logits(self, x: Tensor, weight: Linear) -> Tensor:
         """[B, H] → fp32 [B, vocab]."""
-        out, w = self._buffers["logits"][: len(x)], self.unpack(weight.block, weight.n, weight.k)
+        out, w = self._buffers["logits"][: len(x)], self.restore(weight.block, weight.n, weight.k)
         if self.batch_invariant or self.device.type != "cuda":
             return grouped_gemm.linear(x, w, out, self._fixed_tile)
         if self.act_dtype == torch.float32:
             return torch.mm(x, w.t(), out=out)
         return torch.mm(x, w.t(), out_dtype=torch.float32, out=out)
 
-    def _linear(self, x: Tensor, weight: PackedLinear, name: str) -> Tensor:
-        out = self._matmul(x, self.unpack(weight.block, weight.n, weight.k), name)
+    def _linear(self, x: Tensor, weight: Linear, name: str) -> Tensor:
+        out = self._matmul(x, self.restore(weight.block, weight.n, weight.k), name)
         return out if weight.bias is None else out.add_(weight.bias)
 
     def _matmul(self, x: Tensor, w: Tensor, name: str) -> Tensor:

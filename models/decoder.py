@@ -19,8 +19,8 @@ from fluxmoe.kernels.ops import (
     DenseMlp,
     ExpertDims,
     LayerDims,
+    Linear,
     Ops,
-    PackedLinear,
     RopeTable,
 )
 from torch import Tensor
@@ -118,8 +118,8 @@ def non_expert_bytes(config: ModelConfig, ops: Ops, max_context: int) -> int:
     for _ in c.delta_layers:
         floats += c.delta.channels * c.delta.taps + 2 * c.delta.value_heads + c.delta.value_dim
         linears += [(c.delta.projected, c.hidden_size), (c.hidden_size, c.delta.value_size)]
-    layers = sum(ops.packed_bytes(n, k) for n, k in linears) + 4 * floats
-    vocab = ops.packed_bytes(c.vocab_size, c.hidden_size) * (1 if c.tie_word_embeddings else 2)
+    layers = sum(ops.arranged_bytes(n, k) for n, k in linears) + 4 * floats
+    vocab = ops.arranged_bytes(c.vocab_size, c.hidden_size) * (1 if c.tie_word_embeddings else 2)
     rope = 4 * max_context * (c.head_dim // 2) * 2
     return layers + vocab + 4 * c.hidden_size + rope
 
@@ -142,7 +142,7 @@ class DecoderLayer:
     """Non-expert weights of one layer, on the device: `matrices` and fp32 `vectors`, by name."""
 
     def __init__(self) -> None:
-        self.matrices: dict[str, PackedLinear] = {}
+        self.matrices: dict[str, Linear] = {}
         self.vectors: dict[str, Tensor] = {}
         self.pending: dict[str, Tensor] = {}
 
@@ -169,14 +169,14 @@ class Decoder:
         cos, sin = rope_tables(config, max_context)
         self.rope = RopeTable(cos.to(ops.device), sin.to(ops.device))
         self.layers = [DecoderLayer() for _ in range(config.num_layers)]
-        self.embed_tokens: PackedLinear | None = None
-        self.lm_head: PackedLinear | None = None
+        self.embed_tokens: Linear | None = None
+        self.lm_head: Linear | None = None
         self.final_norm: Tensor | None = None
 
     def load(self, role: str, layer: int | None, weight: Tensor) -> None:
-        """Place one non-expert tensor (roles of models.checkpoint) on the device, packed where it is a matrix."""
+        """Place one non-expert tensor (roles of models.checkpoint) on the device, arranged where it is a matrix."""
         if layer is None:
-            value = self._vector(weight) if role == "final_norm" else self._pack(weight)
+            value = self._vector(weight) if role == "final_norm" else self._arrange(weight)
             setattr(self, role, value)
             if role == "embed_tokens" and self.config.tie_word_embeddings:
                 self.lm_head = value
@@ -198,17 +198,17 @@ class Decoder:
             if all(part in layer.pending for part in (*parts, *biases)):
                 weight = torch.cat([layer.pending.pop(part) for part in parts])
                 bias = torch.cat([layer.pending.pop(part) for part in biases]) if biased else None
-                layer.matrices[name] = self._pack(weight, bias)
+                layer.matrices[name] = self._arrange(weight, bias)
 
     def _vector(self, weight: Tensor) -> Tensor:
         return weight.float().to(self.ops.device)
 
-    def _pack(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    def _arrange(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         n, k = weight.shape
-        block = torch.empty(self.ops.packed_bytes(n, k), dtype=torch.uint8)
-        self.ops.pack(weight, block)
+        block = torch.empty(self.ops.arranged_bytes(n, k), dtype=torch.uint8)
+        self.ops.arrange(weight, block)
         vector = None if bias is None else self._vector(bias)
-        return PackedLinear(block.to(self.ops.device), n, k, weight.dtype, vector)
+        return Linear(block.to(self.ops.device), n, k, weight.dtype, vector)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every device tensor that the decoder holds, once."""

@@ -17,7 +17,8 @@ import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from fluxmoe.kernels.packing import FORMATS, Packed, PackingError
+from fluxmoe.kernels.formats import compressed_formats
+from fluxmoe.kernels.packing import Packed, PackingError
 from torch import Tensor
 
 from .config import ModelConfig
@@ -55,11 +56,13 @@ class PackedExperts:
             version, self.format, sizes = index["version"], index["format"], dict(index["files"])
         except (ValueError, KeyError, TypeError):
             raise CheckpointError(f"{path} is damaged; make the packed checkpoint again") from None
-        if version != VERSION or self.format not in FORMATS:
+        formats = compressed_formats()
+        if version != VERSION or self.format not in formats:
             raise CheckpointError(
                 f"{path} is of version {version}, format {self.format!r}; this program reads version {VERSION}, "
-                f"formats {', '.join(FORMATS)}"
+                f"formats {', '.join(formats)}"
             )
+        self._codec = formats[self.format].codec
         for layer in config.moe_layers:
             for tensor in TENSORS:
                 name = expert_file(layer, tensor)
@@ -94,7 +97,7 @@ class PackedExperts:
                         f"{path}: {packed.format} of shape {list(packed.shape)}, config.json and {INDEX} ask for "
                         f"{self.format} of {list(expert_shape(self.config, tensor))}"
                     )
-                weights.append(FORMATS[self.format].decode(packed))
+                weights.append(self._codec.decode(packed))
             except (PackingError, OSError) as error:
                 raise CheckpointError(f"{error}; make the packed checkpoint again") from None
         return weights[0], weights[1]

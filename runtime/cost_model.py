@@ -22,7 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from fluxmoe.kernels.ops import DENSE, ExpertDims, Limits
+from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats
+from fluxmoe.kernels.ops import ExpertDims, Limits
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import expert_dims, layer_dims
 
@@ -31,8 +32,6 @@ from .experts.placement import DEVICE_TIERS, Tier
 from .hardware import HardwareProfile, ProfileError
 from .scheduler import Step
 
-# Bits a weight of our own formats, on experts with the statistics of trained ones.
-FORMAT_BITS = {DENSE: 16.0, "planar12": 12.006, "tiered": 10.92, "huffman": 10.75}
 _KERNELS_A_LAYER = 14
 
 
@@ -45,8 +44,8 @@ class CostParameters:
     one by the host, which needs `eager_launch_s` for each with all that it does around it, instead of as graphs.
     """
 
-    bits: Mapping[str, float] = field(default_factory=lambda: dict(FORMAT_BITS))
-    fused: frozenset[str] = frozenset({"planar12"})
+    bits: Mapping[str, float] = field(default_factory=lambda: {name: each.bits for name, each in FORMATS.items()})
+    fused: frozenset[str] = field(default_factory=lambda: fused_formats("triton"))
     attention_share: float = 0.75
     expert_share: float = 0.85
     moe_flops_share: float = 0.7
@@ -89,7 +88,7 @@ class SimOps:
         if parameters.workspace_bytes is not None:
             self.workspace_bytes = parameters.workspace_bytes - self.experts.workspace_bytes
 
-    def packed_bytes(self, n: int, k: int) -> int:
+    def arranged_bytes(self, n: int, k: int) -> int:
         return n * k * self.dims.dtype.itemsize // self._devices
 
     def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from fluxmoe.kernels.formats import DENSE
 from fluxmoe.kernels.ops import DeltaNetDims, Limits, Ops
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import non_expert_bytes
 
 from .config import EngineConfig
 from .experts.footprint import Footprint
-from .experts.layout import DENSE
 from .experts.placement import Placement, Tier
 from .experts.planner import Planner, PlannerConfig
 from .kv_cache import PagedKVCache

@@ -143,7 +143,7 @@ class Device(ABC):
 
         return TritonExperts(
             dims, max_tokens, self.torch, batch_invariant=config.batch_invariant,
-            planar12=config.gemm_reads_planar12,
+            formats=config.formats_met,
         )  # fmt: skip
 
     def _choose(self, kernels: str) -> str:

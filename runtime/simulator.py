@@ -20,13 +20,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from fluxmoe.kernels.formats import DENSE
 from fluxmoe.models.config import ModelConfig
 
 from .config import EngineConfig
 from .cost_model import CostModel, CostParameters, SimOps
 from .deployment import Deployment, limits_of, make_planner, require_workspace
 from .experts.footprint import EXPERT_LINES, Footprint, lay_out
-from .experts.layout import DENSE, ExpertLayout
+from .experts.layout import ExpertLayout
 from .experts.placement import DEVICE_TIERS, Placement, Tier
 from .experts.planner import Move, Observation, Planner, PlannerError
 from .hardware import HardwareProfile, ProfileError

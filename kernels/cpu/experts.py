@@ -5,39 +5,29 @@ Activations are fp32, as in `cpu.ops`; blocks are panels (see `moe`), dense or c
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from ..expert_blocks import ExpertBlocks, Shape
 from ..expert_table import DOWN, GATE_UP
-from ..ops import DENSE, ExpertDims, KernelError, LayerExperts, Recipes
-from ..packing.blocks import block_bytes, decode_block, encode_block
-from ..packing.formats import Packed
-from . import gemm, moe, planar
-
-PLANAR12 = "planar12"
+from ..ops import ExpertDims, KernelError, LayerExperts
+from . import gemm, moe
 
 
-class CpuExperts:
+class CpuExperts(ExpertBlocks):
     """ExpertOps for batches of up to `max_tokens`; one pager owns one (not thread-safe).
 
     KernelError for weights that are neither bf16 nor fp32.
     """
 
+    backend = "cpu"
     device = torch.device("cpu")
     act_dtype = torch.float32
-    fused_formats = frozenset({PLANAR12})
 
     def __init__(self, dims: ExpertDims, max_tokens: int, threads: int | None = None) -> None:
         if dims.dtype not in (torch.bfloat16, torch.float32):
             raise KernelError(f"CPU kernels take bfloat16 or float32 weights, got {dims.dtype}")
         self.dims = dims
-        # The dense blocks as matrices, a panel a row.
-        self._panels = (
-            (2 * gemm.padded(dims.intermediate) // gemm.LANES, dims.hidden * gemm.LANES),
-            (gemm.padded(dims.hidden) // gemm.LANES, dims.intermediate * gemm.LANES),
-        )
         self.threads = gemm.use_threads(threads)
         self._scratch = gemm.Scratch(max_tokens * dims.top_k, self.threads)
         self._buffers = moe.MoeBuffers(
@@ -47,66 +37,29 @@ class CpuExperts:
 
     # Blocks.
 
-    def expert_bytes(self, expert_format: str = DENSE) -> tuple[int, int]:
-        """Bytes of one expert's (gate/up, down) blocks. KernelError for a format that does not exist or suit."""
-        d, (gate_up, down) = self.dims, self._panels
-        if expert_format == DENSE:
-            return (
-                moe.gate_up_bytes(d.intermediate, d.hidden, d.dtype),
-                gemm.packed_bytes(d.hidden, d.intermediate, d.dtype),
-            )
-        sizes = block_bytes(expert_format, *gate_up, d.dtype), block_bytes(expert_format, *down, d.dtype)
-        if expert_format != PLANAR12:
-            return sizes
-        if not (planar.fits(d.hidden) and planar.fits(d.intermediate)):
-            raise KernelError("expert format planar12 needs even hidden and intermediate sizes; use dense")
-        return planar.block_bytes(gate_up[0], d.hidden), planar.block_bytes(down[0], d.intermediate)
-
-    def pack_expert(
-        self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = DENSE
-    ) -> Recipes:
-        """gate_up [2I, H], down [H, I] → the two uint8 blocks of `expert_bytes`."""
-        if expert_format == DENSE:
-            moe.pack_gate_up(gate_up, out[GATE_UP])
-            gemm.pack(down, out[DOWN])
-            return None, None
-        return (
-            self._compress(expert_format, gate_up, moe.pack_gate_up, 2, out[GATE_UP]),
-            self._compress(expert_format, down, gemm.pack, 1, out[DOWN]),
-        )
-
-    def _compress(
-        self, expert_format: str, weight: Tensor, pack: Callable[[Tensor, Tensor], None], halves: int, out: Tensor
-    ) -> Packed | None:
-        """Panels of `weight`, compressed into `out`; halves: how many matrices it holds."""
-        rows, depth = weight.shape[0] // halves, weight.shape[1]
-        dense = torch.empty(halves * gemm.packed_bytes(rows, depth, weight.dtype), dtype=torch.uint8, device="cpu")
-        pack(weight, dense)
-        panels = dense.view(weight.dtype).view(-1, depth, gemm.LANES)
-        if rows % gemm.LANES:
-            # Lanes past the last row are read by nobody; zeros there would all be escapes.
-            panels[-halves:, :, rows % gemm.LANES :] = panels[-halves:, :, :1]
-        if expert_format == PLANAR12:
-            return planar.encode(panels, out)
-        return encode_block(expert_format, panels.view(len(panels), -1), out)
-
-    def decode_expert(
-        self, expert_format: str, tensor_type: int, block: Tensor, out: Tensor, recipe: Packed | None
-    ) -> None:
-        """A compressed block → the dense block of the same weights; see ExpertOps."""
-        panels = out.view(self.dims.dtype).view(self._panels[tensor_type])
-        if expert_format == PLANAR12:
-            planar.decode(block, panels, parallel=False)
-        else:
-            decode_block(recipe, block, panels, parallel=False)
-
-    def unpack_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Dense blocks → gate_up [2I, H], down [H, I]."""
+    def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         d = self.dims
         return (
-            moe.unpack_gate_up(blocks[GATE_UP], d.intermediate, d.hidden, d.dtype),
-            gemm.unpack(blocks[DOWN], d.hidden, d.intermediate, d.dtype),
+            moe.restore_gate_up(blocks[GATE_UP], d.intermediate, d.hidden, d.dtype),
+            gemm.restore(blocks[DOWN], d.hidden, d.intermediate, d.dtype),
         )
+
+    @property
+    def _matrices(self) -> tuple[Shape, Shape]:
+        """A panel a row."""
+        d = self.dims
+        return (
+            (2 * gemm.padded(d.intermediate) // gemm.LANES, d.hidden * gemm.LANES),
+            (gemm.padded(d.hidden) // gemm.LANES, d.intermediate * gemm.LANES),
+        )
+
+    def _arrange(self, tensor_type: int, weight: Tensor, out: Tensor) -> None:
+        arrange, halves = ((moe.arrange_gate_up, 2), (gemm.arrange, 1))[tensor_type]
+        arrange(weight, out.view(-1).view(torch.uint8))
+        if spare := -(len(weight) // halves) % gemm.LANES:
+            # Lanes past the last row are read by nobody; zeros there would all be escapes of a compressed format.
+            panels = out.view(len(out), -1, gemm.LANES)[-halves:]
+            panels[:, :, -spare:] = panels[:, :, :1]
 
     # The layer.
 

@@ -1,6 +1,6 @@
-"""Dense linear layers on the CPU: weights packed once into panels, multiplied by the tile of `simd`.
+"""Dense linear layers on the CPU: weights arranged once into panels, multiplied by the tile of `simd`.
 
-Packed layout of a weight [N, K] (out_features, in_features), dtype bf16 or fp32:
+Layout of a weight [N, K] (out_features, in_features), dtype bf16 or fp32:
 
     [ceil(N/16), K, 16]   panel p holds columns 16p..16p+15 of the output; rows past N are zero
 
@@ -34,13 +34,13 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
-def packed_bytes(n: int, k: int, dtype: torch.dtype) -> int:
-    """Bytes of a packed [n, k] weight."""
+def arranged_bytes(n: int, k: int, dtype: torch.dtype) -> int:
+    """Bytes of an arranged [n, k] weight."""
     return padded(n) * k * dtype.itemsize
 
 
-def pack(weight: Tensor, out: Tensor) -> None:
-    """Write weight [N, K] (bf16 or fp32) into `out`, uint8 [packed_bytes(N, K, dtype)], bit for bit."""
+def arrange(weight: Tensor, out: Tensor) -> None:
+    """Write weight [N, K] (bf16 or fp32) into `out`, uint8 [arranged_bytes(N, K, dtype)], bit for bit."""
     n, k = weight.shape
     bits = torch.int16 if weight.dtype == torch.bfloat16 else torch.int32
     panels = out.view(bits).view(-1, k, LANES)
@@ -52,8 +52,8 @@ def pack(weight: Tensor, out: Tensor) -> None:
         panels[whole, :, : n % LANES].copy_(source[whole * LANES :].t())
 
 
-def unpack(block: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
-    """Inverse of `pack`: weight [n, k]."""
+def restore(block: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of `arrange`: weight [n, k]."""
     panels = block.view(dtype).view(-1, k, LANES)
     return panels.transpose(1, 2).reshape(-1, k)[:n].contiguous()
 
@@ -86,7 +86,7 @@ def _linear(weight, bf16, depth, panels, x, x_stride, rows, y, y_stride, row_tab
 def linear(x: Tensor, weight: Tensor, n: int, dtype: torch.dtype, y: Tensor, scratch: Scratch) -> Tensor:
     """y[:, :n] = x @ W^T.
 
-    x fp32 [M, K]; weight: packed [n, K] of `dtype`; y fp32 [M, ≥ padded(n)] with contiguous rows, written in its
+    x fp32 [M, K]; weight: arranged [n, K] of `dtype`; y fp32 [M, ≥ padded(n)] with contiguous rows, written in its
     first padded(n) columns. Returns the view [M, n].
     """
     rows, depth = x.shape

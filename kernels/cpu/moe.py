@@ -1,6 +1,6 @@
 """Mixture-of-experts layer on the CPU: routing, grouped GEMM over an ExpertTable, weighted combine.
 
-Data map for T tokens, E experts, R = T·top_k routed rows ("slots" of the sorted order):
+Data map for T tokens, E experts, R = T·top_k rows, one a token and choice:
 
     topk_weights  fp32  [T, top_k]  router probabilities of the chosen experts       route → combine
     row_of        int32 [T, top_k]  place of (token, choice) in expert order         route → combine
@@ -13,7 +13,7 @@ Data map for T tokens, E experts, R = T·top_k routed rows ("slots" of the sorte
 The gate/up GEMM gathers its rows through the tile's row table, so no copy of the tokens is made; combine adds
 each token's top_k rows in the order of the router, so the result does not depend on who did the work.
 
-Packed layout of an expert, dtype bf16 or fp32:
+Layout of an expert, dtype bf16 or fp32:
 
     GATE_UP  [ceil(I/16), 2, H, 16]   gate panel j, then up panel j: one sequential read for a tile of SwiGLU
     DOWN     [ceil(H/16), I, 16]      as in `gemm`
@@ -29,39 +29,41 @@ import torch
 from numba import njit, prange, types
 from torch import Tensor
 
-from ..expert_table import FORMAT_PLANAR12, ExpertTable
+from ..expert_table import ExpertTable
+from ..formats import FORMATS
 from ..ops import KernelError
 from . import gemm
 from .gemm import LANES, Scratch, fill_rows, padded, zeros
 from .planar import planar_panel
 from .simd import exp_f32, fetch_add, gemm_panel
 
+_PLANAR12 = FORMATS["planar12"].number
 _TASK_BYTES = 64 * 1024
 # Rows of gate and up kept per thread between the GEMM and SwiGLU: 2 x 48 x 16 fp32 = 6 KiB stay in L1.
 _CHUNK_ROWS = 48
 
 
 def gate_up_bytes(intermediate: int, hidden: int, dtype: torch.dtype) -> int:
-    """Bytes of a packed gate/up block."""
+    """Bytes of an arranged gate/up block."""
     return 2 * padded(intermediate) * hidden * dtype.itemsize
 
 
-def pack_gate_up(gate_up: Tensor, out: Tensor) -> None:
+def arrange_gate_up(gate_up: Tensor, out: Tensor) -> None:
     """Write gate_up [2I, H] (gate rows, then up rows) into `out`, uint8 [gate_up_bytes(I, H, dtype)]."""
     double, hidden = gate_up.shape
     bits = torch.int16 if gate_up.dtype == torch.bfloat16 else torch.int32
     panels = out.view(bits).view(-1, 2, hidden, LANES)
     for which, half in enumerate(gate_up.view(2, double // 2, hidden)):
-        packed = torch.empty(gemm.packed_bytes(double // 2, hidden, half.dtype), dtype=torch.uint8, device="cpu")
-        gemm.pack(half, packed)
-        panels[:, which].copy_(packed.view(bits).view(-1, hidden, LANES))
+        half_block = torch.empty(gemm.arranged_bytes(double // 2, hidden, half.dtype), dtype=torch.uint8, device="cpu")
+        gemm.arrange(half, half_block)
+        panels[:, which].copy_(half_block.view(bits).view(-1, hidden, LANES))
 
 
-def unpack_gate_up(block: Tensor, intermediate: int, hidden: int, dtype: torch.dtype) -> Tensor:
-    """Inverse of `pack_gate_up`: [2I, H]."""
+def restore_gate_up(block: Tensor, intermediate: int, hidden: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of `arrange_gate_up`: [2I, H]."""
     panels = block.view(dtype).view(-1, 2, hidden, LANES)
     halves = [
-        gemm.unpack(panels[:, which].contiguous().view(torch.uint8), intermediate, hidden, dtype) for which in (0, 1)
+        gemm.restore(panels[:, which].contiguous().view(torch.uint8), intermediate, hidden, dtype) for which in (0, 1)
     ]
     return torch.cat(halves)
 
@@ -164,7 +166,7 @@ def _gate_up(
             if first == last:
                 continue
             group = task % groups
-            planar = formats[expert, 0] == FORMAT_PLANAR12
+            planar = formats[expert, 0] == _PLANAR12
             for p in range(group * per_task, min(panels, (group + 1) * per_task)):
                 for begin in range(first, last, chunk):
                     count = min(chunk, last - begin)
@@ -206,7 +208,7 @@ def _down(
             if first == last:
                 continue
             group = task % groups
-            planar = formats[expert, 1] == FORMAT_PLANAR12
+            planar = formats[expert, 1] == _PLANAR12
             for p in range(group * per_task, min(panels, (group + 1) * per_task)):
                 _expert_panel(
                     table[expert, 1], planar, p, panels, panel_bytes, bf16, rows_base + 8 * first, last - first, depth,

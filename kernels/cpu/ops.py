@@ -1,7 +1,7 @@
 """CpuOps: the operations of a decoder but its experts on the CPU kernels, with every buffer made once.
 
 Activations are fp32 whatever the weights are: upcasting bf16 is free in the kernels, and the result is closer to
-exact arithmetic than bf16 activations would be. Packed weights and KV cache keep the model's dtype.
+exact arithmetic than bf16 activations would be. Weights and KV cache keep the model's dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..ops import (
     KernelError,
     LayerDims,
     Limits,
-    PackedLinear,
+    Linear,
     RopeTable,
 )  # fmt: skip
 from . import attention as attn
@@ -78,22 +78,22 @@ class CpuOps:
 
     # Layouts: opaque to everybody else.
 
-    def packed_bytes(self, n: int, k: int) -> int:
-        return gemm.packed_bytes(n, k, self.dims.dtype)
+    def arranged_bytes(self, n: int, k: int) -> int:
+        return gemm.arranged_bytes(n, k, self.dims.dtype)
 
-    def pack(self, weight: Tensor, out: Tensor) -> None:
-        gemm.pack(weight, out)
+    def arrange(self, weight: Tensor, out: Tensor) -> None:
+        gemm.arrange(weight, out)
 
-    def unpack(self, block: Tensor, n: int, k: int) -> Tensor:
-        return gemm.unpack(block, n, k, self.dims.dtype)
+    def restore(self, block: Tensor, n: int, k: int) -> Tensor:
+        return gemm.restore(block, n, k, self.dims.dtype)
 
     def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return attn.kv_block_shape(block_size, kv_heads, head_dim)
 
     # The forward pass.
 
-    def embed(self, token_ids: Tensor, table: PackedLinear) -> Tensor:
-        """token_ids int64 [T], table: packed [vocab, H] (so that tied embeddings are stored once) → fp32 [T, H]."""
+    def embed(self, token_ids: Tensor, table: Linear) -> Tensor:
+        """token_ids int64 [T], table: arranged [vocab, H] (so that tied embeddings are stored once) → fp32 [T, H]."""
         panels = table.block.view(table.dtype).view(-1, table.k, gemm.LANES)
         rows = panels[token_ids // gemm.LANES, :, token_ids % gemm.LANES]
         return self._buffers["hidden"][: len(token_ids)].copy_(rows)
@@ -101,7 +101,7 @@ class CpuOps:
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.dims.eps, self._buffers["normed"][: len(x)])
 
-    def qkv(self, x: Tensor, weight: PackedLinear) -> Tensor:
+    def qkv(self, x: Tensor, weight: Linear) -> Tensor:
         """[T, H] → [T, (heads + 2·kv_heads)·D]: q, k, v side by side."""
         return self._linear(x, weight, "qkv")
 
@@ -147,7 +147,7 @@ class CpuOps:
             self._scratch,
         )
 
-    def gate_attention(self, attended: Tensor, x: Tensor, weight: PackedLinear) -> Tensor:
+    def gate_attention(self, attended: Tensor, x: Tensor, weight: Linear) -> Tensor:
         """attended [T, heads·D] *= sigmoid(x @ W^T); returns attended."""
         return gates.scale(attended, self._linear(x, weight, "gate"))
 
@@ -171,21 +171,21 @@ class CpuOps:
         y, score = self._linear(activation, mlp.down, "projected"), self._linear(x, mlp.score, "mlp_score")
         return gates.add_scaled(residual, y, score)
 
-    def project_add(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
+    def project_add(self, x: Tensor, weight: Linear, residual: Tensor) -> Tensor:
         """residual += x @ W^T; returns residual."""
         projected = self._linear(x, weight, "projected")
         _add(residual.numpy(), projected.numpy(), residual.numpy())
         return residual
 
-    def router(self, x: Tensor, weight: PackedLinear) -> Tensor:
+    def router(self, x: Tensor, weight: Linear) -> Tensor:
         """[T, H] → fp32 logits [T, experts]."""
         return self._linear(x, weight, "router")
 
-    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
+    def logits(self, x: Tensor, weight: Linear) -> Tensor:
         """[B, H] → fp32 [B, vocab]."""
         return self._linear(x, weight, "logits")
 
-    def _linear(self, x: Tensor, weight: PackedLinear, name: str) -> Tensor:
+    def _linear(self, x: Tensor, weight: Linear, name: str) -> Tensor:
         y = gemm.linear(x, weight.block, weight.n, weight.dtype, self._buffers[name][: len(x)], self._scratch)
         if weight.bias is not None:
             y += weight.bias

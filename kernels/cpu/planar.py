@@ -53,11 +53,6 @@ _BYTES16, _BYTES32, _WORDS16 = ir.VectorType(_I8, 16), ir.VectorType(_I8, 32), i
 _HAS_AVX2 = bool(llvm.get_host_cpu_features().get("avx2"))
 
 
-def fits(depth: int) -> bool:
-    """Rows of K come in pairs."""
-    return depth % 2 == 0
-
-
 def block_bytes(panels: int, depth: int) -> int:
     """Bytes of a block with room for its escapes."""
     room = int(panels * depth * LANES * _ESCAPE_SHARE) + _ESCAPE_LEAST
@@ -158,6 +153,21 @@ def decode(block: Tensor, out: Tensor | None = None, parallel: bool = True) -> T
     panels = out.view(count, depth, LANES)
     (_decode_parallel if parallel else _decode)(block.data_ptr(), count, depth, panels.data_ptr())
     return panels
+
+
+class PanelBlocks:
+    """`packing.blocks.Blocks` of matrices whose rows are panels, [P, K·16]; rows of K come in pairs."""
+
+    def nbytes(self, n: int, k: int) -> int:
+        if k // LANES % 2:
+            raise KernelError("expert format planar12 needs even hidden and intermediate sizes; use dense")
+        return block_bytes(n, k // LANES)
+
+    def encode(self, matrix: Tensor, out: Tensor) -> None:
+        encode(matrix.view(len(matrix), -1, LANES), out)
+
+    def decode(self, block: Tensor, recipe: None, out: Tensor, parallel: bool = True) -> None:
+        decode(block, out, parallel)
 
 
 @njit(nogil=True, cache=True)

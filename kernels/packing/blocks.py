@@ -1,58 +1,52 @@
-"""Weights in blocks of one size, as an expert store keeps them: planes at multiples of 256 bytes, room at the end.
+"""Weights in blocks of one size, as an expert store keeps them.
 
 How many bytes a lossless format needs depends on the weights, but a ledger is filled before they are read. So a block
-has room for what trained weights need and a little more; weights that do not fit are refused. Which bytes of the block
-are which plane is in the `Packed` that `encode_block` returns, a recipe without data.
+has room for what trained weights need and a little more (`Codec.room`); weights that do not fit are refused.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import Protocol
+
 from torch import Tensor
 
 from ..ops import KernelError
-from . import FORMATS
-from .formats import BLOCK_ALIGNMENT, Packed
-
-# Bits a weight, a third of a bit more than Gaussian weights take, and bytes for tables.
-_ROOM = {"tiered": (11.2, 4096), "huffman": (11.0, 8192)}
-# planar12: beside the planes whose size the shape fixes, room for escapes (bytes a weight) and a raw tile.
-_ESCAPES, _RAW_TILES = 0.003, 2 * 64 * 128
+from .codec import Codec, Packed
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
+class Blocks(Protocol):
+    """How a backend compresses a bf16 matrix [n, k], which is a dense expert's as its kernels arrange it.
 
-
-def block_bytes(name: str, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes of the block of a weight [n, k] in format `name`. KernelError if there is no such format of this dtype."""
-    if name not in FORMATS:
-        raise KernelError(f"unknown expert format {name!r}; choose dense, {', '.join(FORMATS)}")
-    if dtype != torch.bfloat16:
-        raise KernelError(f"expert format {name} compresses bfloat16 weights, got {dtype}; use dense")
-    if name == "planar12":
-        sizes = FORMATS[name]._plane_sizes((n, k))
-        fixed = [sizes["bytes"], sizes["nibbles"], 4 * sizes["base"], 4 * sizes["offsets"]]
-        return sum(map(_aligned, fixed)) + _aligned(int(_ESCAPES * n * k) + _RAW_TILES)
-    bits, tables = _ROOM[name]
-    return _aligned(int(n * k * bits / 8) + tables)
-
-
-def encode_block(name: str, weight: Tensor, out: Tensor) -> Packed:
-    """bf16 [n, k] → uint8 [block_bytes(name, n, k)]; returns the recipe that `decode_block` needs.
-
-    KernelError when the weight does not fit.
+    nbytes: of the block; KernelError for sizes that it cannot take. encode: into `out`, uint8 [nbytes(n, k)]; returns
+    what `decode` needs beside the block, if anything; KernelError when the weights do not fit. decode: bit for bit, on
+    the block's device, into `out`, bf16 [n, k]; parallel: on the CPU, by all threads of numba.
     """
-    packed = FORMATS[name].encode(weight)
-    if packed.is_raw or packed.block_bytes > out.numel():
-        raise KernelError(
-            f"expert weights of shape {list(weight.shape)} do not fit format {name}: they are too small, or their "
-            "exponents spread wider than those of trained weights; use the dense format"
-        )
-    packed.pack_into(out[: packed.block_bytes])
-    return packed.to("meta")
+
+    def nbytes(self, n: int, k: int) -> int: ...
+    def encode(self, matrix: Tensor, out: Tensor) -> Packed | None: ...
+    def decode(self, block: Tensor, recipe: Packed | None, out: Tensor, parallel: bool = True) -> None: ...
 
 
-def decode_block(recipe: Packed, block: Tensor, out: Tensor | None = None, parallel: bool = True) -> Tensor:
-    """The weight bf16 [n, k] of a block, on the block's device; see `PackedFormat.decode`."""
-    return FORMATS[recipe.format].decode(recipe.at(block), out, parallel)
+class PlaneBlocks:
+    """A codec's planes at multiples of 256 bytes, room at the end. Which bytes are which plane says the recipe, a
+    `Packed` without data."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+
+    def nbytes(self, n: int, k: int) -> int:
+        return self.codec.room(n, k)
+
+    def encode(self, matrix: Tensor, out: Tensor) -> Packed:
+        packed = self.codec.encode(matrix)
+        if packed.is_raw or packed.block_bytes > out.numel():
+            shape, name = list(matrix.shape), self.codec.name
+            raise KernelError(
+                f"expert weights of shape {shape} do not fit format {name}: they are too small, "
+                "or their exponents spread wider than those of trained weights; use the dense format"
+            )
+        packed.pack_into(out[: packed.block_bytes])
+        return packed.to("meta")
+
+    def decode(self, block: Tensor, recipe: Packed | None, out: Tensor, parallel: bool = True) -> None:
+        self.codec.decode(recipe.at(block), out, parallel)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .formats import Packed, PackingError
+from .codec import Packed, PackingError
 
 MAGIC = b"FLUXPACK"
 VERSION = 1

@@ -22,7 +22,7 @@ import numpy as np
 from numba import njit, prange, types
 from torch import Tensor
 
-from .formats import PackedFormat
+from .codec import Codec, align
 from .histogram import exponent_histogram
 
 MAX_LENGTH = 11
@@ -167,10 +167,14 @@ def _decode_parallel(bytes_in, table, offsets, stream, out):
         _decode_group(group, bytes_in, table, offsets, stream, out)
 
 
-class Huffman(PackedFormat):
+class Huffman(Codec):
     """See the module."""
 
     name = "huffman"
+
+    def room(self, n: int, k: int) -> int:
+        # A third of a bit more than Gaussian weights take, and tables.
+        return align(int(n * k * 11.0 / 8) + 8192)
 
     def _plane_sizes(self, shape):
         size = int(np.prod(shape, dtype=np.int64))

@@ -23,7 +23,7 @@ import numpy as np
 from numba import njit, prange, types
 from torch import Tensor
 
-from .formats import PackedFormat
+from .codec import Codec, align
 from .histogram import exponent_histogram
 
 TILE, QUARTER = 4096, 1024
@@ -152,10 +152,14 @@ def _decode_parallel(bytes_in, first, table, offsets, second, third, counts, out
 _OTHERS = np.array([sum((byte >> shift) & 3 == 3 for shift in (0, 2, 4, 6)) for byte in range(256)], dtype=np.uint8)
 
 
-class Tiered(PackedFormat):
+class Tiered(Codec):
     """See the module."""
 
     name = "tiered"
+
+    def room(self, n: int, k: int) -> int:
+        # A third of a bit more than Gaussian weights take, and tables.
+        return align(int(n * k * 11.2 / 8) + 4096)
 
     def _plane_sizes(self, shape):
         size = int(np.prod(shape, dtype=np.int64))

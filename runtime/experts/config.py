@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fluxmoe.kernels.packing import FORMATS
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, FORMATS, compressed_formats
 
 from ..hardware import HardwareProfile
-from .layout import DENSE, ExpertFormats
+from .layout import ExpertFormats
 from .placement import COMPRESSING
 
 Delay = Callable[[int, int], float]
@@ -25,8 +25,8 @@ class PagingConfig:
     """How experts are paged.
 
     placement, alpha    see `placement.place`; dense_share: its `dense`
-    expert_format       dense, or a name of packing.FORMATS: how balanced, host and disk hold experts, and packed and
-                        hybrid, for which None means planar12 (for the others: dense)
+    expert_format       a name of kernels.formats: how balanced, host and disk hold experts, and packed and hybrid, for
+                        which None means DEFAULT_COMPRESSED (for the others: dense)
     host_format         format in host memory and files, so of what crosses PCIe; None: expert_format
     slot_format         packed: the GEMM reads compressed experts in their slots, where it can | decoded
     transfer            whole: the host's share of each layer is copied ahead of time | on_demand: kernels read the
@@ -75,14 +75,15 @@ class PagingConfig:
             raise SettingError(f"link_bandwidth must be positive bytes per second, got {self.link_bandwidth}")
         for name in ("expert_format", "host_format"):
             value = getattr(self, name)
-            if value not in (None, DENSE, *FORMATS):
-                raise SettingError(f"{name} must be one of {DENSE}, {', '.join(FORMATS)}, got {value!r}")
+            if value not in (None, *FORMATS):
+                raise SettingError(f"{name} must be one of {', '.join(FORMATS)}, got {value!r}")
         if self.placement == "resident" and self.device_format != DENSE:
             raise SettingError(
                 f"placement resident holds experts dense; placement packed holds them in {self.expert_format}"
             )
         if self.placement in COMPRESSING and self.device_format == DENSE:
-            raise SettingError(f"placement {self.placement} holds compressed experts: choose {', '.join(FORMATS)}")
+            choices = ", ".join(compressed_formats())
+            raise SettingError(f"placement {self.placement} holds compressed experts: choose {choices}")
         if self.slot_format not in ("packed", "decoded"):
             raise SettingError(f"slot_format must be packed or decoded, got {self.slot_format!r}")
         if self.transfer not in ("whole", "on_demand", "auto"):
@@ -98,20 +99,20 @@ class PagingConfig:
     @property
     def device_format(self) -> str:
         """The format of experts that stay on the device, but for those that a placement keeps dense."""
-        return self.expert_format or ("planar12" if self.placement in COMPRESSING else DENSE)
+        return self.expert_format or (DEFAULT_COMPRESSED if self.placement in COMPRESSING else DENSE)
 
     @property
     def formats(self) -> ExpertFormats:
         """Formats of all tiers."""
-        packed = "planar12" if self.device_format == DENSE else self.device_format  # no policy will use it
+        packed = DEFAULT_COMPRESSED if self.device_format == DENSE else self.device_format  # no policy will use it
         transfer = "whole" if self.transfer == "auto" else self.transfer
         return ExpertFormats(packed, self.host_format or self.device_format, self.slot_format, transfer)
 
     @property
-    def gemm_reads_planar12(self) -> bool:
-        """Whether kernels may meet experts in that format, where they can read it."""
+    def formats_met(self) -> set[str]:
+        """Formats in which kernels may meet experts, where they can read them."""
         formats = self.formats
-        return self.device_format == "planar12" or (formats.host == "planar12" and formats.slot == "packed")
+        return {self.device_format} | ({formats.host} if formats.slot == "packed" else set())
 
     @property
     def counts_routing(self) -> bool:

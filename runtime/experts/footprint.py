@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP
+from fluxmoe.kernels.formats import DENSE
 from fluxmoe.kernels.ops import ExpertOps
 
 from ..devices import device_of
 from ..memory.machine import lies_in_memory
 from ..memory.region import BlockPool
 from .config import PagingConfig
-from .layout import DENSE, ExpertLayout
+from .layout import ExpertLayout
 from .placement import Tier, place
 from .spill import StoreError, spill_offsets
 

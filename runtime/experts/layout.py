@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE
 
 from .placement import Placement, Tier
 
-DENSE = "dense"
 _ALIGNMENT = 64
 TensorBytes = tuple[int, int]
 
@@ -34,14 +34,14 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class ExpertFormats:
-    """How experts are stored (a name of packing.FORMATS, or dense): compressed on the device, in host memory and files.
+    """How experts are stored (a name of kernels.formats): compressed on the device, in host memory and files.
 
     slot: packed (the GEMM reads compressed experts in their slot, if it can) or decoded.
     transfer: whole (all HOST experts of a layer are copied into its slot ahead of time) or on_demand (kernels read
     those that a token was routed to where they are, in pinned memory; nothing is prefetched, so nothing is in vain).
     """
 
-    packed: str = "planar12"
+    packed: str = DEFAULT_COMPRESSED
     host: str = DENSE
     slot: str = "packed"
     transfer: str = "whole"

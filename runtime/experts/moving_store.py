@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
-from fluxmoe.kernels.expert_table import DOWN, GATE_UP, TABLE_FORMATS
+from fluxmoe.kernels.expert_table import DOWN, GATE_UP
+from fluxmoe.kernels.formats import DENSE
 from fluxmoe.kernels.ops import Recipes
 from torch import Tensor
 
 from ..devices import Device
 from ..memory.region import BlockPool
 from .heap import ExpertHeap
-from .layout import DENSE, ExpertLayout
+from .layout import ExpertLayout
 from .placement import DEVICE_TIERS, Placement, Tier
 from .spill import StoreError
 from .store import Block, ExpertStore, LayerPlan, Where
@@ -129,7 +130,7 @@ class MovingStore(ExpertStore):
         for expert in range(self.layout.num_experts):
             where, tier = (layer, expert), self.tier_of(layer, expert)
             pair = self.heaps[tier].pair_of(where) if tier in self.heaps else self._host_pair(where)
-            blocks[expert] = Block(pair, TABLE_FORMATS[self.layout.stored(tier)])
+            blocks[expert] = Block(pair, self.layout.stored(tier))
         return blocks
 
     def close(self) -> None:

@@ -140,7 +140,7 @@ class ExpertPager:
         if not (0 <= layer < self.footprint.layout.num_layers and 0 <= expert < dims.experts):
             raise StoreError(f"expert {expert} of layer {layer} does not exist")
         stored = self.store.stored(layer, expert)
-        recipes = self.ops.pack_expert(gate_up, down, self._staging[stored], stored)
+        recipes = self.ops.encode_expert(gate_up, down, self._staging[stored], stored)
         self.store.put(layer, expert, self._staging[stored], recipes)
 
     def seal(self) -> None:

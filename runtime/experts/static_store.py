@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fluxmoe.kernels.expert_table import TABLE_FORMATS
 from fluxmoe.kernels.ops import Recipes
 from torch import Tensor
 
@@ -118,10 +117,10 @@ class StaticStore(ExpertStore):
         for tier in (*DEVICE_TIERS, Tier.HOST):
             members = self._members[tier][layer]
             if members and not self.layout.streams(tier):
-                number = TABLE_FORMATS[self.layout.read(tier)]
                 arenas = (
                     self._blocks(self.layout.stored(tier), d, arena, members)
                     for d, arena in enumerate(self._arenas[tier][layer])
                 )
-                blocks |= {expert: Block(pair, number) for expert, *pair in zip(members, *arenas, strict=True)}
+                read = self.layout.read(tier)
+                blocks |= {expert: Block(pair, read) for expert, *pair in zip(members, *arenas, strict=True)}
         return blocks

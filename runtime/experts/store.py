@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from fluxmoe.kernels.cpu.copy import stream_copy
-from fluxmoe.kernels.expert_table import TABLE_FORMATS
 from fluxmoe.kernels.ops import Recipes
 from torch import Tensor
 
@@ -31,10 +30,10 @@ Where = tuple[int, int]
 
 
 class Block(NamedTuple):
-    """A block as a kernel's table has it: uint8 [bytes] of both tensor types, number of its format."""
+    """A block as a kernel's table has it: uint8 [bytes] of both tensor types, and its format."""
 
     pair: tuple[Tensor, Tensor]
-    table_format: int
+    expert_format: str
 
 
 class Decode(NamedTuple):
@@ -157,7 +156,7 @@ class ExpertStore(ABC):
         blocks = {}
         for expert, tier in plan.streamed:
             gate_up, down = (slot[d][slice(*plan.places[d][expert])] for d in (0, 1))
-            blocks[expert] = Block((gate_up, down), TABLE_FORMATS[self.layout.read(tier)])
+            blocks[expert] = Block((gate_up, down), self.layout.read(tier))
         return blocks
 
     def decodes(self, plan: LayerPlan, tensor_type: int, lie: Mapping[Tier, Tensor]) -> Iterator[Decode]:

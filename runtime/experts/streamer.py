@@ -145,7 +145,7 @@ class Streamer(ABC):
         if layer in self._rank:
             blocks |= self.store.slot_blocks(plan, self._slot_of(self._rank[layer]))
         ordered = [blocks[expert] for expert in sorted(blocks)]
-        pairs, formats = [block.pair for block in ordered], [block.table_format for block in ordered]
+        pairs, formats = [block.pair for block in ordered], [block.expert_format for block in ordered]
         if known is None:
             table = ExpertTable.from_blocks(pairs, self.store.device.torch, formats)
         else:

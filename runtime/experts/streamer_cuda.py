@@ -65,7 +65,7 @@ class CudaStreamer(Streamer):
             rank = self._rank.get(layer)
             # The plan of the load that the pass reads may be older than that of the load which it begins.
             plan = next_plan if rank is None else self._plan_of(rank if self.keeps_all else begin + rank)
-            chosen.append((self._table(plan).planar12, plan.copies(), next_plan.copies()))
+            chosen.append((self._table(plan).compressed, plan.copies(), next_plan.copies()))
             settled &= plan is next_plan
         if chosen != self._chosen:
             self._chosen, self._changes = chosen, self._changes + 1

@@ -79,7 +79,7 @@ def test_a_layer_repeats_few_weights_at_addresses_of_their_own():
     layer = bench_grouped_gemm.Layer(Shape(32, 16, 19, 2), CPU)
     assert torch.equal(layer.gate_up[0], layer.gate_up[16])
     assert not torch.equal(layer.gate_up[0], layer.gate_up[1])
-    assert len(set(layer.table.addresses.flatten().tolist())) == 2 * 19
+    assert len(set(layer.table().addresses.flatten().tolist())) == 2 * 19
 
 
 def test_missing_peers_say_so():

@@ -11,7 +11,7 @@ import torch
 from fluxmoe.experiments import pack_checkpoint as script
 from fluxmoe.experiments.common import UsageError
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
-from fluxmoe.kernels.packing import FORMATS
+from fluxmoe.kernels.formats import compressed_formats
 from fluxmoe.models.checkpoint import Checkpoint, CheckpointError
 from fluxmoe.models.packed import INDEX
 from fluxmoe.runtime.engine import Engine, EngineConfig
@@ -32,7 +32,7 @@ def tokens_of(directory) -> list:
         return [output.token_ids for output in engine.generate(work)]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", compressed_formats())
 def test_a_packed_checkpoint_is_the_same_model_in_fewer_bytes(model_dir, tmp_path, name, capsys):
     out = tmp_path / "packed"
     script.main(["--model", str(model_dir), "--format", name, "--out", str(out)])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fluxmoe.kernels.cpu import gates, gemm, simd
 from fluxmoe.kernels.cpu.ops import CpuOps
-from fluxmoe.kernels.ops import AttentionMetadata, DenseMlp, LayerDims, Limits, PackedLinear, RopeTable
+from fluxmoe.kernels.ops import AttentionMetadata, DenseMlp, LayerDims, Limits, Linear, RopeTable
 from fluxmoe.kernels.torch_ops import TorchOps
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -23,11 +23,11 @@ def pair(dims: LayerDims, limits: Limits = LIMITS) -> tuple[CpuOps, TorchOps]:
     return CpuOps(dims, limits), TorchOps(dims, limits)
 
 
-def packed(ops, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
+def arranged(ops, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
     n, k = weight.shape
-    block = torch.zeros(ops.packed_bytes(n, k), dtype=torch.uint8)
-    ops.pack(weight, block)
-    return PackedLinear(block, n, k, weight.dtype, bias)
+    block = torch.zeros(ops.arranged_bytes(n, k), dtype=torch.uint8)
+    ops.arrange(weight, block)
+    return Linear(block, n, k, weight.dtype, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -35,8 +35,8 @@ def packed(ops, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Packe
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 6, 7, 13, 64])
 def test_linear_matches_float64(n, k, rows, dtype):
     weight, x = torch.randn(n, k).to(dtype), torch.randn(rows, k)
-    block = torch.zeros(gemm.packed_bytes(n, k, dtype), dtype=torch.uint8)
-    gemm.pack(weight, block)
+    block = torch.zeros(gemm.arranged_bytes(n, k, dtype), dtype=torch.uint8)
+    gemm.arrange(weight, block)
     y = gemm.linear(x, block, n, dtype, torch.full((max(rows, 1), gemm.padded(n)), float("nan")), gemm.Scratch(64, 2))
     torch.testing.assert_close(y.double(), gemm.linear_torch(x, weight), rtol=1e-5, atol=1e-5 * k**0.5)
 
@@ -47,15 +47,15 @@ def test_packing_is_bit_exact(n, k, dtype):
     bits = torch.int16 if dtype == torch.bfloat16 else torch.int32
     info = torch.iinfo(bits)
     weight = torch.randint(info.min, info.max, (n, k), dtype=bits).view(dtype)  # NaN and Inf patterns included
-    block = torch.zeros(gemm.packed_bytes(n, k, dtype), dtype=torch.uint8)
-    gemm.pack(weight, block)
-    assert torch.equal(gemm.unpack(block, n, k, dtype).view(bits), weight.view(bits))
+    block = torch.zeros(gemm.arranged_bytes(n, k, dtype), dtype=torch.uint8)
+    gemm.arrange(weight, block)
+    assert torch.equal(gemm.restore(block, n, k, dtype).view(bits), weight.view(bits))
 
 
 def test_rows_do_not_depend_on_their_batch():
     """The property that makes tokens independent of batch, budget and placement: same bits alone or together."""
     ops = CpuOps(replace(DIMS, dtype=torch.bfloat16), LIMITS)
-    weight = packed(ops, torch.randn(100, 48).bfloat16())
+    weight = arranged(ops, torch.randn(100, 48).bfloat16())
     x = torch.randn(64, 48)
     together = ops.qkv(x, weight).clone()
     for rows in (1, 2, 5, 6, 7, 30):
@@ -97,7 +97,7 @@ def test_round_bf16_matches_torch():
 
 
 def mlp_of(ops, weights) -> DenseMlp:
-    return DenseMlp(*(None if weight is None else packed(ops, weight) for weight in weights))
+    return DenseMlp(*(None if weight is None else arranged(ops, weight) for weight in weights))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from fluxmoe.kernels.cpu.experts import CpuExperts
+from fluxmoe.kernels.formats import compressed_formats
 from fluxmoe.kernels.ops import ExpertDims, KernelError
-from fluxmoe.kernels.packing import FORMATS
 from fluxmoe.kernels.torch_experts import TorchExperts
 from fluxmoe.kernels.triton_experts import TritonExperts
 
@@ -46,25 +46,25 @@ def test_dense_blocks(backend, dtype):
     dims = replace(DIMS, dtype=dtype, intermediate=40)
     ops, weights = BACKENDS[backend](dims, TOKENS), expert(dims)
     blocks = empty_blocks(ops, "dense")
-    assert ops.pack_expert(*weights, blocks) == (None, None)
-    for got, expected in zip(ops.unpack_expert(blocks), weights, strict=True):
+    assert ops.encode_expert(*weights, blocks) == (None, None)
+    for got, expected in zip(ops.restore_expert(blocks), weights, strict=True):
         assert_same_bits(got, expected)
 
 
-@pytest.mark.parametrize("expert_format", FORMATS)
+@pytest.mark.parametrize("expert_format", compressed_formats())
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compressed_blocks_are_smaller_and_decode_to_dense_ones(backend, expert_format):
     """The sizes leave lanes of the CPU's last panel, and columns of the formats' last tile, unused."""
     ops, weights = BACKENDS[backend](DIMS, TOKENS), expert(DIMS)
     blocks, dense = empty_blocks(ops, expert_format), empty_blocks(ops, "dense")
-    recipes = ops.pack_expert(*weights, blocks, expert_format)
+    recipes = ops.encode_expert(*weights, blocks, expert_format)
     if expert_format != "planar12":  # whose room for raw tiles outweighs what so small a block saves
         assert sum(ops.expert_bytes(expert_format)) < sum(ops.expert_bytes())
     elsewhere = [block.clone().to(ops.device) for block in blocks]
     outs = [block.to(ops.device) for block in dense]
     for d in (0, 1):
         ops.decode_expert(expert_format, d, elsewhere[d], outs[d], recipes[d])
-    for got, expected in zip(ops.unpack_expert(tuple(out.cpu() for out in outs)), weights, strict=True):
+    for got, expected in zip(ops.restore_expert(tuple(out.cpu() for out in outs)), weights, strict=True):
         assert_same_bits(got, expected)
 
 
@@ -84,9 +84,9 @@ def test_what_cannot_be_compressed_is_refused(backend):
     with pytest.raises(KernelError, match="choose dense, planar12, tiered, huffman"):
         ops.expert_bytes("zip")
     noise = [torch.randint(-(2**15), 2**15, w.shape, dtype=torch.int16).view(torch.bfloat16) for w in expert(DIMS)]
-    for name in FORMATS:
+    for name in compressed_formats():
         with pytest.raises(KernelError, match="use the dense format"):
-            ops.pack_expert(*noise, empty_blocks(ops, name), name)
+            ops.encode_expert(*noise, empty_blocks(ops, name), name)
 
 
 def test_the_cpu_needs_even_sizes_for_planar12():

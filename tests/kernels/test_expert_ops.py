@@ -33,7 +33,7 @@ def page_of(ops, weights) -> SimpleNamespace:
     blocks = []
     for gate_up, down in weights:
         block = tuple(torch.zeros(n, dtype=torch.uint8) for n in ops.expert_bytes())
-        ops.pack_expert(gate_up, down, block)
+        ops.encode_expert(gate_up, down, block)
         blocks.append(tuple(part.to(ops.device) for part in block))
     return SimpleNamespace(table=ExpertTable.from_blocks(blocks, ops.device), wait=lambda tensor_type: None)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fluxmoe.kernels.expert_table import FORMAT_DENSE, FORMAT_PLANAR12, ExpertTable
+from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.formats import DENSE, FORMATS
 
 
 def blocks(experts: int, skip: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -13,15 +14,15 @@ def blocks(experts: int, skip: int = 0) -> list[tuple[torch.Tensor, torch.Tensor
 
 def check(table: ExpertTable, pairs, formats) -> None:
     assert table.addresses.tolist() == [[block.data_ptr() for block in pair] for pair in pairs]
-    assert table.formats.tolist() == [[number, number] for number in formats]
-    assert table.planar12 == (FORMAT_PLANAR12 in formats)
+    assert table.formats.tolist() == [[FORMATS[name].number] * 2 for name in formats]
+    assert table.compressed == set(formats) - {DENSE}
     assert table.blocks == tuple(pairs)
 
 
 def test_updates_stay_in_place():
     table = ExpertTable.from_blocks(blocks(3), "cpu")
     memory = table.addresses.data_ptr(), table.formats.data_ptr()
-    for formats in ([FORMAT_DENSE, FORMAT_PLANAR12, FORMAT_DENSE], [FORMAT_DENSE] * 3):
+    for formats in ([DENSE, "planar12", DENSE], [DENSE] * 3):
         pairs = blocks(3)
         table.update(pairs, formats)
         check(table, pairs, formats)
@@ -35,8 +36,8 @@ def test_blocks_that_vector_loads_cannot_read_are_refused(skip):
     pairs = blocks(2)
     table = ExpertTable.from_blocks(pairs, "cpu")
     with pytest.raises(ValueError, match="expert 1: a block must begin"):
-        table.update([blocks(1)[0], blocks(1, skip)[0]], FORMAT_PLANAR12)
-    check(table, pairs, [FORMAT_DENSE] * 2)
+        table.update([blocks(1)[0], blocks(1, skip)[0]], "planar12")
+    check(table, pairs, [DENSE] * 2)
 
 
 def test_what_is_no_table_is_refused():
@@ -45,7 +46,9 @@ def test_what_is_no_table_is_refused():
     with pytest.raises(ValueError, match="contiguous uint8"):
         ExpertTable.from_blocks([(torch.zeros(4), torch.zeros(4))], "cpu")
     with pytest.raises(ValueError, match="2 experts need as many formats, got 1"):
-        ExpertTable.from_blocks(blocks(2), "cpu", [FORMAT_DENSE])
+        ExpertTable.from_blocks(blocks(2), "cpu", [DENSE])
+    with pytest.raises(ValueError, match="no GEMM reads format 'tiered': decode it first, to one of dense, planar12"):
+        ExpertTable.from_blocks(blocks(2), "cpu", [DENSE, "tiered"])
     with pytest.raises(AssertionError, match="1 blocks for a table of 2"):
         ExpertTable.from_blocks(blocks(2), "cpu").update(blocks(1))
 
@@ -77,6 +80,6 @@ def test_the_staging_of_an_update_is_written_once_the_copy_before_it_is_done(mon
         on_gpu.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
         for _ in range(2):
             pairs = blocks(2)
-            table.update(pairs, FORMAT_PLANAR12)
-    check(table, pairs, [FORMAT_PLANAR12] * 2)
+            table.update(pairs, "planar12")
+    check(table, pairs, ["planar12"] * 2)
     assert log == ["pin", "pin", "wait", "record", "wait", "record"]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fluxmoe.kernels.expert_table import FORMAT_PLANAR12, ExpertTable
+from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.formats import DENSE, FORMATS
 from fluxmoe.kernels.grouped_gemm import combine, deinterleave, down, gate_up, interleave, linear, moe_torch
 from fluxmoe.kernels.ops import KernelError
-from fluxmoe.kernels.packing import FORMATS
-from fluxmoe.kernels.packing.blocks import block_bytes, decode_block, encode_block
 from fluxmoe.kernels.routing import Router
 from fluxmoe.kernels.tiles import Tile, default_tile, invariant_tile
 
@@ -16,6 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu
 # Relative to the largest output: half an ulp of the dtype for each of the two roundings, and the sums'.
 TOLERANCES = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2e-6}
+PLANAR12 = FORMATS["planar12"].blocks("triton")
 TILES = {
     "swap": Tile(16, 32, 16, 4, 2, swap_ab=True),
     "plain": Tile(16, 32, 32, 4, 2, group_m=2),
@@ -160,7 +160,7 @@ def test_padding_tokens_keep_their_residual(real):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 13])
-def test_combine_adds_slots_to_the_residual(tokens):
+def test_combine_adds_rows_to_the_residual(tokens):
     y, residual = torch.randn(tokens * 3, 40), torch.randn(tokens, 40)
     routing = Router(max(tokens, 1), 4, 3, True, DEVICE)(torch.randn(tokens, 4, device=DEVICE), 16)
     got = combine(y.to(DEVICE), routing, residual.clone().to(DEVICE))
@@ -212,20 +212,19 @@ def planar12_layer(hidden: int, intermediate: int, crowded: bool = False) -> tup
             if crowded:
                 weight[:16, 100] = 1e-30
     layer.table = layer.make_table()
-    blocks, formats = [], torch.zeros(4, 2, dtype=torch.uint8)
+    blocks = []
     for expert, (pair, (gate_up_weight, down_weight)) in enumerate(zip(layer.table.blocks, layer.weights, strict=True)):
         if expert % 2:
             weights = (interleave(gate_up_weight), down_weight)
-            pair = tuple(torch.zeros(block_bytes("planar12", *w.shape), dtype=torch.uint8) for w in weights)
+            pair = tuple(torch.zeros(PLANAR12.nbytes(*w.shape), dtype=torch.uint8) for w in weights)
             for weight, block in zip(weights, pair, strict=True):
-                recipe = encode_block("planar12", weight, block)
-                assert torch.equal(decode_block(recipe, block).view(torch.int16), weight.view(torch.int16))
-                assert FORMATS["planar12"].encode(weight).planes["raw_tiles"].numel() == (8192 if crowded else 0)
+                recipe, decoded = PLANAR12.encode(weight, block), torch.empty_like(weight)
+                PLANAR12.decode(block, recipe, decoded)
+                assert torch.equal(decoded.view(torch.int16), weight.view(torch.int16))
+                assert FORMATS["planar12"].codec.encode(weight).planes["raw_tiles"].numel() == (8192 if crowded else 0)
             pair = tuple(block.to(DEVICE) for block in pair)
-            formats[expert] = FORMAT_PLANAR12
         blocks.append(pair)
-    addresses = torch.tensor([[b.data_ptr() for b in pair] for pair in blocks], dtype=torch.int64, device=DEVICE)
-    return layer, ExpertTable(tuple(blocks), addresses, formats.to(DEVICE))
+    return layer, ExpertTable.from_blocks(blocks, DEVICE, [DENSE, "planar12"] * 2)
 
 
 @pytest.mark.parametrize("crowded", [False, True], ids=["few escapes", "raw tiles"])
@@ -235,7 +234,7 @@ def test_compressed_and_dense_experts_of_one_launch_give_the_same_bits(crowded):
     x, logits = torch.randn(9, 256).bfloat16(), torch.randn(9, 4)
     dense, _ = layer.run(x, logits, 2, tile)
     layer.table = mixed
-    assert mixed.planar12
+    assert mixed.compressed == {"planar12"}
     compressed, _ = layer.run(x, logits, 2, tile)
     assert torch.equal(compressed, dense)
 
@@ -256,4 +255,4 @@ def test_compressed_experts_need_their_tile():
 def test_incompressible_experts_are_refused():
     weight = torch.randint(-(2**15), 2**15, (64, 128), dtype=torch.int16).view(torch.bfloat16)
     with pytest.raises(KernelError, match="use the dense format"):
-        encode_block("planar12", weight, torch.zeros(block_bytes("planar12", 64, 128), dtype=torch.uint8))
+        PLANAR12.encode(weight, torch.zeros(PLANAR12.nbytes(64, 128), dtype=torch.uint8))

@@ -1,4 +1,4 @@
-"""Routing kernels: equal to the reference slot by slot, whatever the number of tokens, experts and ties."""
+"""Routing kernels: equal to the reference row by row, whatever the number of tokens, experts and ties."""
 
 from __future__ import annotations
 

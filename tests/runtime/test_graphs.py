@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from fluxmoe.kernels.expert_table import TABLE_FORMATS
+from fluxmoe.kernels.formats import FORMATS
 from fluxmoe.kernels.ops import AttentionMetadata
 from fluxmoe.runtime.batch import Batch
 from fluxmoe.runtime.experts.placement import Tier, place
@@ -374,11 +374,11 @@ def test_experts_that_move_change_their_tables_in_place_and_graphs_only_with_wha
     streams = prepared()
     assert streams > known
     # The last packed expert of a layer becomes dense: its kernels need not decode any more.
-    assert tables[3].planar12
+    assert tables[3].compressed == {"planar12"}
     for expert in range(EXPERTS):
         becomes((3, expert), Tier.RESIDENT)
     assert prepared() > streams
-    assert not tables[3].planar12
+    assert not tables[3].compressed
     store.close()
 
 
@@ -464,14 +464,14 @@ def test_graphs_read_the_right_experts_whatever_moves_between_steps(slots, pool)
     blocks = MemfdPool(8 << 20) if pool == "memfd" else pool_of("vmm")
     store = moving_store(place("packed", LAYERS, EXPERTS), pool=blocks)
     streamer = Deferred(store, slots, cuda=Recorder())
-    names, passes = {number: name for name, number in TABLE_FORMATS.items()}, []
+    names, passes = {each.number: name for name, each in FORMATS.items()}, []
 
-    def kernel(table, layer, d, planar12):
+    def kernel(table, layer, d, decoded):
         def read():
             passes.append(layer)
             for expert in range(EXPERTS):
                 address, number = table.addresses[expert, d].item(), table.formats[expert, d].item()
-                assert planar12 or names[number] == "dense", "a kernel that does not decode meets a packed expert"
+                assert names[number] in {"dense", *decoded}, "a kernel that does not decode meets a packed expert"
                 expected = bytes_of(layer, expert, d, names[number])
                 assert ctypes.string_at(address, len(expected)) == expected, (layer, expert, d)
 
@@ -482,7 +482,7 @@ def test_graphs_read_the_right_experts_whatever_moves_between_steps(slots, pool)
             with streamer.layer(layer) as page:
                 for d in (0, 1):
                     page.wait(d)
-                    streamer.do(kernel(page.table, layer, d, page.table.planar12))
+                    streamer.do(kernel(page.table, layer, d, page.table.compressed))
         return ids[:, None].float()
 
     def capture(work, pool):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
-from fluxmoe.kernels.expert_table import TABLE_FORMATS
+from fluxmoe.kernels.formats import FORMATS
 from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.engine import Engine, EngineConfig
 from fluxmoe.runtime.experts.courier import StreamCourier
@@ -45,7 +45,7 @@ def moving_store(placement, most_streamed=EXPERTS, pool=None, formats=PACKED) ->
 
 
 def check_pass(streamer, layers=LAYERS) -> None:
-    names = {number: name for name, number in TABLE_FORMATS.items()}
+    names = {each.number: name for name, each in FORMATS.items()}
     for layer in range(layers):
         with streamer.layer(layer) as page:
             for d in (0, 1):

@@ -1,4 +1,4 @@
-"""What a lossless format of bf16 weights is: `Packed`, the bytes; `PackedFormat`, how they are made and read.
+"""What a lossless format of bf16 weights is: `Packed`, the bytes; `Codec`, how they are made and read.
 
 A weight is [rows, cols] or [E, rows, cols] of bf16. A format cuts it into planes, 1-D tensors that lie one behind the
 other in a file or in one block of bytes. Where a format would not save anything (random bits, a handful of weights),
@@ -70,12 +70,12 @@ class Packed:
         offset = 0
         for name, plane in self.planes.items():
             yield name, offset, plane
-            offset += -(-plane.nbytes // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
+            offset += align(plane.nbytes)
 
     @property
     def block_bytes(self) -> int:
         """Bytes of the block that `pack_into` fills."""
-        return sum(-(-plane.nbytes // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT for plane in self.planes.values())
+        return sum(align(plane.nbytes) for plane in self.planes.values())
 
     def at(self, block: Tensor) -> Packed:
         """These planes read from `block`, uint8 [≥ block_bytes] on any device, which holds a copy of a filled block.
@@ -116,14 +116,19 @@ class Packed:
         return load(Path(path), mmap, verify)
 
 
-class PackedFormat(ABC):
-    """One lossless format. Subclasses give `_encode`, `_decode_cpu` and `_decode_triton`, for weights that are not raw.
+def align(nbytes: int) -> int:
+    """Up to where the next plane of a block may begin."""
+    return -(-nbytes // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
 
-    fused: whether a GEMM can read the planes in place.
-    """
+
+class Codec(ABC):
+    """How weights are made into planes and back. Subclasses do it for those that are worth it, the others stay raw."""
 
     name: str
-    fused: bool = False
+
+    @abstractmethod
+    def room(self, n: int, k: int) -> int:
+        """Bytes of a block that holds a weight [n, k], if it is like trained ones."""
 
     def encode(self, weight: Tensor) -> Packed:
         """weight bf16 [rows, cols] or [E, rows, cols], any device, any strides → Packed on the CPU.

@@ -53,24 +53,24 @@ def make_layer(hidden: int, intermediate: int, experts: int) -> Layer:
             moe.gate_up_bytes(intermediate, hidden, torch.bfloat16),
             gemm.packed_bytes(hidden, intermediate, torch.bfloat16),
         )
-        pair = tuple(torch.empty(n, dtype=torch.uint8) for n in sizes)
-        moe.pack_gate_up(gate_up, pair[0])
-        gemm.pack(down, pair[1])
-        blocks.append(pair)
+        first, second = (torch.empty(n, dtype=torch.uint8) for n in sizes)
+        moe.pack_gate_up(gate_up, first)
+        gemm.pack(down, second)
+        blocks.append((first, second))
         panels = [
             block.view(torch.bfloat16).view(-1, depth, gemm.LANES)
-            for block, depth in zip(pair, (hidden, intermediate), strict=True)
+            for block, depth in zip((first, second), (hidden, intermediate), strict=True)
         ]
-        smaller = tuple(torch.empty(planar.block_bytes(*p.shape[:2]), dtype=torch.uint8) for p in panels)
-        for source, target in zip(panels, smaller, strict=True):
+        first, second = (torch.empty(planar.block_bytes(*p.shape[:2]), dtype=torch.uint8) for p in panels)
+        for source, target in zip(panels, (first, second), strict=True):
             planar.encode(source, target)
-        compressed.append(smaller)
+        compressed.append((first, second))
     return Layer(
         ExpertTable.from_blocks(blocks, "cpu"), ExpertTable.from_blocks(compressed, "cpu", FORMAT_PLANAR12), weights
     )
 
 
-def median_seconds(work: Callable[[int], None], layers: int) -> tuple[float, float]:
+def median_seconds(work: Callable[[int], object], layers: int) -> tuple[float, float]:
     """Median and interquartile range of one call over at least `_SECONDS`; work(i) runs on layer i mod layers."""
     work(0)
     times, begin, i = [], time.perf_counter(), 0
@@ -105,11 +105,11 @@ def bench(shape: str, rows: list[int], bandwidth: float, flops_rate: float, peer
         scratch = gemm.Scratch(tokens, threads)
         # Token t goes to expert t mod E: every expert gets `count` rows, gathered from all over x.
         logits = F.one_hot(torch.arange(tokens) % experts, experts).float()
-        moe.route(logits, 1, True, buffers)
+        routing = moe.route(logits, 1, True, buffers)
 
         def run(table: ExpertTable) -> None:
-            moe.gate_up(x, table, intermediate, torch.bfloat16, buffers, scratch)  # noqa: B023
-            moe.down(table, intermediate, torch.bfloat16, buffers, scratch)  # noqa: B023
+            moe.gate_up(x, table, intermediate, torch.bfloat16, routing, buffers, scratch)  # noqa: B023
+            moe.down(table, intermediate, torch.bfloat16, routing, buffers, scratch)  # noqa: B023
 
         def torch_loop(weights, inputs) -> None:
             for expert, (gate_up, down) in enumerate(weights):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -124,9 +125,9 @@ class FusedGemm:
     def _page(self, checkpoint: Checkpoint, layer: int, name: str) -> LayerPage:
         pairs: list = [None] * checkpoint.config.num_experts
         for _, expert, gate_up, down in checkpoint.experts(layers={layer}):
-            blocks = tuple(torch.empty(n, dtype=torch.uint8) for n in self.ops.expert_bytes(name))
-            self.ops.pack_expert(gate_up, down, blocks, name)
-            pairs[expert] = tuple(block.to(self.device) for block in blocks)
+            first, second = (torch.empty(n, dtype=torch.uint8) for n in self.ops.expert_bytes(name))
+            self.ops.pack_expert(gate_up, down, (first, second), name)
+            pairs[expert] = first.to(self.device), second.to(self.device)
         number = FORMAT_PLANAR12 if name == "planar12" else FORMAT_DENSE
         return LayerPage(ExpertTable.from_blocks(pairs, self.device, number), lambda tensor_type: None)
 
@@ -146,7 +147,7 @@ class FusedGemm:
             from .gpu import time_calls
 
             times = [
-                time_calls([lambda ops=ops, page=page: self.run(ops, x, logits, page, out) for page in pages])
+                time_calls([partial(self.run, ops, x, logits, page, out) for page in pages])
                 for ops, pages in ((self.dense_ops, dense), (self.ops, packed))
             ]
             medians, ratios = [t.p50 for t in times], [times[0].p50 / times[1].p50]
@@ -165,7 +166,8 @@ class FusedGemm:
 
     def _cpu_pairs(self, x: Tensor, logits: Tensor, out: Tensor) -> np.ndarray:
         """Seconds [pairs, 2], each pair on the same layer, its order alternating."""
-        times, begin, names = [], time.perf_counter(), ("dense", "planar12")
+        times: list[list[float]] = []
+        begin, names = time.perf_counter(), ("dense", "planar12")
         while len(times) < _PAIRS and (len(times) < 3 or time.perf_counter() - begin < _SECONDS):
             layer, pair = len(times) % len(self.pages["dense"]), [0.0, 0.0]
             for which in (0, 1) if len(times) % 2 else (1, 0):
@@ -192,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError("--experts must be at least 1")
     if any(tokens < 1 for tokens in args.tokens):
         raise UsageError("--tokens must be at least 1 each")
-    model = model_source(args).checkpoint
+    model = model_source(args).weights
     checkpoint = Checkpoint(model)
     if checkpoint.config.dtype != torch.bfloat16:
         raise UsageError(f"{model} holds {checkpoint.config.dtype} weights; the formats compress bfloat16")

@@ -30,6 +30,8 @@ import numpy as np
 from fluxmoe.runtime.budget import parse_bytes
 from fluxmoe.runtime.placement import Tier
 from fluxmoe.runtime.planner import Move
+from fluxmoe.runtime.residency import Residency
+from fluxmoe.runtime.simulator import SimEngine
 from tqdm import tqdm
 
 from .common import Parser, UsageError, cli_main, provenance, write_csv, write_json
@@ -83,7 +85,8 @@ def run_variant(args: argparse.Namespace, machine: Machine, source: Source, vari
     )  # fmt: skip
     rows = []
     with machine.open(source, settings) as engine:
-        residency = engine if machine.simulated else engine.residency
+        residency = engine if isinstance(engine, SimEngine) else engine.residency
+        assert residency is not None, "adaptive engines have one"
         handles = [engine.add(request) for request in requests]
         bar = tqdm(engine.steps(), variant, unit="step")
         for step in bar:
@@ -101,7 +104,7 @@ def run_variant(args: argparse.Namespace, machine: Machine, source: Source, vari
                     "stall_s": step.stall_s, "transfer_s": step.transfer_s, "preemptions": step.preemptions,
                 }
             )  # fmt: skip
-        if not machine.simulated and residency.refused and variant != "planned":
+        if isinstance(residency, Residency) and residency.refused and variant != "planned":
             raise UsageError(f"a move was refused: {residency.refused[0]}")
     digest = hashlib.sha256(json.dumps([handle.output.token_ids for handle in handles]).encode())
     return rows, digest.hexdigest()[:16]

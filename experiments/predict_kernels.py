@@ -95,7 +95,7 @@ def predict_layer(
         seconds = gemm_limits(
             n, k, blocks, slots, touched, tile, codes[name, tile], PLANAR12_BITS / 8 if planar12 else 2.0
         )
-        limits[name] = max(seconds, key=seconds.get)
+        limits[name] = max(seconds, key=seconds.__getitem__)
         total += seconds[limits[name]]
     return total, limits
 

@@ -44,10 +44,11 @@ reproduce: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(COMPAT) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(COMPAT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -74,11 +74,11 @@ class Case:
 def make_case(shape: tuple[int, int, int], sequences: int, queries: int, context: int, device: torch.device) -> Case:
     heads, kv_heads, dim = shape
     blocks = -(-context // _BLOCK_SIZE)
-    options = {"dtype": torch.bfloat16, "device": device}
-    k, v = (torch.randn(sequences * blocks, kv_heads, _BLOCK_SIZE, dim, **options) for _ in range(2))
+    randn = partial(torch.randn, dtype=torch.bfloat16, device=device)
+    k, v = (randn(sequences * blocks, kv_heads, _BLOCK_SIZE, dim) for _ in range(2))
     # Pages of a sequence lie anywhere, as after hours of serving.
     table = torch.randperm(sequences * blocks, device=device).int().view(sequences, blocks)
-    q = torch.randn(sequences * queries, heads, dim, **options)
+    q = randn(sequences * queries, heads, dim)
     space = workspace_bytes(sequences, heads, kv_heads, dim, context, num_sms_of(device))
     return Case(
         q, k, v, table,

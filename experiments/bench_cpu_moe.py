@@ -53,24 +53,24 @@ def make_layer(hidden: int, intermediate: int, experts: int) -> Layer:
             moe.gate_up_bytes(intermediate, hidden, torch.bfloat16),
             gemm.arranged_bytes(hidden, intermediate, torch.bfloat16),
         )
-        pair = tuple(torch.empty(n, dtype=torch.uint8) for n in sizes)
-        moe.arrange_gate_up(gate_up, pair[0])
-        gemm.arrange(down, pair[1])
-        blocks.append(pair)
+        first, second = (torch.empty(n, dtype=torch.uint8) for n in sizes)
+        moe.arrange_gate_up(gate_up, first)
+        gemm.arrange(down, second)
+        blocks.append((first, second))
         panels = [
             block.view(torch.bfloat16).view(-1, depth, gemm.LANES)
-            for block, depth in zip(pair, (hidden, intermediate), strict=True)
+            for block, depth in zip((first, second), (hidden, intermediate), strict=True)
         ]
-        smaller = tuple(torch.empty(planar.block_bytes(*p.shape[:2]), dtype=torch.uint8) for p in panels)
-        for source, target in zip(panels, smaller, strict=True):
+        first, second = (torch.empty(planar.block_bytes(*p.shape[:2]), dtype=torch.uint8) for p in panels)
+        for source, target in zip(panels, (first, second), strict=True):
             planar.encode(source, target)
-        compressed.append(smaller)
+        compressed.append((first, second))
     return Layer(
         ExpertTable.from_blocks(blocks, "cpu"), ExpertTable.from_blocks(compressed, "cpu", "planar12"), weights
     )
 
 
-def median_seconds(work: Callable[[int], None], layers: int) -> tuple[float, float]:
+def median_seconds(work: Callable[[int], object], layers: int) -> tuple[float, float]:
     """Median and interquartile range of one call over at least `_SECONDS`; work(i) runs on layer i mod layers."""
     work(0)
     times, begin, i = [], time.perf_counter(), 0

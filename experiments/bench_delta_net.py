@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from fluxmoe.kernels.delta_net import gated_delta_net
 from fluxmoe.kernels.delta_net_torch import gated_delta_net_torch
-from fluxmoe.kernels.ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights
+from fluxmoe.kernels.ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights, Linear
 from torch import Tensor
 
 from .common import Parser, UsageError, cli_main
@@ -59,13 +59,14 @@ class Case:
             0.3 * torch.randn(dims.channels, dims.taps), torch.rand(dims.value_heads) + 0.1,
             torch.randn(dims.value_heads), torch.rand(dims.value_dim) + 0.5,
         )  # fmt: skip
-        self.weights = DeltaNetWeights(None, *(vector.to(device) for vector in vectors))
-        total, options = sequences * tokens, {"device": device}
-        self.projected = torch.randn(total, dims.projected, **options).bfloat16()
-        self.conv = torch.randn(sequences, dims.taps - 1, dims.channels, **options).bfloat16()
-        self.state = 0.1 * torch.randn(sequences, dims.value_heads, dims.key_dim, dims.value_dim, **options)
-        self.mixed = torch.empty(total, dims.channels, **options)
-        self.out = torch.empty(total, dims.value_size, dtype=torch.bfloat16, **options)
+        projection = Linear(none, 0, 0, torch.bfloat16)  # `projected` is what it would give
+        self.weights = DeltaNetWeights(projection, *(vector.to(device) for vector in vectors))
+        total, randn = sequences * tokens, partial(torch.randn, device=device)
+        self.projected = randn(total, dims.projected).bfloat16()
+        self.conv = randn(sequences, dims.taps - 1, dims.channels).bfloat16()
+        self.state = 0.1 * randn(sequences, dims.value_heads, dims.key_dim, dims.value_dim)
+        self.mixed = torch.empty(total, dims.channels, device=device)
+        self.out = torch.empty(total, dims.value_size, dtype=torch.bfloat16, device=device)
 
     def ours(self) -> Tensor:
         return gated_delta_net(
@@ -89,7 +90,7 @@ class Case:
         past = torch.zeros_like(self.conv) if self.first else self.conv
         inputs = torch.cat([past.float(), x.view(*shape, -1).float()], dim=1)
         taps = [inputs[:, tap : tap + self.tokens] * self.weights.conv[:, tap] for tap in range(d.taps)]
-        q, k, v = F.silu(sum(taps)).bfloat16().split([d.key_size, d.key_size, d.value_size], dim=-1)
+        q, k, v = F.silu(sum(taps[1:], taps[0])).bfloat16().split([d.key_size, d.key_size, d.value_size], dim=-1)
         q, k = (
             part.view(*shape, d.key_heads, d.key_dim).repeat_interleave(heads // d.key_heads, dim=2).contiguous()
             for part in (q, k)

@@ -56,7 +56,7 @@ class Served:
             max_batched_tokens=args.max_batched_tokens, min_kv_tokens=longest, device=self.device.type,
             cuda_graphs=graphs,
         )  # fmt: skip
-        engine = Engine(self.source.checkpoint, config)
+        engine = Engine(self.source.weights, config)
         self._open = (placement, graphs), engine
         for sequences in args.sequences:  # compiles, and captures a graph of each batch size and phase
             self._serve(engine, sequences, 6)

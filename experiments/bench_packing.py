@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -126,9 +127,9 @@ class FusedGemm:
     def _page(self, checkpoint: Checkpoint, layer: int, name: str) -> LayerPage:
         pairs: list = [None] * checkpoint.config.num_experts
         for _, expert, gate_up, down in checkpoint.experts(layers={layer}):
-            blocks = tuple(torch.empty(n, dtype=torch.uint8) for n in self.ops.expert_bytes(name))
-            self.ops.encode_expert(gate_up, down, blocks, name)
-            pairs[expert] = tuple(block.to(self.device) for block in blocks)
+            first, second = (torch.empty(n, dtype=torch.uint8) for n in self.ops.expert_bytes(name))
+            self.ops.encode_expert(gate_up, down, (first, second), name)
+            pairs[expert] = first.to(self.device), second.to(self.device)
         return LayerPage(ExpertTable.from_blocks(pairs, self.device, name), lambda tensor_type: None)
 
     def run(self, ops: ExpertOps, x: Tensor, logits: Tensor, page: LayerPage, out: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ class FusedGemm:
             from .gpu import time_calls
 
             times = [
-                time_calls([lambda ops=ops, page=page: self.run(ops, x, logits, page, out) for page in pages])
+                time_calls([partial(self.run, ops, x, logits, page, out) for page in pages])
                 for ops, pages in ((self.dense_ops, dense), (self.ops, packed))
             ]
             medians, ratios = [t.p50 for t in times], [times[0].p50 / times[1].p50]
@@ -166,7 +167,8 @@ class FusedGemm:
 
     def _cpu_pairs(self, x: Tensor, logits: Tensor, out: Tensor) -> np.ndarray:
         """Seconds [pairs, 2], each pair on the same layer, its order alternating."""
-        times, begin, names = [], time.perf_counter(), (DENSE, FUSED)
+        times: list[list[float]] = []
+        begin, names = time.perf_counter(), (DENSE, FUSED)
         while len(times) < _PAIRS and (len(times) < 3 or time.perf_counter() - begin < _SECONDS):
             layer, pair = len(times) % len(self.pages[DENSE]), [0.0, 0.0]
             for which in (0, 1) if len(times) % 2 else (1, 0):
@@ -193,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError("--experts must be at least 1")
     if any(tokens < 1 for tokens in args.tokens):
         raise UsageError("--tokens must be at least 1 each")
-    model = model_source(args).checkpoint
+    model = model_source(args).weights
     checkpoint = Checkpoint(model)
     if checkpoint.config.dtype != torch.bfloat16:
         raise UsageError(f"{model} holds {checkpoint.config.dtype} weights; the formats compress bfloat16")

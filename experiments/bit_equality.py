@@ -38,8 +38,8 @@ class Twins:
         self.sizes, self.device = (hidden, intermediate), device
         gate_up = grouped_gemm.interleave((torch.randn(2 * intermediate, hidden) * hidden**-0.5).bfloat16())
         down = (torch.randn(hidden, intermediate) * intermediate**-0.5).bfloat16()
-        dense = tuple(w.reshape(-1).view(torch.uint8).to(device) for w in (gate_up, down))
-        packed = tuple(_packed(w).to(device) for w in (gate_up, down))
+        dense = _bytes(gate_up).to(device), _bytes(down).to(device)
+        packed = _packed(gate_up).to(device), _packed(down).to(device)
         formats = (DENSE, FUSED)
         # With a packed expert in each, both launch the same kernel.
         where = torch.device("cpu") if device.type == "meta" else device
@@ -62,6 +62,10 @@ class Twins:
         return [
             partial(run, table, torch.empty(rows, n, dtype=torch.bfloat16, device=self.device)) for table in self.tables
         ]
+
+
+def _bytes(weight: Tensor) -> Tensor:
+    return weight.reshape(-1).view(torch.uint8)
 
 
 def _packed(weight: Tensor) -> Tensor:

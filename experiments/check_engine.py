@@ -16,8 +16,10 @@ import argparse
 import hashlib
 import json
 import tempfile
+from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED
@@ -25,30 +27,31 @@ from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.devices import resolve_device
 from fluxmoe.runtime.engine import Engine
 from fluxmoe.runtime.request import Request, SamplingParams
+from fluxmoe.runtime.scheduler import Step
 
 from .common import Parser, cli_main
 from .gpu import ResultRows, WrongError
-from .make_checkpoint import make_checkpoint
+from .make_checkpoint import ModelShape, make_checkpoint
 
 # Sizes that every format takes in bf16.
-MODELS = {
-    "mixtral": dict(arch="mixtral", experts=8, top_k=2, hidden=128, moe_intermediate=128, heads=4, kv_heads=2),
+MODELS: dict[str, ModelShape] = {
+    "mixtral": dict(
+        arch="mixtral", layers=5, experts=8, top_k=2, hidden=128, moe_intermediate=128, heads=4, kv_heads=2,
+        vocab=512, max_positions=128,
+    ),
     "qwen3_moe": dict(
-        arch="qwen3_moe", experts=16, top_k=4, hidden=128, moe_intermediate=128, heads=4, kv_heads=2, head_dim=32
+        arch="qwen3_moe", layers=5, experts=16, top_k=4, hidden=128, moe_intermediate=128, heads=4, kv_heads=2,
+        head_dim=32, vocab=512, max_positions=128,
     ),
     "qwen3_next": dict(
-        arch="qwen3_next",
-        experts=16,
-        top_k=4,
-        hidden=128,
-        moe_intermediate=128,
-        heads=4,
-        kv_heads=2,
-        head_dim=32,
-        dense_layers=(1,),
+        arch="qwen3_next", layers=5, experts=16, top_k=4, hidden=128, moe_intermediate=128, heads=4, kv_heads=2,
+        head_dim=32, vocab=512, max_positions=128, dense_layers=(1,),
     ),
-    "olmoe": dict(arch="olmoe", experts=8, top_k=3, hidden=128, moe_intermediate=128, heads=4),
-}
+    "olmoe": dict(
+        arch="olmoe", layers=5, experts=8, top_k=3, hidden=128, moe_intermediate=128, heads=4,
+        vocab=512, max_positions=128,
+    ),
+}  # fmt: skip
 _EAGER, _INVARIANT = {"cuda_graphs": False}, {"batch_invariant": True}
 _HOST, _FUSED = {"placement": "host", "poison": True}, {"expert_format": DEFAULT_COMPRESSED}
 _PACKED, _HALF = {"placement": "packed"}, {"alpha": 0.5}
@@ -93,7 +96,7 @@ DENSE_GROUPS = {
 # Relative to the largest logit: roundings of activations (bf16), sums in another order (fp32).
 TOLERANCES = {"bfloat16": 0.05, "float32": 1e-4}
 GROUPS = {"bfloat16": PACKED_GROUPS | DENSE_GROUPS, "float32": DENSE_GROUPS}
-_REHEARSAL = {"bfloat16": {"decoded first": {"resident": {}}}}
+_REHEARSAL: dict[str, dict] = {"bfloat16": {"decoded first": {"resident": {}}}}
 
 
 def requests(new_tokens: int, lengths: tuple[int, ...]) -> list[Request]:
@@ -106,8 +109,12 @@ def serve(model: Path, asked: list[Request], **settings) -> tuple[list[list[int]
     config = EngineConfig(max_batch=4, max_batched_tokens=24, max_context=128, **settings)
     with Engine(model, config) as engine:
         rows: dict[int, list[torch.Tensor]] = {}
-        schedule, steps = engine.scheduler.schedule, []
-        engine.scheduler.schedule = lambda: steps.append(schedule()) or steps[-1]
+        steps: list[Step] = []
+        schedule = engine.scheduler.schedule
+
+        def scheduling() -> Step:
+            steps.append(schedule())
+            return steps[-1]
 
         def recording(run):
             def call(*arguments):
@@ -119,14 +126,13 @@ def serve(model: Path, asked: list[Request], **settings) -> tuple[list[list[int]
 
             return call
 
-        if engine.graphs is not None:
-            # A graph captures the plain forward pass; its results are recorded after the launch.
-            engine.graphs.run = recording(engine.graphs.run)
-            eager, graphed = engine._forward, engine.graphs._forward
-            engine._forward, engine.graphs._forward = recording(eager), graphed
-        else:
-            engine._forward = recording(engine._forward)
-        outputs = engine.generate(asked)
+        with ExitStack() as watched:
+            watched.enter_context(patch.object(engine.scheduler, "schedule", scheduling))
+            watched.enter_context(patch.object(engine, "_forward", recording(engine._forward)))
+            if engine.graphs is not None:
+                # A graph has captured the plain forward pass; its results are recorded after the launch.
+                watched.enter_context(patch.object(engine.graphs, "run", recording(engine.graphs.run)))
+            outputs = engine.generate(asked)
     return [list(output.token_ids) for output in outputs], [torch.stack(rows[i]) for i in sorted(rows)]
 
 
@@ -155,8 +161,8 @@ class Model:
 
     @cached_property
     def path(self) -> Path:
-        settings = {"layers": self._layers, "vocab": 512, "max_positions": 128, "seed": 1, **MODELS[self.name]}
-        return make_checkpoint(out=self._directory / f"{self.name}-{self.dtype}", dtype=self.dtype, **settings)
+        shape: ModelShape = {**MODELS[self.name], "layers": self._layers, "dtype": self.dtype}
+        return make_checkpoint(out=self._directory / f"{self.name}-{self.dtype}", seed=1, **shape)
 
     @cached_property
     def expected(self) -> tuple[list[list[int]], list[torch.Tensor]]:
@@ -183,6 +189,7 @@ def check_model(model: Model, groups: dict, device: str, results: ResultRows) ->
             point = {"model": model.name, "dtype": model.dtype, "group": group, "variant": variant}
             results.measure(partial(model.check, settings, device, first), **point)
             row = results.find(**point)
+            assert row is not None, "every configuration that was measured has a row"
             first = first or row.get("tokens_sha256") or None
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,7 @@ from torch import Tensor
 from . import bench_attention, bench_delta_net, bench_grouped_gemm, bit_equality, check_engine, tune_grouped_gemm
 from .common import Parser, UsageError, cli_main, write_json
 from .gpu import ResultRows, code_digest, load_json, require_gpu
-from .make_checkpoint import hf_config
+from .make_checkpoint import ModelShape, hf_config
 from .moe_shapes import SHAPES
 from .presets import preset_config
 
@@ -156,8 +157,8 @@ def decode(name: str, gpu: str | None) -> None:
 
 
 def small_model(name: str, dtype: str, packed: bool, invariant: bool, gpu: str | None) -> None:
-    sizes = {"layers": 5, "vocab": 512, "max_positions": 128, "dtype": dtype, **check_engine.MODELS[name]}
-    config = ARCHITECTURES[sizes["arch"]].config_from_hf(hf_config(**sizes))
+    shape: ModelShape = {**check_engine.MODELS[name], "dtype": dtype}
+    config = ARCHITECTURES[shape["arch"]].config_from_hf(hf_config(**shape))
     forward_passes(config, packed, invariant, decode=(1, 2, 4), prefill=((1, 24), (3, 22)), context=128)
 
 
@@ -250,8 +251,8 @@ def compile_all(wanted: list[Job], target: Target, workers: int, results: Result
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures: dict[Future, Job] = {pool.submit(run_job, job, target): job for job in wanted}
         for future in as_completed(futures):
-            if isinstance(future.exception(), BrokenProcessPool):
-                raise future.exception()
+            if isinstance(error := future.exception(), BrokenProcessPool):
+                raise error
             results.measure(future.result, job=futures[future].name)
 
 
@@ -285,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     begin = time.perf_counter()
     if args.rehearse:
         for job in wanted:
-            results.measure(lambda job=job: run_job(job, Target(90, 132, None)), job=job.name)
+            results.measure(partial(run_job, job, Target(90, 132, None)), job=job.name)
     else:
         target = Target(capability_of(device), num_sms_of(device), torch.cuda.get_device_name())
         compile_all(wanted, target, args.workers, results)

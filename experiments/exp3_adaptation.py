@@ -27,6 +27,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from fluxmoe.runtime.engine import Engine
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.experts.planner import Move
 from fluxmoe.runtime.memory.budget import parse_bytes
@@ -83,7 +84,7 @@ def run_variant(args: argparse.Namespace, machine: Machine, source: Source, vari
     )  # fmt: skip
     rows = []
     with machine.open(source, settings) as engine:
-        pager = engine if machine.simulated else engine.pager
+        pager = engine.pager if isinstance(engine, Engine) else engine
         handles = [engine.add(request) for request in requests]
         bar = tqdm(engine.steps(), variant, unit="step")
         for step in bar:
@@ -101,8 +102,11 @@ def run_variant(args: argparse.Namespace, machine: Machine, source: Source, vari
                     "stall_s": step.stall_s, "transfer_s": step.transfer_s, "preemptions": step.preemptions,
                 }
             )  # fmt: skip
-        if not machine.simulated and pager.mover.refused and variant != "planned":
-            raise UsageError(f"a move was refused: {pager.mover.refused[0]}")
+        if isinstance(engine, Engine) and variant != "planned":
+            mover = engine.pager.mover
+            assert mover is not None, "experts of an adaptive engine move"
+            if mover.refused:
+                raise UsageError(f"a move was refused: {mover.refused[0]}")
     digest = hashlib.sha256(json.dumps([handle.output.token_ids for handle in handles]).encode())
     return rows, digest.hexdigest()[:16]
 

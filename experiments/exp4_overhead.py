@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +65,9 @@ class Experts:
         for expert in range(d.experts):
             gate_up = torch.randn(2 * d.intermediate, d.hidden).mul_(d.hidden**-0.5).bfloat16()
             down = torch.randn(d.hidden, d.intermediate).mul_(d.intermediate**-0.5).bfloat16()
-            blocks = tuple(torch.empty(n, dtype=torch.uint8) for n in sizes)
-            self.ops.encode_expert(gate_up, down, blocks)
-            for target, block in zip(stacked, blocks, strict=True):
+            first, second = (torch.empty(n, dtype=torch.uint8) for n in sizes)
+            self.ops.encode_expert(gate_up, down, (first, second))
+            for target, block in zip(stacked, (first, second), strict=True):
                 target[expert].copy_(block)
         for tensor, source in zip(self.paged, stacked, strict=True):
             if not tensor.states[layer].any():
@@ -75,13 +75,13 @@ class Experts:
                 tensor.view(layer).copy_(source)
                 tensor.end_load(layer)
             tensor.check(layer)
-        memories = {
+        memories: dict[str, Sequence[Iterable[Tensor]]] = {
             "stacked": stacked,
             "apart": [[block.clone() for block in tensor] for tensor in stacked],
             "paged": [tensor.view(layer) for tensor in self.paged],
         }
-        for name, (gate_up, down) in memories.items():
-            table = ExpertTable.from_blocks(list(zip(gate_up, down, strict=True)), self.device)
+        for name, (gate_ups, downs) in memories.items():
+            table = ExpertTable.from_blocks(list(zip(gate_ups, downs, strict=True)), self.device)
             self.pages[name].append(LayerPage(table, lambda tensor_type: None))
 
     def table_kernel(self, x: Tensor, logits: Tensor, out: Tensor, layer: int, memory: str) -> None:

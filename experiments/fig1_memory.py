@@ -42,7 +42,7 @@ def computed(source: Source, batch: int, context: int) -> dict[str, int]:
 
 def held(machine: Machine, source: Source, batch: int, context: int) -> dict[str, int]:
     """Bytes by use that an engine holds, not what its ledger says."""
-    with machine.open(source, EngineConfig(max_batch=batch, max_context=context)) as engine:
+    with machine.engine(source, EngineConfig(max_batch=batch, max_context=context)) as engine:
         lines = engine.held_bytes()
     return {
         "experts": lines["resident_experts"], "other_weights": lines["non_expert_weights"],

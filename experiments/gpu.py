@@ -192,7 +192,7 @@ class ResultRows:
         ]
         about = {"code": code_digest(), **provenance(device, 0), **facts}
         write_json(self.out / "provenance.json", {**about, "runs": self._runs(about["hardware"])})
-        tried = load_json(self._attempt) if self._attempt.exists() else {"tries": 0}
+        tried: dict = load_json(self._attempt) if self._attempt.exists() else {"tries": 0}
         self._tried = tried
         if tried["tries"] >= _TRIES and not self.has(**tried["point"]):
             self._add({**tried["point"], "status": "failed", "reason": "the process hung, crashed or was ended here"})

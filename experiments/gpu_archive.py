@@ -65,8 +65,8 @@ def unpack(archive: Path, folder: Path) -> None:
                     raise UsageError(f"{archive} holds {member.name!r}, which is no plain file; nothing was unpacked")
                 _safe(archive, member.name)
             for member in members:
-                if member.isfile():
-                    write_atomically(folder / member.name, tar.extractfile(member).read())
+                if content := tar.extractfile(member):  # None for a folder
+                    write_atomically(folder / member.name, content.read())
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UsageError(f"{archive} cannot be read as an archive of results: {error}") from None
 
@@ -94,9 +94,10 @@ def unpack_wheels(wheels: Path, site: Path) -> Iterable[str]:
             continue
         try:
             with zipfile.ZipFile(wheel) as file:
-                for member in file.namelist():
-                    _safe(wheel, member)
-                for member in file.infolist():
+                members = file.infolist()
+                for member in members:
+                    _safe(wheel, member.filename)
+                for member in members:
                     if not member.is_dir() and (target := _installed_at(member.filename)):
                         write_atomically(site / target, file.read(member))
         except (zipfile.BadZipFile, OSError) as error:

@@ -165,7 +165,8 @@ def _verdict(status: int | str, slice_ended: bool) -> str:
     """ok | wrong (rows that are) | failed | out of time (its own) | unfinished (the slice's, or a lost device)."""
     if status == "out of time":
         return "unfinished" if slice_ended else "out of time"
-    return {0: "ok", 1: "wrong", EXIT_AGAIN: "unfinished"}.get(status, "failed")
+    verdicts: dict[int | str, str] = {0: "ok", 1: "wrong", EXIT_AGAIN: "unfinished"}
+    return verdicts.get(status, "failed")
 
 
 def _last_words(log: Path) -> str:
@@ -263,9 +264,11 @@ def main(argv: list[str] | None = None) -> None:
         if (out / "suite.json").exists():
             raise UsageError(f"{out} holds results already, and goes on by itself: leave --resume out")
         gpu_archive.unpack(args.resume, out)
-    site = out / "site" if args.wheels else None
-    for line in gpu_archive.unpack_wheels(args.wheels, site) if args.wheels else ():
-        print(line)
+    site: Path | None = None
+    if args.wheels:
+        site = out / "site"
+        for line in gpu_archive.unpack_wheels(args.wheels, site):
+            print(line)
     suite = Suite(out, steps, site)
     suite.run_slice(60 * args.minutes - (time.monotonic() - begin), lambda: provenance("cuda", 0))
     suite.save()

@@ -30,20 +30,22 @@ class Machine:
 
     @property
     def simulated(self) -> bool:
-        return self.device == SIMULATED
+        return self.profile is not None
 
     @property
     def about(self) -> dict[str, Any]:
         """What provenance.json says of it; figures tell measured from simulated by it."""
-        return {"device": self.device, "simulated": self.profile.name if self.simulated else None}
+        return {"device": self.device, "simulated": self.profile.name if self.profile else None}
 
     def open(self, source: Source, settings: EngineConfig, costs: CostParameters | None = None) -> Engine | SimEngine:
         """An engine that serves `source`, to be closed by `with`. costs: of the simulator."""
-        if self.simulated:
+        if self.profile is not None:
             return SimEngine(source.config, self.profile, settings, costs, self.devices)
-        if source.checkpoint is None:
-            raise UsageError(f"{source.name} has no weights here: it can only be simulated, with --device sim")
-        return Engine(source.checkpoint, replace(settings, device=self.device))
+        return self.engine(source, settings)
+
+    def engine(self, source: Source, settings: EngineConfig) -> Engine:
+        """One that serves for real."""
+        return Engine(source.weights, replace(settings, device=self.device))
 
 
 def figure_parser(module: str, description: str) -> Parser:

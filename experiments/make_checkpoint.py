@@ -19,7 +19,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import torch
 from fluxmoe.models import ARCHITECTURES
@@ -36,6 +36,24 @@ _SPECIAL = ("<|begin|>", "<|end|>")
 # 256 bytes and the special tokens: the least vocabulary of a byte-level tokenizer.
 _MIN_VOCAB = 256 + len(_SPECIAL)
 _WITH_DENSE_LAYERS = ("qwen3_moe", "qwen3_next")
+
+
+class ModelShape(TypedDict, total=False):
+    """A model by the arguments of `hf_config`."""
+
+    arch: Required[str]
+    layers: Required[int]
+    experts: Required[int]
+    top_k: Required[int]
+    hidden: Required[int]
+    moe_intermediate: Required[int]
+    heads: Required[int]
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    dtype: str
+    max_positions: int
+    dense_layers: Iterable[int]
 
 
 def make_checkpoint(
@@ -89,7 +107,7 @@ def make_checkpoint(
         roles = ARCHITECTURES[arch].tensor_roles(model)
         # The first scheme of each architecture is the one on the Hub.
         names = dict(roles.required) | {n: r for ways in roles.expert_schemes for n, r in ways[0].items()}
-        zero_centred = getattr(ARCHITECTURES[arch], "ZERO_CENTRED", frozenset())
+        zero_centred: frozenset[str] = getattr(ARCHITECTURES[arch], "ZERO_CENTRED", frozenset())
         _write_shards(temporary, names, model.dtype, seed, scale, zero_centred, shard_bytes, progress)
         _write_tokenizer(temporary, vocab)
         _share(temporary)
@@ -117,7 +135,7 @@ def hf_config(
     if missing:
         raise UsageError(f"--dense-layers {missing[0]} does not exist; {layers} layers are numbered from 0")
     size_of_head = hidden // max(1, heads) if head_dim is None else head_dim
-    config = {
+    config: dict[str, Any] = {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,

@@ -155,12 +155,11 @@ def sweep(args: argparse.Namespace) -> list[dict]:
     config = source.config
     context = min(args.context or 1024, config.max_position_embeddings)
     lengths = workload_of(args, context)
-    if args.budgets or preset:
-        budgets = [parse_bytes(text) for text in (args.budgets or preset.budgets)]
-        if None in budgets:
-            raise UsageError("--budgets takes numbers of bytes; `all` is no point on an axis")
-    else:
-        budgets = default_budgets(config, args.max_batch, context)
+    asked = [parse_bytes(text) for text in args.budgets or (preset.budgets if preset else ())]
+    budgets = [budget for budget in asked if budget is not None]
+    if len(budgets) < len(asked):
+        raise UsageError("--budgets takes numbers of bytes; `all` is no point on an axis")
+    budgets = budgets or default_budgets(config, args.max_batch, context)
     settings = {
         "model": {k: str(v) if k == "dtype" else v for k, v in asdict(config).items()},
         "workload": [asdict(shape) for shape in lengths],

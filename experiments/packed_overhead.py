@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         for placement in tqdm(args.placements, "engines", leave=False):
             name, alpha, expert_format = split_placement(placement)
             settings = engine_config(args, context, placement=name, alpha=alpha, expert_format=expert_format)
-            engines[placement] = stack.enter_context(Engine(source.checkpoint, settings))
+            engines[placement] = stack.enter_context(Engine(source.weights, settings))
         for batch in args.batches:
             lengths = [Lengths(0.0, args.prompt_tokens, args.output_tokens)] * batch
             requests = make_requests(lengths, source.config.vocab_size, args.seed)

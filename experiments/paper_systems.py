@@ -73,40 +73,47 @@ class Bench:
 def settings_of(run: Run) -> Iterator[EngineConfig]:
     """How a system may serve; of several ways, it is as fast as the fastest."""
     offloads = run.alpha < 1
-    common = dict(
+    common = EngineConfig(
         max_batch=run.batch, max_batched_tokens=run.max_batched_tokens, max_context=run.context,
         budget_bytes=run.budget, min_kv_tokens=run.context, link_bandwidth=run.link_bandwidth,
     )  # fmt: skip
-    paper = dict(common, preemption="swap", fit_batch=False)
+    paper = replace(common, preemption="swap", fit_batch=False)
     system, best = run.system.removesuffix("-best"), run.system.endswith("-best")
     if system in ("vllm", "vllm-o"):
-        where = dict(placement="resident") if system == "vllm" else dict(placement="offload", alpha=0.875)
-        yield EngineConfig(**paper, **where)
+        placement, share = ("resident", None) if system == "vllm" else ("offload", 0.875)
+        yield replace(paper, placement=placement, alpha=share)
         if best:
-            yield EngineConfig(**common, **where, preemption="swap")
-            yield EngineConfig(**common, **where, preemption="recompute")
+            for preemption in ("swap", "recompute"):
+                yield replace(common, placement=placement, alpha=share, preemption=preemption)
     elif system in ("fluxmoe", "fluxmoe-h"):
-        formats = dict(expert_format=run.buffer_format, host_format=DENSE if offloads else None)
-        name = "hybrid" if system == "fluxmoe-h" else "balanced" if offloads else "packed"
-        yield EngineConfig(**paper, **formats, placement=name, alpha=run.alpha if offloads else None)
+        yield replace(
+            paper,
+            placement="hybrid" if system == "fluxmoe-h" else "balanced" if offloads else "packed",
+            alpha=run.alpha if offloads else None,
+            expert_format=run.buffer_format,
+            host_format=DENSE if offloads else None,
+        )
     elif system in ("ours", "ours-eager"):
-        name = "balanced" if offloads else "packed"
-        where = dict(placement=name, alpha=run.alpha if offloads else None, expert_format=DEFAULT_COMPRESSED)
-        ours = dict(common, preemption="recompute") if system == "ours" else paper
-        yield EngineConfig(**ours, **where)
+        yield replace(
+            replace(common, preemption="recompute") if system == "ours" else paper,
+            placement="balanced" if offloads else "packed",
+            alpha=run.alpha if offloads else None,
+            expert_format=DEFAULT_COMPRESSED,
+        )
     else:
         raise ValueError(f"unknown system {run.system!r}")
 
 
 def serve(run: Run, bench: Bench) -> dict:
     """Totals of a run, `tokens_per_s` of output; BudgetError where the system cannot start."""
-    rows, refused = [], None
+    rows: list[dict] = []
+    refused: BudgetError | None = None
     for settings in settings_of(run):
         try:
             rows.append(_serve(run, bench, settings))
         except BudgetError as error:
             refused = error
-    if not rows:
+    if refused is not None and not rows:
         raise refused
     return max(rows, key=lambda row: row["tokens_per_s"])
 

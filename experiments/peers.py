@@ -49,6 +49,10 @@ class WorkerPeer:
             )
         except OSError as error:
             raise UsageError(f"cannot start {python}: {error.strerror}") from None
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None, "a pipe"
+        assert stdout is not None, "a pipe"
+        self._stdin, self._stdout = stdin, stdout
         self._said: list[str] = []
         try:
             self._answer()
@@ -57,7 +61,7 @@ class WorkerPeer:
             raise
 
     def _answer(self) -> dict:
-        for line in self._process.stdout:
+        for line in self._stdout:
             if line.startswith("RESULT "):
                 return json.loads(line.removeprefix("RESULT "))
             self._said.append(line)
@@ -68,13 +72,13 @@ class WorkerPeer:
     def run(self, prompts: list[list[int]], output_tokens: int) -> float:
         """Seconds of one call that generates `output_tokens` for each of `prompts`."""
         with suppress(BrokenPipeError):  # it has stopped; its log says why
-            self._process.stdin.write(json.dumps({"prompts": prompts, "output_tokens": output_tokens}) + "\n")
-            self._process.stdin.flush()
+            self._stdin.write(json.dumps({"prompts": prompts, "output_tokens": output_tokens}) + "\n")
+            self._stdin.flush()
         return self._answer()["seconds"]
 
     def close(self) -> None:
         with suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._stdin.close()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -97,7 +101,7 @@ class OurPeer:
     def __init__(self, machine: Machine, source: Source, placement: str, settings: EngineConfig) -> None:
         self.name = f"fluxmoe {placement}"
         where, alpha, expert_format = split_placement(placement)
-        self._engine = machine.open(
+        self._engine = machine.engine(
             source, replace(settings, placement=where, alpha=alpha, expert_format=expert_format)
         )
 

@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
             gains[name] = evaluate(**asked | change)[0]["tokens_per_s"] / best["tokens_per_s"]
         for name, gain in sorted(gains.items(), key=lambda item: -item[1]):
             print(f"  {name:<24} {gain:5.2f} x")
-        print(f"best: --placement {best['placement']}; what helps most: {max(gains, key=gains.get)}")
+        print(f"best: --placement {best['placement']}; what helps most: {max(gains, key=gains.__getitem__)}")
     else:
         print(f"nothing fits; the least is {format_bytes(min(row['needs_bytes'] for row in rows))} a device")
     if args.json:

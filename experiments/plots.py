@@ -130,6 +130,12 @@ def plot_memory_budget(directory: Path) -> Path:
     return save(figure, path)
 
 
+def _mebibytes(budget: str) -> float:
+    nbytes = parse_bytes(budget)
+    assert nbytes is not None, "`all` is no point on an axis"
+    return nbytes / MIB
+
+
 def plot_versus(directory: Path) -> Path:
     """versus.png beside rows.csv of versus_vllm: throughput against budget, or against sequences where there is one
     budget; median of rounds, range as a bar. Crosses below the axis: does not start, or stopped."""
@@ -138,7 +144,7 @@ def plot_versus(directory: Path) -> Path:
     over = "budget" if rows.budget.nunique() > 1 else "sequences"
     figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     ok = rows[rows.status == "ok"]
-    x_of = (lambda text: parse_bytes(text) / MIB) if over == "budget" else float
+    x_of = _mebibytes if over == "budget" else float
     # Ours as in the other figures, and first.
     names = sorted(rows.provider.unique(), key=lambda name: (not name.startswith("fluxmoe"), name))
     others = iter(("#0072B2", "#009E73", "#E69F00", "#F0E442", "#56B4E9", "#999999"))

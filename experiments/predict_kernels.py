@@ -99,7 +99,7 @@ def predict_layer(
     limits = {}
     for name, n, k in (("gate_up", 2 * shape.intermediate, shape.hidden), ("down", shape.hidden, shape.intermediate)):
         seconds = gemm_limits(n, k, blocks, rows, touched, tile, codes[name, tile], FORMATS[expert_format].bits / 8)
-        limits[name] = max(seconds, key=seconds.get)
+        limits[name] = max(seconds, key=seconds.__getitem__)
         total += seconds[limits[name]]
     return total, limits
 

@@ -40,7 +40,7 @@ def _once(size: str, nbytes: float, programs: float, code: Report) -> Work:
 
 def _token_wise(code: Report, tokens: int) -> Work | None:
     """Norms, RoPE and routing of `tokens`; None for other kernels."""
-    c = code.constexprs
+    c = code.sizes
     if code.kernel == "_rms_norm_kernel":
         return _once(f"{tokens} tokens", 4 * tokens * c["HIDDEN"], tokens, code)
     if code.kernel == "_rope_and_cache_kernel":
@@ -53,7 +53,7 @@ def _token_wise(code: Report, tokens: int) -> Work | None:
 
 def _attention(code: Report, sequences: int, queries: int) -> Work | None:
     """Attention of `sequences` at CONTEXT; queries: 1, or a whole prompt."""
-    c, kind = code.constexprs, "attention_decode" if queries == 1 else "attention_prefill"
+    c, kind = code.sizes, "attention_decode" if queries == 1 else "attention_prefill"
     if not code.name.startswith(kind):
         return None
     rows = math.ceil(queries * c["GROUP"] / c["BLOCK_ROWS"])
@@ -73,7 +73,7 @@ def _delta(code: Report, sequences: int) -> Work | None:
     """A decode step of Gated DeltaNet."""
     if code.kernel != "_delta_kernel" or not code.name.startswith("delta_net_decode"):
         return None
-    c = code.constexprs
+    c = code.sizes
     state = 2 * 4 * sequences * c["VALUE_HEADS"] * c["DK"] * c["DV"]
     return _once(f"{sequences} sequences, decode", state, sequences * c["VALUE_HEADS"], code)
 
@@ -92,7 +92,7 @@ def predict(code: Report) -> list[dict]:
             "matrix": work.flops / ROOFS.flops_per_s,
             "issue": work.warp_instructions / slots,
         }
-        limit = max(limits, key=limits.get)
+        limit = max(limits, key=limits.__getitem__)
         rows.append(
             {
                 "kind": "predicted", "kernel": code.name, "size": work.size,

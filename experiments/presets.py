@@ -13,14 +13,14 @@ from fluxmoe.models.config import ModelConfig, load_config
 from fluxmoe.models.published import PUBLISHED, published_config
 
 from .common import UsageError, write_json
-from .make_checkpoint import hf_config, make_checkpoint
+from .make_checkpoint import ModelShape, hf_config, make_checkpoint
 
 
 @dataclass(frozen=True)
 class Preset:
     """A model that make_checkpoint makes and a workload that suits it."""
 
-    model: dict
+    model: ModelShape
     requests: int
     context: int
     output_tokens: int
@@ -28,7 +28,7 @@ class Preset:
     budgets: tuple[str, ...]
 
 
-_SMALL_MOE = dict(
+_SMALL_MOE: ModelShape = dict(
     arch="qwen3_moe", layers=8, experts=32, top_k=4, hidden=512, moe_intermediate=512, heads=8, kv_heads=8,
     head_dim=64, vocab=8192, max_positions=4096,
 )  # fmt: skip
@@ -98,6 +98,13 @@ class Source(NamedTuple):
     checkpoint: Path | None
     config: ModelConfig
     name: str
+
+    @property
+    def weights(self) -> Path:
+        """The checkpoint; UsageError if there is none."""
+        if self.checkpoint is None:
+            raise UsageError(f"{self.name} has no weights here: it can only be simulated, with --device sim")
+        return self.checkpoint
 
 
 def add_model_source(p: argparse.ArgumentParser, simulate: bool = False) -> None:

@@ -155,7 +155,7 @@ def disk_reads(directory: str, file_bytes: int) -> float:
     with tempfile.NamedTemporaryFile(dir=directory, prefix="fluxmoe-profile-") as file:
         chunk = HOST.empty(32 << 20).random_()
         for _ in range(file_bytes // chunk.numel()):
-            file.write(memoryview(chunk.numpy()))
+            file.write(chunk.numpy().data)
         file.flush()
         os.fsync(file.fileno())
         try:
@@ -166,7 +166,7 @@ def disk_reads(directory: str, file_bytes: int) -> float:
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         try:
             begin, read = time.perf_counter(), 0
-            while got := os.preadv(handle, [chunk.numpy()], read):
+            while got := os.preadv(handle, [chunk.numpy().data], read):
                 read += got
                 assert read % PAGE == 0, "a direct read of an odd length"
             return read / (time.perf_counter() - begin)
@@ -179,8 +179,8 @@ def launch_seconds(device: torch.device) -> float:
     if device.type == "cpu":
         from fluxmoe.kernels.cpu.ops import _add
 
-        x = torch.zeros(1, 16).numpy()
-        return best_seconds(lambda: [_add(x, x, x) for _ in range(200)], device) / 200
+        row = torch.zeros(1, 16).numpy()
+        return best_seconds(lambda: [_add(row, row, row) for _ in range(200)], device) / 200
     x = torch.zeros(16, device=device)
     x.add_(1)
     graph = torch.cuda.CUDAGraph()

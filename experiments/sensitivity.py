@@ -13,7 +13,7 @@ On a CPU or GPU at hand: the model of preset small, contexts to 4 K; the link pa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from fluxmoe.runtime.config import EngineConfig
@@ -78,6 +78,13 @@ def measured_points(machine: Machine, source: Source) -> Iterator[Point]:
         yield Point("link", rate, machine, source, 32, 256, budget=weights + kv, link_bandwidth=rate, **common)
 
 
+def _identity(point: Point) -> str:
+    """What a resumed sweep must agree on; its machine it says once."""
+    values = {field.name: getattr(point, field.name) for field in fields(point)}
+    values |= {"machine": None, "source": point.source.name}
+    return f"Point({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
+
 def serve(point: Point, placement: str) -> dict:
     """Totals of a run, or why it cannot start."""
     name, alpha, expert_format = split_placement(placement)
@@ -106,8 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         points = list(simulated_points())
     else:
         points = list(measured_points(machine_of(args), preset_source("small", Path(args.checkpoints))))
-    asked = [replace(p, machine=None, source=p.source.name) for p in points]
-    rows, identity = resume(out, {**points[0].machine.about, "points": asked})
+    rows, identity = resume(out, {**points[0].machine.about, "points": [_identity(p) for p in points]})
     done = {(row["panel"], row["x"], row["placement"]) for row in rows}
     about = {**points[0].machine.about, "models": {p.panel: p.source.name for p in points}, "identity": identity}
     write_json(out / "provenance.json", {**provenance(args.device, 0), **about})

@@ -49,7 +49,7 @@ def held(machine: Machine, source: Source) -> dict[str, object]:
     """As an engine holds them: experts dense, then compressed."""
     lines = {}
     for placement in ("resident", "packed"):
-        with machine.open(source, EngineConfig(placement=placement, max_batch=1, max_context=64)) as engine:
+        with machine.engine(source, EngineConfig(placement=placement, max_batch=1, max_context=64)) as engine:
             lines[placement] = engine.held_bytes()
     dense, packed = lines["resident"], lines["packed"]
     return row_of(source, dense["resident_experts"], packed["packed_experts"], dense["non_expert_weights"])

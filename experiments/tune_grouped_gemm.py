@@ -14,7 +14,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -114,7 +114,7 @@ class Search:
         }  # fmt: skip
 
 
-def write_table(path: Path, rows: list[dict], device: str) -> None:
+def write_table(path: Path, rows: Iterable[Mapping], device: str) -> None:
     """The bounds that these rows found; those of shapes that they do not name stay as they are."""
     tiles: dict[str, dict] = json.loads(path.read_text())["tiles"] if path.exists() else {}
     for row in (row for row in rows if row["status"] == "ok"):

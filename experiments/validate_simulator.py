@@ -12,8 +12,8 @@ ratios      of any two measured runs of a sweep: which is faster, and by how muc
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,18 +70,25 @@ def measured_rows(results: Path, checkpoints: Path) -> list[dict]:
 
 def _swept(results: Path, machine: Machine, checkpoints: Path) -> Iterator[tuple]:
     """(sweep, name, tokens/s, how to simulate it) of exp1, exp2 and fig2."""
-    kinds = {field.name: field.type for field in fields(Run)}
     for module in _SWEEPS:
         for row in read_csv(results / _name(module) / "points.csv"):
             if row["status"] != "ok":
                 continue
-            values = {key: row[key] for key in kinds if row[key]}
-            run = Run(**{key: value if kinds[key] == "str" else _number(value) for key, value in values.items()})
+            run = _run_of(row)
             costs = replace(CPU_COSTS, workspace_bytes=int(row["workspace"]))
             bench = Bench(machine, preset_source(module.PRESET, checkpoints), costs, costs)
             figure = f"{row['system']}, {row['panel']} panel, batch {run.batch}, context {run.context}, tokens/s"
             yield (_name(module), figure, float(row["tokens_per_s"]),
                    lambda run=run, bench=bench: serve(run, bench)["tokens_per_s"])  # fmt: skip
+
+
+def _run_of(row: Mapping[str, str]) -> Run:
+    return Run(
+        row["system"], int(row["batch"]), int(row["context"]), float(row["alpha"]),
+        budget=int(row["budget"]) if row["budget"] else None, buffer_format=row["buffer_format"],
+        max_batched_tokens=int(row["max_batched_tokens"]),
+        link_bandwidth=float(row["link_bandwidth"]) if row["link_bandwidth"] else None,
+    )  # fmt: skip
 
 
 def _budgets(results: Path, machine: Machine, checkpoints: Path) -> Iterator[tuple]:
@@ -124,10 +131,6 @@ def ratio_errors(rows: list[dict]) -> np.ndarray:
 
 def _name(module) -> str:
     return module.__name__.rsplit(".", 1)[1]
-
-
-def _number(text: str) -> float | int:
-    return int(text) if text.isdigit() else float(text)
 
 
 def parser() -> argparse.ArgumentParser:

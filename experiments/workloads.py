@@ -77,7 +77,7 @@ def trace_lengths(path: Path | str, requests: int | None, context: int, at_once:
     `at_once` ignores the arrival times (an offline batch, for throughput).
     """
     path = Path(path)
-    lengths = []
+    lengths: list[Lengths] = []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         missing = [name for name in TRACE_COLUMNS if name not in (reader.fieldnames or [])]

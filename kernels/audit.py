@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import triton
@@ -79,6 +80,11 @@ class Report:
     serialized_wgmma: bool = False
     accepted: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those of its constexprs that are whole numbers."""
+        return {name: value for name, value in self.constexprs.items() if isinstance(value, int)}
 
     @property
     def loop(self) -> Loop:
@@ -137,11 +143,14 @@ def _read(name: str, case: Case, launch: Launch, arch: str, dump: Path | None) -
             stem.with_name(f"{stem.name}.{suffix}").write_text(text)
     code = instructions(sass)
     opcodes = [line.opcode for line in code if line.opcode != "label"]
+    used = re.search(r"Used (\d+) registers", log)
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if used is None or spilled is None:
+        raise AssertionError(f"{name}: ptxas does not say what registers it used: {log}")
     constexprs = {key: str(v) if isinstance(v, tl.dtype) else v for key, v in launch.constexprs.items()}
     report = Report(
         name, arch, launch.kernel.__name__, constexprs, launch.num_warps,
-        registers=int(re.search(r"Used (\d+) registers", log)[1]),
+        registers=int(used[1]),
         spills=int(spilled[1]) + int(spilled[2]),
         shared_bytes=compiled.metadata.shared,
         scratch_bytes=launch.scratch_bytes,
@@ -219,7 +228,7 @@ def print_table(reports: list[Report]) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise AuditError(message)
 
 

@@ -278,24 +278,24 @@ def paged_attention_torch(
 
 def audit_cases() -> Iterator[Case]:
     """For `kernels.audit`: decode, decode of long contexts in shares, prefill and batch-invariant, of three models."""
-    bf16, ids = dict(dtype=torch.bfloat16, device="meta"), dict(dtype=torch.int32, device="meta")
+    bf16, ids = (partial(torch.empty, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.int32))
     for model, heads, kv_heads, dim, block_size in (
         ("qwen3-30b-a3b", 32, 4, 128, 32),
         ("mixtral-8x7b", 32, 8, 128, 16),
         ("qwen3-next", 16, 2, 256, 32),
     ):
         workspace = torch.empty(workspace_bytes(2, heads, kv_heads, dim, 4096, 132), dtype=torch.uint8, device="meta")
-        cache = torch.empty(256, kv_heads, block_size, dim, **bf16)
+        cache = bf16(256, kv_heads, block_size, dim)
         for name, sequences, queries, extra in (
             ("decode", 128, 1, {"num_splits": 1}),
             ("split", 2, 1, {"num_splits": 8, "workspace": workspace}),
             ("prefill", 2, 512, {}),
             ("invariant", 64, 1, {"batch_invariant": True}),
         ):
-            q = torch.empty(sequences * queries, heads, dim, **bf16)
-            tables = (torch.empty(sequences, 4096 // block_size, **ids), torch.empty(sequences, **ids))
+            q = bf16(sequences * queries, heads, dim)
+            tables = (ids(sequences, 4096 // block_size), ids(sequences))
             launch = partial(
-                paged_attention, q, cache, cache, *tables, torch.empty(sequences + 1, **ids), scale=dim**-0.5,
+                paged_attention, q, cache, cache, *tables, ids(sequences + 1), scale=dim**-0.5,
                 block_size=block_size, max_query_len=queries, out=torch.empty_like(q), **extra,
             )  # fmt: skip
             yield Case(f"attention_{name}/{model}", launch, wide=(_decode_kernel, _prefill_kernel))

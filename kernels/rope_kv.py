@@ -284,12 +284,12 @@ def audit_cases() -> Iterator[Case]:
         ("mixtral-8x7b", 32, 8, 128, "none"),
         ("qwen3-next", 16, 2, 256, "head"),
     )
-    bf16, ids = dict(dtype=torch.bfloat16, device="meta"), dict(dtype=torch.int32, device="meta")
+    bf16, ids = (partial(torch.empty, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.int32))
     for model, heads, kv_heads, dim, qk_norm in shapes:
-        qkv = torch.empty(64, (heads + 2 * kv_heads) * dim, **bf16)
+        qkv = bf16(64, (heads + 2 * kv_heads) * dim)
         weight = None if qk_norm == "none" else torch.empty(dim, device="meta")
-        table, cache = torch.empty(4096, dim // 2, device="meta"), torch.empty(256, kv_heads, 16, dim, **bf16)
-        positions, q = torch.empty(64, **ids), torch.empty(64, heads, dim, **bf16)
+        table, cache = torch.empty(4096, dim // 2, device="meta"), bf16(256, kv_heads, 16, dim)
+        positions, q = ids(64), bf16(64, heads, dim)
         launch = partial(
             rope_and_cache, qkv, weight, weight, table, table, positions, positions.long(), cache, cache, q,
             heads=heads, kv_heads=kv_heads, head_dim=dim, block_size=16, qk_norm=qk_norm,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,8 +84,8 @@ class _DuplicateKeyError(Exception):
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        seen: set[str] = set()
-        raise _DuplicateKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))
+        counts = Counter(key for key, _ in pairs)
+        raise _DuplicateKeyError(next(key for key, count in counts.items() if count > 1))
     return table
 
 
@@ -167,7 +167,8 @@ class Checkpoint:
         found = dict(roles.required)
         for ways in roles.expert_schemes:
             # The scheme that is most nearly complete is the one meant; what it lacks is what is missing.
-            found |= max(ways, key=lambda way: len(way.keys() & names) / len(way))
+            meant = max(ways, key=lambda way: len(way.keys() & names) / len(way))
+            found |= meant
         if self.packed:
             found = {name: role for name, role in found.items() if not role.is_expert}
         missing = sorted(found.keys() - names)
@@ -239,6 +240,7 @@ class Checkpoint:
             ordered = sorted(wanted.items(), key=lambda item: (item[1].layer, item[1].expert or 0))
             with self._open(path) as file:
                 for name, role in ordered:
+                    assert role.layer is not None, "every expert belongs to a layer"
                     if role.expert is not None:
                         yield from add(role.layer, role.expert, role.kind, file.get_tensor(name))
                         continue

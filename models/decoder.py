@@ -115,9 +115,10 @@ def non_expert_bytes(config: ModelConfig, ops: Ops, max_context: int) -> int:
         floats += sum(_norm_sizes(c)) + (d.qkv_size + c.hidden_size if c.attention_bias else 0)
         linears += [(d.qkv_size, c.hidden_size), (c.hidden_size, c.num_heads * c.head_dim)]
         linears += [(c.num_heads * c.head_dim, c.hidden_size)] if c.attention_gate else []
-    for _ in c.delta_layers:
-        floats += c.delta.channels * c.delta.taps + 2 * c.delta.value_heads + c.delta.value_dim
-        linears += [(c.delta.projected, c.hidden_size), (c.hidden_size, c.delta.value_size)]
+    if c.delta is not None:
+        vectors = c.delta.channels * c.delta.taps + 2 * c.delta.value_heads + c.delta.value_dim
+        floats += len(c.delta_layers) * vectors
+        linears += len(c.delta_layers) * [(c.delta.projected, c.hidden_size), (c.hidden_size, c.delta.value_size)]
     layers = sum(ops.arranged_bytes(n, k) for n, k in linears) + 4 * floats
     vocab = ops.arranged_bytes(c.vocab_size, c.hidden_size) * (1 if c.tie_word_embeddings else 2)
     rope = 4 * max_context * (c.head_dim // 2) * 2
@@ -164,22 +165,27 @@ class DecoderLayer:
 class Decoder:
     """Forward pass over a flat batch of tokens; weights arrive one by one through `load`."""
 
+    embed_tokens: Linear
+    lm_head: Linear
+    final_norm: Tensor
+
     def __init__(self, config: ModelConfig, ops: Ops, max_context: int) -> None:
         self.config, self.ops = config, ops
         cos, sin = rope_tables(config, max_context)
         self.rope = RopeTable(cos.to(ops.device), sin.to(ops.device))
         self.layers = [DecoderLayer() for _ in range(config.num_layers)]
-        self.embed_tokens: Linear | None = None
-        self.lm_head: Linear | None = None
-        self.final_norm: Tensor | None = None
 
     def load(self, role: str, layer: int | None, weight: Tensor) -> None:
         """Place one non-expert tensor (roles of models.checkpoint) on the device, arranged where it is a matrix."""
         if layer is None:
-            value = self._vector(weight) if role == "final_norm" else self._arrange(weight)
-            setattr(self, role, value)
-            if role == "embed_tokens" and self.config.tie_word_embeddings:
-                self.lm_head = value
+            if role == "final_norm":
+                self.final_norm = self._vector(weight)
+            elif role == "lm_head":
+                self.lm_head = self._arrange(weight)
+            else:
+                self.embed_tokens = self._arrange(weight)
+                if self.config.tie_word_embeddings:
+                    self.lm_head = self.embed_tokens
             return
         target = self.layers[layer]
         whole = next((name for name, parts in _MATRICES.items() if role in parts), None)
@@ -192,12 +198,11 @@ class Decoder:
 
     def _assemble(self, layer: DecoderLayer) -> None:
         for name, parts in _MATRICES.items():
-            biases = [bias for part in parts if (bias := part.replace("_proj", "_bias")) in _BIASES]
-            biased = self.config.attention_bias and bool(biases)
-            biases = biases if biased else []
+            biases = [part.replace("_proj", "_bias") for part in parts] if self.config.attention_bias else []
+            biases = [name for name in biases if name in _BIASES]
             if all(part in layer.pending for part in (*parts, *biases)):
                 weight = torch.cat([layer.pending.pop(part) for part in parts])
-                bias = torch.cat([layer.pending.pop(part) for part in biases]) if biased else None
+                bias = torch.cat([layer.pending.pop(part) for part in biases]) if biases else None
                 layer.matrices[name] = self._arrange(weight, bias)
 
     def _vector(self, weight: Tensor) -> Tensor:
@@ -252,10 +257,12 @@ class Decoder:
                     mixed = self._attend(layer, normed, metadata, cache.k[attention], cache.v[attention])
                     attention += 1
                 else:
+                    assert states is not None, "a layer with Gated DeltaNet keeps states"
                     mixed = ops.delta_net(normed, layer.delta, metadata, states.conv[delta], states.recurrent[delta])
                     delta += 1
                 hidden = ops.project_add(mixed, layer.matrices["o_proj"], hidden)
             if "router" not in layer.matrices:
+                assert layer.mlp is not None, "a layer without experts has an MLP"
                 with tracer.span("compute", f"mlp {index}"):
                     hidden = ops.mlp_add(ops.rms_norm(hidden, layer.vectors["post_attn_norm"]), layer.mlp, hidden)
                 continue

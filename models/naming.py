@@ -58,7 +58,7 @@ def moe_roles(config: ModelConfig, blocks: Mapping[str, tuple[str, str, str]]) -
     schemes = []
     for layer in range(c.num_layers):
         prefix = f"model.layers.{layer}"
-        shapes = {
+        shapes: dict[str, tuple[str, Shape]] = {
             "input_layernorm.weight": ("input_norm", (h,)),
             "post_attention_layernorm.weight": ("post_attn_norm", (h,)),
         }

@@ -67,8 +67,13 @@ def _delta_layers(hf: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(layer for layer, kind in enumerate(kinds) if _KINDS[kind])
 
 
+def _delta(config: ModelConfig) -> DeltaNetDims:
+    assert config.delta is not None, "every Qwen3-Next has layers with Gated DeltaNet"
+    return config.delta
+
+
 def tensor_roles(config: ModelConfig) -> TensorRoles:
-    c, d = config, config.delta
+    c, d = config, _delta(config)
     roles = moe_roles(c, {"mlp": ("gate_proj", "up_proj", "down_proj")})
     h = c.hidden_size
     delta = {
@@ -97,7 +102,7 @@ def tensor_roles(config: ModelConfig) -> TensorRoles:
 
 def place(config: ModelConfig, kind: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
     """(role, tensor) of what a checkpoint's tensor becomes."""
-    c, d = config, config.delta
+    c, d = config, _delta(config)
     order = rotary_order(c.head_dim, c.rotary_dim)
     if kind == "q_proj":
         heads = weight.view(c.num_heads, 2, c.head_dim, -1)

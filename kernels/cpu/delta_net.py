@@ -125,6 +125,7 @@ def gated_delta_net(
     needs; mixed [T, channels], out [T, value_size]."""
     if not len(projected):
         return out
+    assert metadata.state_slots is not None, "sequences have recurrent states"
     x = projected.numpy()
     starts, slots = metadata.query_start.numpy(), metadata.state_slots.numpy()
     lengths = np.diff(starts)

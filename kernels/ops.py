@@ -192,7 +192,23 @@ class LayerExperts(Protocol):
 R = TypeVar("R")
 
 
-class ExpertOps(Protocol[R]):
+class ExpertSizes(Protocol):
+    """What a ledger asks of ExpertOps."""
+
+    @property
+    def dims(self) -> ExpertDims: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def act_dtype(self) -> torch.dtype: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+    @property
+    def fused_formats(self) -> frozenset[str]: ...
+    def expert_bytes(self, expert_format: str = ...) -> tuple[int, int]: ...
+
+
+class ExpertOps(ExpertSizes, Protocol[R]):
     """See CpuExperts for shapes; activations are [T, H] in `act_dtype`. R: a batch's routing, opaque to callers.
 
     Experts come in the formats of `formats.FORMATS`, dense unless another is named. `fused_formats` are the compressed
@@ -204,13 +220,6 @@ class ExpertOps(Protocol[R]):
     host has chosen.
     """
 
-    dims: ExpertDims
-    device: torch.device
-    act_dtype: torch.dtype
-    workspace_bytes: int
-    fused_formats: frozenset[str]
-
-    def expert_bytes(self, expert_format: str = ...) -> tuple[int, int]: ...
     def encode_expert(
         self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = ...
     ) -> Recipes: ...
@@ -224,20 +233,28 @@ class ExpertOps(Protocol[R]):
     def count_routed(self, routing: R, counts: Tensor) -> None: ...
 
 
-class Ops(Protocol):
-    """See CpuOps for shapes; activations are [T, …] in `act_dtype`."""
+class OpSizes(Protocol):
+    """What a ledger asks of Ops."""
 
-    dims: LayerDims
-    device: torch.device
-    act_dtype: torch.dtype
-    workspace_bytes: int
-
+    @property
+    def dims(self) -> LayerDims: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def act_dtype(self) -> torch.dtype: ...
+    @property
+    def workspace_bytes(self) -> int: ...
     def arranged_bytes(self, n: int, k: int) -> int: ...
-    def arrange(self, weight: Tensor, out: Tensor) -> None: ...
-    def restore(self, block: Tensor, n: int, k: int) -> Tensor: ...
     def kv_block_shape(
         self, block_size: int, kv_heads: int, head_dim: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]: ...
+
+
+class Ops(OpSizes, Protocol):
+    """See CpuOps for shapes; activations are [T, …] in `act_dtype`."""
+
+    def arrange(self, weight: Tensor, out: Tensor) -> None: ...
+    def restore(self, block: Tensor, n: int, k: int) -> Tensor: ...
     def embed(self, token_ids: Tensor, table: Linear) -> Tensor: ...
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor: ...
     def qkv(self, x: Tensor, weight: Linear) -> Tensor: ...

@@ -21,6 +21,7 @@ from fluxmoe.kernels.ops import (
     LayerDims,
     Linear,
     Ops,
+    OpSizes,
     RopeTable,
 )
 from torch import Tensor
@@ -39,10 +40,9 @@ class Experts(Protocol):
 
 
 class LayerCache(Protocol):
-    """KV tensors of the layers with attention, in order."""
+    """K and V blocks of the layers with attention, in order."""
 
-    k: list[Tensor] | Tensor
-    v: list[Tensor] | Tensor
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]: ...
 
 
 class LayerStates(Protocol):
@@ -103,7 +103,7 @@ def _mlp_shapes(intermediate: int, hidden: int) -> list[tuple[int, int]]:
     return [(2 * intermediate, hidden), (hidden, intermediate)]
 
 
-def non_expert_bytes(config: ModelConfig, ops: Ops, max_context: int) -> int:
+def non_expert_bytes(config: ModelConfig, ops: OpSizes, max_context: int) -> int:
     """Device bytes of everything but experts: embeddings, projections, routers, norms and biases (fp32), RoPE."""
     c, d = config, layer_dims(config)
     floats = c.num_layers * 2 * c.hidden_size
@@ -254,7 +254,7 @@ class Decoder:
             with tracer.span("compute", f"attention {index}"):
                 normed = ops.rms_norm(hidden, layer.vectors["input_norm"])
                 if layer.delta is None:
-                    mixed = self._attend(layer, normed, metadata, cache.k[attention], cache.v[attention])
+                    mixed = self._attend(layer, normed, metadata, *cache.layer(attention))
                     attention += 1
                 else:
                     assert states is not None, "a layer with Gated DeltaNet keeps states"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
         if self.token_ids.device == device:
             return self
         meta = self.metadata
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(meta)
             if isinstance(value := getattr(meta, field.name), Tensor)

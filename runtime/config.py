@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .experts.config import PagingConfig, SettingError
+from .scheduler import Preemption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class EngineConfig(PagingConfig):
     fit_batch: bool = True
     max_batched_tokens: int = 256
     block_size: int = 32
-    preemption: str = "recompute"
+    preemption: Preemption = "recompute"
     max_context: int | None = None
     min_kv_tokens: int = 1
     device: str = "auto"

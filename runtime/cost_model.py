@@ -144,15 +144,16 @@ class CostModel:
         keys = sum(chunk.start + chunk.length for chunk in step.chunks)
         pairs = sum(chunk.length * (chunk.start + (chunk.length + 1) / 2) for chunk in step.chunks)
         half_layer = 0.5 * _KERNELS_A_LAYER * self._launch_s + (self._all_reduce(tokens) if n > 1 else 0.0)
-        common = {}
-        for (delta, dense), weights in self._weights.items():
-            weights /= n
+        common: dict[tuple[bool, bool], tuple[float, float]] = {}
+        for (delta, dense), every in self._weights.items():
+            weights = every / n
             seconds = max(weights / bandwidth, 2 * tokens * weights / model.dtype.itemsize / flops)
             moved = weights
             if delta:
                 moved += 2 * sequences * self._state_bytes / n
                 seconds += 2 * sequences * self._state_bytes / n / bandwidth
                 d = model.delta
+                assert d is not None, "layers of Gated DeltaNet have sizes"
                 seconds += tokens * 6 * d.value_heads * d.key_dim * d.value_dim / n / flops
             else:
                 moved += keys * self._kv_bytes

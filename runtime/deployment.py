@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 from fluxmoe.kernels.formats import DENSE
-from fluxmoe.kernels.ops import DeltaNetDims, Limits, Ops
+from fluxmoe.kernels.ops import Limits, OpSizes
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import non_expert_bytes
 
@@ -60,7 +60,7 @@ class Deployment:
     """
 
     def __init__(
-        self, model: ModelConfig, config: EngineConfig, ops: Ops, experts: Footprint, total: int,
+        self, model: ModelConfig, config: EngineConfig, ops: OpSizes, experts: Footprint, total: int,
         graph_bytes: int = 0, shares: int = 1, swap_inside: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.config, self.ops, self.layout = model, config, ops, experts.layout
@@ -121,10 +121,9 @@ class Deployment:
         return blocks
 
     @property
-    def state_sizes(self) -> tuple[DeltaNetDims | None, int, int, torch.dtype]:
-        """What a StateCache is made from."""
-        slots = self.max_sequences + self._spare_states
-        return self.model.delta, len(self.model.delta_layers), slots, self.ops.act_dtype
+    def state_sizes(self) -> tuple[int, int, torch.dtype]:
+        """Layers, slots and dtype that a StateCache is made for."""
+        return len(self.model.delta_layers), self.max_sequences + self._spare_states, self.ops.act_dtype
 
     def _sequences(self, free: int, state_bytes: int) -> int:
         """How many sequences may run: with `fit_batch`, fewer than `max_batch` where their states would leave KV for

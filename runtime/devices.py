@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .experts.courier import Courier
     from .experts.store import ExpertStore
     from .experts.streamer import Streamer
+    from .experts.streamer_cpu import ThreadStreamer
     from .memory.region import BlockPool
     from .timeline import Timeline
 
@@ -187,7 +188,7 @@ class CpuDevice(Device):
         yield self.synchronize
 
     @property
-    def streamer(self) -> type[Streamer]:
+    def streamer(self) -> type[ThreadStreamer]:
         from .experts.streamer_cpu import ThreadStreamer
 
         return ThreadStreamer

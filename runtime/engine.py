@@ -25,6 +25,7 @@ from .config import EngineConfig
 from .deployment import Deployment, limits_of, make_planner, require_workspace
 from .devices import device_of, resolve_device
 from .experts.footprint import EXPERT_LINES
+from .experts.moving_store import MovingStore
 from .experts.pager import ExpertPager
 from .experts.planner import Links
 from .experts.streamer import Counters
@@ -106,8 +107,9 @@ class Engine(ServingLoop):
         resources.callback(self.kv.close)
         self.scheduler = self._make_scheduler(limits)
         self.decoder = self._load(checkpoint, limits.context)
-        has_states = model.delta is not None
-        self.states = StateCache(*self.deployment.state_sizes, self.device) if has_states else None
+        self.states: StateCache | None = None
+        if model.delta is not None:
+            self.states = StateCache(model.delta, *self.deployment.state_sizes, self.device)
         self.graphs: DecodeGraphs | None = None
         if graphs:
             spare = self.deployment.max_sequences
@@ -175,15 +177,17 @@ class Engine(ServingLoop):
         return pool
 
     def _make_residency(self, pool: BlockPool) -> Residency:
-        config, planner = self.config, None
+        config, kv, store, planner = self.config, self.kv, self.pager.store, None
+        assert isinstance(kv, GrowableKVCache), "KV shares the pool"
+        assert isinstance(store, MovingStore), "experts move"
         if config.planning:
-            each = {tier: heap.unit_bytes for tier, heap in self.pager.store.heaps.items()}
-            planner = make_planner(config, each, pool.max_blocks * pool.block_bytes, self.kv.quantum_bytes)
+            each = {tier: heap.unit_bytes for tier, heap in store.heaps.items()}
+            planner = make_planner(config, each, pool.max_blocks * pool.block_bytes, kv.quantum_bytes)
             if config.transfer == "auto" or device_of(self.device).asynchronous:
                 self._links = measure_links(self.device) if config.profile is None else config.profile.links
         return Residency(
             self.pager,
-            self.kv,
+            kv,
             self.scheduler,
             self.budget,
             pool,

@@ -35,8 +35,8 @@ _CUBLAS_BYTES, _SEGMENT = 32 << 20, 2 << 20
 class CapturedPass(Protocol):
     """What a streamer offers to graphs; see CudaStreamer."""
 
-    steady: bool
-
+    @property
+    def steady(self) -> bool: ...
     def prepare(self) -> int: ...
     def capture(self) -> AbstractContextManager[None]: ...
     def replay(self) -> AbstractContextManager[None]: ...
@@ -119,6 +119,7 @@ class StepBuffers:
         fields["positions"].zero_()[:count] = meta.positions
         fields["context_lens"].zero_()[:count] = meta.context_lens
         fields["slot_mapping"].fill_(-1)[:count] = meta.slot_mapping
+        assert meta.state_slots is not None, "batches of an engine have them"
         fields["state_slots"].fill_(self._spare_state)[:count] = meta.state_slots
         fields["num_tokens"].fill_(count)
         fields["block_table"][:count, : meta.block_table.shape[1]] = meta.block_table

@@ -76,12 +76,18 @@ class HardwareProfile:
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
             raise ProfileError(f"profile {self.name}: device must be cpu or cuda, got {self.device!r}")
-        positive = ("num_devices", "memory_bytes", "host_memory_bytes", "memory_bandwidth", "matmul_flops")
+        positive: tuple[str, ...] = (
+            "num_devices",
+            "memory_bytes",
+            "host_memory_bytes",
+            "memory_bandwidth",
+            "matmul_flops",
+        )
         positive += ("host_bandwidth", "kernel_host_bandwidth", "disk_bandwidth")
         for name in positive:
             if not _number(getattr(self, name)) or getattr(self, name) <= 0:
                 raise ProfileError(f"profile {self.name}: {name} must be positive, got {getattr(self, name)!r}")
-        rest = ("decode_latency_s", "host_latency_s", "host_link_shared", "launch_s", "iteration_s")
+        rest: tuple[str, ...] = ("decode_latency_s", "host_latency_s", "host_link_shared", "launch_s", "iteration_s")
         rest += ("link_bandwidth", "link_latency_s")
         for name, value in [*((n, getattr(self, n)) for n in rest), *self.decode_bandwidth.items()]:
             if not _number(value) or value < 0:

@@ -18,7 +18,7 @@ from math import gcd, lcm, prod
 import torch
 from torch import Tensor
 
-from ..kernels.ops import Ops
+from ..kernels.ops import OpSizes
 from .devices import device_of
 from .memory.host_memory import HostMemory
 from .memory.region import BlockPool, GrowableRegion, RegionError
@@ -128,9 +128,8 @@ class PagedKVCache:
         self.block_size = block_size
         self._non_blocking = pin
         k_shape, v_shape = ops.kv_block_shape(block_size, kv_heads, head_dim)
-        on_device = {"dtype": dtype, "device": self.device}
-        self.k = torch.zeros(num_layers, num_blocks, *k_shape, **on_device)
-        self.v = torch.zeros(num_layers, num_blocks, *v_shape, **on_device)
+        self.k = torch.zeros((num_layers, num_blocks, *k_shape), dtype=dtype, device=self.device)
+        self.v = torch.zeros((num_layers, num_blocks, *v_shape), dtype=dtype, device=self.device)
         self._memory = HostMemory(pin)
         try:
             self.host_k, self.host_v = (
@@ -143,7 +142,7 @@ class PagedKVCache:
 
     @staticmethod
     def bytes_per_block(
-        ops: Ops, num_layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+        ops: OpSizes, num_layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> int:
         """Bytes of one block, K and V of all layers, padding of the backend's layout included."""
         k_shape, v_shape = ops.kv_block_shape(block_size, kv_heads, head_dim)
@@ -193,7 +192,7 @@ class GrowableKVCache(PagedKVCache):
     """A PagedKVCache of at most `most_blocks`, whose memory is mapped from a pool, `quantum` blocks at a time."""
 
     def __init__(
-        self, ops: Ops, num_layers: int, most_blocks: int, block_size: int, kv_heads: int, head_dim: int,
+        self, ops: OpSizes, num_layers: int, most_blocks: int, block_size: int, kv_heads: int, head_dim: int,
         dtype: torch.dtype, device: torch.device, pool: BlockPool, host_blocks: int = 0, pin: bool = False,
     ) -> None:  # fmt: skip
         self._layers: list[tuple[GrowableRegion, int]] = []
@@ -208,7 +207,9 @@ class GrowableKVCache(PagedKVCache):
             region = [pool.reserve(self.most_blocks * size) for _ in range(num_layers)]
             self._layers += [(GrowableRegion(each), size) for each in region]
             tensors.append([each.tensor(0, (self.most_blocks, *shape), dtype) for each in region])
-        self.k, self.v = tensors
+        # Of the block that the parent has made, only the shape was of use.
+        del self.k, self.v
+        self._k_layers, self._v_layers = tensors
         self.num_blocks, self._zeroed = 0, pool.zeroed
         self.quantum_bytes = self.quantum * num_layers * sum(sizes)
 
@@ -217,7 +218,7 @@ class GrowableKVCache(PagedKVCache):
         return sum(region.nbytes for region, _ in self._layers)
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.k[layer], self.v[layer]
+        return self._k_layers[layer], self._v_layers[layer]
 
     def resize(self, num_blocks: int) -> None:
         """Hold `num_blocks`, whole quanta. RegionError when memory runs out; the cache is then as it was."""
@@ -233,7 +234,7 @@ class GrowableKVCache(PagedKVCache):
                 region.resize(before)
             raise
         if not self._zeroed and num_blocks > self.num_blocks:
-            for tensors in (self.k, self.v):
+            for tensors in (self._k_layers, self._v_layers):
                 for tensor in tensors:
                     tensor[self.num_blocks : num_blocks].zero_()
         self.num_blocks = num_blocks
@@ -242,15 +243,15 @@ class GrowableKVCache(PagedKVCache):
         for device_block, host_block in pairs:
             self._check(device_block, host_block)
             for layer in range(self.num_layers):
-                self.host_k[host_block, layer].copy_(self.k[layer][device_block])
-                self.host_v[host_block, layer].copy_(self.v[layer][device_block])
+                self.host_k[host_block, layer].copy_(self._k_layers[layer][device_block])
+                self.host_v[host_block, layer].copy_(self._v_layers[layer][device_block])
 
     def swap_in(self, pairs) -> None:
         for host_block, device_block in pairs:
             self._check(device_block, host_block)
             for layer in range(self.num_layers):
-                self.k[layer][device_block].copy_(self.host_k[host_block, layer])
-                self.v[layer][device_block].copy_(self.host_v[host_block, layer])
+                self._k_layers[layer][device_block].copy_(self.host_k[host_block, layer])
+                self._v_layers[layer][device_block].copy_(self.host_v[host_block, layer])
 
     def close(self) -> None:
         super().close()

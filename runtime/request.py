@@ -116,7 +116,7 @@ class Sequence:
     num_computed     tokens whose K and V are in the cache: a prefix of token_ids
     block_ids        device blocks in token order: position p lies in block_ids[p // block_size]
     host_block_ids   the same for a swapped sequence, covering num_computed tokens
-    state_slot       where layers with a recurrent state keep this sequence's, while it runs
+    state_slot       where layers with a recurrent state keep this sequence's while it runs; else -1
     order            rank of arrival (order of `Scheduler.add`)
     error            why it was refused
     """
@@ -129,7 +129,7 @@ class Sequence:
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
     host_block_ids: list[int] = field(default_factory=list)
-    state_slot: int | None = None
+    state_slot: int = -1
     state: SequenceState = SequenceState.WAITING
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None

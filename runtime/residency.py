@@ -60,6 +60,9 @@ class Residency:
         planner: Planner | None = None, every: int = 8, grow_kv: bool = True, links: Links | None = None,
     ) -> None:  # fmt: skip
         self.pager, self.kv, self.scheduler, self.budget, self.pool = pager, kv, scheduler, budget, pool
+        assert pager.mover is not None, "experts of an adaptive pager move"
+        assert pager.store is not None, "the pager is open"
+        self._mover, self._store = pager.mover, pager.store
         self.planner, self.every, self.links = planner, every, links
         # What KV may take: all that it can use, or no more than it gave to experts that came.
         self._most_kv = kv.most_blocks if grow_kv else kv.num_blocks
@@ -92,14 +95,14 @@ class Residency:
         spare = self.pool.free_blocks * self.pool.block_bytes
         # Units of experts on their way in are mapped already.
         quanta = min(spare // self.kv.quantum_bytes, (self._most_kv - self.kv.num_blocks) // self.kv.quantum)
-        if quanta > 0 and not self.pager.mover.waits:
+        if quanta > 0 and not self._mover.waits:
             more = quanta * self.kv.quantum
             try:
                 self.kv.resize(self.kv.num_blocks + more)
                 self.scheduler.grow(more)
             except RegionError as error:
-                self.pager.mover.refused.append(f"the KV cache does not grow: {error}")
-        held = {line: self.pager.store.tier_bytes(tier) for tier, line in EXPERT_LINES.items()}
+                self._mover.refused.append(f"the KV cache does not grow: {error}")
+        held = {line: self._store.tier_bytes(tier) for tier, line in EXPERT_LINES.items()}
         held["kv_cache"] = self.kv.nbytes
         lines = self.budget.lines()
         for line, nbytes in held.items():
@@ -115,7 +118,7 @@ class Residency:
         self._routed += seen.tokens
         if seen.decode_only:
             self._window.append(seen)
-        if len(self._window) < self.every or self.pager.mover.busy:
+        if len(self._window) < self.every or self._mover.busy:
             return
         compute_s, load_s, tokens = (
             float(np.median([getattr(one, name) for one in self._window])) for name in ("compute_s", "load_s", "tokens")
@@ -123,9 +126,10 @@ class Residency:
         self._learn()
         self._window = []
         if self.links is not None:
-            compute_s, load_s = self._choose_transfer(compute_s, load_s, tokens)
+            compute_s, load_s = self._choose_transfer(self.links, compute_s, load_s, tokens)
         per_block = self.kv.quantum_bytes // self.kv.quantum
         used, waiting = self.scheduler.blocks_used * per_block, self.scheduler.blocks_wanted * per_block
+        assert self.planner is not None, "plans are asked of a planner"
         try:
             plan = self.planner.decide(
                 self.pager.tiers,
@@ -149,22 +153,22 @@ class Residency:
         self._tokens = _MEMORY * self._tokens + self._routed
         self._routed = 0
 
-    def _choose_transfer(self, compute_s: float, load_s: float, tokens: float) -> tuple[float, float]:
+    def _choose_transfer(self, links: Links, compute_s: float, load_s: float, tokens: float) -> tuple[float, float]:
         """Settle how host experts cross; returns compute and loads apart, whichever way is in use."""
         pager = self.pager
         host = pager.tiers == Tier.HOST
         if not host.any() or not self._tokens:
             return compute_s, load_s
         chances = np.clip(self._used / self._tokens, 0, 1)
-        layout = pager.store.layout
+        layout = self._store.layout
         size = layout.expert_bytes(layout.stored(Tier.HOST))
         if pager.transfer == "on_demand":
             # Reads in place are part of what looks like compute.
-            load_s = min(compute_s, transfer_costs(host, chances, tokens, size, self.links, 0.0)[1])
+            load_s = min(compute_s, transfer_costs(host, chances, tokens, size, links, 0.0)[1])
             compute_s -= load_s
-        costs = transfer_costs(host, chances, tokens, size, self.links, compute_s)
+        costs = transfer_costs(host, chances, tokens, size, links, compute_s)
         chosen = choose_transfer(costs, pager.transfer)
         if chosen != pager.transfer:
             pager.set_transfer(chosen)
-            pager.mover.applied[chosen] += 1
+            self._mover.applied[chosen] += 1
         return compute_s, load_s

@@ -51,16 +51,16 @@ def _sample_row(row: Tensor, params: SamplingParams, u: float) -> int:
     """Inverse transform over the tokens that pass the filters, in ascending order of their ids."""
     if 0 < params.top_k < len(row):
         kth = row.topk(params.top_k).values[-1]
-        ids = (row >= kth).nonzero().flatten()
-        values, ids = row[ids].cpu().numpy(), ids.cpu().numpy()
+        kept = (row >= kth).nonzero().flatten()
+        values, ids = row[kept].cpu().numpy(), kept.cpu().numpy()
     else:
         values, ids = row.cpu().numpy(), np.arange(len(row))
     values = values.astype(np.float64)
     with np.errstate(over="ignore"):
         weights = np.exp((values - values.max()) / params.temperature)
     if params.top_p < 1:
-        kept = _nucleus(weights, params.top_p)
-        weights, ids = weights[kept], ids[kept]
+        nucleus = _nucleus(weights, params.top_p)
+        weights, ids = weights[nucleus], ids[nucleus]
     cumulative = np.cumsum(weights)
     # Rounding may lift u · total to total itself, behind which no token lies.
     point = min(u * cumulative[-1], np.nextafter(cumulative[-1], 0.0))

@@ -143,7 +143,7 @@ class Scheduler:
         """Drop everything, whatever state a failure has left; returns the sequences that were live."""
         live = sorted(self._live, key=_by_order)
         for sequence in live:
-            sequence.block_ids, sequence.host_block_ids, sequence.state_slot = [], [], None
+            sequence.block_ids, sequence.host_block_ids, sequence.state_slot = [], [], -1
             sequence.end("aborted")
         self._device = BlockAllocator(self._device.num_blocks)
         self._host = BlockAllocator(self._host.num_blocks)
@@ -376,7 +376,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self._device.free(sequence.block_ids)
         self._states.free([sequence.state_slot])
-        sequence.block_ids, sequence.state_slot = [], None
+        sequence.block_ids, sequence.state_slot = [], -1
 
     def check_integrity(self) -> None:
         """AssertionError unless every block has one owner or is free, and every sequence is what its queue says."""

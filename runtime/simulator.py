@@ -198,6 +198,7 @@ class SimEngine(ServingLoop):
             self._apply()
 
     def _plan(self) -> None:
+        assert self._planner is not None, "the window is filled for a planner"
         compute_s, load_s = (float(np.median(values)) for values in zip(*self._window, strict=True))
         self._window = []
         block = self.deployment.block_bytes

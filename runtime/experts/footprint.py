@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP
 from fluxmoe.kernels.formats import DENSE
-from fluxmoe.kernels.ops import ExpertOps
+from fluxmoe.kernels.ops import ExpertSizes
 
 from ..devices import device_of
 from ..memory.machine import lies_in_memory
@@ -25,7 +25,7 @@ EXPERT_LINES = {Tier.RESIDENT: "resident_experts", Tier.PACKED: "packed_experts"
 
 
 def lay_out(
-    num_layers: int, config: PagingConfig, ops: ExpertOps, measure: Callable[[], Mapping[Tier, float]]
+    num_layers: int, config: PagingConfig, ops: ExpertSizes, measure: Callable[[], Mapping[Tier, float]]
 ) -> ExpertLayout:
     """Tier and format of every expert. measure: bandwidths of the tiers, asked for only where they decide."""
     device_tier = Tier.RESIDENT if config.device_format == DENSE else Tier.PACKED
@@ -58,7 +58,7 @@ def slots_used(layout: ExpertLayout, slots: int) -> int:
 class Footprint:
     """What a pager with this layout takes. ops: its kernels, or what has their sizes."""
 
-    def __init__(self, layout: ExpertLayout, config: PagingConfig, ops: ExpertOps) -> None:
+    def __init__(self, layout: ExpertLayout, config: PagingConfig, ops: ExpertSizes) -> None:
         self.layout, self.config = layout, config
         self._ops_bytes, self._staged = ops.workspace_bytes, device_of(ops.device).streamer.staged
 

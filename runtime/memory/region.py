@@ -126,16 +126,15 @@ class Region(ABC):
         self._inside(page)
         if page in self._blocks:
             raise RegionError(f"page {page} is mapped already, to block {self._blocks[page]}")
-        fresh = block is None
-        block = self.pool.alloc() if fresh else block
+        mapped = self.pool.alloc() if block is None else block
         try:
-            self._map(page, block)
+            self._map(page, mapped)
         except BaseException:
-            if fresh:
-                self.pool.free(block)
+            if block is None:
+                self.pool.free(mapped)
             raise
-        self._blocks[page] = block
-        return block
+        self._blocks[page] = mapped
+        return mapped
 
     def unmap(self, page: int, keep: bool = False, idle: bool = False) -> int:
         """Take a page's block away; free it, or `keep` it for another page; returns it. RegionError without one.

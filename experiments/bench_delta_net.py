@@ -16,7 +16,7 @@ from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
-from fluxmoe.kernels.delta_net import gated_delta_net
+from fluxmoe.kernels.delta_net import gated_delta_net, workspace_bytes
 from fluxmoe.kernels.delta_net_torch import gated_delta_net_torch
 from fluxmoe.kernels.ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights
 from torch import Tensor
@@ -64,13 +64,15 @@ class Case:
         self.projected = torch.randn(total, dims.projected, **options).bfloat16()
         self.conv = torch.randn(sequences, dims.taps - 1, dims.channels, **options).bfloat16()
         self.state = 0.1 * torch.randn(sequences, dims.value_heads, dims.key_dim, dims.value_dim, **options)
-        self.mixed = torch.empty(total, dims.channels, **options)
+        nbytes = workspace_bytes(dims, total, torch.bfloat16)
+        self.workspace = torch.empty(nbytes, dtype=torch.uint8, **options)
         self.out = torch.empty(total, dims.value_size, dtype=torch.bfloat16, **options)
 
-    def ours(self) -> Tensor:
+    def ours(self, token_by_token: bool = False) -> Tensor:
         return gated_delta_net(
-            self.projected, self.weights, self.dims, self.metadata, self.conv, self.state, self.mixed, self.out, _EPS
-        )
+            self.projected, self.weights, self.dims, self.metadata, self.conv, self.state, self.out, _EPS,
+            self.workspace, batch_invariant=token_by_token,
+        )  # fmt: skip
 
     def expected(self) -> Tensor:
         """By plain torch, without touching the states."""

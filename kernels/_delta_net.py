@@ -25,18 +25,24 @@ def _silu(x):
 
 @triton.jit
 def _convolved(
-    x_ptr, weight_ptr, state_ptr, begin, t, c, inside, length, first,
+    x_ptr, weight_ptr, state_ptr, begin, t, c, inside, length, reaches_back,
     STRIDE: tl.constexpr, CHANNELS: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """Convolution and SiLU at channels c of tokens t, which broadcast, of the sequence that begins at row `begin`
-    (int64); fp32."""
+    (int64); fp32. reaches_back: whether inputs of an earlier pass may be among them.
+    """
     total = tl.zeros_like(t + c).to(tl.float32)
+    mask = inside & (t < length)
+    # The earliest first, so that the order of a sum does not depend on where a pass begins.
+    if reaches_back:
+        for tap in tl.static_range(TAPS - 1):
+            at = t - (TAPS - 1) + tap
+            old = tl.load(state_ptr + (at + TAPS - 1) * CHANNELS + c, mask=mask & (at < 0), other=0.0)
+            total += old.to(tl.float32) * tl.load(weight_ptr + c * TAPS + tap, mask=inside, other=0.0)
     for tap in tl.static_range(TAPS):
         at = t - (TAPS - 1) + tap
-        mask = inside & (t < length)
         x = tl.load(x_ptr + (begin + at) * STRIDE + c, mask=mask & (at >= 0), other=0.0)
-        old = tl.load(state_ptr + (at + TAPS - 1) * CHANNELS + c, mask=mask & (at < 0) & (not first), other=0.0)
-        total += (x.to(tl.float32) + old.to(tl.float32)) * tl.load(weight_ptr + c * TAPS + tap, mask=inside, other=0.0)
+        total += x.to(tl.float32) * tl.load(weight_ptr + c * TAPS + tap, mask=inside, other=0.0)
     return _silu(total)
 
 
@@ -78,7 +84,7 @@ def _recurrent_kernel(
     length = tl.load(query_start_ptr + sequence + 1) - begin
     if length > MOST_TOKENS:
         return
-    first = tl.load(context_lens_ptr + sequence) <= length
+    context = tl.load(context_lens_ptr + sequence)
     DK: tl.constexpr = DIMS.key_dim
     DV: tl.constexpr = DIMS.value_dim
     CHANNELS: tl.constexpr = DIMS.channels
@@ -87,23 +93,25 @@ def _recurrent_kernel(
     slot = tl.load(slots_ptr + sequence).to(tl.int64)
     at = state_ptr + (slot * DIMS.value_heads + h) * DK * DV + i[:, None] * DV + j[None, :]
     inside = (i < DK)[:, None] & (j < DV)[None, :]
-    state = tl.load(at, mask=inside & (not first), other=0.0)
+    state = tl.load(at, mask=inside & (context > length), other=0.0)
     conv_state_ptr += slot * (DIMS.taps - 1) * CHANNELS
     key_head = h // (DIMS.value_heads // DIMS.key_heads)
     v_at = 2 * DIMS.key_size + h * DV + j
     for token in range(begin, begin + length):
         t = token - begin
+        reaches_back = (t < DIMS.taps - 1) & (context > length)
         q = _convolved(
-            x_ptr, conv_ptr, conv_state_ptr, begin, t, key_head * DK + i, i < DK, length, first,
+            x_ptr, conv_ptr, conv_state_ptr, begin, t, key_head * DK + i, i < DK, length, reaches_back,
             DIMS.projected, CHANNELS, DIMS.taps,
         )  # fmt: skip
         k = _convolved(
-            x_ptr, conv_ptr, conv_state_ptr, begin, t, DIMS.key_size + key_head * DK + i, i < DK, length, first,
+            x_ptr, conv_ptr, conv_state_ptr, begin, t, DIMS.key_size + key_head * DK + i, i < DK, length, reaches_back,
             DIMS.projected, CHANNELS, DIMS.taps,
         )  # fmt: skip
         v = _convolved(
-            x_ptr, conv_ptr, conv_state_ptr, begin, t, v_at, j < DV, length, first, DIMS.projected, CHANNELS, DIMS.taps
-        )
+            x_ptr, conv_ptr, conv_state_ptr, begin, t, v_at, j < DV, length, reaches_back,
+            DIMS.projected, CHANNELS, DIMS.taps,
+        )  # fmt: skip
         b_ptr = x_ptr + token * DIMS.projected + CHANNELS + DIMS.value_size
         log_decay, beta = _gates(b_ptr, h, rate_ptr, dt_ptr, t < length, DIMS.value_heads)
         q = q / tl.sqrt(tl.sum(q * q, axis=0) + _L2_EPS) / tl.sqrt(DK * 1.0)
@@ -145,7 +153,7 @@ def _conv_kernel(
     slot = tl.load(slots_ptr + sequence).to(tl.int64)
     y = _convolved(
         x_ptr, conv_ptr, conv_state_ptr + slot * (DIMS.taps - 1) * DIMS.channels, begin.to(tl.int64),
-        t, c0 + d, d < width, length, tl.load(context_lens_ptr + sequence) <= length,
+        t, c0 + d, d < width, length, (t0 < DIMS.taps - 1) & (tl.load(context_lens_ptr + sequence) > length),
         DIMS.projected, DIMS.channels, DIMS.taps,
     )  # fmt: skip
     unit = 1.0 / tl.sqrt(tl.sum(y * y, axis=1) + _L2_EPS)

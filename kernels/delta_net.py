@@ -36,8 +36,8 @@ The kernels, by what needs what; each of them leaves what is not its own alone, 
 
 Operands of products are bf16 where activations have 16 bits and fp32 where they have 32, sums and the state fp32.
 (I + A)⁻¹ is computed to 16 bits and rounded once. It is kept in the place of the usual (I + A)⁻¹βV and (I + A)⁻¹βΓK:
-a quarter of their bytes, and in float64 with bf16's roundings no worse (1.3 to 1.8 times the error that rounding q, k
-and v alone makes, keys all equal, nearly equal and random; 1.3 to 1.9).
+a quarter of their bytes and no worse. In float64 with bf16's roundings put in, for random, equal and nearly equal keys,
+o has 1.2 to 1.8 times the error that rounding q, k and v alone makes; with the usual two 1.2 to 1.9 times.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m fluxmoe.experiments.bench_delta_net --out results/<gpu>/bench_delta_net
 
 Layers of Qwen3-Next. Decode: one token a sequence; limited by the bytes of the states, read and written. Prefill: one
-prompt; ours goes token by token, flash-linear-attention in chunks. Ours is the whole of it: convolution, gates,
+prompt, in chunks, and beside it token by token, as `batch_invariant` goes. Ours is the whole of it: convolution, gates,
 recurrence, gated norm. flash-linear-attention is timed for the recurrence alone, which favours it.
 """
 
@@ -16,7 +16,7 @@ from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
-from fluxmoe.kernels.delta_net import gated_delta_net
+from fluxmoe.kernels.delta_net import gated_delta_net, workspace_bytes
 from fluxmoe.kernels.delta_net_torch import gated_delta_net_torch
 from fluxmoe.kernels.ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights, Linear
 from torch import Tensor
@@ -37,7 +37,8 @@ from .gpu import (
 
 DIMS = DeltaNetDims(key_heads=16, value_heads=32, key_dim=128, value_dim=128, taps=4)
 _TINY = DeltaNetDims(key_heads=1, value_heads=2, key_dim=16, value_dim=16, taps=4)
-PROVIDERS = ("fluxmoe", "fla")
+TOKEN_BY_TOKEN = "fluxmoe token by token"
+PROVIDERS = {"decode": ("fluxmoe", "fla"), "prefill": ("fluxmoe", TOKEN_BY_TOKEN, "fla")}
 _EPS = 1e-6
 
 
@@ -65,13 +66,15 @@ class Case:
         self.projected = randn(total, dims.projected).bfloat16()
         self.conv = randn(sequences, dims.taps - 1, dims.channels).bfloat16()
         self.state = 0.1 * randn(sequences, dims.value_heads, dims.key_dim, dims.value_dim)
-        self.mixed = torch.empty(total, dims.channels, device=device)
+        nbytes = workspace_bytes(dims, total, torch.bfloat16)
+        self.workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.out = torch.empty(total, dims.value_size, dtype=torch.bfloat16, device=device)
 
-    def ours(self) -> Tensor:
+    def ours(self, token_by_token: bool = False) -> Tensor:
         return gated_delta_net(
-            self.projected, self.weights, self.dims, self.metadata, self.conv, self.state, self.mixed, self.out, _EPS
-        )
+            self.projected, self.weights, self.dims, self.metadata, self.conv, self.state, self.out, _EPS,
+            self.workspace, batch_invariant=token_by_token,
+        )  # fmt: skip
 
     def expected(self) -> Tensor:
         """By plain torch, without touching the states."""
@@ -143,8 +146,9 @@ class Point:
             return time_calls([recurrence for recurrence, _ in pairs])
         states = self.cases[0].conv.clone(), self.cases[0].state.clone()
         try:
-            _check(self.cases[0].ours(), expected)
-            return time_calls([case.ours for case in self.cases])
+            calls = [partial(case.ours, token_by_token=provider == TOKEN_BY_TOKEN) for case in self.cases]
+            _check(calls[0](), expected)
+            return time_calls(calls)
         finally:
             self.cases[0].conv, self.cases[0].state = states
 
@@ -180,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     points = [("decode", n, 1) for n in args.sequences] + [("prefill", 1, n) for n in args.prompts]
     for kind, sequences, tokens in points:
         where = {"kind": kind, "sequences": sequences, "tokens": tokens}
-        missing = [name for name in PROVIDERS if not results.has(**where, provider=name)]
+        missing = [name for name in PROVIDERS[kind] if not results.has(**where, provider=name)]
         if not missing:
             continue
         point, (nbytes, flops) = Point(dims, sequences, tokens, device), work(dims, sequences, tokens)

@@ -147,7 +147,9 @@ def attention_point(name: str, sequences: int, queries: int, context: int, gpu: 
 
 
 def delta_point(sequences: int, tokens: int, gpu: str | None) -> None:
-    bench_delta_net.Case(bench_delta_net.DIMS, sequences, tokens, META).ours()
+    case = bench_delta_net.Case(bench_delta_net.DIMS, sequences, tokens, META)
+    for token_by_token in (False, True) if tokens > 1 else (False,):
+        case.ours(token_by_token)
 
 
 def decode(name: str, gpu: str | None) -> None:

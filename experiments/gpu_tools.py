@@ -48,7 +48,7 @@ METRICS = {
 }
 # Which of the launches of each is meant.
 _NAMES = {**dict.fromkeys(_FORMATS, "_grouped_gemm_kernel"), "attention": "_decode_kernel",
-          "delta_net": "_delta_kernel"}  # fmt: skip
+          "delta_net": "_recurrent_kernel"}  # fmt: skip
 _FOLDERS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute", "/usr/local/cuda/compute-sanitizer")
 
 

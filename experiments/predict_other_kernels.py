@@ -5,7 +5,7 @@
 Routing, norms, RoPE with the KV write, attention and Gated DeltaNet at the sizes of Qwen3-30B-A3B and Qwen3-Next. As in
 `predict_kernels` a prediction is the slowest of a kernel's limits plus a fixed cost, a bound that runs approach from
 above: bytes over bandwidth, flops over peak, instructions over issue slots of the SMs that its programs fill. Merging
-the parts of a long context is not in it.
+the parts of a long context is not in it, nor what programs wait for inside a chain (see `_delta_prompt`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fluxmoe.kernels.audit import Report, audit, cases_of
+from fluxmoe.kernels.ops import DeltaNetDims
 
 from .common import Parser, cli_main, provenance, write_csv, write_json
 from .predict_kernels import CLOCK_HZ, FIXED_S, ISSUES_PER_CLOCK, ROOFS, SMS
@@ -69,13 +70,54 @@ def _attention(code: Report, sequences: int, queries: int) -> Work | None:
     return Work(size, nbytes, steps * code.loop["all"] * code.num_warps, programs, flops)
 
 
-def _delta(code: Report, sequences: int) -> Work | None:
-    """A decode step of Gated DeltaNet."""
-    if code.kernel != "_delta_kernel" or not code.name.startswith("delta_net_decode"):
+def _dims(code: Report) -> DeltaNetDims:
+    dims = code.constexprs["DIMS"]
+    assert isinstance(dims, DeltaNetDims), "kernels of Gated DeltaNet are compiled for them"
+    return dims
+
+
+def _delta_decode(code: Report, sequences: int) -> Work | None:
+    """A decode step of Gated DeltaNet: the rule with its convolution, then the gated norm."""
+    if not code.name.startswith("delta_net_decode"):
         return None
-    c = code.sizes
-    state = 2 * 4 * sequences * c["VALUE_HEADS"] * c["DK"] * c["DV"]
-    return _once(f"{sequences} sequences, decode", state, sequences * c["VALUE_HEADS"], code)
+    d, size = _dims(code), f"{sequences} sequences, decode"
+    if code.kernel == "_recurrent_kernel":
+        slices = math.ceil(d.value_dim / code.sizes["BLOCK_V"])
+        nbytes = 8 * sequences * d.value_heads * d.key_dim * d.value_dim
+        return _once(size, nbytes, sequences * d.value_heads * slices, code)
+    blocks = math.ceil(d.channels / code.sizes["BLOCK_C"])
+    nbytes = 2 * sequences * (3 * d.value_size + 2 * d.taps * d.channels)
+    return _once(size, nbytes, sequences * (1 + blocks), code)
+
+
+def _delta_prompt(code: Report, tokens: int) -> Work | None:
+    """One prompt of Gated DeltaNet: in chunks by four kernels, or token by token by `_recurrent_kernel`, which issues
+    its whole code for each token.
+
+    Left out, and the more so the longer the chain: what a token, or a chunk, waits for the one before. Of a token that
+    is its loads and two sums over DK, of a chunk three products one after another.
+    """
+    if not code.name.startswith("delta_net_prefill"):
+        return None
+    d, chunks, size = _dims(code), math.ceil(tokens / 64), f"prompt of {tokens}"
+    pairs = 2 * 2 * tokens * d.value_heads * 64  # P and the inverse
+    if code.kernel == "_conv_kernel":
+        return _once(f"{size}, chunks", 4 * tokens * d.channels, chunks * (2 * d.key_heads + d.value_heads), code)
+    if code.kernel == "_chunk_kernel":
+        # q kᵀ and k kᵀ; four products in three parts for the inverse.
+        flops = 2 * chunks * d.value_heads * 64 * 64 * (2 * d.key_dim + 12 * 64)
+        work = _once(f"{size}, chunks", 4 * tokens * d.key_size + pairs, chunks * d.value_heads, code)
+        return work._replace(flops=flops)
+    if code.kernel == "_finish_kernel":
+        return _once(f"{size}, chunks", 6 * tokens * d.value_size, tokens, code)
+    programs = d.value_heads * math.ceil(d.value_dim / code.sizes["BLOCK_V"])
+    if code.kernel == "_recurrent_kernel":
+        steps = tokens * programs * code.num_warps
+        return Work(f"{size}, token by token", 2 * tokens * d.projected, steps * code.instructions, programs)
+    nbytes = 4 * tokens * (d.key_size + d.value_size) + pairs
+    flops = 2 * tokens * d.value_heads * d.value_dim * (3 * d.key_dim + 2 * 64)
+    steps = chunks * programs * code.num_warps
+    return Work(f"{size}, chunks", nbytes, steps * code.loop["all"], programs, flops)
 
 
 def predict(code: Report) -> list[dict]:
@@ -83,7 +125,8 @@ def predict(code: Report) -> list[dict]:
     works = [_token_wise(code, tokens) for tokens in TOKENS]
     works += [_attention(code, sequences, 1) for sequences in (1, 32, 128)]
     works += [_attention(code, 1, CONTEXT)]
-    works += [_delta(code, sequences) for sequences in (1, 32, 128)]
+    works += [_delta_decode(code, sequences) for sequences in (1, 32, 128)]
+    works += [_delta_prompt(code, CONTEXT)]
     rows = []
     for work in (work for work in works if work is not None):
         slots = min(SMS, work.programs) * ISSUES_PER_CLOCK * CLOCK_HZ
@@ -109,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     p = Parser(prog="fluxmoe.experiments.predict_other_kernels", description=__doc__.splitlines()[0])
     p.add_argument("--out", required=True, metavar="DIR")
     out, rows = Path(p.parse_args(argv).out), []
-    wanted = ("rms_norm", "rope_and_cache", "routing", "attention_decode", "attention_prefill", "delta_net_decode")
+    wanted = ("rms_norm", "rope_and_cache", "routing", "attention_decode", "attention_prefill", "delta_net")
     for case in cases_of("sm_90"):
         if case.name.startswith(wanted) and "mixtral" not in case.name:
             for code in audit(case, "sm_90"):

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from . import portable
+from .flat_batch import sequence_of
 
 
 @triton.jit
@@ -195,21 +196,12 @@ def _prefill_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
 ):
     """Grid: (T // BLOCK_Q + B, KV_HEADS)."""
     # The last tiles of a prompt have the longest contexts: started first, they do not trail behind the others.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
-    sequence = -1
-    for first in tl.range(0, num_sequences, BLOCK_B):
-        candidate = first + tl.arange(0, BLOCK_B)
-        known = candidate < num_sequences
-        first_tile = tl.load(query_start_ptr + candidate, mask=known, other=0) // BLOCK_Q + candidate
-        sequence += tl.sum((known & (first_tile <= tile)).to(tl.int32), axis=0)
-    start = tl.load(query_start_ptr + sequence)
-    stop = tl.load(query_start_ptr + sequence + 1)
-    first_token = start + (tile - start // BLOCK_Q - sequence) * BLOCK_Q
+    sequence, _, stop, first_token = sequence_of(tile, query_start_ptr, num_sequences, BLOCK_Q)
     if first_token >= stop:
         return
     context = tl.load(context_lens_ptr + sequence)

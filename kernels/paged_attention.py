@@ -18,8 +18,7 @@ FlashAttention's (arXiv 2205.14135), base 2. Around it:
     decode   grid (B, kv_heads, splits): each program takes a share of one context, and a second kernel merges the
              shares in a fixed order (Flash-Decoding, pytorch.org/blog/flash-decoding). Shares are computed from
              context_lens on the device, hence a captured CUDA graph serves any contexts up to its maximum.
-    prefill  grid (T // BLOCK_Q + B, kv_heads): sequence s owns tile ids from query_start[s] // BLOCK_Q + s on, enough
-             for its tokens whatever their number (as in vLLM's unified Triton attention); others leave at once.
+    prefill  grid (T // BLOCK_Q + B, kv_heads): the tiles of `flat_batch`; those that no sequence needs leave at once.
 
 Neither synchronises with the host. Tile boundaries are multiples of BLOCK_KV counted from position 0, and a tile in
 which a row sees nothing leaves it as it was, so with one tile shape a row's bits depend on its own context alone:
@@ -37,6 +36,7 @@ import triton
 from torch import Tensor
 
 from ._paged_attention import _decode_kernel, _merge_kernel, _prefill_kernel
+from .flat_batch import num_tiles
 from .launches import Case
 from .norm import DTYPES
 from .ops import KernelError
@@ -133,7 +133,7 @@ def _decode_constexprs(shape: dict, direct: bool) -> dict:
 
 
 def _prefill_constexprs(shape: dict, tile: AttentionTile) -> dict:
-    return shape | {"BLOCK_Q": tile.BLOCK_Q, "BLOCK_B": 256}
+    return shape | {"BLOCK_Q": tile.BLOCK_Q}
 
 
 def _merge_constexprs(heads: int, head_dim: int, num_splits: int) -> dict:
@@ -186,7 +186,7 @@ def paged_attention(
     inputs = (q, k_cache, v_cache, block_table, context_lens, query_start, out)
     scale_log2, stride_table = float(scale) * LOG2_E, block_table.stride(0)
     if batch_invariant or max_query_len > 1:
-        grid = (tokens // tile.BLOCK_Q + sequences, kv_heads)
+        grid = (num_tiles(tokens, sequences, tile.BLOCK_Q), kv_heads)
         _prefill_kernel[grid](
             *inputs, scale_log2, sequences, stride_table, **_prefill_constexprs(shape, tile), **launch
         )  # fmt: skip

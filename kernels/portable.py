@@ -31,3 +31,9 @@ def dot(a, b, acc):
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def dot_fp32(a, b):
+    """a fp32 [M, K] @ b fp32 [K, N] on matrix units, to some 16 bits: three products of their bf16 halves."""
+    return tl.dot(a, b, input_precision="ieee" if INTERPRETED else "bf16x3")

@@ -15,8 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import grouped_gemm, paged_attention
-from .delta_net import gated_delta_net
+from . import delta_net, grouped_gemm, paged_attention
 from .launches import compiled_for
 from .norm import rms_norm
 from .ops import (
@@ -88,7 +87,7 @@ class TritonOps:
         if dims.delta is not None:
             self._buffers |= {
                 "delta_in": self._empty(tokens, dims.delta.projected),
-                "delta_mixed": self._empty(tokens, dims.delta.channels, dtype=torch.float32),
+                "delta": self._empty(delta_net.workspace_bytes(dims.delta, tokens, dims.dtype), dtype=torch.uint8),
                 "delta_out": self._empty(tokens, dims.delta.value_size),
             }
         # Rows that are sampled from, gathered by the decoder.
@@ -162,10 +161,9 @@ class TritonOps:
         self, x: Tensor, weights: DeltaNetWeights, metadata: AttentionMetadata, conv_state: Tensor, state: Tensor
     ) -> Tensor:
         """Gated DeltaNet of x [T, H] without its output projection: [T, value_heads·DV]."""
-        mixed, out = (self._buffers[f"delta_{name}"][: len(x)] for name in ("mixed", "out"))
-        return gated_delta_net(
-            self._linear(x, weights.in_proj, "delta_in"), weights, self.dims.delta, metadata, conv_state, state, mixed,
-            out, self.dims.eps,
+        return delta_net.gated_delta_net(
+            self._linear(x, weights.in_proj, "delta_in"), weights, self.dims.delta, metadata, conv_state, state,
+            self._buffers["delta_out"][: len(x)], self.dims.eps, self._buffers["delta"], self.batch_invariant,
         )  # fmt: skip
 
     def mlp_add(self, x: Tensor, mlp: DenseMlp, residual: Tensor) -> Tensor:

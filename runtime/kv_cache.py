@@ -103,7 +103,7 @@ class PagedKVCache:
 
     def __init__(
         self,
-        ops: Ops,
+        ops: OpSizes,
         num_layers: int,
         num_blocks: int,
         block_size: int,

@@ -241,9 +241,10 @@ def test_tuning_takes_only_tiles_that_are_right(monkeypatch):
 def test_delta_net_is_checked_and_its_states_stay(sequences, tokens):
     point = bench_delta_net.Point(bench_delta_net._TINY, sequences, tokens, CPU)
     before = point.cases[0].state.clone()
-    point.time("fluxmoe")
-    assert torch.equal(point.cases[0].state, before)
-    point.cases[0].ours = lambda: torch.full((sequences * tokens, 32), torch.nan)
+    for provider in ("fluxmoe", bench_delta_net.TOKEN_BY_TOKEN):
+        point.time(provider)
+        assert torch.equal(point.cases[0].state, before)
+    point.cases[0].ours = lambda token_by_token: torch.full((sequences * tokens, 32), torch.nan)
     with pytest.raises(WrongError, match="differs"):
         point.time("fluxmoe")
     with pytest.raises(AbsentError, match="fla cannot be imported"):

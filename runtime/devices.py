@@ -83,6 +83,10 @@ class Device(ABC):
     def make_pool(self, max_bytes: int) -> BlockPool:
         """A pool of physical blocks. RegionError where the platform lacks what it needs."""
 
+    @abstractmethod
+    def pool_block_bytes(self, max_bytes: int) -> int:
+        """The block size that a pool of so many bytes will have, for the ledger."""
+
     # Order of work.
 
     @abstractmethod
@@ -175,7 +179,12 @@ class CpuDevice(Device):
     def make_pool(self, max_bytes: int) -> BlockPool:
         from .memory.region import MemfdPool
 
-        return MemfdPool.of(max_bytes)
+        return MemfdPool(max_bytes, self.pool_block_bytes(max_bytes))
+
+    def pool_block_bytes(self, max_bytes: int) -> int:
+        from .memory.region import MemfdPool
+
+        return MemfdPool.block_bytes_for(max_bytes)
 
     def synchronize(self) -> None:
         pass
@@ -227,6 +236,9 @@ class CudaDevice(Device):
         from .memory.region_cuda import VmmPool
 
         return VmmPool(max_bytes, self.torch)
+
+    def pool_block_bytes(self, max_bytes: int) -> int:
+        return 2 << 20  # the granularity of all GPUs of today
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch)

@@ -84,14 +84,14 @@ class Deployment:
             self.max_sequences = self._sequences(total - sum(lines.values()) - self._spare_states * each, each)
             lines["states"] = (self.max_sequences + self._spare_states) * each
             self._state_bytes = each
-        quantum = 1
+        self._quantum = 1  # KV blocks that are mapped at a time
         if page_bytes:
             for line in EXPERT_LINES.values():
                 lines[line] = -(-lines[line] // page_bytes) * page_bytes
-            quantum = GrowableKVCache.quantum_for(
+            self._quantum = GrowableKVCache.quantum_for(
                 ops, config.block_size, model.num_kv_heads, model.head_dim, model.dtype, page_bytes
             )
-        least = -(-config.min_kv_tokens // (config.block_size * quantum)) * quantum * self.block_bytes
+        least = self._whole_quanta(-(-config.min_kv_tokens // config.block_size)) * self.block_bytes
         self._swap_inside = swap_inside and config.preemption == "swap"
         swap = {"swap_space": least + self.max_sequences * self._state_bytes} if self._swap_inside else {}
         require(total, {**lines, "kv_cache": least, **swap}, hint=self._hint())
@@ -106,7 +106,10 @@ class Deployment:
     @property
     def useful_blocks(self) -> int:
         """More KV blocks than a full batch at full context can never be used."""
-        return self.config.max_batch * -(-self.limits.context // self.config.block_size)
+        return self._whole_quanta(self.config.max_batch * -(-self.limits.context // self.config.block_size))
+
+    def _whole_quanta(self, blocks: int) -> int:
+        return -(-blocks // self._quantum) * self._quantum
 
     @property
     def kv_room(self) -> int:
@@ -124,7 +127,7 @@ class Deployment:
 
     def reserve_kv(self) -> int:
         """Charge the KV cache with what is left, as far as it is of use; returns the number of its blocks."""
-        blocks = min(self.kv_room // self.block_bytes, self.useful_blocks)
+        blocks = min(self.kv_room // self.block_bytes, self.useful_blocks) // self._quantum * self._quantum
         self.budget.reserve("kv_cache", blocks * self.block_bytes)
         return blocks
 

@@ -102,6 +102,12 @@ class LayerDims:
     delta: DeltaNetDims | None = None
 
     @property
+    def delta_net(self) -> DeltaNetDims:
+        """`delta` of a model that has such layers."""
+        assert self.delta is not None, "this model has no layers with Gated DeltaNet"
+        return self.delta
+
+    @property
     def qkv_size(self) -> int:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
@@ -204,12 +210,16 @@ class ExpertOps(Protocol[R]):
     host has chosen.
     """
 
-    dims: ExpertDims
-    device: torch.device
-    act_dtype: torch.dtype
-    workspace_bytes: int
-    fused_formats: frozenset[str]
-
+    @property
+    def dims(self) -> ExpertDims: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def act_dtype(self) -> torch.dtype: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+    @property
+    def fused_formats(self) -> frozenset[str]: ...
     def expert_bytes(self, expert_format: str = ...) -> tuple[int, int]: ...
     def encode_expert(
         self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = ...
@@ -227,11 +237,14 @@ class ExpertOps(Protocol[R]):
 class Ops(Protocol):
     """See CpuOps for shapes; activations are [T, …] in `act_dtype`."""
 
-    dims: LayerDims
-    device: torch.device
-    act_dtype: torch.dtype
-    workspace_bytes: int
-
+    @property
+    def dims(self) -> LayerDims: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def act_dtype(self) -> torch.dtype: ...
+    @property
+    def workspace_bytes(self) -> int: ...
     def arranged_bytes(self, n: int, k: int) -> int: ...
     def arrange(self, weight: Tensor, out: Tensor) -> None: ...
     def restore(self, block: Tensor, n: int, k: int) -> Tensor: ...

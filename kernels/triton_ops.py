@@ -164,8 +164,8 @@ class TritonOps:
         """Gated DeltaNet of x [T, H] without its output projection: [T, value_heads·DV]."""
         mixed, out = (self._buffers[f"delta_{name}"][: len(x)] for name in ("mixed", "out"))
         return gated_delta_net(
-            self._linear(x, weights.in_proj, "delta_in"), weights, self.dims.delta, metadata, conv_state, state, mixed,
-            out, self.dims.eps,
+            self._linear(x, weights.in_proj, "delta_in"), weights, self.dims.delta_net, metadata, conv_state, state,
+            mixed, out, self.dims.eps,
         )  # fmt: skip
 
     def mlp_add(self, x: Tensor, mlp: DenseMlp, residual: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ class ExpertStore(ABC):
         """The blocks of as many experts as they lie in `source`, one behind the other."""
         if not members:
             return []
-        assert source is not None, "blocks lie somewhere"
+        assert source is not None, "whoever decodes experts says where their blocks lie"
         stride, size = self.layout.stride(expert_format, tensor_type), self.layout.sizes[expert_format][tensor_type]
         return [source[place * stride : place * stride + size] for place in range(len(members))]
 

@@ -16,6 +16,8 @@ from .memory import machine
 
 # Imported where they are used: triton exists on few platforms, and the parts of the pager ask this module.
 if TYPE_CHECKING:
+    from torch.cuda.streams import Event
+
     from .experts.config import PagingConfig
     from .experts.courier import Courier
     from .experts.store import ExpertStore
@@ -94,7 +96,7 @@ class Device(ABC):
         """Wait for all work that was enqueued."""
 
     @abstractmethod
-    def now(self) -> torch.cuda.Event | None:
+    def now(self) -> Event | None:
         """A point in the order of the current stream; None where nothing is enqueued."""
 
     @abstractmethod
@@ -243,7 +245,7 @@ class CudaDevice(Device):
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch)
 
-    def now(self) -> torch.cuda.Event:
+    def now(self) -> Event:
         event = torch.cuda.Event()
         event.record()
         return event

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from fluxmoe.kernels import grouped_gemm
 from fluxmoe.kernels.expert_table import ExpertTable
-from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats
+from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats, weight_tile
 from fluxmoe.kernels.routing import Router
 from fluxmoe.kernels.tiles import (
     Tiles,
@@ -107,11 +107,15 @@ class Layer:
                 return block, FORMATS[expert_format].bits
             on_host = torch.empty_like(block, device="cpu")
             recipe = blocks_of.encode(weight.cpu(), on_host)
+            assert recipe is not None, "Triton's GEMM reads planes, which have a recipe"
             return block.copy_(on_host), 8 * recipe.nbytes / weight.numel()
 
         experts = range(min(_DISTINCT, self.shape.experts))
         few = [(compress(grouped_gemm.interleave(self.gate_up[e])), compress(self.down[e])) for e in experts]
-        blocks = [tuple(block.clone() for block, _ in few[e % len(few)]) for e in range(self.shape.experts)]
+        blocks = []
+        for e in range(self.shape.experts):
+            (gate_up, _), (down, _) = few[e % len(few)]
+            blocks.append((gate_up.clone(), down.clone()))
         return blocks, sum(bits for pair in few for _, bits in pair) / (2 * len(few))
 
 
@@ -153,7 +157,7 @@ def rule_tiles(shape: Shape, tokens: int, device: torch.device, expert_format: s
     """The tiles that an engine would use on this device."""
     capability, rows = capability_of(device), rows_per_expert(shape, tokens)
     if expert_format != DENSE:
-        tile = fused_tile(FORMATS[expert_format].tile, rows, capability)
+        tile = fused_tile(weight_tile(expert_format), rows, capability)
         return Tiles(tile, tile)
     name = torch.cuda.get_device_name() if device.type == "cuda" else None
     return choose_tiles(shape.hidden, shape.intermediate, rows, capability, 2, name)

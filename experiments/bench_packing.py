@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from fluxmoe.kernels.cpu.experts import CpuExperts
 from fluxmoe.kernels.expert_table import ExpertTable
-from fluxmoe.kernels.formats import DENSE, compressed_formats
+from fluxmoe.kernels.formats import DENSE, codec_of, compressed_formats
 from fluxmoe.kernels.ops import ExpertOps
 from fluxmoe.kernels.packing import Codec, Packed
 from fluxmoe.kernels.packing.histogram import exponent_histogram
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for name in args.formats:
         for tensor, weight in tensors.items():
-            row = bench_format(compressed_formats()[name].codec, tensor, weight)
+            row = bench_format(codec_of(name), tensor, weight)
             rows.append(row)
             gpu = f", on the GPU {row['gpu_decode_gb_per_s']:.0f}" if "gpu_decode_gb_per_s" in row else ""
             print(

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from fluxmoe.kernels import grouped_gemm
 from fluxmoe.kernels.expert_table import ExpertTable
-from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, FORMATS
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, FORMATS, weight_tile
 from fluxmoe.kernels.routing import Router
 from fluxmoe.kernels.tiles import capability_of, fused_tile, num_sms_of
 from torch import Tensor
@@ -49,7 +49,7 @@ class Twins:
     def outputs(self, tensor: str, rows: int):
         """A function each, dense and packed, that runs the GEMM and returns its output."""
         hidden, intermediate = self.sizes
-        tile = fused_tile(FORMATS[FUSED].tile, rows, capability_of(self.device))
+        tile = fused_tile(weight_tile(FUSED), rows, capability_of(self.device))
         logits = torch.tensor([[1.0, 0.0]], device=self.device).repeat(rows, 1)
         routing = Router(rows, 2, 1, True, self.device)(logits, tile.block_m)
         width, n = (hidden, intermediate) if tensor == "gate_up" else (intermediate, hidden)

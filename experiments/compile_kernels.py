@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 import triton
 from fluxmoe.kernels.expert_table import ExpertTable
-from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, compressed_formats
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, codec_of, compressed_formats
 from fluxmoe.kernels.launches import compile_only
 from fluxmoe.kernels.ops import AttentionMetadata, ExpertOps, Limits
 from fluxmoe.kernels.tiles import capability_of, choose_tiles, num_sms_of, read_tuned, tuned_tiles
@@ -153,7 +153,7 @@ def delta_point(sequences: int, tokens: int, gpu: str | None) -> None:
 
 
 def decode(name: str, gpu: str | None) -> None:
-    codec = compressed_formats()[name].codec
+    codec = codec_of(name)
     packed = codec.encode((0.02 * torch.randn(256, 512)).bfloat16())
     codec.decode_triton(packed.to("meta"), torch.empty(256, 512, dtype=torch.bfloat16, device=META))
 

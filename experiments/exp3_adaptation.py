@@ -104,7 +104,6 @@ def run_variant(args: argparse.Namespace, machine: Machine, source: Source, vari
             )  # fmt: skip
         if isinstance(engine, Engine) and variant != "planned":
             mover = engine.pager.mover
-            assert mover is not None, "experts of an adaptive engine move"
             if mover.refused:
                 raise UsageError(f"a move was refused: {mover.refused[0]}")
     digest = hashlib.sha256(json.dumps([handle.output.token_ids for handle in handles]).encode())

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, compressed_formats
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, codec_of, compressed_formats
 from fluxmoe.kernels.packing import Packed, PackingError
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.packed import INDEX, TENSORS, UNFINISHED, VERSION, expert_file, expert_shape
@@ -57,7 +57,7 @@ def pack_layer(checkpoint: Checkpoint, layer: int, name: str, out: Path) -> None
     weights = {tensor: torch.empty(shape, dtype=torch.bfloat16) for tensor, shape in shapes.items()}
     for _, expert, gate_up, down in checkpoint.experts(layers={layer}):
         weights["gate_up"][expert], weights["down"][expert] = gate_up, down
-    codec = compressed_formats()[name].codec
+    codec = codec_of(name)
     for tensor, weight in weights.items():
         packed = codec.encode(weight)
         decoded = codec.decode(packed)

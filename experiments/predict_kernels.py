@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from fluxmoe.kernels.audit import Report, audit, cases_of
-from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats
+from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats, weight_tile
 from fluxmoe.kernels.tiles import ROW_BOUNDS, Tile, default_tile, fused_tile
 
 from .common import provenance, write_csv, write_json
@@ -37,7 +37,7 @@ def audited(arch: str) -> dict[tuple[str, Tile], Report]:
     capability = int(arch.removeprefix("sm_"))
     tiles = {f"{bound:.0f} rows": default_tile(bound, capability, 2) for bound in ROW_BOUNDS}
     for name in fused_formats("triton"):
-        tiles |= {f"{name}, {rows} rows": fused_tile(FORMATS[name].tile, rows, capability) for rows in (16, 32, 64)}
+        tiles |= {f"{name}, {rows} rows": fused_tile(weight_tile(name), rows, capability) for rows in (16, 32, 64)}
     wanted = {f"grouped_gemm {name}, {label}": (name, tile) for label, tile in tiles.items() for name in GEMMS}
     return {wanted[case.name]: audit(case, arch)[0] for case in cases_of(arch) if case.name in wanted}
 
@@ -82,7 +82,7 @@ def expected_blocks(tokens: int, probability: float, block_m: int) -> float:
 def _tile(expert_format: str, rows_per_expert: float, capability: int) -> Tile:
     if expert_format == DENSE:
         return default_tile(rows_per_expert, capability, 2)
-    return fused_tile(FORMATS[expert_format].tile, rows_per_expert, capability)
+    return fused_tile(weight_tile(expert_format), rows_per_expert, capability)
 
 
 def predict_layer(

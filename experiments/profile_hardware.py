@@ -21,7 +21,7 @@ import torch
 from fluxmoe.kernels.cpu import gemm
 from fluxmoe.kernels.cpu.copy import stream_copy
 from fluxmoe.kernels.cpu.gemm import default_threads
-from fluxmoe.kernels.formats import compressed_formats
+from fluxmoe.kernels.formats import codec_of, compressed_formats
 from fluxmoe.runtime.devices import HOST, PAGE, resolve_device
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.hardware import HardwareProfile, best_seconds, measure_bandwidths, measure_links
@@ -128,7 +128,8 @@ def decoders(device: torch.device, size: int) -> dict[str, float]:
     weight = (torch.randn(size, size) * 0.02).bfloat16()
     out = torch.empty(size, size, dtype=torch.bfloat16, device=device)
     rates = {}
-    for name, codec in ((name, each.codec) for name, each in compressed_formats().items()):
+    for name in compressed_formats():
+        codec = codec_of(name)
         packed = codec.encode(weight).to(device)
         rates[name] = weight.nbytes / best_seconds(lambda: codec.decode(packed, out, parallel=False), device)  # noqa: B023
     return rates
@@ -139,7 +140,7 @@ def decode_latency(device: torch.device) -> float:
     weight = (torch.randn(32, 64) * 0.02).bfloat16()
     out, calls = torch.empty(32, 64, dtype=torch.bfloat16, device=device), 50
     latencies = []
-    for codec in (each.codec for each in compressed_formats().values()):
+    for codec in map(codec_of, compressed_formats()):
         packed = codec.encode(weight).to(device)
 
         def decode() -> None:

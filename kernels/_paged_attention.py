@@ -221,7 +221,7 @@ def _prefill_kernel(
     at = (token.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP)[:, None] * HEAD_DIM + d[None, :]
     q = tl.load(q_ptr + at, mask=mask, other=0.0)
     head_at = kv_head.to(tl.int64) * (BLOCK_SIZE * HEAD_DIM)
-    block_table_ptr += sequence.to(tl.int64) * stride_table_b  # type: ignore[attr-defined]  # by now a tensor
+    block_table_ptr += sequence.to(tl.int64) * stride_table_b
     acc, _, total = _attend(
         q, token + shift, k_ptr + head_at, v_ptr + head_at, block_table_ptr, scale_log2,
         low, low // BLOCK_KV * BLOCK_KV, end,

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 
 from . import delta_net, grouped_gemm, norm, paged_attention, rope_kv, routing
-from .formats import compressed_formats
+from .formats import codec_of, compressed_formats
 from .launches import Case, Launch, compile_only
 from .ops import KernelError
 from .packing import Codec
@@ -101,8 +101,8 @@ def _cases() -> Iterator[Case]:
     """Of all modules; inside `compile_only`, whose target decides tiles."""
     for module in (routing, grouped_gemm, norm, rope_kv, paged_attention, delta_net):
         yield from module.audit_cases()
-    for name, each in compressed_formats().items():
-        yield Case(f"packing/{name}", partial(_decode, each.codec))
+    for name in compressed_formats():
+        yield Case(f"packing/{name}", partial(_decode, codec_of(name)))
 
 
 def _decode(codec: Codec) -> None:

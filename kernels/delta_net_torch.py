@@ -24,6 +24,7 @@ def gated_delta_net_torch(
     starts, contexts = metadata.query_start.tolist(), metadata.context_lens.tolist()
     heads, group = dims.value_heads, dims.value_heads // dims.key_heads
     conv = weights.conv.to(dtype)
+    assert metadata.state_slots is not None, "a sequence's state lies in its slot"
     for b, slot in enumerate(metadata.state_slots.tolist()):
         begin, end = starts[b], starts[b + 1]
         first = contexts[b] <= end - begin
@@ -33,7 +34,8 @@ def gated_delta_net_torch(
         past = torch.zeros_like(kept) if first else kept
         inputs = torch.cat([past, qkv])
         conv_state[slot] = inputs[len(inputs) - (dims.taps - 1) :].to(conv_state.dtype)
-        mixed = F.silu(sum(inputs[tap : tap + end - begin] * conv[:, tap] for tap in range(dims.taps)))
+        taps = (inputs[tap : tap + end - begin] * conv[:, tap] for tap in range(dims.taps))
+        mixed = F.silu(sum(taps, torch.zeros_like(qkv)))
         q, k, v = mixed.split([dims.key_size, dims.key_size, dims.value_size], dim=-1)
         q, k = (part.view(-1, dims.key_heads, dims.key_dim).repeat_interleave(group, dim=1) for part in (q, k))
         q, k = (part / (part.square().sum(-1, keepdim=True) + L2_EPS).sqrt() for part in (q, k))

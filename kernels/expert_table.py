@@ -55,8 +55,7 @@ class ExpertTable:
 
     def __post_init__(self) -> None:
         # On a GPU: where the host writes what is copied, and when the copy before it was done.
-        self._staging: tuple[Tensor, Tensor] | None = None
-        self._copied: torch.cuda.Event | None = None
+        self._staging: tuple[Pair, torch.cuda.Event] | None = None
 
     def update(self, blocks: Sequence[Pair], formats: str | Sequence[str] = DENSE) -> None:
         """Other blocks and formats of the same experts, into the same two tensors.
@@ -70,14 +69,15 @@ class ExpertTable:
         if self.addresses.is_cuda:
             assert not torch.cuda.is_current_stream_capturing(), "a table is updated before a capture, not inside"
             if self._staging is None:
-                self._staging = tuple(torch.empty_like(entry, pin_memory=True) for entry in entries)
-                self._copied = torch.cuda.Event()
-            self._copied.synchronize()
-            for staged, entry in zip(self._staging, entries, strict=True):
+                addresses, numbers = (torch.empty_like(entry, pin_memory=True) for entry in entries)
+                self._staging = (addresses, numbers), torch.cuda.Event()
+            staging, copied = self._staging
+            copied.synchronize()
+            for staged, entry in zip(staging, entries, strict=True):
                 staged.copy_(entry)
-            self.addresses.copy_(self._staging[0], non_blocking=True)
-            self.formats.copy_(self._staging[1], non_blocking=True)
-            self._copied.record()
+            self.addresses.copy_(staging[0], non_blocking=True)
+            self.formats.copy_(staging[1], non_blocking=True)
+            copied.record()
         else:
             self.addresses.copy_(entries[0])
             self.formats.copy_(entries[1])

@@ -43,6 +43,7 @@ class Format:
 
     def blocks(self, backend: str) -> Blocks:
         """How a backend (cpu, triton, torch) holds compressed experts: as its GEMM reads them, or else as planes."""
+        assert self.codec is not None, f"{self.name} experts are not compressed"
         return self.fused.get(backend) or PlaneBlocks(self.codec)
 
 
@@ -63,6 +64,20 @@ FORMATS: dict[str, Format] = {
 def compressed_formats() -> dict[str, Format]:
     """All formats but dense, by name."""
     return {name: each for name, each in FORMATS.items() if each.codec is not None}
+
+
+def codec_of(name: str) -> Codec:
+    """Of a compressed format."""
+    codec = FORMATS[name].codec
+    assert codec is not None, f"{name} experts are not compressed"
+    return codec
+
+
+def weight_tile(name: str) -> tuple[int, int]:
+    """`Format.tile` of a compressed format that Triton's GEMM reads in place."""
+    tile = FORMATS[name].tile
+    assert tile is not None, f"Triton's GEMM does not read {name} experts in place"
+    return tile
 
 
 def fused_formats(backend: str) -> frozenset[str]:

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .expert_table import DOWN, GATE_UP, ExpertTable
-from .formats import DENSE, FORMATS, fused_formats
+from .formats import DENSE, FORMATS, fused_formats, weight_tile
 from .launches import Case
 from .ops import KernelError
 from .planar12_gemm import planar12_times_rows
@@ -234,7 +234,7 @@ def _launch(
     for name in table.compressed:
         if name not in _LOOPS:
             raise KernelError(f"this GEMM has no tile loop for format {name}; it has {', '.join(_LOOPS)} and dense")
-        rows, columns = FORMATS[name].tile
+        rows, columns = weight_tile(name)
         step = max(step, columns)
         if w_dtype != torch.bfloat16 or tile.block_n != rows or not tile.swap_ab:
             raise KernelError(
@@ -344,7 +344,7 @@ def audit_cases() -> Iterator[Case]:
     formats: dict[str, str] = {}
     for name in sorted(fused_formats("triton")):
         for rows in (16, 32, 64):
-            tiles[f"{name}, {rows} rows"] = fused_tile(FORMATS[name].tile, rows, capability)
+            tiles[f"{name}, {rows} rows"] = fused_tile(weight_tile(name), rows, capability)
             formats[f"{name}, {rows} rows"] = name
     tiles["persistent"] = replace(largest, persistent=True)
     tiles["tma"] = replace(largest, tma=True)

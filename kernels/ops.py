@@ -102,6 +102,12 @@ class LayerDims:
     delta: DeltaNetDims | None = None
 
     @property
+    def delta_net(self) -> DeltaNetDims:
+        """`delta` of a model that has such layers."""
+        assert self.delta is not None, "this model has no layers with Gated DeltaNet"
+        return self.delta
+
+    @property
     def qkv_size(self) -> int:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 

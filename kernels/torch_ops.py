@@ -86,10 +86,10 @@ class TorchOps:
         d = self.dims
         q, k, v = qkv.split([d.heads * d.head_dim, d.kv_heads * d.head_dim, d.kv_heads * d.head_dim], dim=-1)
         if d.qk_norm == "full":
-            q, k = self._norm(q, q_norm), self._norm(k, k_norm)
+            q, k = self._norm_qk(q, k, q_norm, k_norm)
         q, k, v = (rearrange(part, "t (h d) -> t h d", d=d.head_dim) for part in (q, k, v))
         if d.qk_norm == "head":
-            q, k = self._norm(q, q_norm), self._norm(k, k_norm)
+            q, k = self._norm_qk(q, k, q_norm, k_norm)
         if d.clip_qkv:
             q, k, v = (part.clamp(-d.clip_qkv, d.clip_qkv) for part in (q, k, v))
         cos, sin = (t[metadata.positions.long()][:, None].to(q.dtype) for t in (rope.cos, rope.sin))
@@ -107,6 +107,11 @@ class TorchOps:
             outputs.append(self._attend(q[starts[b] : starts[b + 1]], keys, values))
         return torch.cat(outputs) if outputs else q.reshape(0, d.heads * d.head_dim)
 
+    def _norm_qk(self, q: Tensor, k: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert q_norm is not None, "a model that norms queries has weights for it"
+        assert k_norm is not None, "a model that norms keys has weights for it"
+        return self._norm(q, q_norm), self._norm(k, k_norm)
+
     def gate_attention(self, attended: Tensor, x: Tensor, weight: Linear) -> Tensor:
         return attended * self._linear(x, weight).sigmoid()
 
@@ -114,7 +119,7 @@ class TorchOps:
         self, x: Tensor, weights: DeltaNetWeights, metadata: AttentionMetadata, conv_state: Tensor, state: Tensor
     ) -> Tensor:
         return gated_delta_net_torch(
-            self._linear(x, weights.in_proj), weights, self.dims.delta, metadata, conv_state, state, self.dims.eps,
+            self._linear(x, weights.in_proj), weights, self.dims.delta_net, metadata, conv_state, state, self.dims.eps,
             torch.float32,
         ).to(x.dtype)  # fmt: skip
 

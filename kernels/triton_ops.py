@@ -162,7 +162,7 @@ class TritonOps:
     ) -> Tensor:
         """Gated DeltaNet of x [T, H] without its output projection: [T, value_heads·DV]."""
         return delta_net.gated_delta_net(
-            self._linear(x, weights.in_proj, "delta_in"), weights, self.dims.delta, metadata, conv_state, state,
+            self._linear(x, weights.in_proj, "delta_in"), weights, self.dims.delta_net, metadata, conv_state, state,
             self._buffers["delta_out"][: len(x)], self.dims.eps, self._buffers["delta"], self.batch_invariant,
         )  # fmt: skip
 

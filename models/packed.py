@@ -17,7 +17,7 @@ import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from fluxmoe.kernels.formats import compressed_formats
+from fluxmoe.kernels.formats import codec_of, compressed_formats
 from fluxmoe.kernels.packing import Packed, PackingError
 from torch import Tensor
 
@@ -62,7 +62,7 @@ class PackedExperts:
                 f"{path} is of version {version}, format {self.format!r}; this program reads version {VERSION}, "
                 f"formats {', '.join(formats)}"
             )
-        self._codec = formats[self.format].codec
+        self._codec = codec_of(self.format)
         for layer in config.moe_layers:
             for tensor in TENSORS:
                 name = expert_file(layer, tensor)

@@ -16,10 +16,10 @@ from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import non_expert_bytes
 
 from .config import EngineConfig
-from .experts.footprint import Footprint
+from .experts.footprint import EXPERT_LINES, Footprint
 from .experts.placement import Placement, Tier
 from .experts.planner import Planner, PlannerConfig
-from .kv_cache import PagedKVCache
+from .kv_cache import GrowableKVCache, PagedKVCache
 from .memory.budget import MemoryBudget, format_bytes, require
 from .state_cache import StateCache
 
@@ -56,12 +56,13 @@ class Deployment:
 
     graph_bytes: of captured graphs, which also take a state slot for their padding. shares: devices that hold equal
     parts of the model; all sizes are those of one. swap_inside: swap space comes out of `total` too, so KV takes no
-    more than leaves room for it. BudgetError if the budget cannot hold the model and `min_kv_tokens` of KV.
+    more than leaves room for it. page_bytes: if given, experts that move and KV share memory in pages of so many bytes.
+    BudgetError if the budget cannot hold the model and `min_kv_tokens` of KV.
     """
 
     def __init__(
         self, model: ModelConfig, config: EngineConfig, ops: OpSizes, experts: Footprint, total: int,
-        graph_bytes: int = 0, shares: int = 1, swap_inside: bool = False,
+        graph_bytes: int = 0, shares: int = 1, swap_inside: bool = False, page_bytes: int = 0,
     ) -> None:  # fmt: skip
         self.model, self.config, self.ops, self.layout = model, config, ops, experts.layout
         self.limits = limits_of(model, config)
@@ -83,7 +84,14 @@ class Deployment:
             self.max_sequences = self._sequences(total - sum(lines.values()) - self._spare_states * each, each)
             lines["states"] = (self.max_sequences + self._spare_states) * each
             self._state_bytes = each
-        least = -(-config.min_kv_tokens // config.block_size) * self.block_bytes
+        self._quantum = 1  # KV blocks that are mapped at a time
+        if page_bytes:
+            for line in EXPERT_LINES.values():
+                lines[line] = -(-lines[line] // page_bytes) * page_bytes
+            self._quantum = GrowableKVCache.quantum_for(
+                ops, config.block_size, model.num_kv_heads, model.head_dim, model.dtype, page_bytes
+            )
+        least = self._whole_quanta(-(-config.min_kv_tokens // config.block_size)) * self.block_bytes
         self._swap_inside = swap_inside and config.preemption == "swap"
         swap = {"swap_space": least + self.max_sequences * self._state_bytes} if self._swap_inside else {}
         require(total, {**lines, "kv_cache": least, **swap}, hint=self._hint())
@@ -98,7 +106,10 @@ class Deployment:
     @property
     def useful_blocks(self) -> int:
         """More KV blocks than a full batch at full context can never be used."""
-        return self.config.max_batch * -(-self.limits.context // self.config.block_size)
+        return self._whole_quanta(self.config.max_batch * -(-self.limits.context // self.config.block_size))
+
+    def _whole_quanta(self, blocks: int) -> int:
+        return -(-blocks // self._quantum) * self._quantum
 
     @property
     def kv_room(self) -> int:
@@ -116,7 +127,7 @@ class Deployment:
 
     def reserve_kv(self) -> int:
         """Charge the KV cache with what is left, as far as it is of use; returns the number of its blocks."""
-        blocks = min(self.kv_room // self.block_bytes, self.useful_blocks)
+        blocks = min(self.kv_room // self.block_bytes, self.useful_blocks) // self._quantum * self._quantum
         self.budget.reserve("kv_cache", blocks * self.block_bytes)
         return blocks
 

@@ -16,6 +16,8 @@ from .memory import machine
 
 # Imported where they are used: triton exists on few platforms, and the parts of the pager ask this module.
 if TYPE_CHECKING:
+    from torch.cuda.streams import Event
+
     from .experts.config import PagingConfig
     from .experts.courier import Courier
     from .experts.store import ExpertStore
@@ -83,6 +85,10 @@ class Device(ABC):
     def make_pool(self, max_bytes: int) -> BlockPool:
         """A pool of physical blocks. RegionError where the platform lacks what it needs."""
 
+    @abstractmethod
+    def pool_block_bytes(self, max_bytes: int) -> int:
+        """The block size that a pool of so many bytes will have, for the ledger."""
+
     # Order of work.
 
     @abstractmethod
@@ -90,7 +96,7 @@ class Device(ABC):
         """Wait for all work that was enqueued."""
 
     @abstractmethod
-    def now(self) -> torch.cuda.Event | None:
+    def now(self) -> Event | None:
         """A point in the order of the current stream; None where nothing is enqueued."""
 
     @abstractmethod
@@ -175,7 +181,12 @@ class CpuDevice(Device):
     def make_pool(self, max_bytes: int) -> BlockPool:
         from .memory.region import MemfdPool
 
-        return MemfdPool.of(max_bytes)
+        return MemfdPool(max_bytes, self.pool_block_bytes(max_bytes))
+
+    def pool_block_bytes(self, max_bytes: int) -> int:
+        from .memory.region import MemfdPool
+
+        return MemfdPool.block_bytes_for(max_bytes)
 
     def synchronize(self) -> None:
         pass
@@ -228,10 +239,13 @@ class CudaDevice(Device):
 
         return VmmPool(max_bytes, self.torch)
 
+    def pool_block_bytes(self, max_bytes: int) -> int:
+        return 2 << 20  # the granularity of all GPUs of today
+
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch)
 
-    def now(self) -> torch.cuda.Event:
+    def now(self) -> Event:
         event = torch.cuda.Event()
         event.record()
         return event

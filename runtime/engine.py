@@ -92,8 +92,9 @@ class Engine(ServingLoop):
         if shared:
             total = free.beside(total, in_host)
         self.deployment = Deployment(
-            model, config, self.ops, self.pager.footprint, total, self._graph_bytes, swap_inside=shared
-        )
+            model, config, self.ops, self.pager.footprint, total, self._graph_bytes, swap_inside=shared,
+            page_bytes=kind.pool_block_bytes(total) if config.adaptive else 0,
+        )  # fmt: skip
         self.placement, self.budget = self.deployment.placement, self.deployment.budget
         if config.adaptive:
             self.pool = self._open_pool()
@@ -173,7 +174,8 @@ class Engine(ServingLoop):
         pool = device_of(self.device).make_pool(min(deployment.kv_room + held, useful + useful // 64 + (16 << 20)))
         for line, nbytes in self.pager.lines(pool).items():
             if line in EXPERT_LINES.values():
-                self.budget.reserve(line, nbytes - lines[line])
+                self.budget.reserve(line, max(0, nbytes - lines[line]))
+                self.budget.release(line, max(0, lines[line] - nbytes))
         return pool
 
     def _make_residency(self, pool: BlockPool) -> Residency:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from fluxmoe.kernels.ops import AttentionMetadata
@@ -25,6 +25,9 @@ from torch import Tensor
 
 from .batch import Batch
 from .devices import device_of
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
 
 # Bytes between the arrays of a packed step: what the widest of them (int64) and a vector load ask for.
 _ALIGNMENT = 16
@@ -54,7 +57,7 @@ def batch_sizes(max_batch: int) -> list[int]:
     return [size for size in sizes if size < max_batch] + [max_batch]
 
 
-def capture_cuda(work: Callable[[], Tensor], pool: object) -> tuple[Graph, Tensor]:
+def capture_cuda(work: Callable[[], Tensor], pool: _POOL_HANDLE) -> tuple[Graph, Tensor]:
     """`work` as a CUDA graph with memory of `pool`, and the tensor that every replay leaves its result in."""
     graph = torch.cuda.CUDAGraph()
     # torch leaves the stream that it captured on as the current one where ending the capture fails: the outer context
@@ -149,8 +152,8 @@ class DecodeGraphs:
         block_size: int,
         device: torch.device,
         spare_state: int = 0,
-        capture: Callable[[Callable[[], Tensor], object], tuple[Graph, Tensor]] = capture_cuda,
-        new_pool: Callable[[], object] = torch.cuda.graph_pool_handle,
+        capture: Callable[[Callable[[], Tensor], _POOL_HANDLE], tuple[Graph, Tensor]] = capture_cuda,
+        new_pool: Callable[[], _POOL_HANDLE] = torch.cuda.graph_pool_handle,
     ) -> None:
         self._forward, self._streamer, self._capture, self._new_pool = forward, streamer, capture, new_pool
         self._sizes = batch_sizes(max_batch)
@@ -159,7 +162,7 @@ class DecodeGraphs:
         # By padded size; None: it ran eagerly once.
         self._graphs: dict[int, _Captured | None] = {}
         self._changes = 0
-        self._pool: object = None
+        self._pool: _POOL_HANDLE | None = None
         self.replays = 0
 
     @staticmethod

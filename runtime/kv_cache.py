@@ -199,8 +199,7 @@ class GrowableKVCache(PagedKVCache):
         super().__init__(ops, num_layers, 1, block_size, kv_heads, head_dim, dtype, device, host_blocks, pin)
         sizes = [t[0, 0].numel() * dtype.itemsize for t in (self.k, self.v)]
         shapes = [tuple(t.shape[2:]) for t in (self.k, self.v)]
-        # The fewest blocks whose K and whose V fill whole pages.
-        self.quantum = lcm(*(pool.block_bytes // gcd(pool.block_bytes, size) for size in sizes))
+        self.quantum = self.quantum_for(ops, block_size, kv_heads, head_dim, dtype, pool.block_bytes)
         self.most_blocks = -(-most_blocks // self.quantum) * self.quantum
         tensors = []
         for size, shape in zip(sizes, shapes, strict=True):
@@ -212,6 +211,14 @@ class GrowableKVCache(PagedKVCache):
         self._k_layers, self._v_layers = tensors
         self.num_blocks, self._zeroed = 0, pool.zeroed
         self.quantum_bytes = self.quantum * num_layers * sum(sizes)
+
+    @staticmethod
+    def quantum_for(
+        ops: OpSizes, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, page_bytes: int
+    ) -> int:
+        """The fewest blocks whose K and whose V fill whole pages."""
+        sizes = [prod(shape) * dtype.itemsize for shape in ops.kv_block_shape(block_size, kv_heads, head_dim)]
+        return lcm(*(page_bytes // gcd(page_bytes, size) for size in sizes))
 
     @property
     def nbytes(self) -> int:

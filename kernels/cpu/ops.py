@@ -159,7 +159,7 @@ class CpuOps:
         self._linear(x, weights.in_proj, "delta_in")
         projected, mixed, out = (self._buffers[f"delta_{name}"][:tokens] for name in ("in", "mixed", "out"))
         return delta_net.gated_delta_net(
-            projected, weights, self.dims.delta, metadata, conv_state, state, mixed, out, self.dims.eps
+            projected, weights, self.dims.delta_net, metadata, conv_state, state, mixed, out, self.dims.eps
         )
 
     def mlp_add(self, x: Tensor, mlp: DenseMlp, residual: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from ..ops import KernelError
+from ..packing.codec import Packed
 from .simd import LANES, MAX_ROWS
 
 HEADER_BYTES = 128
@@ -166,7 +167,7 @@ class PanelBlocks:
     def encode(self, matrix: Tensor, out: Tensor) -> None:
         encode(matrix.view(len(matrix), -1, LANES), out)
 
-    def decode(self, block: Tensor, recipe: None, out: Tensor, parallel: bool = True) -> None:
+    def decode(self, block: Tensor, recipe: Packed | None, out: Tensor, parallel: bool = True) -> None:
         decode(block, out, parallel)
 
 

@@ -49,4 +49,5 @@ class PlaneBlocks:
         return packed.to("meta")
 
     def decode(self, block: Tensor, recipe: Packed | None, out: Tensor, parallel: bool = True) -> None:
+        assert recipe is not None, "a codec's planes are found by the recipe that encode returned"
         self.codec.decode(recipe.at(block), out, parallel)

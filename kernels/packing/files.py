@@ -15,6 +15,7 @@ import tempfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -31,6 +32,16 @@ _DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
 _MAX_HEADER = 1 << 20
 
 
+class _Entry(TypedDict):
+    """A plane, as the header has it."""
+
+    name: str
+    dtype: str
+    offset: int
+    nbytes: int
+    crc32: int
+
+
 def _pages(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
@@ -38,13 +49,14 @@ def _pages(size: int) -> int:
 def save(packed: Packed, path: Path) -> None:
     """Write `packed` (from any device) to `path`: a temporary file beside it, then renamed."""
     arrays = {name: plane.cpu().numpy() for name, plane in packed.planes.items()}
-    entries, header, first = [], b"", PAGE
+    entries: list[_Entry] = []
+    header, first = b"", PAGE
     # Offsets are in the header and depend on its length, which is a page in all but absurd cases.
     while not header or _pages(_PREFIX.size + len(header)) > first:
         first = max(first, _pages(_PREFIX.size + len(header)))
         offset, entries = first, []
         for name, array in arrays.items():
-            crc = zlib.crc32(array.view(np.uint8))
+            crc = zlib.crc32(array.view(np.uint8).data)
             entries.append(
                 {"name": name, "dtype": str(array.dtype), "offset": offset, "nbytes": array.nbytes, "crc32": crc}
             )
@@ -103,13 +115,13 @@ def load(path: Path, mmap: bool = False, verify: bool = True) -> Packed:
     return Packed(header["format"], tuple(header["shape"]), planes, header["metadata"])
 
 
-def _plane(path: Path, entry: dict, mapped: Tensor | None, verify: bool) -> Tensor:
+def _plane(path: Path, entry: _Entry, mapped: Tensor | None, verify: bool) -> Tensor:
     offset, nbytes = entry["offset"], entry["nbytes"]
     if mapped is None:
         data = torch.from_numpy(np.fromfile(path, dtype=np.uint8, count=nbytes, offset=offset))
     else:
         data = mapped[offset : offset + nbytes]
-    if verify and zlib.crc32(data.numpy()) != entry["crc32"]:
+    if verify and zlib.crc32(data.numpy().data) != entry["crc32"]:
         raise PackingError(f"{path}: corrupt plane {entry['name']!r}, its sum is wrong")
     dtype = _DTYPES[entry["dtype"]]
     # An empty array of numpy has stride 0, which torch does not view as another type.

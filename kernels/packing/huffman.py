@@ -37,7 +37,9 @@ def code_lengths(histogram: np.ndarray, limit: int = MAX_LENGTH) -> np.ndarray:
     Package-merge (Larmore and Hirschberg, 1990): a symbol's length is how many of the cheapest 2·(symbols - 1)
     packages it is in.
     """
-    symbols = [(int(count), (symbol,)) for symbol, count in enumerate(histogram) if count]
+    symbols: list[tuple[int, tuple[int, ...]]] = [
+        (int(count), (symbol,)) for symbol, count in enumerate(histogram) if count
+    ]
     lengths = np.zeros(256, dtype=np.uint8)
     if len(symbols) == 1:
         lengths[symbols[0][1][0]] = 1

@@ -27,7 +27,7 @@ from .heap import ExpertHeap
 from .layout import ExpertLayout
 from .placement import DEVICE_TIERS, Placement, Tier
 from .spill import StoreError
-from .store import Block, ExpertStore, LayerPlan, Where
+from .store import Block, DecodeExpert, ExpertStore, LayerPlan, Where
 
 Copy = Callable[[Tensor, Tensor], object]
 
@@ -44,7 +44,7 @@ class MovingStore(ExpertStore):
 
     def __init__(
         self, layout: ExpertLayout, device: Device, pool: BlockPool, most_streamed: int,
-        decode: Callable[..., None] | None = None,
+        decode: DecodeExpert | None = None,
     ) -> None:  # fmt: skip
         tiers, stored = layout.placement.tiers, layout.stored(Tier.HOST)
         if (tiers == Tier.DISK).any():
@@ -80,13 +80,9 @@ class MovingStore(ExpertStore):
         places = (self.layout.slot_places(layer, GATE_UP), self.layout.slot_places(layer, DOWN))
         runs: tuple[list, list] = ([], [])
         for d, stride in enumerate(self._strides):
-            first = previous = None
-            for expert in [*places[d], None]:
-                if previous is not None and expert != previous + 1:
-                    source = self._host[layer][d][first * stride : (previous + 1) * stride]
-                    runs[d].append((source, places[d][first][0]))
-                    first = None
-                first, previous = (expert if first is None else first), expert
+            for first, last in _runs(places[d]):
+                source = self._host[layer][d][first * stride : (last + 1) * stride]
+                runs[d].append((source, places[d][first][0]))
         return LayerPlan(layer, tuple(self.layout.streamed(layer)), places, runs)
 
     def slot_bytes(self, tensor_type: int) -> int:
@@ -205,3 +201,14 @@ class MovingStore(ExpertStore):
         for tier, heap in self.heaps.items():
             heap.check_integrity({(int(i), int(e)) for i, e in np.argwhere(tiers == tier)})
         assert np.isin(tiers, (Tier.HOST, *DEVICE_TIERS)).all()
+
+
+def _runs(experts: Iterable[int]) -> list[tuple[int, int]]:
+    """First and last of each run of ids that follow one another."""
+    runs: list[tuple[int, int]] = []
+    for expert in experts:
+        if runs and expert == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], expert
+        else:
+            runs.append((expert, expert))
+    return runs

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from .spill import StoreError
 from .static_store import StaticStore
 from .store import ExpertStore
 from .streamer import Counters, Streamer
+from .streamer_cuda import CudaStreamer
 
 
 class PagerError(ValueError):
@@ -69,14 +71,31 @@ class ExpertPager:
         layout = lay_out(num_layers, config, self.ops, lambda: measure(self.device.torch))
         self.footprint = Footprint(layout, config, self.ops)
         self._resources = ExitStack()
-        self.store: ExpertStore | None = None
-        self.streamer: Streamer | None = None
-        self.mover: Mover | None = None
+        self._store: ExpertStore | None = None
+        self._streamer: Streamer | None = None
+        self._mover: Mover | None = None
         # fp32 on the device: [L, E] how many tokens each expert was routed; of those in host memory that kernels read
         # there, in how many passes; [E] scratch.
         self.popularity: Tensor | None = None
         self._reads: Tensor | None = None
         self._on_demand_bytes = 0
+
+    # Parts, once they are there.
+
+    @property
+    def store(self) -> ExpertStore:
+        assert self._store is not None, "a pager is opened before its experts are used"
+        return self._store
+
+    @property
+    def streamer(self) -> Streamer:
+        assert self._streamer is not None, "a pager is sealed before passes"
+        return self._streamer
+
+    @property
+    def mover(self) -> Mover:
+        assert self._mover is not None, "experts move once an adaptive pager is sealed"
+        return self._mover
 
     # What it takes.
 
@@ -102,22 +121,21 @@ class ExpertPager:
     def open(self, pool: BlockPool | None = None) -> None:
         """Allocate the tiers. pool: where experts that move lie on the device; None: one of the pager's own, which
         holds all of them. StoreError, HostMemoryError or RegionError, which leave nothing behind."""
-        assert self.store is None, "a pager is opened once"
+        assert self._store is None, "a pager is opened once"
         layout, config, decode = self.footprint.layout, self.config, self.ops.decode_expert
         with ExitStack() as undo:
             if config.adaptive:
                 if pool is None:
                     pool = self.device.make_pool(self._most_bytes())
                     undo.callback(pool.close)
-                self.store = MovingStore(layout, self.device, pool, self.footprint.most_streamed, decode)
+                self._store = MovingStore(layout, self.device, pool, self.footprint.most_streamed, decode)
             else:
-                self.store = StaticStore(layout, self.device, decode, config.spill_dir)
+                self._store = StaticStore(layout, self.device, decode, config.spill_dir)
             undo.callback(self.store.close)
             self._resources = undo.pop_all()
         # One expert at a time passes through here, arranged and compressed.
         self._staging = {
-            name: tuple(torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes)
-            for name, sizes in layout.sizes.items()
+            name: (_host_bytes(gate_up), _host_bytes(down)) for name, (gate_up, down) in layout.sizes.items()
         }
 
     def _most_bytes(self) -> int:
@@ -148,16 +166,16 @@ class ExpertPager:
         self.store.seal()
         self._staging = {}
         layout, config = self.footprint.layout, self.config
-        on_device = dict(dtype=torch.float32, device=self.device.torch)
+        zeros = partial(torch.zeros, dtype=torch.float32, device=self.device.torch)
         if config.counts_routing:
-            self.popularity = torch.zeros(layout.num_layers, layout.num_experts, **on_device)
+            self.popularity = zeros((layout.num_layers, layout.num_experts))
         if self.footprint.counts_reads:
-            self._reads = torch.zeros(layout.num_layers, layout.num_experts, **on_device)
-            self._scratch = torch.zeros(layout.num_experts, **on_device)
-        self.streamer = self.device.make_streamer(self.store, config, self.timeline)
+            self._reads = zeros((layout.num_layers, layout.num_experts))
+            self._scratch = zeros(layout.num_experts)
+        self._streamer = self.device.make_streamer(self.store, config, self.timeline)
         self._resources.callback(self.streamer.close)
-        if config.adaptive:
-            self.mover = Mover(self.store, self.device.make_courier())
+        if isinstance(self.store, MovingStore):
+            self._mover = Mover(self.store, self.device.make_courier())
             self._resources.callback(self.mover.close)
 
     # Passes.
@@ -204,7 +222,7 @@ class ExpertPager:
     def counters(self) -> Counters:
         """Totals so far. On CUDA, with reads in host memory, waits for the device."""
         self._settle_reads()
-        moved = self.mover.copied_bytes if self.mover else 0
+        moved = self._mover.copied_bytes if self._mover else 0
         return self.streamer.counters()._replace(on_demand_bytes=self._on_demand_bytes, moved_bytes=moved)
 
     def _settle_reads(self) -> None:
@@ -220,24 +238,29 @@ class ExpertPager:
     # Captured passes; see CudaStreamer.
 
     @property
+    def _captured(self) -> CudaStreamer:
+        assert isinstance(self.streamer, CudaStreamer), "passes are captured on CUDA only"
+        return self.streamer
+
+    @property
     def steady(self) -> bool:
-        return self.streamer.steady
+        return self._captured.steady
 
     def prepare(self) -> int:
-        return self.streamer.prepare()
+        return self._captured.prepare()
 
     def capture(self) -> AbstractContextManager[None]:
-        return self.streamer.capture()
+        return self._captured.capture()
 
     def replay(self) -> AbstractContextManager[None]:
-        return self.streamer.replay()
+        return self._captured.replay()
 
     # Experts that move.
 
     @property
     def placement(self) -> Placement:
         """Where every expert is now."""
-        return (self.store or self.footprint).layout.placement
+        return (self._store or self.footprint).layout.placement
 
     @property
     def tiers(self) -> np.ndarray:
@@ -246,9 +269,9 @@ class ExpertPager:
 
     def request(self, moves: Iterable[Move]) -> None:
         """Moves to be made from the next `apply_moves` on. PagerError unless the pager is adaptive."""
-        if self.mover is None:
+        if self._mover is None:
             raise PagerError("experts stay where they are; make the pager with adaptive=True")
-        self.mover.request(moves)
+        self._mover.request(moves)
 
     def apply_moves(self, make_room: MakeRoom | None = None) -> None:
         """Between passes; see `Mover.apply`."""
@@ -263,6 +286,7 @@ class ExpertPager:
 
     def set_transfer(self, transfer: str) -> None:
         """Change it, between passes, where experts may move."""
+        assert isinstance(self.store, MovingStore), "experts of an adaptive pager move"
         self._settle_reads()
         self.store.set_transfer(transfer)
 
@@ -275,3 +299,7 @@ class ExpertPager:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _host_bytes(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")

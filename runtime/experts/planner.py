@@ -201,7 +201,8 @@ class Planner:
 
     def _shrink(self, tiers: np.ndarray, excess: int, popularity: np.ndarray | None) -> tuple[Move, ...]:
         """Moves that free at least `excess` bytes, layer by layer in turns."""
-        state, moves, freed = tiers.copy(), {}, 0
+        moves: dict[tuple[int, int], Move] = {}
+        state, freed = tiers.copy(), 0
         while freed < excess:
             step = self._step(state, down=True, popularity=popularity)
             assert step, "the least that must stay was checked before"

@@ -41,7 +41,8 @@ class SpillFile:
 
     def __init__(self, directory: Path, nbytes: int) -> None:
         self.nbytes, self.direct_io = nbytes, False
-        self._file = self._direct = None
+        self._file: int | None = None
+        self._direct: int | None = None
         try:
             self._file, self.name = tempfile.mkstemp(prefix="fluxmoe-experts-", dir=directory)
         except OSError as error:
@@ -53,7 +54,7 @@ class SpillFile:
                     self.direct_io = True
                 except OSError:
                     pass  # tmpfs and others have no direct reads: the page cache will serve them
-            os.posix_fallocate(self._file, 0, nbytes)
+            os.posix_fallocate(self._handle(), 0, nbytes)
         except OSError as error:
             self.close()
             raise StoreError(
@@ -62,12 +63,17 @@ class SpillFile:
         finally:
             os.unlink(self.name)
 
+    def _handle(self, direct: bool = False) -> int:
+        handle = self._direct if direct else self._file
+        assert handle is not None, "the spill file is closed"
+        return handle
+
     def write(self, block: Tensor, offset: int) -> None:
         """All of a block in host memory. StoreError when the disk fails."""
-        view = memoryview(block.numpy())
+        view = block.numpy().data
         while len(view):
             try:
-                written = os.pwrite(self._file, view, offset)
+                written = os.pwrite(self._handle(), view, offset)
             except OSError as error:
                 raise StoreError(f"writing experts to {self.name} failed: {error.strerror}") from None
             view, offset = view[written:], offset + written
@@ -75,16 +81,16 @@ class SpillFile:
     def flush(self) -> None:
         """Everything is on the disk, and no longer in the page cache. StoreError when the disk fails."""
         try:
-            os.fsync(self._file)
+            os.fsync(self._handle())
         except OSError as error:
             raise StoreError(f"writing experts to {self.name} failed: {error.strerror}") from None
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._handle(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def read(self, target: Tensor, offset: int, what: str, chunk: int, cancelled: Callable[[], bool]) -> int:
         """Fill `target` from `offset` on, at most `chunk` bytes a call of the system; returns how many bytes were read,
         fewer once `cancelled` says so. StoreError naming `what` when the disk fails."""
-        view = memoryview(target.numpy())
+        view = target.numpy().data
         while len(view):
             if cancelled():
                 break
@@ -92,7 +98,7 @@ class SpillFile:
             direct = self.direct_io and len(view) >= PAGE and address % PAGE == 0
             part = view[: min(len(view) // PAGE * PAGE if direct else len(view), chunk)]
             try:
-                got = os.preadv(self._direct if direct else self._file, [part], offset)
+                got = os.preadv(self._handle(direct), [part], offset)
             except OSError as error:
                 if direct and error.errno == errno.EINVAL:
                     self.direct_io = False  # some file systems take the flag and refuse the read

@@ -9,7 +9,7 @@ DISK      the spill file: a layer's load is one read a type
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fluxmoe.kernels.ops import Recipes
@@ -21,7 +21,7 @@ from ..memory.host_memory import HostMemoryError
 from .layout import ExpertLayout
 from .placement import DEVICE_TIERS, Tier
 from .spill import SpillFile, StoreError, spill_offsets
-from .store import Block, ExpertStore, LayerPlan, Where
+from .store import Block, DecodeExpert, ExpertStore, LayerPlan, Where
 
 
 class StaticStore(ExpertStore):
@@ -33,7 +33,7 @@ class StaticStore(ExpertStore):
         self,
         layout: ExpertLayout,
         device: Device,
-        decode: Callable[..., None] | None = None,
+        decode: DecodeExpert | None = None,
         disk_dir: Path | str | None = None,
     ) -> None:
         super().__init__(layout, device, decode)
@@ -77,7 +77,7 @@ class StaticStore(ExpertStore):
         try:
             gate_up, down = (make(size) for size in sizes)
         except (RuntimeError, HostMemoryError) as error:
-            reason = error
+            reason = str(error)
             if not isinstance(error, HostMemoryError):
                 where = "host" if self.device.is_host else self.device.kind
                 reason = f"cannot allocate {format_bytes(sum(sizes))} of {where} memory"
@@ -95,7 +95,7 @@ class StaticStore(ExpertStore):
         for d, block in enumerate(blocks):
             begin = place * self._stride(tier, d)
             if tier is Tier.DISK:
-                self.spill.write(block, self._offsets[layer][d] + begin)
+                self._spill_file.write(block, self._offsets[layer][d] + begin)
             else:
                 self._arenas[tier][layer][d][begin : begin + block.numel()].copy_(block)
         if self.layout.decodes(tier):
@@ -113,7 +113,7 @@ class StaticStore(ExpertStore):
         return sum(arena.nbytes for pair in self._arenas[tier] for arena in pair)
 
     def blocks_in_place(self, layer: int) -> dict[int, Block]:
-        blocks = {}
+        blocks: dict[int, Block] = {}
         for tier in (*DEVICE_TIERS, Tier.HOST):
             members = self._members[tier][layer]
             if members and not self.layout.streams(tier):
@@ -122,5 +122,6 @@ class StaticStore(ExpertStore):
                     for d, arena in enumerate(self._arenas[tier][layer])
                 )
                 read = self.layout.read(tier)
-                blocks |= {expert: Block(pair, read) for expert, *pair in zip(members, *arenas, strict=True)}
+                for expert, gate_up, down in zip(members, *arenas, strict=True):
+                    blocks[expert] = Block((gate_up, down), read)
         return blocks

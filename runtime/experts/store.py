@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from fluxmoe.kernels.cpu.copy import stream_copy
 from fluxmoe.kernels.ops import Recipes
+from fluxmoe.kernels.packing import Packed
 from torch import Tensor
 
 from ..devices import Device
@@ -27,6 +28,8 @@ TENSOR_NAMES = ("gate_up", "down")
 # and rare enough that the copy thread seldom has to ask for the GIL.
 _CHUNK = 32 << 20
 Where = tuple[int, int]
+# `ExpertOps.decode_expert`.
+DecodeExpert = Callable[[str, int, Tensor, Tensor, Packed | None], None]
 
 
 class Block(NamedTuple):
@@ -43,7 +46,7 @@ class Decode(NamedTuple):
     block: Tensor
     begin: int
     end: int
-    recipe: object
+    recipe: Packed | None
 
 
 class LayerPlan(NamedTuple):
@@ -74,15 +77,15 @@ class ExpertStore(ABC):
     """Holds every expert once, or once and a copy. Fill with `put`, check with `seal`; use as a context manager, or
     call `close`.
 
-    decode: `ExpertOps.decode_expert`. Nothing here waits for the device. Only the thread that runs passes may call what
-    changes a store; loads, in other threads, read the plans that they were given.
+    decode: None where no expert is ever decoded. Nothing here waits for the device. Only the thread that runs passes
+    may call what changes a store; loads, in other threads, read the plans that they were given.
     """
 
     # Whether experts may change tier, so that any layer may come to stream.
     moves: bool
 
-    def __init__(self, layout: ExpertLayout, device: Device, decode: Callable[..., None] | None) -> None:
-        self.layout, self.device, self.decode = layout, device, decode
+    def __init__(self, layout: ExpertLayout, device: Device, decode: DecodeExpert | None) -> None:
+        self.layout, self.device, self.decode = layout, device, decode or _no_decode
         self.spill: SpillFile | None = None
         self._memory = HostMemory(device.asynchronous)
         self._recipes: dict[Where, Recipes] = {}
@@ -140,6 +143,11 @@ class ExpertStore(ABC):
         """Bytes that a tier in memory holds now."""
 
     @property
+    def _spill_file(self) -> SpillFile:
+        assert self.spill is not None, "a store with experts on disk has a spill file"
+        return self.spill
+
+    @property
     def disk_bytes(self) -> int:
         """Bytes of the spill file."""
         return 0 if self.spill is None else self.spill.nbytes
@@ -153,7 +161,7 @@ class ExpertStore(ABC):
 
     def slot_blocks(self, plan: LayerPlan, slot: tuple[Tensor, Tensor]) -> dict[int, Block]:
         """Blocks of a plan's streamed experts inside a slot's two buffers, by expert."""
-        blocks = {}
+        blocks: dict[int, Block] = {}
         for expert, tier in plan.streamed:
             gate_up, down = (slot[d][slice(*plan.places[d][expert])] for d in (0, 1))
             blocks[expert] = Block((gate_up, down), self.layout.read(tier))
@@ -161,13 +169,13 @@ class ExpertStore(ABC):
 
     def decodes(self, plan: LayerPlan, tensor_type: int, lie: Mapping[Tier, Tensor]) -> Iterator[Decode]:
         """What must be decoded into a slot; `lie`: where the payload of HOST and DISK experts lies now."""
-        lie = {Tier.PACKED: plan.packed[tensor_type], **lie}
+        sources: dict[Tier, Tensor | None] = {Tier.PACKED: plan.packed[tensor_type], **lie}
         for tier in (Tier.PACKED, Tier.HOST, Tier.DISK):
             if not self.layout.decodes(tier):
                 continue
             expert_format = self.layout.stored(tier)
             members = [expert for expert, where in plan.streamed if where is tier]
-            blocks = self._blocks(expert_format, tensor_type, lie.get(tier), members)
+            blocks = self._blocks(expert_format, tensor_type, sources.get(tier), members)
             for expert, block in zip(members, blocks, strict=True):
                 begin, end = plan.places[tensor_type][expert]
                 yield Decode(expert_format, block, begin, end, self._recipes[plan.layer, expert][tensor_type])
@@ -178,6 +186,7 @@ class ExpertStore(ABC):
         """The blocks of as many experts as they lie in `source`, one behind the other."""
         if not members:
             return []
+        assert source is not None, "whoever decodes experts says where their blocks lie"
         stride, size = self.layout.stride(expert_format, tensor_type), self.layout.sizes[expert_format][tensor_type]
         return [source[place * stride : place * stride + size] for place in range(len(members))]
 
@@ -196,7 +205,8 @@ class ExpertStore(ABC):
         `cancelled` before every chunk of 32 MiB and returns early, with fewer bytes, once it says so. Raises
         StoreError naming file, layer and tensor type when the disk fails.
         """
-        copied, lie = 0, {}
+        lie: dict[Tier, Tensor] = {}
+        copied = 0
         for host, at in plan.host_runs[tensor_type]:
             if self.layout.decodes(Tier.HOST):
                 lie[Tier.HOST] = host  # decoded from where it lies
@@ -209,11 +219,15 @@ class ExpertStore(ABC):
                 stream_copy(slot[at + begin : at + end], host[begin:end])
                 copied += end - begin
         read = 0
-        if plan.disk_run[tensor_type] is not None:
-            offset, nbytes, at = plan.disk_run[tensor_type]
-            target = staging[:nbytes] if self.layout.decodes(Tier.DISK) else slot[at : at + nbytes]
+        if (run := plan.disk_run[tensor_type]) is not None:
+            offset, nbytes, at = run
+            if self.layout.decodes(Tier.DISK):
+                assert staging is not None, "compressed experts on disk are read into a staging buffer"
+                target = staging[:nbytes]
+            else:
+                target = slot[at : at + nbytes]
             what = f"{TENSOR_NAMES[tensor_type]} experts of layer {plan.layer}"
-            read = self.spill.read(target, offset, what, _CHUNK, cancelled)
+            read = self._spill_file.read(target, offset, what, _CHUNK, cancelled)
             lie[Tier.DISK] = target
         for step in self.decodes(plan, tensor_type, lie):
             if cancelled():
@@ -232,3 +246,7 @@ class ExpertStore(ABC):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _no_decode(expert_format: str, tensor_type: int, block: Tensor, out: Tensor, recipe: Packed | None) -> None:
+    raise AssertionError("this store was made without a decoder")

@@ -76,7 +76,8 @@ class Streamer(ABC):
         keeps_all = not store.moves and len(self.order) == self.num_slots
         self.schedule = SlotSchedule(len(self.order), max(1, self.num_slots), keeps_all)
         self._slots = [
-            tuple(store.device.empty(store.slot_bytes(d)) for d in (GATE_UP, DOWN)) for _ in range(self.num_slots)
+            (store.device.empty(store.slot_bytes(GATE_UP)), store.device.empty(store.slot_bytes(DOWN)))
+            for _ in range(self.num_slots)
         ]
         # One a tensor type for all loads: those of a type come one after the other.
         staging = [layout.staging_bytes(d, self.staged) for d in (GATE_UP, DOWN)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from itertools import count
 
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP
@@ -48,7 +49,7 @@ class ThreadStreamer(Streamer):
         for load in range(len(self.order)) if self.keeps_all else count():
             follows = self.schedule.follows(load)
             with self._changed:
-                self._changed.wait_for(lambda v=follows: self._computed > v or self._closing.is_set())
+                self._changed.wait_for(partial(self._may_load, follows))
             while not self._closing.is_set():
                 try:
                     self._load(load)
@@ -61,6 +62,10 @@ class ThreadStreamer(Streamer):
                         self._changed.wait_for(lambda: self._error is None or self._closing.is_set())
             if self._closing.is_set():
                 return
+
+    def _may_load(self, follows: int) -> bool:
+        """Whether the slot of a load is free, or nothing will be loaded any more."""
+        return self._computed > follows or self._closing.is_set()
 
     def _load(self, visit: int) -> None:
         layer, slot, plan = self._layer_of(visit), self._slot_of(visit), self._plan_of(visit)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 
 import torch
@@ -66,7 +67,7 @@ class TensorPager:
         for visit in range(schedule.layers) if schedule.keeps_all else count():
             layer, follows = schedule.rank(visit), schedule.follows(visit)
             with self._changed:
-                self._changed.wait_for(lambda v=follows: self._closing or self._computed > v)
+                self._changed.wait_for(partial(self._may_load, follows))
                 if self._closing:
                     return
                 event = self._events.get(follows)
@@ -82,6 +83,10 @@ class TensorPager:
             with self._changed:
                 self._loaded[d] = visit + 1
                 self._changed.notify_all()
+
+    def _may_load(self, follows: int) -> bool:
+        """Whether the blocks of a load are free, or nothing will be loaded any more."""
+        return self._closing or self._computed > follows
 
     @contextmanager
     def layer(self, layer: int) -> Iterator[tuple[Tensor, ...]]:
@@ -114,9 +119,10 @@ class TensorPager:
             return
         event = self._device.now()
         with self._changed:
-            for done in range(self._computed, visit + 1) if event is not None else ():
-                self._events[done] = event
-                self._events.pop(done - 2 * self.schedule.layers, None)
+            if event is not None:
+                for done in range(self._computed, visit + 1):
+                    self._events[done] = event
+                    self._events.pop(done - 2 * self.schedule.layers, None)
             self._computed = visit + 1
             self._changed.notify_all()
 

@@ -263,13 +263,13 @@ class MemfdPool(BlockPool):
         self.file = os.memfd_create("fluxmoe")
         os.ftruncate(self.file, self.max_blocks * block_bytes)
 
-    @classmethod
-    def of(cls, max_bytes: int) -> MemfdPool:
-        """With blocks as small as so many bytes allow."""
+    @staticmethod
+    def block_bytes_for(max_bytes: int) -> int:
+        """Blocks as small as so many bytes allow."""
         block_bytes = BLOCK_BYTES
         while max_bytes // block_bytes > _MOST_BLOCKS:
             block_bytes *= 2
-        return cls(max_bytes, block_bytes)
+        return block_bytes
 
     def reserve(self, nbytes: int) -> Region:
         pages = self.pages(nbytes)

@@ -129,6 +129,24 @@ def test_too_small_a_budget_names_the_least(model_dir):
     Engine(model_dir, EngineConfig(budget_bytes=least, **common)).close()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"planning": False}, {"placement": "packed"}, {"placement": "host"}, {"placement": "balanced", "alpha": 0.5}],
+    ids=lambda settings: settings.get("placement", "resident"),
+)
+def test_an_adaptive_run_starts_with_the_least_that_its_refusal_names(model_dir, settings):
+    """Pages and quanta of KV, which it is rounded up to, included."""
+    common = dict(device="cpu", max_batch=6, max_batched_tokens=48, max_context=160, adaptive=True, **settings)
+    with pytest.raises(BudgetError) as info:
+        Engine(model_dir, EngineConfig(budget_bytes=1 << 16, **common))
+    least = info.value.least
+    with pytest.raises(BudgetError):
+        Engine(model_dir, EngineConfig(budget_bytes=least - 1, **common))
+    with Engine(model_dir, EngineConfig(budget_bytes=least, **common)) as engine:
+        assert engine.held_bytes() == engine.budget.lines()
+        assert len(engine.generate([Request((1, 2, 3), SamplingParams(4, ignore_eos=True))])[0].token_ids) == 4
+
+
 @pytest.mark.parametrize("settings", [{"max_batch": 10**9}, {"max_batched_tokens": 10**9}], ids=str)
 def test_a_batch_that_would_fill_the_machine_is_refused_before_it_does(model_dir, settings):
     with pytest.raises(BudgetError, match=r"workspace at least .*lower --max-batch"):
@@ -352,6 +370,6 @@ def test_a_budget_that_maps_no_kv_leaves_nothing_open(wide_model_dir):
         lines = engine.budget.lines()
     least = sum(nbytes for line, nbytes in lines.items() if line != "kv_cache") + engine.deployment.block_bytes
     before = held_by_process()
-    with pytest.raises(BudgetError, match="for KV"):
+    with pytest.raises(BudgetError, match="the least that works"):
         Engine(wide_model_dir, EngineConfig(budget_bytes=least, **settings))
     assert held_by_process() == before

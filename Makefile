@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test compat figures reproduce lint format clean
+.PHONY: demo test compat audit figures reproduce lint format clean
 
 $(STAMP): requirements.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ figures: $(STAMP)
 # Everything that this machine can run, hours on two cores; what is there already is not made again.
 reproduce: $(STAMP)
 	$(PY) -m fluxmoe.experiments.reproduce
+
+# The machine code of every kernel on four architectures; `make test` compiles a part of it.
+audit: $(STAMP)
+	$(PY) -m fluxmoe.kernels.audit
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -160,8 +160,8 @@ def _store_choices(
 
 @triton.jit
 def _store_order(
-    order_ptr, ids, chosen, starts, num_tokens, first, TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    order_ptr, ids, chosen, starts, num_tokens, first, SOME: tl.constexpr, TOP_K: tl.constexpr,
+    TOP_K_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Place a chunk's rows; starts [BLOCK_E]: the first position of each expert that belongs to this chunk."""
     t = first + tl.arange(0, BLOCK_T)
@@ -171,7 +171,8 @@ def _store_order(
     for choice in tl.static_range(TOP_K):
         expert = tl.sum(tl.where(j[None, :] == choice, ids, 0), axis=1)
         place = tl.sum(tl.where(e[None, :] == expert[:, None], places, 0), axis=1)
-        tl.store(order_ptr + place, t * TOP_K + choice, mask=(t < num_tokens) & (expert >= 0))
+        here = (t < num_tokens) & (expert >= 0) if SOME else t < num_tokens
+        tl.store(order_ptr + place, t * TOP_K + choice, mask=here)
 
 
 @triton.jit
@@ -225,7 +226,7 @@ def _route_kernel(
     _store_choices(experts_ptr, weights_ptr, ids, weights, 0, T, TOP_K, TOP_K_PAD, BLOCK_T)
     counts = tl.sum(chosen, axis=0)
     starts = tl.cumsum(counts, axis=0) - counts
-    _store_order(order_ptr, ids, chosen, starts, num_tokens, 0, TOP_K, TOP_K_PAD, BLOCK_T, BLOCK_E)
+    _store_order(order_ptr, ids, chosen, starts, num_tokens, 0, GIVEN, TOP_K, TOP_K_PAD, BLOCK_T, BLOCK_E)
     _store_blocks(
         counts, starts, expert_start_ptr, block_map_ptr, num_blocks_ptr, E, MAX_BLOCKS, BLOCK_M, BLOCK_E, BLOCK_B
     )
@@ -294,7 +295,7 @@ def _place_kernel(
     )  # fmt: skip
     e = tl.arange(0, BLOCK_E)
     starts = tl.load(chunk_starts_ptr + chunk * E + e, mask=e < E, other=0)
-    _store_order(order_ptr, ids, chosen, starts, num_tokens, first, TOP_K, TOP_K_PAD, BLOCK_T, BLOCK_E)
+    _store_order(order_ptr, ids, chosen, starts, num_tokens, first, True, TOP_K, TOP_K_PAD, BLOCK_T, BLOCK_E)
 
 
 class Router:

@@ -27,8 +27,11 @@ def run_file(path) -> list[str]:
     return done.stdout.splitlines()
 
 
-# All kernels where tiles differ most, the GEMMs everywhere: compiling takes a second a kernel.
-@pytest.mark.parametrize(("arch", "only"), [("sm_80", "grouped"), ("sm_89", "grouped"), ("sm_90", ""), ("sm_100", "")])
+# All kernels on Hopper, whose wgmma is the most dangerous; elsewhere, where `make audit` compiles them all, those that
+# come nearest to spilling.
+@pytest.mark.parametrize(
+    ("arch", "only"), [("sm_80", "planar12"), ("sm_89", "planar12"), ("sm_90", ""), ("sm_100", "planar12")]
+)
 def test_every_kernel_keeps_the_rules(arch, only, tmp_path):
     done = audit("--arch", arch, "--only", only, "--json", str(tmp_path / "audit.json"), "--dump", str(tmp_path / "d"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -38,7 +41,7 @@ def test_every_kernel_keeps_the_rules(arch, only, tmp_path):
     assert len(list((tmp_path / "d").iterdir())) == 3 * len(rows)
     assert all(row["spills"] == 0 and row["hazards"] == [] and not row["serialized_wgmma"] for row in rows)
     gemms = [row for row in rows if row["kernel"] == "_grouped_gemm_kernel"]
-    assert len(gemms) > 10
+    assert len(gemms) >= (20 if arch == "sm_90" else 6)
     for row in gemms:
         kind = {"sm_80": "mma", "sm_89": "mma"}.get(arch)
         assert kind is None or row["matrix"][kind] > 0

@@ -129,8 +129,9 @@ def test_host_and_device_together_are_refused_before_anything_is_loaded(model_di
         # With all of the budget in use and one byte less than is needed.
         free(device + sum(host.values()))
         Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=budget)).close()
-    # A pool gives its last part of a block away.
-    free(device + sum(host.values()) - (1 << 20 if "adaptive" in settings else 1))
+    with Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=device)) as engine:
+        needed = engine._most_bytes + sum(engine.host_budget.lines().values())
+    free(needed - 1)
     monkeypatch.setattr(ExpertPager, "open", lambda *arguments: pytest.fail("experts are stored"))
     monkeypatch.setattr(Engine, "_load", lambda *arguments: pytest.fail("a checkpoint is loaded"))
     with pytest.raises(BudgetError, match=f"{line} .*of memory are free"):

@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test compat audit figures reproduce lint format clean
+.PHONY: demo test thorough compat audit figures reproduce lint format clean
 
 $(STAMP): requirements.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -17,6 +17,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest
+
+# What `test` proves on a part, on the whole.
+thorough: $(STAMP)
+	$(PY) -m pytest -m thorough
 
 # The kernels under the oldest Triton that they must run on: compiled and audited, then interpreted. In an environment of
 # its own; Triton goes in last and alone, since torch's CUDA builds want the one that they were released with.

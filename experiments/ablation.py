@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE
 from fluxmoe.runtime.memory.budget import BudgetError, parse_bytes
-from fluxmoe.runtime.metrics import summarise
+from fluxmoe.runtime.serving.metrics import summarise
 from tqdm import tqdm
 
 from .common import Parser, cli_main, provenance, write_csv, write_json

@@ -15,8 +15,8 @@ from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
-from fluxmoe.kernels.paged_attention import paged_attention, workspace_bytes
-from fluxmoe.kernels.tiles import num_sms_of
+from fluxmoe.kernels.triton.paged_attention import paged_attention, workspace_bytes
+from fluxmoe.kernels.triton.tiles import num_sms_of
 from torch import Tensor
 
 from .common import Parser, UsageError, cli_main

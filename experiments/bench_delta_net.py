@@ -16,9 +16,9 @@ from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
-from fluxmoe.kernels.delta_net import gated_delta_net, workspace_bytes
-from fluxmoe.kernels.delta_net_torch import gated_delta_net_torch
 from fluxmoe.kernels.ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights, Linear
+from fluxmoe.kernels.reference.delta_net import gated_delta_net_torch
+from fluxmoe.kernels.triton.delta_net import gated_delta_net, workspace_bytes
 from torch import Tensor
 
 from .common import Parser, UsageError, cli_main

@@ -17,11 +17,11 @@ import json
 from functools import partial
 
 import torch
-from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.devices import resolve_device
-from fluxmoe.runtime.engine import Engine
 from fluxmoe.runtime.memory.budget import parse_bytes
-from fluxmoe.runtime.metrics import summarise
+from fluxmoe.runtime.serving.config import EngineConfig
+from fluxmoe.runtime.serving.engine import Engine
+from fluxmoe.runtime.serving.metrics import summarise
 
 from .common import Parser, UsageError, cli_main
 from .gpu import ResultRows

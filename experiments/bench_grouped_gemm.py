@@ -18,11 +18,11 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from fluxmoe.kernels import grouped_gemm
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats, weight_tile
-from fluxmoe.kernels.routing import Router
-from fluxmoe.kernels.tiles import (
+from fluxmoe.kernels.triton import grouped_gemm
+from fluxmoe.kernels.triton.routing import Router
+from fluxmoe.kernels.triton.tiles import (
     Tiles,
     capability_of,
     choose_tiles,

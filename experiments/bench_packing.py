@@ -109,7 +109,7 @@ class FusedGemm:
         config, self.device = checkpoint.config, device
         dims = expert_dims(config)
         if device.type == "cuda":
-            from fluxmoe.kernels.triton_experts import TritonExperts
+            from fluxmoe.kernels.triton.experts import TritonExperts
 
             from .gpu import cold_copies
 

@@ -14,11 +14,11 @@ import argparse
 from functools import partial
 
 import torch
-from fluxmoe.kernels import grouped_gemm
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, FORMATS, weight_tile
-from fluxmoe.kernels.routing import Router
-from fluxmoe.kernels.tiles import capability_of, fused_tile, num_sms_of
+from fluxmoe.kernels.triton import grouped_gemm
+from fluxmoe.kernels.triton.routing import Router
+from fluxmoe.kernels.triton.tiles import capability_of, fused_tile, num_sms_of
 from torch import Tensor
 
 from .common import Parser, UsageError, cli_main

@@ -23,11 +23,11 @@ from unittest.mock import patch
 
 import torch
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED
-from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.devices import resolve_device
-from fluxmoe.runtime.engine import Engine
-from fluxmoe.runtime.request import Request, SamplingParams
-from fluxmoe.runtime.scheduler import Step
+from fluxmoe.runtime.serving.config import EngineConfig
+from fluxmoe.runtime.serving.engine import Engine
+from fluxmoe.runtime.serving.request import Request, SamplingParams
+from fluxmoe.runtime.serving.scheduler import Step
 
 from .common import Parser, cli_main
 from .gpu import ResultRows, WrongError

@@ -27,13 +27,13 @@ from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, codec_of, compressed_formats
 from fluxmoe.kernels.launches import compile_only
 from fluxmoe.kernels.ops import AttentionMetadata, ExpertOps, Limits
-from fluxmoe.kernels.tiles import capability_of, choose_tiles, num_sms_of, read_tuned, tuned_tiles
+from fluxmoe.kernels.triton.tiles import capability_of, choose_tiles, num_sms_of, read_tuned, tuned_tiles
 from fluxmoe.models import ARCHITECTURES
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import Decoder, expert_dims, layer_dims
 from fluxmoe.runtime.experts.streamer import LayerPage
-from fluxmoe.runtime.kv_cache import PagedKVCache
-from fluxmoe.runtime.state_cache import StateCache
+from fluxmoe.runtime.serving.kv_cache import PagedKVCache
+from fluxmoe.runtime.serving.state_cache import StateCache
 from fluxmoe.runtime.timeline import Timeline
 from torch import Tensor
 
@@ -178,8 +178,8 @@ def forward_passes(
 ) -> None:
     """The launches of a model's passes: decode steps of so many sequences, as graphs pad them and without; prefills of
     (sequences, tokens in all)."""
-    from fluxmoe.kernels.triton_experts import TritonExperts
-    from fluxmoe.kernels.triton_ops import TritonOps
+    from fluxmoe.kernels.triton.experts import TritonExperts
+    from fluxmoe.kernels.triton.ops import TritonOps
 
     passes = [(n, n, graph) for n in decode for graph in (True, False)] + [(n, t, False) for n, t in prefill]
     most = max(sequences for sequences, _, _ in passes), max(tokens for _, tokens, _ in passes)

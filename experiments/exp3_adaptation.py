@@ -27,10 +27,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from fluxmoe.runtime.engine import Engine
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.experts.planner import Move
 from fluxmoe.runtime.memory.budget import parse_bytes
+from fluxmoe.runtime.serving.engine import Engine
 from tqdm import tqdm
 
 from .common import Parser, UsageError, cli_main, provenance, write_csv, write_json

@@ -46,7 +46,7 @@ class Experts:
         self.dims = ExpertDims(args.hidden, args.moe_intermediate, args.experts, args.top_k, torch.bfloat16)
         self.device, self.layers = device, args.layers
         if device.type == "cuda":
-            from fluxmoe.kernels.triton_experts import TritonExperts
+            from fluxmoe.kernels.triton.experts import TritonExperts
 
             self.ops: ExpertOps = TritonExperts(self.dims, max(args.batches), device)
         else:

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, FORMATS, formats_help
 from fluxmoe.models.config import load_config
-from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.devices import resolve_device
-from fluxmoe.runtime.engine import Engine
 from fluxmoe.runtime.experts.placement import POLICIES
 from fluxmoe.runtime.hardware import HardwareProfile, list_profiles
 from fluxmoe.runtime.memory.budget import parse_bytes
-from fluxmoe.runtime.metrics import StepMetrics, summarise
-from fluxmoe.runtime.request import Request, SamplingParams
+from fluxmoe.runtime.serving.config import EngineConfig
+from fluxmoe.runtime.serving.engine import Engine
+from fluxmoe.runtime.serving.metrics import StepMetrics, summarise
+from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 from .common import Parser, UsageError, cli_main, provenance, write_atomically, write_json
 

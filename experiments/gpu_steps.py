@@ -62,7 +62,7 @@ STEPS = (
     Step("compile", "compile_kernels", ("--tuned", "{root}/tuned.json", *_OUT), 1.5, _REHEARSE, "compiled", _ENGINE,
          every_call=True),
     Step("tests", "gpu_tests", ("--workers", "14", *_OUT), 3,
-         ("tests/kernels/test_host_read.py", "--workers", "1", *_REHEARSE), needs=("pytest",)),
+         ("tests/kernels/triton/test_host_read.py", "--workers", "1", *_REHEARSE), needs=("pytest",)),
     Step("bit_equality", "bit_equality", _OUT, 0.5, ("--repeats", "1", *_REHEARSE)),
     Step("check_engine", "check_engine", ("--device", "cuda", *_OUT), 2.5,
          ("--models", "qwen3_moe", "--new-tokens", "1", *_REHEARSE), "interpreted too", _ENGINE,

@@ -6,12 +6,12 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fluxmoe.runtime.config import EngineConfig
-from fluxmoe.runtime.cost_model import CostParameters
 from fluxmoe.runtime.devices import resolve_device
-from fluxmoe.runtime.engine import Engine
 from fluxmoe.runtime.hardware import HardwareProfile
-from fluxmoe.runtime.simulator import SimEngine
+from fluxmoe.runtime.serving.config import EngineConfig
+from fluxmoe.runtime.serving.engine import Engine
+from fluxmoe.runtime.sim.cost_model import CostParameters
+from fluxmoe.runtime.sim.simulator import SimEngine
 
 from .common import Parser, UsageError
 from .presets import Source

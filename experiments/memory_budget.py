@@ -24,7 +24,7 @@ from fluxmoe.kernels.formats import FORMATS
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.runtime.experts.placement import POLICIES, Tier, place
 from fluxmoe.runtime.memory.budget import BudgetError, format_bytes, parse_bytes
-from fluxmoe.runtime.metrics import summarise
+from fluxmoe.runtime.serving.metrics import summarise
 from tqdm import tqdm
 
 from .common import Parser, UsageError, cli_main, provenance, read_csv, resume, write_csv, write_json

@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from fluxmoe.runtime.engine import Engine
-from fluxmoe.runtime.metrics import summarise
+from fluxmoe.runtime.serving.engine import Engine
+from fluxmoe.runtime.serving.metrics import summarise
 from tqdm import tqdm
 
 from .common import Parser, UsageError, cli_main, provenance, write_csv, write_json

@@ -20,11 +20,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE
-from fluxmoe.runtime.config import EngineConfig
-from fluxmoe.runtime.cost_model import CostParameters
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.memory.budget import BudgetError
-from fluxmoe.runtime.metrics import summarise
+from fluxmoe.runtime.serving.config import EngineConfig
+from fluxmoe.runtime.serving.metrics import summarise
+from fluxmoe.runtime.sim.cost_model import CostParameters
 
 from .machines import SIMULATED, Machine
 from .presets import Source

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fluxmoe.models.config import ModelConfig
-from fluxmoe.runtime.config import EngineConfig
-from fluxmoe.runtime.request import Request, SamplingParams
+from fluxmoe.runtime.serving.config import EngineConfig
+from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 from .common import UsageError
 from .machines import Machine

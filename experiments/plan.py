@@ -16,11 +16,11 @@ from pathlib import Path
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED
 from fluxmoe.models.config import ModelConfig, load_config
 from fluxmoe.models.published import PUBLISHED, published_config
-from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.hardware import HardwareProfile, list_profiles
 from fluxmoe.runtime.memory.budget import BudgetError, format_bytes, parse_bytes
-from fluxmoe.runtime.metrics import summarise
-from fluxmoe.runtime.simulator import SimEngine
+from fluxmoe.runtime.serving.config import EngineConfig
+from fluxmoe.runtime.serving.metrics import summarise
+from fluxmoe.runtime.sim.simulator import SimEngine
 
 from .common import Parser, UsageError, cli_main, provenance, write_json
 from .workloads import Lengths, make_requests

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from fluxmoe.kernels.audit import Report, audit, cases_of
 from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats, weight_tile
-from fluxmoe.kernels.tiles import ROW_BOUNDS, Tile, default_tile, fused_tile
+from fluxmoe.kernels.triton.tiles import ROW_BOUNDS, Tile, default_tile, fused_tile
 
 from .common import provenance, write_csv, write_json
 from .gpu import Roofs, Timing

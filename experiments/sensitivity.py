@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.memory.budget import BudgetError
-from fluxmoe.runtime.metrics import summarise
+from fluxmoe.runtime.serving.config import EngineConfig
+from fluxmoe.runtime.serving.metrics import summarise
 from tqdm import tqdm
 
 from .common import cli_main, provenance, resume, write_csv, write_json

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, FORMATS
 from fluxmoe.models.published import PUBLISHED
-from fluxmoe.runtime.config import EngineConfig
+from fluxmoe.runtime.serving.config import EngineConfig
 from tqdm import tqdm
 
 from .common import cli_main, provenance, write_atomically, write_csv, write_json

@@ -5,7 +5,7 @@
 For each bound on rows per expert, and each shape, the candidates below are timed on cold weights, gate_up and down
 apart, and the fastest pair of one block_m wins; one that is wrong, does not compile or does not fit is left out, and
 counted. Bounds are written to the table as they are found, so a run that is cut short is of use, and goes on when it is
-called again. The table is kernels/tuned/<gpu>.json, to be committed, or --table.
+called again. The table is kernels/triton/tuned/<gpu>.json, to be committed, or --table.
 """
 
 from __future__ import annotations
@@ -19,8 +19,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from fluxmoe.kernels import grouped_gemm
-from fluxmoe.kernels.tiles import TUNED_DIR, Tile, Tiles, capability_of, default_tile, fit, table_name, tile_fields
+from fluxmoe.kernels.triton import grouped_gemm
+from fluxmoe.kernels.triton.tiles import (
+    TUNED_DIR,
+    Tile,
+    Tiles,
+    capability_of,
+    default_tile,
+    fit,
+    table_name,
+    tile_fields,
+)
 from torch import Tensor
 
 from .bench_grouped_gemm import Layer, Ours, check, choose, reference, router_logits

@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from fluxmoe.runtime.config import EngineConfig
-from fluxmoe.runtime.cost_model import CostParameters
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.memory.budget import BudgetError
-from fluxmoe.runtime.metrics import summarise
+from fluxmoe.runtime.serving.config import EngineConfig
+from fluxmoe.runtime.serving.metrics import summarise
+from fluxmoe.runtime.sim.cost_model import CostParameters
 from tqdm import tqdm
 
 from . import exp1_performance_bound, exp2_capacity_bound, fig2_kv_capacity

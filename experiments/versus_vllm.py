@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 from fluxmoe.models.config import load_config
-from fluxmoe.runtime.config import EngineConfig
 from fluxmoe.runtime.memory.budget import BudgetError, parse_bytes
+from fluxmoe.runtime.serving.config import EngineConfig
 
 from . import peers
 from .common import Parser, UsageError, cli_main, provenance, resume, write_csv, write_json

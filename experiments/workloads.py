@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from fluxmoe.runtime.request import Request, SamplingParams
+from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 from .common import UsageError
 

@@ -32,13 +32,13 @@ import torch
 import triton
 import triton.language as tl
 
-from . import delta_net, grouped_gemm, norm, paged_attention, rope_kv, routing
 from .formats import codec_of, compressed_formats
 from .launches import Case, Launch, compile_only
 from .ops import KernelError
 from .packing import Codec
 from .sass import MATRIX, SERIALIZED, Loop, instructions, load_bytes, matrix_loops, overwritten_in_flight
-from .tiles import shared_limit
+from .triton import delta_net, grouped_gemm, norm, paged_attention, rope_kv, routing
+from .triton.tiles import shared_limit
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

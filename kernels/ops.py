@@ -3,9 +3,9 @@
     ExpertOps  all that touches experts: their blocks, routing, the grouped GEMM. What expert paging hosts need.
     Ops        the rest: embeddings, norms, projections, attention, Gated DeltaNet
 
-    kernels.triton_ops, triton_experts    CUDA: Triton kernels, activations in the weights' dtype
+    kernels.triton.ops, triton.experts    CUDA: Triton kernels, activations in the weights' dtype
     kernels.cpu.ops, cpu.experts          CPU: numba kernels, fp32 activations, batch-invariant
-    kernels.torch_ops, torch_experts      plain torch on any device: the reference
+    kernels.reference.ops, .experts        plain torch on any device: the reference
 
 They own the layout of blocks (of experts, weights, KV), which models and runtime treat as bytes. They also own
 the workspace: every buffer is made in the constructor for the limits given, with its dtype and device, so

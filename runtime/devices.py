@@ -124,14 +124,14 @@ class Device(ABC):
         """Kernels of all but experts. DeviceError for a name that does not exist, KernelError for sizes."""
         match self._choose(config.kernels):
             case "torch":
-                from fluxmoe.kernels.torch_ops import TorchOps
+                from fluxmoe.kernels.reference.ops import TorchOps
 
                 return TorchOps(dims, limits, self.torch)
             case "numba":
                 from fluxmoe.kernels.cpu.ops import CpuOps
 
                 return CpuOps(dims, limits, config.threads)
-        from fluxmoe.kernels.triton_ops import TritonOps
+        from fluxmoe.kernels.triton.ops import TritonOps
 
         return TritonOps(dims, limits, self.torch, batch_invariant=config.batch_invariant)
 
@@ -139,14 +139,14 @@ class Device(ABC):
         """Kernels of experts. DeviceError for a name that does not exist, KernelError for sizes."""
         match self._choose(config.kernels):
             case "torch":
-                from fluxmoe.kernels.torch_experts import TorchExperts
+                from fluxmoe.kernels.reference.experts import TorchExperts
 
                 return TorchExperts(dims, max_tokens, self.torch)
             case "numba":
                 from fluxmoe.kernels.cpu.experts import CpuExperts
 
                 return CpuExperts(dims, max_tokens, config.threads)
-        from fluxmoe.kernels.triton_experts import TritonExperts
+        from fluxmoe.kernels.triton.experts import TritonExperts
 
         return TritonExperts(
             dims, max_tokens, self.torch, batch_invariant=config.batch_invariant,
@@ -271,7 +271,7 @@ class CudaDevice(Device):
         return StreamCourier()
 
     def read_bandwidth(self, probe_bytes: int) -> float:
-        from fluxmoe.kernels.host_read import read_bandwidth
+        from fluxmoe.kernels.triton.host_read import read_bandwidth
 
         return read_bandwidth(probe_bytes)
 

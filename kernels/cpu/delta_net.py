@@ -11,8 +11,8 @@ import numpy as np
 from numba import njit, prange, types
 from torch import Tensor
 
-from ..delta_net_torch import L2_EPS
 from ..ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights
+from ..reference.delta_net import L2_EPS
 from .gates import sigmoid
 from .norm import rms_scale
 

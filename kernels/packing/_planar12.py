@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..portable import INTERPRETED
+from ..triton.portable import INTERPRETED
 
 TILE_ROWS, TILE_COLS = 64, 128
 # Escapes of a tile that is not raw: 8 at most, in the least that a program handles at once.

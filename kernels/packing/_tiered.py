@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..portable import INTERPRETED
+from ..triton.portable import INTERPRETED
 
 # Every nibble its own place: the selector of `_prmt` that changes nothing.
 _SAME = tl.constexpr(0x3210)

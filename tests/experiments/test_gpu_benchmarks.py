@@ -31,7 +31,7 @@ from fluxmoe.experiments.moe_peers import PEERS
 from fluxmoe.experiments.moe_shapes import SHAPES, Shape
 from fluxmoe.experiments.predict_kernels import expected_blocks
 from fluxmoe.kernels.audit import Report
-from fluxmoe.kernels.tiles import Tile, read_tuned, tuned_tiles
+from fluxmoe.kernels.triton.tiles import Tile, read_tuned, tuned_tiles
 
 CPU = torch.device("cpu")
 SMALL = Shape(hidden=32, intermediate=16, experts=6, top_k=2)
@@ -334,7 +334,7 @@ def test_paged_and_contiguous_inputs_hold_the_same_numbers():
 
 
 def test_tuning_candidates_fit_and_contain_the_rule():
-    from fluxmoe.kernels.tiles import default_tile, shared_limit
+    from fluxmoe.kernels.triton.tiles import default_tile, shared_limit
 
     for rows in tune_grouped_gemm.BOUNDS:
         tiles = tune_grouped_gemm.candidates(rows, 90)

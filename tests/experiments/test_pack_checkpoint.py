@@ -14,8 +14,8 @@ from fluxmoe.experiments.make_checkpoint import make_checkpoint
 from fluxmoe.kernels.formats import compressed_formats
 from fluxmoe.models.checkpoint import Checkpoint, CheckpointError
 from fluxmoe.models.packed import INDEX
-from fluxmoe.runtime.engine import Engine, EngineConfig
-from fluxmoe.runtime.request import Request, SamplingParams
+from fluxmoe.runtime.serving.engine import Engine, EngineConfig
+from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 SIZES = dict(layers=3, experts=4, top_k=2, hidden=128, moe_intermediate=128, heads=2, vocab=512, max_positions=128)
 

@@ -9,8 +9,8 @@ import torch
 from fluxmoe.kernels.cpu.experts import CpuExperts
 from fluxmoe.kernels.formats import compressed_formats
 from fluxmoe.kernels.ops import ExpertDims, KernelError
-from fluxmoe.kernels.torch_experts import TorchExperts
-from fluxmoe.kernels.triton_experts import TritonExperts
+from fluxmoe.kernels.reference.experts import TorchExperts
+from fluxmoe.kernels.triton.experts import TritonExperts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu

@@ -10,8 +10,8 @@ import torch
 from fluxmoe.kernels.cpu.experts import CpuExperts
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.ops import ExpertDims, KernelError
-from fluxmoe.kernels.torch_experts import TorchExperts
-from fluxmoe.kernels.triton_experts import TritonExperts
+from fluxmoe.kernels.reference.experts import TorchExperts
+from fluxmoe.kernels.triton.experts import TritonExperts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIMS = ExpertDims(hidden=48, intermediate=40, experts=5, top_k=2, dtype=torch.float32)

@@ -22,11 +22,11 @@ from fluxmoe.kernels.formats import (
 from fluxmoe.kernels.ops import ExpertDims, KernelError
 from fluxmoe.kernels.packing import Planar12
 from fluxmoe.kernels.packing.blocks import PlaneBlocks
-from fluxmoe.kernels.torch_experts import TorchExperts
-from fluxmoe.kernels.triton_experts import TritonExperts
-from fluxmoe.runtime.config import EngineConfig
-from fluxmoe.runtime.cost_model import CostParameters, SimExperts
+from fluxmoe.kernels.reference.experts import TorchExperts
+from fluxmoe.kernels.triton.experts import TritonExperts
 from fluxmoe.runtime.experts.layout import ExpertFormats
+from fluxmoe.runtime.serving.config import EngineConfig
+from fluxmoe.runtime.sim.cost_model import CostParameters, SimExperts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu

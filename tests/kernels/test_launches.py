@@ -22,8 +22,8 @@ from fluxmoe.kernels.launches import compile_only
 from fluxmoe.kernels.ops import (
     AttentionMetadata, DeltaNetDims, DeltaNetWeights, ExpertDims, LayerDims, Limits, Linear, RopeTable,
 )
-from fluxmoe.kernels.triton_experts import TritonExperts
-from fluxmoe.kernels.triton_ops import TritonOps
+from fluxmoe.kernels.triton.experts import TritonExperts
+from fluxmoe.kernels.triton.ops import TritonOps
 
 compiled = Counter()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fluxmoe.runtime.engine import Engine, EngineConfig
-from fluxmoe.runtime.request import Request, SamplingParams
+from fluxmoe.runtime.serving.engine import Engine, EngineConfig
+from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 from .hf import save_random_model
 

@@ -14,7 +14,7 @@ import torch
 from fluxmoe import runtime
 from fluxmoe.kernels.cpu.experts import CpuExperts
 from fluxmoe.kernels.ops import ExpertDims
-from fluxmoe.kernels.torch_experts import TorchExperts
+from fluxmoe.kernels.reference.experts import TorchExperts
 from fluxmoe.runtime.devices import CpuDevice
 from fluxmoe.runtime.experts import footprint
 from fluxmoe.runtime.experts.config import PagingConfig, SettingError

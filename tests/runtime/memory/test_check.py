@@ -11,18 +11,18 @@ import torch
 from fluxmoe.experiments import generate
 from fluxmoe.experiments.common import cli_main
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
-from fluxmoe.runtime.deployment import Deployment
 from fluxmoe.runtime.devices import HOST, CpuDevice, CudaDevice, device_of
-from fluxmoe.runtime.engine import Engine, EngineConfig
 from fluxmoe.runtime.experts import footprint
 from fluxmoe.runtime.experts.pager import ExpertPager
 from fluxmoe.runtime.experts.placement import Tier
-from fluxmoe.runtime.graphs import DecodeGraphs
 from fluxmoe.runtime.memory import machine
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.memory.check import FreeMemory, MemoryCheck
 from fluxmoe.runtime.memory.machine import lies_in_memory
-from fluxmoe.runtime.request import Request, SamplingParams
+from fluxmoe.runtime.serving.deployment import Deployment
+from fluxmoe.runtime.serving.engine import Engine, EngineConfig
+from fluxmoe.runtime.serving.graphs import DecodeGraphs
+from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 CPU, CUDA = HOST, device_of("cuda:0")
 GIB, MIB = 1 << 30, 1 << 20

@@ -6,17 +6,17 @@ import mmap
 
 import pytest
 import torch
-from fluxmoe.runtime import kv_cache
 from fluxmoe.runtime.devices import PAGE
 from fluxmoe.runtime.experts import store
 from fluxmoe.runtime.experts.placement import Tier, place
 from fluxmoe.runtime.experts.spill import StoreError
-from fluxmoe.runtime.kv_cache import PagedKVCache
 from fluxmoe.runtime.memory.host_memory import HostMemory, HostMemoryError
+from fluxmoe.runtime.serving import kv_cache
+from fluxmoe.runtime.serving.kv_cache import PagedKVCache
 
 from ..experts.test_store import CPU, block_of, filled
-from ..test_kv_cache import PlainLayout
-from ..test_residency import moving_store as filled_moving
+from ..serving.test_kv_cache import PlainLayout
+from ..serving.test_residency import moving_store as filled_moving
 
 
 class FakeCuda:

@@ -1,0 +1,1 @@
+"""Plain torch, slow and independent: what the other kernels are held against."""

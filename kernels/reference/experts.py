@@ -1,0 +1,78 @@
+"""TorchExperts: routing and experts in plain torch, on any device: a loop over experts, the reference of the others.
+
+Weights are row-major, gate rows before up rows, as in checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..expert_blocks import ExpertBlocks
+from ..expert_table import DOWN, GATE_UP
+from ..ops import ExpertDims, LayerExperts
+
+
+class Choice(NamedTuple):
+    """Experts int64 [T, top_k] of each token, and their weights."""
+
+    ids: Tensor
+    weights: Tensor
+
+
+class TorchExperts(ExpertBlocks):
+    """ExpertOps; `act_dtype` defaults to fp32 on the CPU and to the weights' dtype elsewhere.
+
+    torch allocates its temporaries itself: `workspace_bytes` is an upper bound on those of one layer of `max_tokens`.
+    """
+
+    backend = "torch"
+
+    def __init__(
+        self,
+        dims: ExpertDims,
+        max_tokens: int,
+        device: torch.device | str = "cpu",
+        act_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.dims, self.device = dims, torch.device(device)
+        self.act_dtype = act_dtype or (torch.float32 if self.device.type == "cpu" else dims.dtype)
+        rows = max_tokens * dims.top_k
+        self.workspace_bytes = 4 * (3 * max_tokens * dims.experts + rows * (3 * dims.intermediate + 2 * dims.hidden))
+
+    def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self._matrix(blocks[GATE_UP], GATE_UP), self._matrix(blocks[DOWN], DOWN)
+
+    def _arrange(self, tensor_type: int, weight: Tensor, out: Tensor) -> None:
+        out.copy_(weight)
+
+    def route(self, logits: Tensor, num_tokens: Tensor | None = None) -> Choice:
+        assert num_tokens is None, "padding is for captured graphs, and this path cannot be captured"
+        weights, ids = logits.float().softmax(dim=-1).topk(self.dims.top_k, dim=-1)
+        if self.dims.renormalise:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return Choice(ids, weights)
+
+    def route_to(self, topk_ids: Tensor, topk_weights: Tensor, num_tokens: Tensor | None = None) -> Choice:
+        assert num_tokens is None, "padding is for captured graphs, and this path cannot be captured"
+        return Choice(topk_ids.long(), topk_weights)
+
+    def moe_add(self, x: Tensor, routing: Choice, experts: LayerExperts, residual: Tensor) -> Tensor:
+        experts.wait(GATE_UP)
+        experts.wait(DOWN)
+        out = residual.clone()
+        for expert in range(self.dims.experts):
+            token, choice = torch.where(routing.ids == expert)
+            if len(token):
+                gate_up, down = self.restore_expert(experts.table.blocks[expert])
+                gate, up = F.linear(x[token], gate_up.to(x.dtype)).chunk(2, dim=-1)
+                y = F.linear(F.silu(gate) * up, down.to(x.dtype))
+                out.index_add_(0, token, y * routing.weights[token, choice, None].to(y.dtype))
+        return out
+
+    def count_routed(self, routing: Choice, counts: Tensor) -> None:
+        here = routing.ids[(routing.ids >= 0) & (routing.ids < self.dims.experts)]
+        counts += torch.bincount(here, minlength=self.dims.experts)

@@ -1,0 +1,107 @@
+"""TritonExperts: routing, experts' blocks and the grouped GEMM on the Triton kernels, with every buffer made once.
+
+Where it runs and what it promises is as in `ops`. Weights are row-major, gate and up rows in turns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from ..expert_blocks import ExpertBlocks
+from ..expert_table import DOWN, GATE_UP
+from ..formats import FORMATS
+from ..ops import ExpertDims, KernelError, LayerExperts
+from . import grouped_gemm
+from .ops import check_backend
+from .routing import Router, Routing
+from .tiles import Tiles, capability_of, choose_tiles, fused_tile, invariant_tile, num_sms_of
+
+
+class TritonExperts(ExpertBlocks):
+    """ExpertOps for batches of up to `max_tokens`; one pager owns one (not thread-safe).
+
+    formats: in which experts may be stored. Launches that may meet a fused one use its tiles, whatever the format of
+    each expert: the order of summation, and so the result, is the same for all. batch_invariant: one tile, whatever the
+    batch. Raises KernelError for dtypes, sizes and formats that the kernels cannot take, and without a GPU or
+    interpreter.
+    """
+
+    backend = "triton"
+
+    def __init__(
+        self, dims: ExpertDims, max_tokens: int, device: torch.device | str, *, batch_invariant: bool = False,
+        formats: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        self.dims, self.device, self.act_dtype = dims, torch.device(device), dims.dtype
+        self.batch_invariant, self._weight_tile = batch_invariant, self._choose_weight_tile(formats)
+        check_backend(self.device, dims.dtype)
+        self._capability, self._num_sms = capability_of(self.device), num_sms_of(self.device)
+        self._gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        self._router = Router(max_tokens, dims.experts, dims.top_k, dims.renormalise, self.device)
+        rows = max_tokens * dims.top_k
+        self._h = torch.empty(rows, dims.intermediate, dtype=dims.dtype, device=self.device)
+        self._y = torch.empty(rows, dims.hidden, dtype=dims.dtype, device=self.device)
+        self.workspace_bytes = self._router.nbytes + self._h.nbytes + self._y.nbytes
+
+    def _choose_weight_tile(self, formats: Collection[str]) -> tuple[int, int] | None:
+        """`Format.tile` of the fused ones among `formats`."""
+        tiles = {name: FORMATS[name].tile for name in sorted(self.fused_formats.intersection(formats))}
+        if len(set(tiles.values())) > 1:
+            raise KernelError(f"formats {' and '.join(tiles)} need different tiles; choose one of them for all experts")
+        return next(iter(tiles.values()), None)
+
+    # Blocks.
+
+    def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        mixed, down = (self._matrix(block, d) for d, block in enumerate(blocks))
+        return grouped_gemm.deinterleave(mixed), down
+
+    def _arrange(self, tensor_type: int, weight: Tensor, out: Tensor) -> None:
+        if tensor_type == GATE_UP:
+            grouped_gemm.interleave(weight, out)
+        else:
+            out.copy_(weight)
+
+    # The layer.
+
+    def route(self, logits: Tensor, num_tokens: Tensor | None = None) -> Routing:
+        """fp32 logits [T, E]; num_tokens int32 [1] on the device: later rows are padding, and reach no expert."""
+        return self._router(logits, self._tiles(len(logits)).gate_up.block_m, num_tokens)
+
+    def route_to(self, topk_ids: Tensor, topk_weights: Tensor, num_tokens: Tensor | None = None) -> Routing:
+        """topk_ids int32 or int64 [T, top_k], a token's all different, any outside 0 … E - 1 for experts that are
+        elsewhere; topk_weights [T, top_k]."""
+        block_m = self._tiles(len(topk_ids)).gate_up.block_m
+        return self._router.given(topk_ids, topk_weights, block_m, num_tokens)
+
+    def moe_add(self, x: Tensor, routing: Routing, experts: LayerExperts, residual: Tensor) -> Tensor:
+        """residual [T, H] += mixture of experts of x [T, H]; returns residual."""
+        d, tiles, rows = self.dims, self._tiles(len(x)), len(x) * self.dims.top_k
+        h, y = self._h[:rows], self._y[:rows]
+        experts.wait(GATE_UP)
+        grouped_gemm.gate_up(x, experts.table, routing, h, d.dtype, tiles.gate_up, self._num_sms)
+        experts.wait(DOWN)
+        grouped_gemm.down(h, experts.table, routing, y, d.dtype, tiles.down, self._num_sms)
+        return grouped_gemm.combine(y, routing, residual)
+
+    def count_routed(self, routing: Routing, counts: Tensor) -> None:
+        """counts fp32 [E] += how many tokens each expert got."""
+        counts.add_(routing.expert_start[1:]).sub_(routing.expert_start[:-1])
+
+    def _tiles(self, tokens: int) -> Tiles:
+        d, itemsize, rows = self.dims, self.dims.dtype.itemsize, tokens * self.dims.top_k
+        rows_per_expert = rows / max(1, min(rows, d.experts))
+        if self._weight_tile is not None:
+            # Batch-invariant: whatever the batch, the tile of the largest.
+            tile = fused_tile(
+                self._weight_tile, math.inf if self.batch_invariant else rows_per_expert, self._capability
+            )
+            return Tiles(tile, tile)
+        if self.batch_invariant:
+            tile = invariant_tile(self._capability, itemsize)
+            return Tiles(tile, tile)
+        return choose_tiles(d.hidden, d.intermediate, rows_per_expert, self._capability, itemsize, self._gpu)

@@ -1,0 +1,378 @@
+"""Grouped GEMM over an ExpertTable: one launch for all experts of a layer, wherever their weights lie.
+
+    gate_up   h[p] = silu(x[t] Wg^T) * (x[t] Wu^T)       t = order[p] // top_k, expert of sorted position p
+    down      y[r] = w[r] * (h[p] Wd^T)                   r = order[p], the row; w its routing weight
+    combine   out[t] = residual[t] + sum_j y[t, j]        j = 0 … top_k - 1 in this order
+
+A program finds its block of positions in the routing's block map, and its expert's weight by the address in the
+table: resident block, streaming slot and pinned host memory are all the same to it. Weights are [N, K], K contiguous;
+those of gate_up interleave gate and up (row 2i is gate i, row 2i + 1 up i), so that one tile holds both of an output
+and SwiGLU happens in registers: the intermediate is written once, at half the width. Sums are fp32; no atomics.
+Few rows an expert: weights are the M operand ("swap AB"), see tiles.py. Grids are upper bounds: nothing is read back
+to the host between router and combine.
+
+Sources of the ideas: block maps and sorted tokens, vLLM's fused_moe; SwiGLU on interleaved columns, OpenAI's
+triton_kernels; a buffer of rows summed afterwards, SonicMoE (arXiv 2512.14080).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..expert_table import DOWN, GATE_UP, ExpertTable
+from ..formats import DENSE, FORMATS, fused_formats, weight_tile
+from ..launches import Case
+from ..ops import KernelError
+from .planar12_gemm import planar12_times_rows
+from .portable import cast, dot
+from .routing import Routing
+from .tiles import ROW_BOUNDS, Tile, capability_of, default_tile, fused_tile, invariant_tile
+
+_PLANAR12 = tl.constexpr(FORMATS["planar12"].number)
+# Compressed formats that the kernel below has a tile loop for.
+_LOOPS = ("planar12",)
+TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit
+def weight_times_rows(
+    x_ptr, sources, w_ptr, n, N, K, n0,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SWAP_AB: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BLOCK_M, BLOCK_N]: rows of x (element offsets `sources` int64) times rows `n` of w [N, K], over all K.
+
+    Nothing here masks rows: callers clamp `sources` and `n` into range and mask what they store.
+    """
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + sources[:, None] + k[None, :]
+    w_ptrs = w_ptr + n[:, None] * K + k[None, :]
+    if TMA:
+        w_desc = tl.make_tensor_descriptor(w_ptr, shape=[N, K], strides=[K, 1], block_shape=[BLOCK_N, BLOCK_K])
+    acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP_AB else [BLOCK_M, BLOCK_N], tl.float32)
+    for k0 in tl.range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=k[None, :] < K - k0, other=0.0)
+        if TMA:
+            w = w_desc.load([n0, k0])
+        elif EVEN_K:
+            w = tl.load(w_ptrs)
+        else:
+            w = tl.load(w_ptrs, mask=k[None, :] < K - k0, other=0.0)
+        acc = dot(w, x.T, acc) if SWAP_AB else dot(x, w.T, acc)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    return tl.trans(acc) if SWAP_AB else acc
+
+
+@triton.jit
+def _grouped_gemm_kernel(
+    x_ptr,  # (T, K) tokens for gate_up, (R, K) sorted positions for down
+    addresses_ptr,  # (E, 2) int64
+    formats_ptr,  # (E, 2) uint8
+    y_ptr,  # (R, N / 2) by position for gate_up, (R, N) by row for down
+    order_ptr,  # (R,) int32
+    row_weights_ptr,  # (R,) fp32
+    block_map_ptr,  # (B, 4) int32
+    num_blocks_ptr,  # (1,) int32
+    N, K, stride_x, stride_y,
+    TENSOR: tl.constexpr,  # GATE_UP or DOWN
+    TOP_K: tl.constexpr, W_DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SWAP_AB: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, PLANAR12: tl.constexpr,
+):  # fmt: skip
+    """Grid: (programs,), each takes tiles pid, pid + programs, …; tiles = blocks in use x cdiv(N, BLOCK_N)."""
+    num_blocks = tl.load(num_blocks_ptr)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), num_blocks * tiles_n, tl.num_programs(0)):
+        # Blocks in groups, so that programs that run together share the weights of a few columns in L2.
+        group = tile // (GROUP_M * tiles_n)
+        in_group = tl.minimum(num_blocks - group * GROUP_M, GROUP_M)
+        within = tile % (GROUP_M * tiles_n)
+        block = block_map_ptr + (group * GROUP_M + within % in_group) * 4
+        n0 = within // in_group * BLOCK_N
+        expert = tl.load(block)
+        begin = tl.load(block + 1)
+        end = tl.load(block + 2)
+
+        positions = begin + tl.arange(0, BLOCK_M)
+        mine = positions < end
+        positions = tl.minimum(positions, end - 1)
+        if TENSOR == 0:
+            rows = tl.load(order_ptr + positions) // TOP_K
+        else:
+            rows = positions
+        # 28672 x 4096 elements of a weight fit int32; a pool of experts does not, hence one address each.
+        address = tl.load(addresses_ptr + expert * 2 + TENSOR)
+        n = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1)
+        sources = rows.to(tl.int64) * stride_x
+        # Without the hints, loads through an address that was loaded are as narrow as one element.
+        if PLANAR12:
+            if tl.load(formats_ptr + expert * 2 + TENSOR) == _PLANAR12:
+                block_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+                acc = planar12_times_rows(x_ptr, sources, block_ptr, n, n0, N, K, BLOCK_M, BLOCK_N, EVEN_K)
+            else:
+                w_ptr = tl.multiple_of(address.to(tl.pointer_type(W_DTYPE)), 16)
+                acc = weight_times_rows(
+                    x_ptr, sources, w_ptr, n, N, K, n0, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, EVEN_K, TMA
+                )
+        else:
+            w_ptr = tl.multiple_of(address.to(tl.pointer_type(W_DTYPE)), 16)
+            acc = weight_times_rows(x_ptr, sources, w_ptr, n, N, K, n0, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, EVEN_K, TMA)
+        if TENSOR == 0:
+            gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
+            value = gate / (1.0 + tl.exp(-gate)) * up
+            columns = n0 // 2 + tl.arange(0, BLOCK_N // 2)
+            inside = columns < N // 2
+            targets = positions
+        else:
+            targets = tl.load(order_ptr + positions)
+            value = acc * tl.load(row_weights_ptr + targets)[:, None]
+            columns = n0 + tl.arange(0, BLOCK_N)
+            inside = columns < N
+        y_ptrs = y_ptr + targets.to(tl.int64)[:, None] * stride_y + columns[None, :]
+        tl.store(y_ptrs, cast(value, y_ptr.dtype.element_ty), mask=mine[:, None] & inside[None, :])
+
+
+@triton.jit
+def _combine_kernel(
+    y_ptr,  # (T, TOP_K, H) by row
+    residual_ptr,  # (T, H)
+    out_ptr,  # (T, H), may be residual_ptr
+    num_tokens_ptr,  # (1,) int32
+    experts_ptr,  # (T, TOP_K) int32
+    H, TOP_K: tl.constexpr, PADDED: tl.constexpr, SOME: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Grid: (T, cdiv(H, BLOCK_H))."""
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = h < H
+    total = tl.load(residual_ptr + t * H + h, mask=inside, other=0.0).to(tl.float32)
+    # Rows of padding were never written.
+    real = inside & (t < tl.load(num_tokens_ptr)) if PADDED else inside
+    experts = tl.zeros([BLOCK_H], tl.float32)
+    for choice in tl.static_range(TOP_K):
+        # Nor were those of experts that are elsewhere.
+        here = real & (tl.load(experts_ptr + t * TOP_K + choice) >= 0) if SOME else real
+        experts += tl.load(y_ptr + (t * TOP_K + choice) * H + h, mask=here, other=0.0).to(tl.float32)
+    tl.store(out_ptr + t * H + h, cast(total + experts, out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _linear_kernel(
+    x_ptr,  # (T, K)
+    w_ptr,  # (N, K)
+    y_ptr,  # (T, N)
+    T, N, K, stride_x, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr,
+    EVEN_K: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Grid: (cdiv(T, BLOCK_M), cdiv(N, BLOCK_N)). y = x w^T, or y += x w^T."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n0 = tl.program_id(1) * BLOCK_N
+    columns = n0 + tl.arange(0, BLOCK_N)
+    acc = weight_times_rows(
+        x_ptr, tl.minimum(rows, T - 1).to(tl.int64) * stride_x, w_ptr, tl.minimum(columns, N - 1), N, K, n0,
+        BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, EVEN_K, False,
+    )  # fmt: skip
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y + columns[None, :]
+    mask = (rows[:, None] < T) & (columns[None, :] < N)
+    if ADD:
+        acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=mask)
+
+
+def programs(tile: Tile, num_blocks: int, n: int, num_sms: int) -> int:
+    """Grid of a launch: all tiles that there can be, or as many as run at once when the tile is persistent."""
+    tiles = num_blocks * triton.cdiv(n, tile.block_n)
+    return min(tiles, num_sms) if tile.persistent else tiles
+
+
+def _constants(tile: Tile, k: int, step: int) -> dict:
+    """step: columns of the weight that the longest step of a tile loop reads."""
+    return dict(
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SWAP_AB=tile.swap_ab,
+        EVEN_K=k % step == 0,
+    )  # fmt: skip
+
+
+def _options(tile: Tile) -> dict:
+    return dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+def _scratch(nbytes: int, alignment: int, stream: int | None) -> Tensor:
+    """What Triton asks for where programs make descriptors, in the order of the current stream."""
+    return torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+
+
+def _launch(
+    x: Tensor, table: ExpertTable, routing: Routing, y: Tensor, n: int, k: int, tensor: int, w_dtype: torch.dtype,
+    tile: Tile, num_sms: int,
+) -> Tensor:  # fmt: skip
+    if w_dtype not in TL_DTYPES or x.dtype != w_dtype:
+        raise KernelError(f"weights are {w_dtype}, activations {x.dtype}; both must be the same of {list(TL_DTYPES)}")
+    if x.shape[1] != k or x.stride(1) != 1 or y.stride(1) != 1:
+        raise KernelError(f"activations must be [rows, {k}] with contiguous rows, got {list(x.shape)} {x.stride()}")
+    if n * k >= 2**31:
+        raise KernelError(f"an expert tensor of {n} x {k} elements exceeds the 2^31 that a tile can index")
+    if tile.block_m != routing.block_m:
+        raise KernelError(f"the routing has blocks of {routing.block_m} rows, the tile of {tile.block_m}")
+    if tile.tma and (n % tile.block_n or k % tile.block_k):
+        raise KernelError(f"a TMA tile of {tile.block_n} x {tile.block_k} must divide the weight {n} x {k}")
+    if routing.max_blocks == 0:
+        return y
+    step = tile.block_k
+    for name in table.compressed:
+        if name not in _LOOPS:
+            raise KernelError(f"this GEMM has no tile loop for format {name}; it has {', '.join(_LOOPS)} and dense")
+        rows, columns = weight_tile(name)
+        step = max(step, columns)
+        if w_dtype != torch.bfloat16 or tile.block_n != rows or not tile.swap_ab:
+            raise KernelError(
+                f"{name} experts need bf16 and a tile of {rows} swapped weight rows, got {w_dtype} and {tile}"
+            )
+    if tile.tma:
+        # Descriptors that a program makes lie in global memory. Set here, since contexts of threads start without.
+        triton.set_allocator(_scratch)
+    _grouped_gemm_kernel[(programs(tile, routing.max_blocks, n, num_sms),)](
+        x, table.addresses, table.formats, y, routing.order, routing.weights, routing.block_map, routing.num_blocks,
+        n, k, x.stride(0), y.stride(0), TENSOR=tensor, TOP_K=routing.experts.shape[1], W_DTYPE=TL_DTYPES[w_dtype],
+        GROUP_M=tile.group_m, TMA=tile.tma, PLANAR12="planar12" in table.compressed,
+        **_constants(tile, k, step), **_options(tile),
+    )  # fmt: skip
+    return y
+
+
+def gate_up(
+    x: Tensor, table: ExpertTable, routing: Routing, h: Tensor, w_dtype: torch.dtype, tile: Tile, num_sms: int = 132
+) -> Tensor:
+    """x [T, H] → h [R, I] by sorted position, SwiGLU applied. Rows of padding are left as they are."""
+    return _launch(x, table, routing, h, 2 * h.shape[1], x.shape[1], GATE_UP, w_dtype, tile, num_sms)
+
+
+def down(
+    h: Tensor, table: ExpertTable, routing: Routing, y: Tensor, w_dtype: torch.dtype, tile: Tile, num_sms: int = 132
+) -> Tensor:
+    """h [R, I] by sorted position → y [R, H] by row, times the routing weight."""
+    return _launch(h, table, routing, y, y.shape[1], h.shape[1], DOWN, w_dtype, tile, num_sms)
+
+
+def combine(y: Tensor, routing: Routing, residual: Tensor, out: Tensor | None = None) -> Tensor:
+    """residual [T, H] + sum of each token's rows of y [T * top_k, H]; in place unless `out` is given."""
+    tokens, hidden = residual.shape
+    out = residual if out is None else out
+    if tokens:
+        block, padded = min(1024, triton.next_power_of_2(hidden)), routing.num_tokens is not None
+        _combine_kernel[(tokens, triton.cdiv(hidden, block))](
+            y, residual, out, routing.num_tokens if padded else y, routing.experts, hidden,
+            TOP_K=routing.experts.shape[1], PADDED=padded, SOME=routing.some_elsewhere, BLOCK_H=block, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def linear(x: Tensor, w: Tensor, y: Tensor, tile: Tile, add: bool = False) -> Tensor:
+    """y [T, N] = (or +=) x [T, K] @ w [N, K]^T with the grouped GEMM's tile: batch-invariant if the tile is fixed."""
+    (tokens, k), n = x.shape, w.shape[0]
+    if n * k >= 2**31:
+        raise KernelError(f"a weight of {n} x {k} elements exceeds the 2^31 that a tile can index")
+    if tokens:
+        _linear_kernel[(triton.cdiv(tokens, tile.block_m), triton.cdiv(n, tile.block_n))](
+            x,
+            w,
+            y,
+            tokens,
+            n,
+            k,
+            x.stride(0),
+            y.stride(0),
+            ADD=add,
+            **_constants(tile, k, tile.block_k),
+            **_options(tile),
+        )
+    return y
+
+
+def interleave(gate_up_weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """[2I, H] with all gates first, as checkpoints have it → [2I, H] with gate and up rows in turns."""
+    half = gate_up_weight.shape[0] // 2
+    out = torch.empty_like(gate_up_weight) if out is None else out
+    pairs = out.view(half, 2, -1)
+    pairs[:, 0], pairs[:, 1] = gate_up_weight[:half], gate_up_weight[half:]
+    return out
+
+
+def deinterleave(weight: Tensor) -> Tensor:
+    """Undo `interleave`."""
+    return weight.view(weight.shape[0] // 2, 2, -1).transpose(0, 1).reshape(weight.shape)
+
+
+def moe_torch(
+    x: Tensor, weights: Callable[[int], tuple[Tensor, Tensor]], experts: Tensor, row_weights: Tensor
+) -> Tensor:
+    """Reference in float64: loops over experts. x [T, H]; weights(e) → gate_up [2I, H], down [H, I] as in checkpoints;
+    experts, row_weights [T, top_k] → [T, H].
+    """
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    x = x.double()
+    for expert in range(int(experts.max()) + 1 if experts.numel() else 0):
+        token, choice = torch.where(experts == expert)
+        if len(token):
+            gate_up_weight, down_weight = (w.double() for w in weights(expert))
+            gate, up = (x[token] @ gate_up_weight.T).chunk(2, dim=-1)
+            y = torch.nn.functional.silu(gate) * up @ down_weight.T
+            out.index_add_(0, token, y * row_weights[token, choice, None].double())
+    return out
+
+
+def audit_cases() -> Iterator[Case]:
+    """For `kernels.audit`: both GEMMs at every tile of the rule and its variants for prefill, on Qwen3-30B-A3B's
+    experts; fused formats beside dense experts in one launch; and the operations around them."""
+    hidden, intermediate, experts, top_k = 2048, 768, 128, 8
+    capability = capability_of(torch.device("meta"))
+    tiles = {f"{bound:.0f} rows": default_tile(bound, capability, 2) for bound in ROW_BOUNDS}
+    tiles["invariant"] = invariant_tile(capability, 2)
+    largest = tiles["inf rows"]
+    formats: dict[str, str] = {}
+    for name in sorted(fused_formats("triton")):
+        for rows in (16, 32, 64):
+            tiles[f"{name}, {rows} rows"] = fused_tile(weight_tile(name), rows, capability)
+            formats[f"{name}, {rows} rows"] = name
+    tiles["persistent"] = replace(largest, persistent=True)
+    tiles["tma"] = replace(largest, tma=True)
+    tokens, block = 64, torch.zeros(16, dtype=torch.uint8)  # kernels see the table's addresses alone
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    ids = partial(empty, dtype=torch.int32)
+
+    def routing_of(block_m: int) -> Routing:
+        return Routing(
+            ids(tokens, top_k), empty(tokens, top_k, dtype=torch.float32), ids(tokens * top_k), ids(experts + 1),
+            ids(tokens * top_k, 4), ids(1), block_m, ids(1),
+        )  # fmt: skip
+
+    x, h, y = empty(tokens, hidden), empty(tokens * top_k, intermediate), empty(tokens * top_k, hidden)
+    for label, tile in tiles.items():
+        expert_format = formats.get(label, DENSE)
+        table = ExpertTable.from_blocks([(block, block)] * experts, "cpu", expert_format)
+        routing = routing_of(tile.block_m)
+        decoded = 0 if expert_format == DENSE else tile.block_n * tile.block_k // (32 * tile.num_warps)
+        for name, launch in (
+            ("gate_up", partial(gate_up, x, table, routing, h, x.dtype, tile)),
+            ("down", partial(down, h, table, routing, y, x.dtype, tile)),
+        ):
+            yield Case(f"grouped_gemm {name}, {label}", launch, (_grouped_gemm_kernel,), decoded)
+    vocabulary = empty(151936, hidden)
+    logits = empty(tokens, len(vocabulary), dtype=torch.float32)
+    yield Case("linear", partial(linear, x, vocabulary, logits, tiles["invariant"]), (_linear_kernel,))
+    yield Case("combine", partial(combine, y, routing_of(16), x), (_combine_kernel,))

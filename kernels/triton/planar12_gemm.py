@@ -1,0 +1,111 @@
+"""The tile loop of the grouped GEMM on experts in format planar12: decoded in registers, escapes handled inside.
+
+A block holds the planes of one weight [N, K] (`packing.planar12`, E = 1), each on a multiple of 256 bytes. A step of
+the loop is one tile of the format, 64 x 128: bytes of its two halves of columns, and nibbles that serve both. Decoded
+weights are the register operand of the matrix instruction (swap AB). They pass through shared memory once more on the
+way, bf16, because the layout in which bytes are loaded widest is not that of the operand.
+
+Escapes are patched after decoding. There is no loop over them: a loop inside would stop Triton from pipelining the
+outer one. Eight branches, most of them not taken (a Gaussian's tile has 0.6 escapes), cover every tile that has few;
+others are stored raw and read in place of what was decoded.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language import target_info
+
+from ..packing._planar12 import unpack_planar12
+from ..packing.codec import BLOCK_ALIGNMENT
+from .portable import INTERPRETED, dot
+
+ALIGNMENT = tl.constexpr(BLOCK_ALIGNMENT)
+
+
+@triton.jit
+def _align(nbytes):
+    return (nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+@triton.jit
+def _patch(w, escape, column, BLOCK_N: tl.constexpr):
+    """w bf16 [BLOCK_N, 64] with one weight replaced; escape uint32, column its column in this half."""
+    row = (escape >> 23).to(tl.int32)
+    hit = (tl.arange(0, BLOCK_N)[:, None] == row) & (tl.arange(0, 64)[None, :] == column)
+    bits = tl.where(hit, (escape & 0xFFFF).to(tl.uint16), w.to(tl.uint16, bitcast=True))
+    return bits.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _fence(acc):
+    """acc, which nothing may know before all matrix instructions that make it are done.
+
+    wgmma, which only Hopper has, runs asynchronously and reads decoded weights from registers. Without this ptxas
+    either waits for each (C7515, in the dense loop of the same kernel too), or lets the next step overwrite the
+    registers of those in flight (triton issues 9433 and 11781): the moves use the accumulator, so the wait comes first.
+    """
+    if INTERPRETED or not target_info.cuda_capability_geq(9) or target_info.cuda_capability_geq(10):
+        return acc
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def planar12_times_rows(
+    x_ptr, sources, block_ptr, n, n0, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """`grouped_gemm.weight_times_rows` for a planar12 block, uint8 pointer; BLOCK_N must be 64, a tile's rows.
+
+    The sum runs over K in steps of 64, as that of a dense tile with BLOCK_K = 64.
+    """
+    tl.static_assert(BLOCK_N == 64, "a tile of planar12 has 64 rows")
+    tiles_k = tl.cdiv(K, 128)
+    padded = tiles_k * 128
+    tiles = tl.cdiv(N, 64) * tiles_k
+    nibble_ptr = block_ptr + _align(N * padded)
+    base_ptr = nibble_ptr + _align(N * (padded // 2))
+    offset_ptr = (base_ptr + ALIGNMENT).to(tl.pointer_type(tl.int32))
+    escape_ptr = (base_ptr + ALIGNMENT + _align(4 * (tiles + 1))).to(tl.pointer_type(tl.uint32))
+    escapes = tl.load(offset_ptr + tiles)
+    raw_ptr = (base_ptr + ALIGNMENT + _align(4 * (tiles + 1)) + _align(4 * escapes)).to(tl.pointer_type(tl.bfloat16))
+    base = tl.load(base_ptr.to(tl.pointer_type(tl.int32)))
+
+    j = tl.arange(0, 64)
+    r = tl.arange(0, BLOCK_N)
+    x_ptrs = x_ptr + sources[:, None] + j[None, :]
+    byte_ptrs = block_ptr + n[:, None] * padded + j[None, :]
+    nibble_ptrs = nibble_ptr + n[:, None] * (padded // 2) + j[None, :]
+    offset_ptr += n0 // 64 * tiles_k
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for step in tl.range(0, tiles_k):
+        if EVEN_K:
+            x_low, x_high = tl.load(x_ptrs), tl.load(x_ptrs + 64)
+        else:
+            left = K - step * 128
+            x_low = tl.load(x_ptrs, mask=j[None, :] < left, other=0.0)
+            x_high = tl.load(x_ptrs + 64, mask=j[None, :] + 64 < left, other=0.0)
+        nibbles = tl.load(nibble_ptrs)
+        low = unpack_planar12(tl.load(byte_ptrs), nibbles, base)
+        high = unpack_planar12(tl.load(byte_ptrs + 64), nibbles, base, HIGH=True)
+        begin, end = tl.load(offset_ptr + step), tl.load(offset_ptr + step + 1)
+        if begin < end:
+            first = tl.load(escape_ptr + begin)
+            if first >> 16 == 0xFFFF:
+                tile_ptrs = raw_ptr + (first & 0xFFFF).to(tl.int64) * 8192 + r[:, None] * 128 + j[None, :]
+                low, high = tl.load(tile_ptrs), tl.load(tile_ptrs + 64)
+            else:
+                for i in tl.static_range(8):
+                    if begin + i < end:
+                        escape = tl.load(escape_ptr + begin + i)
+                        column = ((escape >> 16) & 127).to(tl.int32)
+                        if column < 64:
+                            low = _patch(low, escape, column, BLOCK_N)
+                        else:
+                            high = _patch(high, escape, column - 64, BLOCK_N)
+        acc = dot(low, x_low.T, acc)
+        acc = _fence(dot(high, x_high.T, acc))
+        x_ptrs += 128
+        byte_ptrs += 128
+        nibble_ptrs += 64
+    return tl.trans(acc)

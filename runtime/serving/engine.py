@@ -1,0 +1,309 @@
+"""The engine: one budget, one checkpoint, requests in, tokens and per-iteration metrics out.
+
+    Checkpoint ─► ExpertPager ─► Decoder ─► sampling
+    Scheduler ◄─► PagedKVCache      ▲ batch
+
+Construction charges every device byte to a MemoryBudget, and what the host holds beside it to another (see
+`deployment`). Nothing is loaded before the budget is known to suffice, and both to fit the memory that is free.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+from fluxmoe.kernels.ops import AttentionMetadata, Limits
+from fluxmoe.models.checkpoint import Checkpoint
+from fluxmoe.models.decoder import Decoder, expert_dims, layer_dims
+from torch import Tensor
+from tqdm import tqdm
+
+from ..devices import device_of, resolve_device
+from ..experts.footprint import EXPERT_LINES
+from ..experts.moving_store import MovingStore
+from ..experts.pager import ExpertPager
+from ..experts.planner import Links
+from ..experts.streamer import Counters
+from ..hardware import measure_links
+from ..memory.budget import BudgetError, format_bytes
+from ..memory.check import FreeMemory, MemoryCheck
+from ..memory.region import BlockPool
+from .batch import build_batch
+from .config import EngineConfig
+from .deployment import Deployment, limits_of, make_planner, require_workspace
+from .graphs import DecodeGraphs
+from .kv_cache import GrowableKVCache, PagedKVCache
+from .loop import Executed, ServingLoop
+from .request import Request
+from .residency import ComputeProfile, Residency, Seen
+from .sampling import sample
+from .scheduler import Scheduler, Step
+from .state_cache import StateCache
+from ..timeline import Timeline
+
+
+class Engine(ServingLoop):
+    """Serves one checkpoint under one budget. Not thread-safe; use as a context manager, or call `close`.
+
+    Raises ConfigError or CheckpointError for a bad checkpoint, BudgetError if the budget cannot hold the model
+    and one KV block, DeviceError, PlacementError.
+    """
+
+    def __init__(self, model_dir: Path | str, config: EngineConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or EngineConfig()
+        with ExitStack() as undo:
+            self._build(Path(model_dir), config, undo)
+            self._resources = undo.pop_all()
+
+    def _build(self, model_dir: Path, config: EngineConfig, resources: ExitStack) -> None:
+        """Make all parts; those that hold threads, files or locked memory are closed by `resources`, in any case."""
+        self.device = resolve_device(config.device)
+        # Before the kernels make their workspace, which the budget is charged with.
+        kind = device_of(self.device)
+        free, self._taken_before = FreeMemory.now(kind), kind.taken_bytes()
+        total = kind.available_bytes() if config.budget_bytes is None else config.budget_bytes
+        free.check_budget(total)
+        checkpoint = Checkpoint(model_dir)
+        self.model = model = checkpoint.config
+        limits = limits_of(model, config)
+        require_workspace(model, limits, max(total, free.device_bytes or 0))
+        self.ops = kind.make_ops(layer_dims(model), limits, config)
+        self.timeline = Timeline(config.timeline)
+        self.pager = ExpertPager(
+            expert_dims(model), len(model.moe_layers), config, self.device, limits.tokens, timeline=self.timeline
+        )
+        # Only where nothing waits for the device in mid-pass, as the plain torch path does.
+        graphs = config.cuda_graphs and kind.graphs and config.kernels != "torch"
+        per_graph = (config.max_batch, -(-limits.context // config.block_size), config.block_size)
+        buffers = DecodeGraphs.buffer_bytes(*per_graph) if graphs else 0
+        # An estimate: see `pool_bytes`.
+        pool_bytes = DecodeGraphs.pool_bytes(config.max_batch, model.hidden_size, self.ops.act_dtype.itemsize)
+        self._graph_bytes = buffers + pool_bytes if graphs else 0
+        self.pool: BlockPool | None = None
+        self.residency: Residency | None = None
+        self._links: Links | None = None
+        self._compute = ComputeProfile()
+        in_host = self.pager.host_lines()
+        in_host["staging"] += buffers
+        shared = free.shared and config.budget_bytes is None
+        if shared:
+            total = free.beside(total, in_host)
+        self.deployment = Deployment(
+            model, config, self.ops, self.pager.footprint, total, self._graph_bytes, swap_inside=shared,
+            page_bytes=kind.pool_block_bytes(total) if config.adaptive else 0,
+        )  # fmt: skip
+        self.placement, self.budget = self.deployment.placement, self.deployment.budget
+        if config.adaptive:
+            self.pool = self._open_pool()
+            resources.callback(self.pool.close)
+        num_blocks = self.deployment.reserve_kv()
+        in_host |= self.deployment.swap_lines(num_blocks)
+        self.host_budget = free.host_budget(self._most_bytes, in_host)
+        resources.callback(self.pager.close)
+        self.pager.open(self.pool)
+        self.kv = self._make_cache(num_blocks)
+        resources.callback(self.kv.close)
+        self.scheduler = self._make_scheduler(limits)
+        self.decoder = self._load(checkpoint, limits.context)
+        self.states: StateCache | None = None
+        if model.delta is not None:
+            self.states = StateCache(model.delta, *self.deployment.state_sizes, self.device)
+        self.graphs: DecodeGraphs | None = None
+        if graphs:
+            spare = self.deployment.max_sequences
+            self.graphs = DecodeGraphs(self._forward, self.pager, *per_graph, self.device, spare)
+        if self.pool is not None:
+            self.residency = self._make_residency(self.pool)
+        self._counted = Counters()
+
+    @property
+    def _most_bytes(self) -> int:
+        """Device bytes that the engine may ever hold."""
+        if self.pool is None:
+            return self.budget.used
+        lines = self.budget.lines()
+        pooled = sum(lines[line] for line in (*EXPERT_LINES.values(), "kv_cache"))
+        return self.budget.used - pooled + self.pool.max_blocks * self.pool.block_bytes
+
+    def _make_cache(self, num_blocks: int) -> PagedKVCache:
+        config, model = self.config, self.model
+        host_blocks = num_blocks if config.preemption == "swap" else 0
+        kv_layers = len(model.attention_layers)
+        sizes = (config.block_size, model.num_kv_heads, model.head_dim, model.dtype, self.device)
+        pin = host_blocks > 0 and device_of(self.device).asynchronous
+        if self.pool is None:
+            return PagedKVCache(self.ops, kv_layers, num_blocks, *sizes, host_blocks=host_blocks, pin=pin)
+        most = self.deployment.useful_blocks
+        cache = GrowableKVCache(self.ops, kv_layers, most, *sizes, pool=self.pool, host_blocks=host_blocks, pin=pin)
+        try:
+            # The pool has no more beside the experts, whose lines are rounded up to its blocks by now.
+            lines = self.budget.lines()
+            room = self.pool.max_blocks * self.pool.block_bytes - sum(lines[line] for line in EXPERT_LINES.values())
+            num_blocks = min(num_blocks, room // self.deployment.block_bytes) // cache.quantum * cache.quantum
+            if not num_blocks:
+                raise BudgetError(
+                    f"a budget of {format_bytes(self.budget.total)} leaves less than "
+                    f"{format_bytes(cache.quantum_bytes)} for KV, the least that can be mapped at a time; give more"
+                )
+            cache.resize(num_blocks)
+        except BaseException:
+            cache.close()
+            raise
+        self.budget.release("kv_cache", self.budget.lines()["kv_cache"] - cache.nbytes)
+        return cache
+
+    def _make_scheduler(self, limits: Limits) -> Scheduler:
+        config, sequences = self.config, self.deployment.max_sequences
+        return Scheduler(
+            self.kv.num_blocks, config.block_size, sequences, limits.tokens, config.preemption, limits.context,
+            eos_token_ids=self.model.eos_token_ids, host_blocks=self.kv.host_blocks,
+        )  # fmt: skip
+
+    # Experts that move.
+
+    def _open_pool(self) -> BlockPool:
+        """One pool of physical blocks for experts and KV; what its rounding costs experts is charged to them."""
+        deployment, lines = self.deployment, self.budget.lines()
+        largest = max(deployment.layout.expert_bytes(name) for name in deployment.layout.sizes)
+        # All experts and all KV that can be used, and whole blocks of both: more would only make blocks larger.
+        useful = self.placement.tiers.size * largest + deployment.useful_blocks * deployment.block_bytes
+        held = sum(lines[line] for line in EXPERT_LINES.values())
+        pool = device_of(self.device).make_pool(min(deployment.kv_room + held, useful + useful // 64 + (16 << 20)))
+        for line, nbytes in self.pager.lines(pool).items():
+            if line in EXPERT_LINES.values():
+                self.budget.reserve(line, max(0, nbytes - lines[line]))
+                self.budget.release(line, max(0, lines[line] - nbytes))
+        return pool
+
+    def _make_residency(self, pool: BlockPool) -> Residency:
+        config, kv, store, planner = self.config, self.kv, self.pager.store, None
+        assert isinstance(kv, GrowableKVCache), "KV shares the pool"
+        assert isinstance(store, MovingStore), "experts move"
+        if config.planning:
+            each = {tier: heap.unit_bytes for tier, heap in store.heaps.items()}
+            planner = make_planner(config, each, pool.max_blocks * pool.block_bytes, kv.quantum_bytes)
+            if config.transfer == "auto" or device_of(self.device).asynchronous:
+                self._links = measure_links(self.device) if config.profile is None else config.profile.links
+        return Residency(
+            self.pager,
+            kv,
+            self.scheduler,
+            self.budget,
+            pool,
+            planner=planner,
+            every=config.plan_every,
+            grow_kv=config.grow_kv,
+            links=self._links if config.transfer == "auto" else None,
+        )
+
+    def _load(self, checkpoint: Checkpoint, context: int) -> Decoder:
+        """Stream the checkpoint into decoder and pager, one tensor at a time."""
+        decoder = Decoder(self.model, self.ops, context)
+        for role, layer, weight in checkpoint.dense_tensors():
+            decoder.load(role, layer, weight)
+        moe_layers = self.model.moe_layers
+        total = len(moe_layers) * self.model.num_experts
+        experts = tqdm(
+            checkpoint.experts(), "experts", total, disable=not self.config.progress, leave=False, unit="expert"
+        )
+        for layer, expert, gate_up, down in experts:
+            self.pager.put(moe_layers.index(layer), expert, gate_up, down)
+        self.pager.seal()
+        return decoder
+
+    # Serving: what the loop asks for.
+
+    def _clock_s(self) -> float:
+        return time.perf_counter()
+
+    def _wait(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    @property
+    def tiers(self) -> np.ndarray:
+        return self.pager.tiers
+
+    def _refusal(self, request: Request) -> str | None:
+        outside = max(request.prompt_ids, default=0)
+        if outside >= self.model.vocab_size:
+            return f"token id {outside} is outside the vocabulary of {self.model.vocab_size}"
+        return None
+
+    def _execute(self, step: Step) -> Executed:
+        self.kv.swap_out(step.swap_out)
+        self.kv.swap_in(step.swap_in)
+        if self.states is not None:
+            self.states.swap_out(step.state_out)
+            self.states.swap_in(step.state_in)
+        batch = build_batch(step, self.config.block_size)
+        if self.graphs is not None and all(chunk.length == 1 and chunk.sample for chunk in step.chunks):
+            logits = self.graphs.run(batch)
+        else:
+            batch = batch.to(self.device)
+            logits = self._forward(batch.token_ids, batch.metadata, batch.logit_rows)
+        sampling = [chunk.sequence for chunk in step.chunks if chunk.sample]
+        tokens = sample(logits, [s.request.params for s in sampling], [s.num_generated for s in sampling])
+        before, after = self._counted, self.pager.counters()
+        self._counted = after
+        return Executed(
+            tokens,
+            (after.stall_ns - before.stall_ns) / 1e9,
+            (after.transfer_ns - before.transfer_ns) / 1e9,
+            after.streamed_bytes - before.streamed_bytes,
+        )
+
+    def _adapt(self, step: Step, executed: Executed, elapsed_s: float) -> None:
+        if self.residency is None:
+            return
+        load, compute = executed.transfer_s, elapsed_s - executed.stall_s
+        if device_of(self.device).asynchronous and self._links is not None:
+            # Copies and waits happen on the device, untimed: loads are modelled, compute is profiled.
+            load = executed.streamed_bytes / self._links.copy
+            compute = self._compute.compute_s(len(step.chunks), compute)
+        self.residency.between_iterations(Seen(compute, load, step.num_tokens, not step.prefill_tokens))
+
+    def _dropped(self) -> None:
+        if self.states is not None:
+            self.states.keep_swapped(self.scheduler.swapped_orders)
+
+    def _forward(self, token_ids: Tensor, metadata: AttentionMetadata, logit_rows: Tensor) -> Tensor:
+        return self.decoder.forward(token_ids, metadata, self.kv, self.pager, logit_rows, self.timeline, self.states)
+
+    def held_bytes(self) -> dict[str, int]:
+        """What the parts really hold on the device, line by line, to be compared with the ledger."""
+        optional = {} if self.states is None else {"states": self.states.nbytes}
+        optional |= {"graphs": self._graph_bytes} if self._graph_bytes else {}
+        held = self.pager.held_bytes()
+        held["workspace"] += self.ops.workspace_bytes
+        return optional | held | {"non_expert_weights": self.decoder.nbytes, "kv_cache": self.kv.nbytes}
+
+    def memory_check(self) -> MemoryCheck:
+        """The ledgers beside what is really held, to be asked after warm-up.
+
+        On CUDA: the device's ledger, and by how much more is taken on the GPU than before the engine was made, kernels'
+        code and what other processes do included. More than 2 % above the ledger is a warning.
+
+        On a CPU: both ledgers, but for a spill file, and by how much more memory this process has touched. Less is
+        usual: a workspace is touched as far as it was needed, and malloc may have kept what others gave back. Compiled
+        kernels, threads and what malloc keeps are in no ledger: only above 2 % and 256 MiB it is a warning.
+        """
+        ledger = self.budget.used
+        kind = device_of(self.device)
+        if kind.is_host:
+            ledger += self.host_budget.used - self.host_budget.lines().get("spill", 0)
+        now = kind.taken_bytes()
+        held = None if now is None or self._taken_before is None else now - self._taken_before
+        return MemoryCheck.of(kind, ledger, held)
+
+    def close(self) -> None:
+        """Stop copies, give files and locked memory back; the engine cannot be used any more. Idempotent."""
+        self._resources.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,174 @@
+"""Residency: experts and KV share one pool of memory while serving, and a planner moves experts (PAPER §4.3).
+
+What experts leave is mapped at the end of the KV cache, and the scheduler admits more requests at once. The paper
+leaves that as future work. How experts move is the pager's affair (`experts.mover`); what room they get is decided
+here. All changes happen between iterations, none of which waits for a copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..experts.footprint import EXPERT_LINES
+from ..experts.pager import ExpertPager
+from ..experts.placement import Tier
+from ..experts.planner import Links, Observation, Planner, PlannerError, choose_transfer, transfer_costs
+from ..memory.budget import MemoryBudget
+from ..memory.region import BlockPool, RegionError
+from .kv_cache import GrowableKVCache
+from .scheduler import Scheduler
+
+# How much an expert's use in the window before counts beside the newest.
+_MEMORY = 0.5
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An iteration, for the planner: seconds of compute and of loads, tokens in the pass, whether it prefilled none."""
+
+    compute_s: float
+    load_s: float
+    tokens: int
+    decode_only: bool = True
+
+
+class ComputeProfile:
+    """τ_comp where waiting cannot be told from computing, as on a GPU: the least that an iteration of about as many
+    sequences has taken. It rises by a hundredth an iteration, so that longer contexts are learned in time."""
+
+    def __init__(self) -> None:
+        self._least: dict[int, float] = {}
+
+    def compute_s(self, sequences: int, duration_s: float) -> float:
+        """Ideal seconds of an iteration that took `duration_s`, its waiting included."""
+        size = sequences.bit_length()
+        self._least[size] = min(duration_s, 1.01 * self._least.get(size, duration_s))
+        return self._least[size]
+
+
+class Residency:
+    """Shares the pool out between the pager's experts and KV, and lets the planner move experts.
+
+    planner: decides every `every` iterations from the median of what they saw; None: only `pager.request` moves
+    experts. links: if given, the planner also chooses between whole and on-demand transfer.
+    """
+
+    def __init__(
+        self, pager: ExpertPager, kv: GrowableKVCache, scheduler: Scheduler, budget: MemoryBudget, pool: BlockPool,
+        planner: Planner | None = None, every: int = 8, grow_kv: bool = True, links: Links | None = None,
+    ) -> None:  # fmt: skip
+        self.pager, self.kv, self.scheduler, self.budget, self.pool = pager, kv, scheduler, budget, pool
+        assert pager.mover is not None, "experts of an adaptive pager move"
+        assert pager.store is not None, "the pager is open"
+        self._mover, self._store = pager.mover, pager.store
+        self.planner, self.every, self.links = planner, every, links
+        # What KV may take: all that it can use, or no more than it gave to experts that came.
+        self._most_kv = kv.most_blocks if grow_kv else kv.num_blocks
+        self._window: list[Seen] = []
+        # Tokens since the last plan; then how often each expert was used, and by how many tokens, older plans less.
+        self._routed = 0
+        self._used = np.zeros(pager.tiers.shape)
+        self._tokens = 0.0
+        self.last_reason = ""
+
+    def between_iterations(self, seen: Seen | None = None) -> None:
+        """Everything that may change, before the next pass begins. Never waits for a copy.
+
+        seen: the iteration that has ended, from which the planner learns.
+        """
+        if self.planner is not None and seen is not None:
+            self._plan(seen)
+        self.pager.apply_moves(self._make_room)
+        self._share_out()
+
+    def _make_room(self, nbytes: int) -> None:
+        """Take KV quanta that hold nothing until the pool has `nbytes`. RegionError if they are in use."""
+        while self.pool.free_blocks * self.pool.block_bytes < nbytes:
+            if not self.kv.num_blocks or not self.scheduler.shrink(self.kv.quantum):
+                raise RegionError("the KV blocks at the end of the cache are in use")
+            self.kv.resize(self.kv.num_blocks - self.kv.quantum)
+
+    def _share_out(self) -> None:
+        """What experts left goes to KV, in whole quanta; then the ledger says who holds what."""
+        spare = self.pool.free_blocks * self.pool.block_bytes
+        # Units of experts on their way in are mapped already.
+        quanta = min(spare // self.kv.quantum_bytes, (self._most_kv - self.kv.num_blocks) // self.kv.quantum)
+        if quanta > 0 and not self._mover.waits:
+            more = quanta * self.kv.quantum
+            try:
+                self.kv.resize(self.kv.num_blocks + more)
+                self.scheduler.grow(more)
+            except RegionError as error:
+                self._mover.refused.append(f"the KV cache does not grow: {error}")
+        held = {line: self._store.tier_bytes(tier) for tier, line in EXPERT_LINES.items()}
+        held["kv_cache"] = self.kv.nbytes
+        lines = self.budget.lines()
+        for line, nbytes in held.items():
+            if nbytes < lines.get(line, 0):
+                self.budget.release(line, lines[line] - nbytes)
+        for line, nbytes in held.items():
+            if nbytes > lines.get(line, 0):
+                self.budget.reserve(line, nbytes - lines.get(line, 0))
+
+    # Planning.
+
+    def _plan(self, seen: Seen) -> None:
+        self._routed += seen.tokens
+        if seen.decode_only:
+            self._window.append(seen)
+        if len(self._window) < self.every or self._mover.busy:
+            return
+        compute_s, load_s, tokens = (
+            float(np.median([getattr(one, name) for one in self._window])) for name in ("compute_s", "load_s", "tokens")
+        )
+        self._learn()
+        self._window = []
+        if self.links is not None:
+            compute_s, load_s = self._choose_transfer(self.links, compute_s, load_s, tokens)
+        per_block = self.kv.quantum_bytes // self.kv.quantum
+        used, waiting = self.scheduler.blocks_used * per_block, self.scheduler.blocks_wanted * per_block
+        assert self.planner is not None, "plans are asked of a planner"
+        try:
+            plan = self.planner.decide(
+                self.pager.tiers,
+                Observation(compute_s, load_s, used, waiting),
+                self._used if self._tokens else None,
+            )
+        except PlannerError as error:
+            self.last_reason = str(error)
+            return
+        self.last_reason = plan.reason
+        self.pager.request(plan.moves)
+
+    def _learn(self) -> None:
+        """Which experts tokens were routed to since the last plan."""
+        popularity = self.pager.popularity
+        if popularity is None:
+            return
+        counts = popularity.cpu().double().numpy()
+        popularity.zero_()
+        self._used = _MEMORY * self._used + counts
+        self._tokens = _MEMORY * self._tokens + self._routed
+        self._routed = 0
+
+    def _choose_transfer(self, links: Links, compute_s: float, load_s: float, tokens: float) -> tuple[float, float]:
+        """Settle how host experts cross; returns compute and loads apart, whichever way is in use."""
+        pager = self.pager
+        host = pager.tiers == Tier.HOST
+        if not host.any() or not self._tokens:
+            return compute_s, load_s
+        chances = np.clip(self._used / self._tokens, 0, 1)
+        layout = self._store.layout
+        size = layout.expert_bytes(layout.stored(Tier.HOST))
+        if pager.transfer == "on_demand":
+            # Reads in place are part of what looks like compute.
+            load_s = min(compute_s, transfer_costs(host, chances, tokens, size, links, 0.0)[1])
+            compute_s -= load_s
+        costs = transfer_costs(host, chances, tokens, size, links, compute_s)
+        chosen = choose_transfer(costs, pager.transfer)
+        if chosen != pager.transfer:
+            pager.set_transfer(chosen)
+            self._mover.applied[chosen] += 1
+        return compute_s, load_s

@@ -1,0 +1,247 @@
+"""What a forward pass costs on a machine that is not there: bytes, flops and launches against a HardwareProfile.
+
+A layer's time is the sum of its parts, each the longer of its bytes over memory bandwidth and its flops over peak:
+
+    projections     every weight once, MLPs that all tokens use included; 2 flops a weight and token
+    attention       K and V of every sequence's context once; 4·heads·D flops a query and key
+    states          Gated DeltaNet: every sequence's state read and written
+    experts         the expected number of distinct experts, E·(1 - (1 - k/E)^T), each in the format in which the GEMM
+                    reads it; 6·H·I flops a token and chosen expert
+    traffic         what loads write, and decoders read and write: a layer takes no less than all its bytes do
+    all-reduce      two a layer where there are several devices: latency, and activations over the link
+    launches        kernels of a layer, one after the other
+
+Loads: bytes from the host over the link (each device fetches its share, all at once, over what they share), then
+decoding to a buffer for formats that the GEMM does not read. Both are what Algorithm 1 overlaps with compute; the
+simulator does that, not this file. All sizes are those of one device of `devices`, which share every matrix evenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats
+from fluxmoe.kernels.ops import ExpertDims, Limits
+from fluxmoe.models.config import ModelConfig
+from fluxmoe.models.decoder import expert_dims, layer_dims
+
+from ..experts.layout import ExpertLayout
+from ..experts.placement import DEVICE_TIERS, Tier
+from ..hardware import HardwareProfile, ProfileError
+from ..serving.scheduler import Step
+
+_KERNELS_A_LAYER = 14
+
+
+@dataclass(frozen=True)
+class CostParameters:
+    """What a profile does not say. bits: of each format; fused: formats that the GEMM reads in place.
+
+    attention_share, expert_share: of memory bandwidth that paged attention and grouped GEMM reach; moe_flops_share: of
+    peak, of a grouped GEMM; workspace_bytes: of a device, None to estimate a GPU's; eager: kernels are launched one by
+    one by the host, which needs `eager_launch_s` for each with all that it does around it, instead of as graphs.
+    """
+
+    bits: Mapping[str, float] = field(default_factory=lambda: {name: each.bits for name, each in FORMATS.items()})
+    fused: frozenset[str] = field(default_factory=lambda: fused_formats("triton"))
+    attention_share: float = 0.75
+    expert_share: float = 0.85
+    moe_flops_share: float = 0.7
+    workspace_bytes: int | None = None
+    eager: bool = False
+    eager_launch_s: float = 8e-6
+
+
+class SimExperts:
+    """The sizes that `ExpertOps` on a GPU would have, of one of `devices` equal shares. Computes nothing."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, dims: ExpertDims, max_tokens: int, devices: int, parameters: CostParameters) -> None:
+        self.dims, self.act_dtype, self.fused_formats = dims, dims.dtype, parameters.fused
+        self._devices, self._bits = devices, parameters.bits
+        width = dims.top_k * (dims.intermediate + dims.hidden) / devices
+        self.workspace_bytes = int(max_tokens * width * dims.dtype.itemsize)
+
+    def expert_bytes(self, expert_format: str = DENSE) -> tuple[int, int]:
+        bits = self._bits[expert_format] if self.dims.dtype.itemsize == 2 else 32.0
+        gate_up, down = (int(n * k * bits / 8 / self._devices) for n, k in self.dims.shapes)
+        return gate_up, down
+
+
+class SimOps:
+    """The sizes that `Ops` on a GPU would have, of one of `devices` equal shares of a model. Computes nothing."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, model: ModelConfig, limits: Limits, devices: int, parameters: CostParameters) -> None:
+        self.dims, self.act_dtype, self._devices = layer_dims(model), model.dtype, devices
+        self.experts = SimExperts(expert_dims(model), limits.tokens, devices, parameters)
+        d, tokens = self.dims, limits.tokens
+        width = 3 * d.hidden + (d.qkv_size + 2 * d.heads * d.head_dim + 2 * d.mlp) / devices
+        width += (2 * d.delta.projected + d.delta.channels) / devices if d.delta is not None else 0
+        logits = limits.sequences * d.vocab / devices * 4
+        estimate = int(tokens * width * d.dtype.itemsize + logits + tokens * d.experts * 4) + (64 << 20)
+        self.workspace_bytes = estimate
+        if parameters.workspace_bytes is not None:
+            self.workspace_bytes = parameters.workspace_bytes - self.experts.workspace_bytes
+
+    def arranged_bytes(self, n: int, k: int) -> int:
+        return n * k * self.dims.dtype.itemsize // self._devices
+
+    def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        # Fewer heads than devices: each keeps a copy of one.
+        shape = (max(1, kv_heads // self._devices), block_size, head_dim)
+        return shape, shape
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Seconds of one layer with experts: `before` runs before they are needed, attention and any layers without experts
+    in front of it; `experts` needs them."""
+
+    before: float
+    experts: float
+
+
+class CostModel:
+    """Times of layers and loads for one deployment. devices: how many share the model."""
+
+    def __init__(
+        self, model: ModelConfig, profile: HardwareProfile, devices: int, parameters: CostParameters,
+    ) -> None:  # fmt: skip
+        if devices > 1 and not profile.link_bandwidth:
+            raise ProfileError(f"profile {profile.name} has no link_bandwidth; {devices} devices cannot share a model")
+        self.model, self.profile, self.devices, self.parameters = model, profile, devices, parameters
+        # Of every layer: whether it has Gated DeltaNet, and whether an MLP in the place of experts.
+        self._kinds = [(i in model.delta_layers, i in model.dense_layers) for i in range(model.num_layers)]
+        item, h = model.dtype.itemsize, model.hidden_size
+        heads = model.head_dim * ((3 if model.attention_gate else 2) * model.num_heads + 2 * model.num_kv_heads)
+        delta = 0 if model.delta is None else model.delta.projected + model.delta.value_size
+        mixer = {False: heads, True: delta}
+        mlp = {False: model.num_experts + 3 * model.shared_intermediate_size, True: 3 * model.mlp_intermediate_size}
+        self._weights = {(d, m): (mixer[d] + mlp[m]) * h * item for d, m in self._kinds}
+        layers = max(1, len(model.delta_layers))
+        self._state_bytes = model.state_bytes_per_sequence / layers
+        # A device that has no head of its own keeps a copy.
+        kv_heads = max(1, model.num_kv_heads // devices)
+        self._kv_bytes = 2 * kv_heads * model.head_dim * item
+        self._launch_s = parameters.eager_launch_s if parameters.eager else profile.launch_s
+
+    def bind(self, layout: ExpertLayout) -> None:
+        """Take a layout: bytes that all experts of each layer have for the GEMM, near and far, and what loads move."""
+        layers = range(layout.num_layers)
+        self._reads = [(*self._expert_reads(layer, layout), self._load_traffic(layer, layout)) for layer in layers]
+
+    def pass_costs(self, step: Step) -> tuple[list[LayerCost], float]:
+        """Costs of all layers with experts for a step's tokens, loads apart; and seconds outside them (embedding,
+        layers without experts at the end, logits, scheduler, sampling)."""
+        model, profile, n = self.model, self.profile, self.devices
+        bandwidth, flops = profile.memory_bandwidth, profile.matmul_flops
+        tokens, sequences = step.num_tokens, len(step.chunks)
+        keys = sum(chunk.start + chunk.length for chunk in step.chunks)
+        pairs = sum(chunk.length * (chunk.start + (chunk.length + 1) / 2) for chunk in step.chunks)
+        half_layer = 0.5 * _KERNELS_A_LAYER * self._launch_s + (self._all_reduce(tokens) if n > 1 else 0.0)
+        common: dict[tuple[bool, bool], tuple[float, float]] = {}
+        for (delta, dense), every in self._weights.items():
+            weights = every / n
+            seconds = max(weights / bandwidth, 2 * tokens * weights / model.dtype.itemsize / flops)
+            moved = weights
+            if delta:
+                moved += 2 * sequences * self._state_bytes / n
+                seconds += 2 * sequences * self._state_bytes / n / bandwidth
+                d = model.delta
+                assert d is not None, "layers of Gated DeltaNet have sizes"
+                seconds += tokens * 6 * d.value_heads * d.key_dim * d.value_dim / n / flops
+            else:
+                moved += keys * self._kv_bytes
+                read = keys * self._kv_bytes / (self.parameters.attention_share * bandwidth)
+                seconds += max(read, 4 * pairs * model.num_heads * model.head_dim / n / (0.5 * flops))
+            common[delta, dense] = seconds + (2 if dense else 1) * half_layer, moved
+        distinct = model.num_experts * (1 - (1 - model.top_k / model.num_experts) ** tokens)
+        work = 6 * tokens * model.top_k * model.hidden_size * model.moe_intermediate_size / n
+        work_s = work / (self.parameters.moe_flops_share * flops)
+        costs: list[LayerCost] = []
+        share = distinct / model.num_experts
+        before = moved = 0.0
+        for delta, dense in self._kinds:
+            seconds, nbytes = common[delta, dense]
+            before, moved = before + seconds, moved + nbytes
+            if dense:
+                continue
+            near, far, traffic = self._reads[len(costs)]
+            seconds = max(share * near / (self.parameters.expert_share * bandwidth), work_s) + half_layer
+            seconds += share * far / profile.kernel_host_bandwidth
+            # Loads and decoders take what bandwidth the kernels leave; beyond it, they make the layer longer.
+            busy = (moved + share * near + traffic) / bandwidth
+            costs.append(LayerCost(before, max(seconds, busy - before)))
+            before = moved = 0.0
+        vocab = model.vocab_size * model.hidden_size * model.dtype.itemsize / n
+        outside = max(vocab / bandwidth, 2 * sequences * vocab / model.dtype.itemsize / flops) + profile.iteration_s
+        return costs, before + outside
+
+    def _all_reduce(self, tokens: int) -> float:
+        payload = tokens * self.model.hidden_size * self.model.dtype.itemsize
+        return self.profile.link_latency_s + payload / self.profile.link_bandwidth
+
+    def _expert_reads(self, layer: int, layout: ExpertLayout) -> tuple[int, int]:
+        """Bytes of a layer's experts as the GEMM reads them: in device memory, and in the host's."""
+        near = far = 0
+        for tier, count in self._counts(layer, layout):
+            nbytes = count * layout.expert_bytes(layout.read(tier))
+            if tier is Tier.HOST and not layout.streams(tier):
+                far += nbytes
+            else:
+                near += nbytes
+        return near, far
+
+    def _counts(self, layer: int, layout: ExpertLayout) -> list[tuple[Tier, int]]:
+        counts = [(tier, int((layout.placement.tiers[layer] == tier).sum())) for tier in Tier]
+        return [(tier, count) for tier, count in counts if count]
+
+    def _load_traffic(self, layer: int, layout: ExpertLayout) -> float:
+        """Bytes of device memory that a layer's load reads and writes beside the kernels."""
+        traffic = 0.0
+        for tier, count in self._counts(layer, layout):
+            if layout.streams(tier):
+                stored, read = (layout.expert_bytes(f(tier)) for f in (layout.stored, layout.read))
+                crossed = 0 if tier in DEVICE_TIERS else stored
+                traffic += count * (crossed + (stored + read if layout.decodes(tier) else 0))
+        return traffic
+
+    def load_seconds(self, layer: int, layout: ExpertLayout) -> tuple[float, float]:
+        """Seconds of a layer's load: (on the link, decoding). The tiers load at the same time (§4.2), so a load takes
+        the longer of the two."""
+        link = decode = 0.0
+        for tier, count in self._counts(layer, layout):
+            if not layout.streams(tier):
+                continue
+            stored = layout.stored(tier)
+            if tier not in DEVICE_TIERS:
+                rate = self.profile.disk_bandwidth / self.devices if tier is Tier.DISK else self._host_bandwidth
+                link += 2 * self.profile.host_latency_s + count * layout.expert_bytes(stored) / rate
+            if layout.decodes(tier):
+                if not self.profile.decode_bandwidth.get(stored):
+                    raise ProfileError(f"profile {self.profile.name} has no decode_bandwidth of {stored}; measure it")
+                each = layout.expert_bytes(DENSE) / self.profile.decode_bandwidth[stored]
+                decode += count * (each + 2 * self.profile.decode_latency_s)
+        return link, decode
+
+    @property
+    def _host_bandwidth(self) -> float:
+        shared = self.profile.host_link_shared
+        return min(self.profile.host_bandwidth, shared / self.devices) if shared else self.profile.host_bandwidth
+
+    def link_seconds(self, nbytes: float) -> float:
+        """What swapped KV and states take to cross the link, before a pass may begin; each device moves its own."""
+        return nbytes / self._host_bandwidth
+
+    def host_bytes(self, layer: int, layout: ExpertLayout) -> int:
+        """Bytes of a layer's load that cross the link, of one device."""
+        return sum(
+            count * layout.expert_bytes(layout.stored(tier))
+            for tier, count in self._counts(layer, layout)
+            if tier not in DEVICE_TIERS and layout.streams(tier)
+        )

@@ -1,0 +1,258 @@
+"""Grouped GEMM over a table: right for every expert whatever the tile, the sizes and where the weights lie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.formats import DENSE, FORMATS
+from fluxmoe.kernels.ops import KernelError
+from fluxmoe.kernels.triton.grouped_gemm import combine, deinterleave, down, gate_up, interleave, linear, moe_torch
+from fluxmoe.kernels.triton.routing import Router
+from fluxmoe.kernels.triton.tiles import Tile, default_tile, invariant_tile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
+# Relative to the largest output: half an ulp of the dtype for each of the two roundings, and the sums'.
+TOLERANCES = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2e-6}
+PLANAR12 = FORMATS["planar12"].blocks("triton")
+TILES = {
+    "swap": Tile(16, 32, 16, 4, 2, swap_ab=True),
+    "plain": Tile(16, 32, 32, 4, 2, group_m=2),
+    "persistent": Tile(32, 16, 16, 4, 2, group_m=3, persistent=True),
+}
+
+
+class Layer:
+    """Random experts; each block in an allocation of its own."""
+
+    def __init__(self, experts: int, hidden: int, intermediate: int, dtype: torch.dtype) -> None:
+        self.hidden, self.intermediate, self.dtype, self.num_experts = hidden, intermediate, dtype, experts
+        self.weights = [
+            (
+                (torch.randn(2 * intermediate, hidden) / hidden**0.5).to(dtype),
+                (torch.randn(hidden, intermediate) / intermediate**0.5).to(dtype),
+            )
+            for _ in range(experts)
+        ]
+        self.table = self.make_table()
+
+    def make_table(self) -> ExpertTable:
+        pairs = [(interleave(a).to(DEVICE), b.to(DEVICE)) for a, b in self.weights]
+        return ExpertTable.from_blocks([tuple(t.reshape(-1).view(torch.uint8) for t in pair) for pair in pairs], DEVICE)
+
+    def run(self, x, logits, top_k, tile, num_tokens=None, num_sms=5):
+        """(output without residual, routing)"""
+        tokens = len(x)
+        routing = Router(max(tokens, 1), self.num_experts, top_k, True, DEVICE)(
+            logits.to(DEVICE), tile.block_m, num_tokens
+        )
+        h = torch.full((tokens * top_k, self.intermediate), float("nan"), dtype=self.dtype, device=DEVICE)
+        y = torch.full((tokens * top_k, self.hidden), float("nan"), dtype=self.dtype, device=DEVICE)
+        gate_up(x.to(DEVICE), self.table, routing, h, self.dtype, tile, num_sms)
+        down(h, self.table, routing, y, self.dtype, tile, num_sms)
+        out = torch.zeros(tokens, self.hidden, dtype=torch.float32, device=DEVICE)
+        return combine(y, routing, out), routing
+
+    def check(self, tokens, top_k, tile, logits=None):
+        x = torch.randn(tokens, self.hidden).to(self.dtype)
+        logits = torch.randn(tokens, self.num_experts) if logits is None else logits
+        out, routing = self.run(x, logits, top_k, tile)
+        expected = moe_torch(x, self.weights.__getitem__, routing.experts.cpu(), routing.weights.cpu())
+        error = (out.cpu().double() - expected).abs().max() if tokens else 0.0
+        assert error <= TOLERANCES[self.dtype] * max(1.0, expected.abs().max() if tokens else 0.0), f"{error=}"
+
+
+@pytest.mark.parametrize(
+    ("tile", "dtype"),
+    [("swap", torch.bfloat16), ("swap", torch.float16), ("plain", torch.float32), ("persistent", torch.bfloat16)],
+    ids=lambda value: str(value),
+)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "hidden", "intermediate"),
+    [
+        pytest.param(0, 4, 2, 32, 32, id="no-tokens"),
+        pytest.param(1, 1, 1, 16, 16, id="one-expert"),
+        pytest.param(1, 8, 2, 32, 16, id="one-token"),
+        pytest.param(3, 5, 5, 40, 24, id="all-experts-ragged-sizes"),
+        pytest.param(37, 7, 3, 72, 40, id="odd-sizes"),
+        pytest.param(20, 64, 4, 32, 16, id="experts-without-tokens"),
+    ],
+)
+def test_equals_float64(tokens, experts, top_k, hidden, intermediate, tile, dtype):
+    Layer(experts, hidden, intermediate, dtype).check(tokens, top_k, TILES[tile])
+
+
+@pytest.mark.parametrize("rows", [1, 20, 60, 100, 600])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_default_tile_is_right(rows, dtype):
+    """The real tiles, larger than the sizes: everything is edge."""
+    Layer(2, 136, 72, dtype).check(9, 2, default_tile(rows, 90, dtype.itemsize))
+
+
+def test_one_hot_expert_spans_blocks():
+    logits = torch.zeros(50, 4)
+    logits[:, 2] = 5.0
+    Layer(4, 32, 32, torch.bfloat16).check(50, 1, TILES["plain"], logits)
+
+
+def test_tma_gives_the_same_bits_as_pointers():
+    layer = Layer(3, 64, 32, torch.bfloat16)
+    x, logits = torch.randn(20, 64).bfloat16(), torch.randn(20, 3)
+    tile = Tile(16, 32, 32, 4, 2)
+    plain, _ = layer.run(x, logits, 2, tile)
+    described, _ = layer.run(x, logits, 2, Tile(16, 32, 32, 4, 2, tma=True))
+    assert torch.equal(plain, described)
+
+
+@pytest.mark.parametrize("num_sms", [1, 3, 1000])
+def test_persistent_programs_give_the_same_bits(num_sms):
+    layer = Layer(5, 48, 32, torch.bfloat16)
+    x, logits = torch.randn(40, 48).bfloat16(), torch.randn(40, 5)
+    one_each, _ = layer.run(x, logits, 2, Tile(16, 16, 16, 4, 2))
+    looped, _ = layer.run(x, logits, 2, Tile(16, 16, 16, 4, 2, persistent=True), num_sms=num_sms)
+    assert torch.equal(one_each, looped)
+
+
+def test_unrouted_experts_are_never_read():
+    """Poison in place of the weights of an expert that no token chose, as in a slot that is not loaded."""
+    layer = Layer(4, 32, 32, torch.bfloat16)
+    for weight in layer.weights[1]:
+        weight.fill_(float("nan"))
+    layer.table = layer.make_table()
+    logits = torch.randn(12, 4)
+    logits[:, 1] = -1e9
+    out, _ = layer.run(torch.randn(12, 32).bfloat16(), logits, 3, TILES["swap"])
+    assert out.isfinite().all()
+
+
+def test_moving_experts_changes_no_bit():
+    layer = Layer(6, 64, 48, torch.bfloat16)
+    x, logits = torch.randn(9, 64).bfloat16(), torch.randn(9, 6)
+    before, _ = layer.run(x, logits, 2, TILES["swap"])
+    keep, layer.table = layer.table, layer.make_table()
+    assert not torch.equal(keep.addresses, layer.table.addresses)
+    after, _ = layer.run(x, logits, 2, TILES["swap"])
+    assert torch.equal(before, after)
+
+
+# fp32 only on a GPU: numpy's matmul, which interprets tl.dot, rounds a row by its place in the tile.
+@pytest.mark.parametrize("dtype", [torch.bfloat16] + [torch.float32] * (DEVICE == "cuda"), ids=str)
+def test_invariant_tile_makes_tokens_independent_of_their_batch(dtype):
+    layer, tile = Layer(4, 64, 48, dtype), invariant_tile(90, dtype.itemsize)
+    x, logits = torch.randn(70, 64).to(dtype), torch.randn(70, 4)
+    together, _ = layer.run(x, logits, 2, tile)
+    for first, count in [(0, 1), (69, 1), (3, 20)]:
+        part = slice(first, first + count)
+        alone, _ = layer.run(x[part], logits[part], 2, tile)
+        assert torch.equal(alone, together[part])
+
+
+@pytest.mark.parametrize("real", [0, 1, 7])
+def test_padding_tokens_keep_their_residual(real):
+    layer = Layer(4, 32, 32, torch.bfloat16)
+    x, logits = torch.randn(9, 32).bfloat16(), torch.randn(9, 4)
+    count = torch.tensor([real], dtype=torch.int32, device=DEVICE)
+    padded, _ = layer.run(x, logits, 2, TILES["swap"], count)
+    assert (padded[real:] == 0).all()
+    alone, _ = layer.run(x[:real], logits[:real], 2, TILES["swap"])
+    assert torch.equal(padded[:real], alone)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 13])
+def test_combine_adds_rows_to_the_residual(tokens):
+    y, residual = torch.randn(tokens * 3, 40), torch.randn(tokens, 40)
+    routing = Router(max(tokens, 1), 4, 3, True, DEVICE)(torch.randn(tokens, 4, device=DEVICE), 16)
+    got = combine(y.to(DEVICE), routing, residual.clone().to(DEVICE))
+    torch.testing.assert_close(got.cpu(), residual + y.view(tokens, 3, 40).sum(1))
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("tokens", "n", "k"), [(0, 8, 8), (1, 1, 16), (37, 50, 40), (16, 64, 128)])
+def test_linear_equals_float64(tokens, n, k, add):
+    x, w, y = torch.randn(tokens, k).bfloat16(), torch.randn(n, k).bfloat16(), torch.randn(tokens, n)
+    expected = x.double() @ w.double().T + (y if add else 0.0)
+    got = linear(x.to(DEVICE), w.to(DEVICE), y.clone().to(DEVICE), invariant_tile(90, 2), add)
+    torch.testing.assert_close(got.cpu().double(), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_interleaving_is_undone():
+    weight = torch.randn(10, 3)
+    mixed = interleave(weight)
+    assert torch.equal(mixed[0], weight[0])
+    assert torch.equal(mixed[1], weight[5])
+    assert torch.equal(deinterleave(mixed), weight)
+
+
+def test_what_does_not_fit_is_refused():
+    layer = Layer(2, 32, 32, torch.bfloat16)
+    routing = Router(4, 2, 1, True, DEVICE)(torch.zeros(4, 2, device=DEVICE), 16)
+    x = torch.zeros(4, 32, dtype=torch.bfloat16, device=DEVICE)
+    h = torch.zeros(4, 32, dtype=torch.bfloat16, device=DEVICE)
+    with pytest.raises(KernelError, match="both must be the same"):
+        gate_up(x.float(), layer.table, routing, h, torch.bfloat16, TILES["swap"])
+    with pytest.raises(KernelError, match="blocks of 16 rows"):
+        gate_up(x, layer.table, routing, h, torch.bfloat16, TILES["persistent"])
+    with pytest.raises(KernelError, match="contiguous rows"):
+        down(h.t(), layer.table, routing, x, torch.bfloat16, TILES["swap"])
+    huge = torch.empty(1 << 16, 1 << 15, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(KernelError, match=r"65536 x 32768 elements exceeds the 2\^31"):
+        linear(huge[:1], huge, huge[:1], TILES["swap"])
+    with pytest.raises(KernelError, match="TMA"):
+        gate_up(x, layer.table, routing, h, torch.bfloat16, Tile(16, 128, 32, 4, 2, tma=True))
+
+
+def planar12_layer(hidden: int, intermediate: int, crowded: bool = False) -> tuple[Layer, ExpertTable]:
+    """A layer, and a table of its experts of which every second one is compressed."""
+    layer = Layer(4, hidden, intermediate, torch.bfloat16)
+    rare = torch.tensor([3e-30, -0.0, 9.0, 1e-38, -2e-20]).bfloat16()
+    for expert, pair in enumerate(layer.weights):
+        for weight in pair:
+            weight[torch.randperm(len(weight))[:expert], 0] = rare[:expert]
+            if crowded:
+                weight[:16, 100] = 1e-30
+    layer.table = layer.make_table()
+    blocks = []
+    for expert, (pair, (gate_up_weight, down_weight)) in enumerate(zip(layer.table.blocks, layer.weights, strict=True)):
+        if expert % 2:
+            weights = (interleave(gate_up_weight), down_weight)
+            pair = tuple(torch.zeros(PLANAR12.nbytes(*w.shape), dtype=torch.uint8) for w in weights)
+            for weight, block in zip(weights, pair, strict=True):
+                recipe, decoded = PLANAR12.encode(weight, block), torch.empty_like(weight)
+                PLANAR12.decode(block, recipe, decoded)
+                assert torch.equal(decoded.view(torch.int16), weight.view(torch.int16))
+                assert FORMATS["planar12"].codec.encode(weight).planes["raw_tiles"].numel() == (8192 if crowded else 0)
+            pair = tuple(block.to(DEVICE) for block in pair)
+        blocks.append(pair)
+    return layer, ExpertTable.from_blocks(blocks, DEVICE, [DENSE, "planar12"] * 2)
+
+
+@pytest.mark.parametrize("crowded", [False, True], ids=["few escapes", "raw tiles"])
+def test_compressed_and_dense_experts_of_one_launch_give_the_same_bits(crowded):
+    layer, mixed = planar12_layer(256, 256, crowded)
+    tile = Tile(16, 64, 64, 4, 2, swap_ab=True)
+    x, logits = torch.randn(9, 256).bfloat16(), torch.randn(9, 4)
+    dense, _ = layer.run(x, logits, 2, tile)
+    layer.table = mixed
+    assert mixed.compressed == {"planar12"}
+    compressed, _ = layer.run(x, logits, 2, tile)
+    assert torch.equal(compressed, dense)
+
+
+def test_compressed_experts_with_sizes_of_no_tile_are_right():
+    layer, mixed = planar12_layer(200, 112)
+    layer.table = mixed
+    layer.check(11, 2, Tile(16, 64, 64, 4, 2, swap_ab=True))
+
+
+def test_compressed_experts_need_their_tile():
+    layer, mixed = planar12_layer(128, 128)
+    layer.table = mixed
+    with pytest.raises(KernelError, match="64 swapped weight rows"):
+        layer.run(torch.randn(2, 128).bfloat16(), torch.randn(2, 4), 1, TILES["plain"])
+
+
+def test_incompressible_experts_are_refused():
+    weight = torch.randint(-(2**15), 2**15, (64, 128), dtype=torch.int16).view(torch.bfloat16)
+    with pytest.raises(KernelError, match="use the dense format"):
+        PLANAR12.encode(weight, torch.zeros(PLANAR12.nbytes(64, 128), dtype=torch.uint8))

@@ -1,0 +1,438 @@
+"""Experts that move while serving: same tokens, no byte unaccounted for, and what fails leaves the old state."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.kernels.formats import FORMATS
+from fluxmoe.runtime.devices import HOST
+from fluxmoe.runtime.experts.courier import StreamCourier
+from fluxmoe.runtime.experts.layout import ExpertFormats, ExpertLayout
+from fluxmoe.runtime.experts.moving_store import MovingStore
+from fluxmoe.runtime.experts.placement import Tier, place
+from fluxmoe.runtime.experts.planner import Move, Plan
+from fluxmoe.runtime.experts.spill import StoreError
+from fluxmoe.runtime.experts.streamer_cpu import ThreadStreamer
+from fluxmoe.runtime.hardware import HardwareProfile
+from fluxmoe.runtime.memory.budget import BudgetError
+from fluxmoe.runtime.memory.region import MemfdPool, RegionError
+from fluxmoe.runtime.serving.engine import Engine, EngineConfig
+from fluxmoe.runtime.serving.request import Request, SamplingParams
+from fluxmoe.runtime.serving.residency import ComputeProfile
+
+from ..experts.test_store import FUSED, SIZES, block_of, decode
+from ..experts.test_streamer import Recorder
+
+LAYERS, EXPERTS = 5, 6
+PACKED = ExpertFormats("planar12", "planar12")
+
+
+def moving_store(placement, most_streamed=EXPERTS, pool=None, formats=PACKED) -> MovingStore:
+    layout = ExpertLayout(placement, SIZES, formats, FUSED)
+    store = MovingStore(layout, HOST, pool or MemfdPool(8 << 20), most_streamed, decode)
+    for layer in range(len(placement.tiers)):
+        for expert in range(placement.tiers.shape[1]):
+            blocks = [block_of(layer, expert, d, store.stored(layer, expert)) for d in (0, 1)]
+            store.put(layer, expert, blocks, ("recipe 0", "recipe 1"))
+    store.seal()
+    return store
+
+
+def check_pass(streamer, layers=LAYERS) -> None:
+    names = {each.number: name for name, each in FORMATS.items()}
+    for layer in range(layers):
+        with streamer.layer(layer) as page:
+            for d in (0, 1):
+                page.wait(d)
+                for expert, pair in enumerate(page.table.blocks):
+                    expected = block_of(layer, expert, d, names[page.table.formats[expert, d].item()])
+                    assert torch.equal(pair[d], expected), (layer, expert, d)
+                    assert page.table.addresses[expert, d].item() == pair[d].data_ptr()
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("formats", [PACKED, ExpertFormats("planar12", "dense")])
+def test_kernels_find_every_expert_after_any_moves(slots, formats):
+    """Between the three tiers (two where the host's copies are dense), and whichever way host experts cross."""
+    rng = random.Random(0)
+    begin = place("packed" if formats is PACKED else "resident", LAYERS, EXPERTS)
+    store = moving_store(begin, formats=formats)
+    streamer = ThreadStreamer(store, slots, poison=True, delay=lambda layer, d: rng.choice([0, 0, 0.001]))
+    seen = set()
+    for _ in range(60):
+        check_pass(streamer)
+        if rng.random() < 0.2:
+            store.set_transfer("on_demand" if store.layout.formats.transfer == "whole" else "whole")
+        for _ in range(rng.randrange(5)):
+            where = rng.randrange(LAYERS), rng.randrange(EXPERTS)
+            source = Tier(store.layout.placement.tiers[where])
+            target = rng.choice([tier for tier in (Tier.HOST, *store.device_tiers) if tier != source])
+            if target is Tier.HOST:
+                store.leave(where)
+            elif target is Tier.PACKED or source is Tier.PACKED or formats is not PACKED:
+                unit = store.heaps[target].reserve()
+                if rng.random() < 0.3:
+                    store.land([], [(target, unit)])
+                    continue
+                store.fetch(where, target, unit, lambda to, block: to.copy_(block))
+                store.land([(where, target, unit)])
+            seen.add((source, target))
+        store.check_integrity()
+    assert len(seen) == (6 if formats is PACKED else 2)
+    streamer.close()
+    store.close()
+
+
+def test_stores_that_cannot_move_are_refused():
+    with pytest.raises(StoreError, match="without disk"):
+        moving_store(place("disk", 2, 3))
+    with pytest.raises(StoreError, match="in host memory too"):
+        moving_store(place("packed", 2, 4), formats=ExpertFormats("planar12", "dense"))
+    with pytest.raises(StoreError, match="give slots more room"):
+        moving_store(place("host", 2, 4), most_streamed=3)
+    layout = ExpertLayout(place("packed", 2, 3), SIZES, ExpertFormats("tiered", "tiered"), FUSED)
+    with pytest.raises(StoreError, match="one format that the GEMM reads"):
+        MovingStore(layout, HOST, MemfdPool(1 << 20), 3)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    out = tmp_path_factory.mktemp("models") / "moe"
+    return make_checkpoint(
+        arch="olmoe", out=out, layers=LAYERS, experts=EXPERTS, top_k=2, hidden=128, moe_intermediate=120, heads=4,
+        vocab=512, dtype="bfloat16", seed=0, max_positions=512,
+    )  # fmt: skip
+
+
+def requests(count=12) -> list[Request]:
+    rng = np.random.default_rng(3)
+    return [
+        Request(
+            tuple(rng.integers(0, 512, rng.integers(1, 90)).tolist()),
+            SamplingParams(max_new_tokens=int(rng.integers(20, 90)), ignore_eos=True),
+        )
+        for i in range(count)
+    ]
+
+
+COMMON = dict(device="cpu", max_batch=8, max_batched_tokens=48, max_context=192, poison=True)
+
+
+def tight_budget(model_dir, extra=0, **settings) -> int:
+    """Room for the experts on the device and KV of about two requests."""
+    with Engine(model_dir, EngineConfig(**COMMON, adaptive=True, planning=False, **settings)) as engine:
+        lines, quantum = engine.budget.lines(), engine.kv.quantum_bytes
+        per_block = quantum // engine.kv.quantum
+    blocks = max(engine.kv.quantum, 10)
+    return sum(v for k, v in lines.items() if k != "kv_cache") + blocks * per_block + (1 << 16) + extra
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir):
+    with Engine(model_dir, EngineConfig(**COMMON)) as engine:
+        return [output.token_ids for output in engine.generate(requests())]
+
+
+def serve(engine, each_step=lambda engine, step: None) -> tuple[list, list]:
+    steps, handles = [], [engine.add(request) for request in requests()]
+    for step in engine.steps():
+        steps.append(step)
+        assert engine.held_bytes() == engine.budget.lines()
+        assert sum(engine.held_bytes().values()) <= engine.budget.total
+        assert engine.kv.num_blocks == engine.scheduler.num_blocks
+        engine.scheduler.check_integrity()
+        each_step(engine, step)
+    return [handle.output.token_ids for handle in handles], steps
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_kv_grows_into_what_experts_leave(model_dir, expected, preemption):
+    """One expert a layer leaves at a time: fewer expert bytes, more KV blocks, larger batches, the same tokens."""
+    budget = tight_budget(model_dir, placement="packed")
+    config = EngineConfig(
+        **COMMON, placement="packed", budget_bytes=budget, adaptive=True, planning=False, preemption=preemption
+    )
+
+    def one_a_layer(engine, step):
+        if step.iteration % 10 == 9 and step.iteration < 30:
+            expert = EXPERTS - 1 - step.iteration // 10
+            moves = [Move(layer, expert, Tier.PACKED, Tier.HOST) for layer in range(LAYERS)]
+            engine.pager.request(moves)
+
+    with Engine(model_dir, config) as engine:
+        before = engine.budget.lines()
+        tokens, steps = serve(engine, one_a_layer)
+        after = engine.budget.lines()
+        assert engine.pager.mover.refused == []
+        assert engine.pager.mover.applied["to HOST"] == 3 * LAYERS
+    assert tokens == expected
+    assert after["packed_experts"] < before["packed_experts"]
+    assert after["kv_cache"] > before["kv_cache"]
+    assert steps[-1].device_experts == LAYERS * (EXPERTS - 3)
+    assert max(s.batch for s in steps[35:]) > max(s.batch for s in steps[:9])
+
+
+def test_kv_that_may_not_grow_gets_back_what_it_gave_to_experts(model_dir, expected):
+    """Experts come, for which KV gives blocks, and leave again."""
+    budget = tight_budget(model_dir, placement="packed") + (1 << 20)
+    config = EngineConfig(
+        **COMMON, placement="host", expert_format="planar12", budget_bytes=budget, adaptive=True, planning=False,
+        grow_kv=False,
+    )  # fmt: skip
+
+    def come_and_go(engine, step):
+        there = step.iteration % 20 == 5
+        if there or step.iteration % 20 == 15:
+            tiers = (Tier.HOST, Tier.PACKED) if there else (Tier.PACKED, Tier.HOST)
+            engine.pager.request(Move(layer, 0, *tiers) for layer in range(LAYERS))
+
+    with Engine(model_dir, config) as engine:
+        before = engine.kv.num_blocks
+        tokens, _ = serve(engine, come_and_go)
+        while engine.pager.mover.busy:
+            engine.residency.between_iterations()
+        engine.pager.request(
+            Move(layer, 0, Tier.PACKED, Tier.HOST) for layer in range(LAYERS) if engine.tiers[layer, 0] == Tier.PACKED
+        )
+        engine.residency.between_iterations()
+        assert engine.pager.mover.applied["to PACKED"] > 0
+        assert engine.kv.num_blocks == before
+    assert tokens == expected
+
+
+def test_thousands_of_random_moves_under_load_with_failures(model_dir, expected):
+    rng = random.Random(5)
+
+    def random_moves(engine, step):
+        store, moves = engine.pager.store, []
+        for _ in range(rng.randrange(12)):
+            layer, expert = rng.randrange(LAYERS), rng.randrange(EXPERTS)
+            tier = Tier(store.layout.placement.tiers[layer, expert])
+            others = [target for target in (Tier.HOST, Tier.PACKED, Tier.RESIDENT) if target != tier]
+            moves.append(Move(layer, expert, tier, rng.choice(others)))
+        if rng.random() < 0.1:
+            store.set_transfer(rng.choice(["whole", "on_demand"]))
+        engine.pager.request(moves)
+        store.check_integrity()
+
+    def flaky(target, source):
+        time.sleep(rng.choice([0, 0, 0.002]))
+        if rng.random() < 0.1:
+            raise OSError("injected")
+        target.copy_(source)
+
+    requested = done = 0
+    for seed in range(3):
+        shape = dict(placement="packed", least_alpha=0.0, slots=2 + seed % 2)
+        config = EngineConfig(
+            **COMMON, **shape, budget_bytes=tight_budget(model_dir, **shape), adaptive=True, planning=False,
+            preemption=("recompute", "swap", "recompute")[seed],
+            load_delay=lambda layer, d: rng.choice([0.0, 0.0, 0.0, 0.001]),
+        )  # fmt: skip
+        with Engine(model_dir, config) as engine:
+            engine.pager.mover.copy = flaky
+            tokens, steps = serve(engine, random_moves)
+            assert tokens == expected
+            requested += 6 * len(steps)
+            done += sum(engine.pager.mover.applied.values())
+            assert any("injected" in reason for reason in engine.pager.mover.refused)
+            assert {"to HOST", "to PACKED", "to RESIDENT"} <= engine.pager.mover.applied.keys()
+    assert requested > done > 200
+
+
+def test_the_planner_gives_memory_to_kv_and_takes_it_back(model_dir, expected):
+    """Short of KV it sends experts away; once the queue is empty and blocks are free, they come back."""
+    shape = dict(placement="packed", least_alpha=0.0)
+    budget = tight_budget(model_dir, **shape)
+    config = EngineConfig(**COMMON, **shape, budget_bytes=budget, adaptive=True, plan_every=2, theta=0.01)
+    with Engine(model_dir, config) as engine:
+        tokens, steps = serve(engine)
+        reasons = engine.residency.last_reason
+    assert tokens == expected
+    alphas = [step.device_experts for step in steps]
+    assert min(alphas) < LAYERS * EXPERTS
+    assert alphas[-1] > min(alphas), reasons
+
+
+def test_idle_memory_makes_experts_dense(model_dir, expected):
+    """With room for everything, all experts come from the host, become packed, then dense; the tokens stay."""
+    config = EngineConfig(
+        **COMMON, placement="host", expert_format="planar12", adaptive=True, densify=True, least_alpha=0.0,
+        plan_every=1, theta=0.01, preemption="swap",
+    )  # fmt: skip
+    with Engine(model_dir, config) as engine:
+        tokens, steps = serve(engine)
+        tiers, applied = engine.pager.store.layout.placement.tiers, engine.pager.mover.applied
+    assert tokens == expected
+    assert steps[0].device_experts == 0
+    assert steps[-1].device_experts == LAYERS * EXPERTS
+    assert applied["to PACKED"] == LAYERS * EXPERTS
+    assert applied["to RESIDENT"] == (tiers == Tier.RESIDENT).sum() > 0
+
+
+def test_the_planner_chooses_how_host_experts_cross(model_dir, expected):
+    """Links of which one is slow: host experts cross the other way, and the tokens stay."""
+    host = dict(name="x", device="cpu", num_devices=1, memory_bytes=1e9, host_memory_bytes=1e9, matmul_flops=1e9)
+    host |= dict(memory_bandwidth=1e9, disk_bandwidth=1e9)
+    for copy, read, chosen in ((1e3, 1e12, "on_demand"), (1e12, 1e3, "whole")):
+        config = EngineConfig(
+            **COMMON, placement="host", adaptive=True, least_alpha=0.0, transfer="auto", plan_every=2,
+            profile=HardwareProfile(**host, host_bandwidth=copy, kernel_host_bandwidth=read),
+        )  # fmt: skip
+        with Engine(model_dir, config) as engine:
+            engine.residency.planner.decide = lambda tiers, *rest: Plan((), "stay", 1.0)
+            tokens, steps = serve(engine)
+            assert engine.pager.transfer == chosen
+        assert tokens == expected
+        assert (steps[-1].streamed_bytes == 0) == (chosen == "on_demand")
+
+
+def test_the_least_used_expert_of_each_layer_leaves_first(model_dir):
+    budget = tight_budget(model_dir, placement="packed", least_alpha=0.0)
+    shape = dict(placement="packed", least_alpha=0.0, budget_bytes=budget)
+    config = EngineConfig(**COMMON, **shape, adaptive=True, plan_every=4, theta=0.01)
+    with Engine(model_dir, config) as engine:
+        asked, decide = [], engine.residency.planner.decide
+
+        def spy(tiers, seen, popularity):
+            plan = decide(tiers, seen, popularity)
+            asked.append((tiers, popularity, plan))
+            return plan
+
+        engine.residency.planner.decide = spy
+        serve(engine)
+    tiers, popularity, plan = next(entry for entry in asked if entry[2].moves)
+    # What the router did, counted: top_k a token and layer.
+    assert len(set(popularity.sum(axis=1).tolist())) == 1
+    for move in plan.moves:
+        assert popularity[move.layer, move.expert] == popularity[move.layer][tiers[move.layer] == Tier.PACKED].min()
+
+
+def test_compute_is_the_least_that_as_many_sequences_took():
+    """Waiting does not count as compute; slow growth does, in time; batches of other sizes are apart."""
+    profile = ComputeProfile()
+    assert profile.compute_s(8, 0.010) == 0.010
+    assert profile.compute_s(9, 0.050) == pytest.approx(0.0101)
+    assert profile.compute_s(8, 0.009) == 0.009
+    assert profile.compute_s(64, 0.080) == 0.080
+    for _ in range(300):
+        longer = profile.compute_s(8, 0.020)
+    assert longer == 0.020
+
+
+def test_moves_that_cannot_be_made_leave_the_state(model_dir):
+    budget = tight_budget(model_dir, placement="packed")
+    config = EngineConfig(**COMMON, placement="packed", budget_bytes=budget, adaptive=True, planning=False)
+    with Engine(model_dir, config) as engine:
+        residency, mover, tiers = engine.residency, engine.pager.mover, engine.pager.tiers
+        mover.request(
+            [
+                Move(0, 0, Tier.HOST, Tier.PACKED),
+                Move(0, 1, Tier.PACKED, Tier.DISK),
+                *[Move(1, e, Tier.PACKED, Tier.HOST) for e in range(4)],
+                Move(1, 0, Tier.PACKED, Tier.HOST),
+            ]
+        )
+        residency.between_iterations()
+        assert "expert 0 of layer 0 is packed" in " ".join(mover.refused)
+        # Those to the host are made first.
+        reasons = " ".join(mover.refused)
+        assert "cannot become on disk" in reasons
+        assert "all that a slot holds" in reasons
+        assert len(mover.refused) == 4
+        assert (engine.pager.tiers != tiers).sum() == 3
+        # Memory that the pool refuses: an expert that left stays away.
+        serve(engine)
+        assert not mover.busy
+        engine.pool.alloc = lambda: (_ for _ in ()).throw(RegionError("no memory today"))
+        mover.request([Move(1, 0, Tier.HOST, Tier.PACKED)])
+        residency.between_iterations()
+        assert "stays in host memory: no memory today" in mover.refused[-1]
+        engine.pager.store.check_integrity()
+
+
+def test_a_budget_without_room_for_kv_is_one_sentence(model_dir):
+    with Engine(model_dir, EngineConfig(**COMMON, placement="packed", adaptive=True)) as engine:
+        lines = engine.budget.lines()
+    least = sum(v for k, v in lines.items() if k != "kv_cache")
+    with pytest.raises(BudgetError, match=r"for KV|too small"):
+        Engine(model_dir, EngineConfig(**COMMON, placement="packed", adaptive=True, budget_bytes=least + 1000))
+
+
+def test_closing_gives_up_experts_that_are_on_their_way(model_dir):
+    """Memory is unmapped once the copy under way is done, which nobody cuts off; those behind it never begin."""
+    config = EngineConfig(**COMMON, placement="host", expert_format="planar12", adaptive=True, planning=False)
+    entered, release, copied, closed = threading.Event(), threading.Event(), [], threading.Event()
+
+    def slow(target, source):
+        entered.set()
+        assert release.wait(10)
+        assert not closed.is_set()
+        target.copy_(source)
+        copied.append(source.numel())
+
+    engine = Engine(model_dir, config)
+    engine.pager.mover.copy = slow
+    engine.pager.request([Move(0, expert, Tier.HOST, Tier.PACKED) for expert in range(3)])
+    engine.residency.between_iterations()
+    assert entered.wait(5)
+
+    def close():
+        engine.close()
+        closed.set()
+
+    closer = threading.Thread(target=close)
+    closer.start()
+    assert not closed.wait(0.1)
+    assert engine.pager.mover.courier._closing.is_set()
+    release.set()
+    closer.join(10)
+    assert closed.is_set()
+    assert len(copied) == 2  # both blocks of one expert
+    assert not any(thread.name == "expert-arrivals" for thread in threading.enumerate())
+
+
+class SlowEvents(Recorder):
+    """The device is always behind: an event is done when it is asked the second time."""
+
+    class _Event(Recorder._Event):
+        def record(self, stream):
+            super().record(stream)
+            self.asked = 0
+
+        def query(self):
+            self.asked += 1
+            return self.asked > 1
+
+
+def test_any_number_of_batches_arrive_on_one_stream_which_nobody_waits_for(model_dir, expected):
+    rng, cuda = random.Random(7), SlowEvents()
+
+    def random_moves(engine, step):
+        store = engine.pager.store
+        where = rng.randrange(LAYERS), rng.randrange(EXPERTS)
+        tier = Tier(store.layout.placement.tiers[where])
+        target = {Tier.HOST: Tier.PACKED, Tier.PACKED: Tier.RESIDENT, Tier.RESIDENT: Tier.PACKED}[tier]
+        engine.pager.request([Move(*where, tier, target if rng.random() < 0.8 else Tier.HOST)])
+        assert threading.active_count() == threads
+
+    config = EngineConfig(
+        **COMMON, placement="host", expert_format="planar12", adaptive=True, planning=False, least_alpha=0.0
+    )
+    with Engine(model_dir, config) as engine:
+        engine.pager.mover.courier = StreamCourier(cuda)
+        threads = threading.active_count()
+        for _ in range(3):
+            tokens, _ = serve(engine, random_moves)
+            assert tokens == expected
+        applied = engine.pager.mover.applied
+    batches = sum(entry[:2] == ("wait", "load0") for entry in cuda.log)
+    assert batches >= 40
+    assert cuda._streams == 1
+    assert applied["to PACKED"] + applied["to RESIDENT"] >= 40

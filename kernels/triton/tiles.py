@@ -1,7 +1,7 @@
 """Tile choice of the grouped GEMM: a small table per GPU, tuned and committed, and a rule where there is none.
 
-`kernels/triton/tuned/<GPU>.json` maps "hidden,intermediate" and a bound on the mean rows per expert to a pair of tiles, which
-agree in block_m since both GEMMs read one block map:
+`kernels/triton/tuned/<GPU>.json` maps "hidden,intermediate" and a bound on the mean rows per expert to a pair of tiles,
+which agree in block_m since both GEMMs read one block map:
 
     {"tiles": {"2048,768": {"16": {"gate_up": {"block_m": 16, …}, "down": {…}}, "max": {…}}}, "provenance": {…}}
 

@@ -30,6 +30,7 @@ from ..hardware import measure_links
 from ..memory.budget import BudgetError, format_bytes
 from ..memory.check import FreeMemory, MemoryCheck
 from ..memory.region import BlockPool
+from ..timeline import Timeline
 from .batch import build_batch
 from .config import EngineConfig
 from .deployment import Deployment, limits_of, make_planner, require_workspace
@@ -41,7 +42,6 @@ from .residency import ComputeProfile, Residency, Seen
 from .sampling import sample
 from .scheduler import Scheduler, Step
 from .state_cache import StateCache
-from ..timeline import Timeline
 
 
 class Engine(ServingLoop):

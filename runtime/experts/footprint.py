@@ -19,6 +19,7 @@ from ..memory.region import BlockPool
 from .config import PagingConfig
 from .layout import ExpertLayout
 from .placement import Tier, place
+from .slots import SlotSchedule
 from .spill import StoreError, spill_offsets
 
 EXPERT_LINES = {Tier.RESIDENT: "resident_experts", Tier.PACKED: "packed_experts"}
@@ -48,11 +49,19 @@ def lay_out(
     return ExpertLayout(placement, {name: ops.expert_bytes(name) for name in used}, formats, ops.fused_formats)
 
 
-def slots_used(layout: ExpertLayout, slots: int) -> int:
-    """Slots that a layout needs: no more than it has streamed layers."""
+def slot_schedule(layout: ExpertLayout, slots: int, moves: bool) -> tuple[list[int], SlotSchedule]:
+    """Layers that have their turns of the slots, and the schedule of these. StoreError on less than 2 slots.
+
+    moves: experts change tier while serving, so any layer may come to stream.
+    """
     if slots < 2:
         raise StoreError(f"streaming needs at least 2 slots (one loads while one is read), got {slots} slots")
-    return min(slots, len(layout.streamed_layers))
+    if moves:
+        return list(range(layout.num_layers)), SlotSchedule(layout.num_layers, slots)
+    order = layout.streamed_layers
+    # No more slots than layers; with one each, they are loaded once.
+    used = min(slots, max(1, len(order)))
+    return order, SlotSchedule(len(order), used, keeps_all=len(order) <= used)
 
 
 class Footprint:
@@ -97,7 +106,7 @@ class Footprint:
         layout, slots = self.layout, self.config.slots
         if self.config.adaptive:
             return slots * self.most_streamed * layout.expert_bytes(layout.stored(Tier.HOST))
-        used = slots_used(layout, slots)
+        used = slot_schedule(layout, slots, moves=False)[1].slots
         return sum(used * layout.slot_bytes(d) + layout.staging_bytes(d, self._staged) for d in (GATE_UP, DOWN))
 
     @property

@@ -18,9 +18,8 @@ from typing import NamedTuple
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP, ExpertTable
 from torch import Tensor
 
-from .footprint import slots_used
+from .footprint import slot_schedule
 from .placement import Tier
-from .slots import SlotSchedule
 from .store import ExpertStore, LayerPlan
 
 # NaN in bf16 and in fp32.
@@ -70,11 +69,8 @@ class Streamer(ABC):
     def __init__(self, store: ExpertStore, slots: int, poison: bool = False) -> None:
         self.store, self.poison = store, poison
         layout = store.layout
-        # Where experts move, any layer may come to stream.
-        self.order = list(range(layout.num_layers)) if store.moves else layout.streamed_layers
-        self.num_slots = slots if store.moves else slots_used(layout, slots)
-        keeps_all = not store.moves and len(self.order) == self.num_slots
-        self.schedule = SlotSchedule(len(self.order), max(1, self.num_slots), keeps_all)
+        self.order, self.schedule = slot_schedule(layout, slots, store.moves)
+        self.num_slots = self.schedule.slots if self.order else 0
         self._slots = [
             (store.device.empty(store.slot_bytes(GATE_UP)), store.device.empty(store.slot_bytes(DOWN)))
             for _ in range(self.num_slots)

@@ -1,23 +1,20 @@
 """The engine on a virtual clock, for machines and models that are not there.
 
 Scheduler, deployment (ledger, layout, placement) and planner are the runtime's own code; a CostModel stands in for
-kernels and copies, and a model of Algorithm 1 for the streamer. Deterministic: the same requests give the same steps.
+kernels and copies, and a VirtualStreamer for the streamer. Deterministic: the same requests give the same steps.
 
-Within a pass, layer after layer of those with experts, with t the compute stream's time and one link and one decoder
-that never idle while a slot is free:
+Within a pass, layer after layer of those with experts, with t the compute stream's time:
 
-    load j     begins once the link is free and job j - S was computed; done after the longer of link and decode
-    layer      t += what runs before its experts;  t = max(t, load j done);  t += experts;  its slot is free at t
+    t += what runs before the layer's experts;  t = max(t, its load done);  t += experts;  its slot is free at t
 
-Loads run ahead over the end of a pass, as in the engine. Swapped KV crosses the link before its pass, and stalls it.
-Where copies take compute from the kernels (`copy_overlap` below 1), a layer with a load is longer by that share of the
-shorter of its compute and its copy.
+Swapped KV crosses the link before its pass, and stalls it. Where copies take compute from the kernels (`copy_overlap`
+below 1), a layer with a load is longer by that share of the shorter of its compute and its copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from fluxmoe.kernels.formats import DENSE
@@ -33,23 +30,10 @@ from ..serving.deployment import Deployment, limits_of, make_planner, require_wo
 from ..serving.loop import Executed, ServingLoop
 from ..serving.scheduler import Scheduler, Step
 from .cost_model import CostModel, CostParameters, SimOps
+from .streamer import Load, VirtualStreamer
 
 # Share of a device's memory that a run may use when no budget is given: vLLM's default.
 _USABLE = 0.9
-
-
-@dataclass
-class _Pipeline:
-    """Where the loads are: times on the virtual clock, jobs counted as in the streamer."""
-
-    slots: int
-    link_free: float = 0.0
-    decode_free: float = 0.0
-    jobs: int = 0
-
-    def __post_init__(self) -> None:
-        self.computed = [0.0] * self.slots
-        self.done: dict[int, float] = {}
 
 
 class SimEngine(ServingLoop):
@@ -87,26 +71,19 @@ class SimEngine(ServingLoop):
             blocks, config.block_size, self.deployment.max_sequences, limits.tokens, config.preemption, limits.context,
             host_blocks=host_blocks,
         )  # fmt: skip
-        self._adopt(layout)
         self._clock = 0.0
-        self._pipeline = _Pipeline(config.slots)
+        self._streamer = VirtualStreamer(layout, config.slots, config.adaptive, self._adopt(layout))
         self._planner = self._make_planner() if config.adaptive and config.planning else None
         self._window: list[tuple[float, float]] = []
         self._moves: list[Move] = []
         self.last_reason = ""
 
-    def _adopt(self, layout: ExpertLayout) -> None:
-        """Take a layout into use; what loads of its layers take."""
+    def _adopt(self, layout: ExpertLayout) -> list[Load]:
+        """Take a layout into use; returns the loads of its layers."""
         self.layout = layout
         self.costs.bind(layout)
-        self._loads = [self.costs.load_seconds(layer, layout) for layer in range(layout.num_layers)]
-        # Where experts move, every layer has its turn of the slots, as in the streamer: loads run so many layers ahead.
-        turns = [self.config.adaptive or any(times) for times in self._loads]
-        self._streamed = [layer for layer, turn in enumerate(turns) if turn]
-        self._load_bytes = [self.costs.host_bytes(layer, layout) for layer in range(layout.num_layers)]
-        # Waiting for a slow link costs no compute; copying and decoding do.
-        work = zip(self._load_bytes, self._loads, strict=True)
-        self._copying = [max(nbytes / self._copy_rate, decode_s) for nbytes, (_, decode_s) in work]
+        layers = range(layout.num_layers)
+        return [Load(*self.costs.load_seconds(i, layout), self.costs.host_bytes(i, layout)) for i in layers]
 
     def __enter__(self) -> SimEngine:
         return self
@@ -132,45 +109,24 @@ class SimEngine(ServingLoop):
     def _pass(self, step: Step, now: float) -> tuple[float, float, int]:
         """Run a pass from `now` on; moves the clock; returns seconds of waiting and of loads, bytes that crossed."""
         costs, outside = self.costs.pass_costs(step)
-        pipe, streamed = self._pipeline, set(self._streamed)
-        keeps_all = len(streamed) <= pipe.slots and not self.config.adaptive
         stall, load, crossed = 0.0, 0.0, 0
         for layer, cost in enumerate(costs):
             now += cost.before
-            if layer in streamed and not (keeps_all and pipe.jobs >= len(streamed)):
-                job = pipe.jobs
-                ready = self._loaded(job, layer)
-                stall += max(0.0, ready - now)
-                contended = min(self._copying[layer], cost.before + cost.experts)
-                now = max(now, ready) + cost.experts + (1 - self.profile.copy_overlap) * contended
-                pipe.computed[job % pipe.slots] = now
-                pipe.jobs += 1
-                pipe.done.pop(job, None)
-                load += max(self._loads[layer])
-                crossed += self._load_bytes[layer]
-                # The next load into this slot may begin; its order on the link is that of the layers.
-                if not keeps_all:
-                    self._begin(job + pipe.slots, self._layer_after(layer, pipe.slots))
-            else:
+            if layer not in self._streamer:
                 now += cost.experts
+                continue
+            ready, brought = self._streamer.begin(layer)
+            stall += max(0.0, ready - now)
+            now = max(now, ready) + cost.experts
+            if brought is not None:
+                # Waiting for a slow link costs no compute; copying and decoding do.
+                copying = max(brought.nbytes / self._copy_rate, brought.decode_s)
+                now += (1 - self.profile.copy_overlap) * min(copying, cost.before + cost.experts)
+                load += max(brought.link_s, brought.decode_s)
+                crossed += brought.nbytes
+            self._streamer.finish(layer, now)
         self._clock = now + outside
         return stall, load, crossed
-
-    def _layer_after(self, layer: int, count: int) -> int:
-        order = self._streamed
-        return order[(order.index(layer) + count) % len(order)]
-
-    def _loaded(self, job: int, layer: int) -> float:
-        if job not in self._pipeline.done:
-            self._begin(job, layer)
-        return self._pipeline.done[job]
-
-    def _begin(self, job: int, layer: int) -> None:
-        pipe, (link_s, decode_s) = self._pipeline, self._loads[layer]
-        free = pipe.computed[job % pipe.slots]
-        pipe.link_free = max(pipe.link_free, free) + link_s
-        pipe.decode_free = max(pipe.decode_free, free) + decode_s
-        pipe.done[job] = max(pipe.link_free if link_s else free, pipe.decode_free if decode_s else free)
 
     # Experts that move. A move takes effect at once; what it copies is charged to nobody, for it is a few bytes.
 
@@ -235,4 +191,4 @@ class SimEngine(ServingLoop):
         for line, nbytes in held.items():
             self.budget.reserve(line, max(0, nbytes - ledger[line]))
         self.placement = layout.placement
-        self._adopt(layout)
+        self._streamer.loads = self._adopt(layout)

@@ -354,7 +354,10 @@ def test_results_are_the_same_while_experts_move(expert_format, slots, expected)
     with filled(config) as pager:
         targets = (Tier.HOST, *pager.store.device_tiers)
         unit = sum(pager.ops.expert_bytes(expert_format))
-        for step in range(60):
+        step, brings = 0, f"to {targets[-1].name}"
+        # A busy machine may take all steps for the first few copies.
+        while step < 60 or (pager.mover.applied[brings] <= 5 and step < 2000):
+            step += 1
             where = rng.randrange(LAYERS), rng.randrange(DIMS.experts)
             source = pager.store.tier_of(*where)
             pager.request([Move(*where, source, rng.choice([tier for tier in targets if tier != source]))])
@@ -367,7 +370,7 @@ def test_results_are_the_same_while_experts_move(expert_format, slots, expected)
             pager.store.check_integrity()
         while pager.mover.busy:
             pager.apply_moves()
-        came = pager.mover.applied[f"to {targets[-1].name}"]
+        came = pager.mover.applied[brings]
         assert pager.counters().moved_bytes == came * unit
         assert pager.mover.applied["to HOST"] > 5
         assert came > 5

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fluxmoe.runtime.experts import store as store_module
 from fluxmoe.runtime.experts.config import PagingConfig
-from fluxmoe.runtime.experts.footprint import Footprint, slots_used
+from fluxmoe.runtime.experts.footprint import Footprint, slot_schedule
 from fluxmoe.runtime.experts.placement import Placement, Tier, place
 from fluxmoe.runtime.experts.spill import StoreError
 from fluxmoe.runtime.experts.streamer_cpu import ThreadStreamer
@@ -235,7 +235,7 @@ def test_all_resident_starts_no_thread():
 
 def test_one_slot_is_refused():
     with pytest.raises(StoreError, match="at least 2"):
-        slots_used(layout_of(place("host", 4, 2)), 1)
+        slot_schedule(layout_of(place("host", 4, 2)), 1, moves=False)
 
 
 def test_tables_are_made_once():

@@ -60,6 +60,7 @@ class Storm:
         self.engine, self.expected, self.rng = engine, expected, random.Random(seed)
         self.live: dict = {}
         self.count: Counter[str] = Counter()
+        self.errors: list[str] = []
         self.load_fails = False
         assert engine.pager.mover is not None
         engine.pager.mover.copy = self._copy
@@ -92,9 +93,10 @@ class Storm:
             try:
                 self.engine.step()
             except (StoreError, KeyboardInterrupt) as error:
-                assert "injected" in str(error)
                 self.count[type(error).__name__] += 1
+                self.errors.append(str(error))
             self._check()
+        assert all("injected" in error for error in self.errors), self.errors
         self.engine._execute = self._whole_pass
         while self.engine.has_work:
             self.engine.step()

@@ -37,7 +37,8 @@ from fluxmoe.runtime.serving.state_cache import StateCache
 from fluxmoe.runtime.timeline import Timeline
 from torch import Tensor
 
-from . import bench_attention, bench_delta_net, bench_grouped_gemm, bit_equality, check_engine, tune_grouped_gemm
+from . import bench_delta_net, bench_grouped_gemm, bit_equality, check_engine, tune_grouped_gemm
+from .bench import attention as bench_attention
 from .common import Parser, UsageError, cli_main, write_json
 from .gpu import ResultRows, code_digest, load_json, require_gpu
 from .make_checkpoint import ModelShape, hf_config

@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, fused_formats
 
-from .bench_attention import SHAPES as ATTENTION_SHAPES
-from .bench_attention import make_case
+from .bench.attention import SHAPES as ATTENTION_SHAPES
+from .bench.attention import make_case
 from .bench_delta_net import DIMS, Case
 from .bench_grouped_gemm import Layer, Ours, router_logits
 from .common import Parser, cli_main

@@ -85,7 +85,7 @@ EXPERIMENTS = (
         "exp3_adaptation", *_ADAPT, "--device", "cpu", "--link-bandwidth", "4GB", out="{out}/exp3_adaptation_4GBps",
         result="adaptation.png",
     ),
-    script("exp4_overhead", "--device", "cpu", result="overhead.png"),
+    script("paper.fig10_overhead", "--device", "cpu", out="{out}/exp4_overhead", result="overhead.png"),
     script("ablation", "--preset", "small", "--budget", "384MiB", "--device", "cpu", result="rows.csv"),
     script("bench_cpu_moe", result="rows.csv"),
     script("table1_models", "--device", "cpu", result="table.md"),

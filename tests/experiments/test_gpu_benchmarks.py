@@ -12,7 +12,6 @@ from functools import partial
 import pytest
 import torch
 from fluxmoe.experiments import (
-    bench_attention,
     bench_delta_net,
     bench_grouped_gemm,
     bit_equality,
@@ -25,6 +24,7 @@ from fluxmoe.experiments import (
     predict_other_kernels,
     tune_grouped_gemm,
 )
+from fluxmoe.experiments.bench import attention as bench_attention
 from fluxmoe.experiments.common import UsageError, write_csv
 from fluxmoe.experiments.gpu import EXIT_AGAIN, AbsentError, ResultRows, Roofs, Timing, WrongError
 from fluxmoe.experiments.moe_peers import PEERS

@@ -1,6 +1,6 @@
 """What paging costs when nothing is paged out: every expert resident and dense (the paper's Exp#4, Fig. 10).
 
-    python -m fluxmoe.experiments.exp4_overhead --out results/<hardware>/exp4_overhead
+    python -m fluxmoe.experiments.paper.fig10_overhead --out results/<hardware>/exp4_overhead
 
 The experts of a row of layers lie in ordinary memory, or under the addresses of a PagedTensor whose pages are all
 mapped; two kernels read them:
@@ -33,8 +33,8 @@ from fluxmoe.runtime.memory.paged_tensor import PagedTensor
 from torch import Tensor
 from tqdm import tqdm
 
-from .common import Parser, UsageError, cli_main, provenance, write_csv, write_json
-from .plots import plot_overhead
+from ..common import Parser, UsageError, cli_main, provenance, write_csv, write_json
+from ..plots import plot_overhead
 
 MEMORIES = ("stacked", "apart", "paged")
 
@@ -179,7 +179,7 @@ def seconds_of_host(work: Callable[[], object]) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.exp4_overhead", description=__doc__.splitlines()[0])
+    p = Parser(prog="fluxmoe.experiments.paper.fig10_overhead", description=__doc__.splitlines()[0])
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     p.add_argument("--layers", type=int, default=4)
     p.add_argument("--experts", type=int, default=32)

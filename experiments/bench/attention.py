@@ -1,6 +1,6 @@
 """Paged attention on a GPU against the roofs of the machine and against torch's scaled_dot_product_attention.
 
-    python -m fluxmoe.experiments.bench_attention --out results/<gpu>/bench_attention
+    python -m fluxmoe.experiments.bench.attention --out results/<gpu>/attention
 
 Decode: one query a sequence, contexts of equal length; limited by the bytes of K and V. Prefill: whole prompts;
 limited by flops (the causal half is counted). torch reads K and V from contiguous tensors, with its heads repeated by
@@ -19,8 +19,8 @@ from fluxmoe.kernels.triton.paged_attention import paged_attention, workspace_by
 from fluxmoe.kernels.triton.tiles import num_sms_of
 from torch import Tensor
 
-from .common import Parser, UsageError, cli_main
-from .gpu import (
+from ..common import Parser, UsageError, cli_main
+from ..gpu import (
     ResultRows,
     Roofs,
     Timing,
@@ -158,7 +158,7 @@ def bench(kind: str, roofs: Roofs, results: ResultRows, device: torch.device, **
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.bench_attention", description=__doc__.splitlines()[0])
+    p = Parser(prog="fluxmoe.experiments.bench.attention", description=__doc__.splitlines()[0])
     p.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["mixtral", "qwen3_30b"])
     p.add_argument("--sequences", nargs="+", type=int, default=[1, 8, 32, 128], help="decode batch sizes")
     p.add_argument("--contexts", nargs="+", type=int, default=[512, 4096, 16384])

@@ -19,8 +19,8 @@ from fluxmoe.kernels.triton.paged_attention import paged_attention, workspace_by
 from fluxmoe.kernels.triton.tiles import num_sms_of
 from torch import Tensor
 
-from ..common import Parser, UsageError, cli_main
-from ..gpu import (
+from ..lib.results import Parser, UsageError, cli_main
+from .timing import (
     ResultRows,
     Roofs,
     Timing,

@@ -33,8 +33,8 @@ from fluxmoe.runtime.memory.paged_tensor import PagedTensor
 from torch import Tensor
 from tqdm import tqdm
 
-from ..common import Parser, UsageError, cli_main, provenance, write_csv, write_json
-from ..plots import plot_overhead
+from ..lib.results import Parser, UsageError, cli_main, provenance, write_csv, write_json
+from ..plots.serving import plot_overhead
 
 MEMORIES = ("stacked", "apart", "paged")
 

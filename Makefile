@@ -13,7 +13,7 @@ $(STAMP): requirements.txt pyproject.toml
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(PY) -m fluxmoe.experiments.demo
+	$(PY) -m fluxmoe.experiments.commands.demo
 
 test: $(STAMP)
 	$(PY) -m pytest
@@ -39,11 +39,11 @@ compat: $(COMPAT)/.installed
 
 # Every figure again, from the committed results alone.
 figures: $(STAMP)
-	$(PY) -m fluxmoe.experiments.figures
+	$(PY) -m fluxmoe.experiments.commands.figures
 
 # Everything that this machine can run, hours on two cores; what is there already is not made again.
 reproduce: $(STAMP)
-	$(PY) -m fluxmoe.experiments.reproduce
+	$(PY) -m fluxmoe.experiments.commands.reproduce
 
 # The machine code of every kernel on four architectures; `make test` compiles a part of it.
 audit: $(STAMP)

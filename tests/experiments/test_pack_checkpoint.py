@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from fluxmoe.experiments import pack_checkpoint as script
-from fluxmoe.experiments.common import UsageError
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.commands import pack_checkpoint as script
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
+from fluxmoe.experiments.lib.results import UsageError
 from fluxmoe.kernels.formats import compressed_formats
 from fluxmoe.models.checkpoint import Checkpoint, CheckpointError
 from fluxmoe.models.packed import INDEX
@@ -140,7 +140,15 @@ def test_what_cannot_be_packed_is_one_sentence(model_dir, packed_dir, tmp_path):
 
 
 def test_command_line_error_is_one_line(tmp_path):
-    command = [sys.executable, "-m", "fluxmoe.experiments.pack_checkpoint", "--model", str(tmp_path), "--out", "x"]
+    command = [
+        sys.executable,
+        "-m",
+        "fluxmoe.experiments.commands.pack_checkpoint",
+        "--model",
+        str(tmp_path),
+        "--out",
+        "x",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error:")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fluxmoe.experiments import generate
-from fluxmoe.experiments.common import cli_main
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.commands import generate
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
+from fluxmoe.experiments.lib.results import cli_main
 from fluxmoe.runtime.devices import HOST, CpuDevice, CudaDevice, device_of
 from fluxmoe.runtime.experts import footprint
 from fluxmoe.runtime.experts.pager import ExpertPager

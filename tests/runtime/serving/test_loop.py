@@ -6,7 +6,7 @@ import gc
 
 import numpy as np
 import pytest
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.runtime import Engine, EngineConfig, Request, SamplingParams
 from fluxmoe.runtime.experts.spill import StoreError
 

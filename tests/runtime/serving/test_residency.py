@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.kernels.formats import FORMATS
 from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.experts.courier import StreamCourier

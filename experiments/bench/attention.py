@@ -1,0 +1,193 @@
+"""Paged attention on a GPU against the roofs of the machine and against torch's scaled_dot_product_attention.
+
+    python -m fluxmoe.experiments.bench.attention --out results/<gpu>/attention
+
+Decode: one query a sequence, contexts of equal length; limited by the bytes of K and V. Prefill: whole prompts;
+limited by flops (the causal half is counted). torch reads K and V from contiguous tensors, with its heads repeated by
+enable_gqa: it has no pages to follow, which favours it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+
+import torch
+import torch.nn.functional as F
+from fluxmoe.kernels.triton.paged_attention import paged_attention, workspace_bytes
+from fluxmoe.kernels.triton.tiles import num_sms_of
+from torch import Tensor
+
+from ..lib.results import Parser, UsageError, cli_main
+from .timing import (
+    ResultRows,
+    Roofs,
+    Timing,
+    WrongError,
+    base_seconds,
+    cold_copies,
+    measure_roofs,
+    ratio,
+    require_gpu,
+    time_calls,
+)
+
+# heads, kv_heads, head_dim
+SHAPES = {"mixtral": (32, 8, 128), "qwen3_30b": (32, 4, 128), "qwen3_next": (16, 2, 256), "olmoe": (16, 16, 128)}
+# For rehearsals.
+SHAPES["tiny"] = (4, 2, 16)
+_BLOCK_SIZE = 32
+
+
+@dataclass
+class Case:
+    """B sequences with `queries` tokens each at the end of a context of `context`; K and V also as torch wants them."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    block_table: Tensor
+    context_lens: Tensor
+    query_start: Tensor
+    out: Tensor
+    workspace: Tensor
+    queries: int
+    context: int
+
+    def ours(self, batch_invariant: bool = False) -> Tensor:
+        return paged_attention(
+            self.q, self.k_cache, self.v_cache, self.block_table, self.context_lens, self.query_start,
+            scale=self.q.shape[-1] ** -0.5, block_size=_BLOCK_SIZE, max_query_len=self.queries, out=self.out,
+            workspace=self.workspace, max_context=self.context, batch_invariant=batch_invariant,
+        )  # fmt: skip
+
+    def contiguous(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, heads, queries, D], k and v [B, kv_heads, context, D], gathered from the pages."""
+        sequences = len(self.context_lens)
+        q = self.q.view(sequences, self.queries, *self.q.shape[1:]).transpose(1, 2).contiguous()
+        pages = (cache[self.block_table.long()] for cache in (self.k_cache, self.v_cache))
+        k, v = (p.transpose(1, 2).flatten(2, 3)[:, :, : self.context].contiguous() for p in pages)
+        return q, k, v
+
+
+def make_case(shape: tuple[int, int, int], sequences: int, queries: int, context: int, device: torch.device) -> Case:
+    heads, kv_heads, dim = shape
+    blocks = -(-context // _BLOCK_SIZE)
+    randn = partial(torch.randn, dtype=torch.bfloat16, device=device)
+    k, v = (randn(sequences * blocks, kv_heads, _BLOCK_SIZE, dim) for _ in range(2))
+    # Pages of a sequence lie anywhere, as after hours of serving.
+    table = torch.randperm(sequences * blocks, device=device).int().view(sequences, blocks)
+    q = randn(sequences * queries, heads, dim)
+    space = workspace_bytes(sequences, heads, kv_heads, dim, context, num_sms_of(device))
+    return Case(
+        q, k, v, table,
+        torch.full((sequences,), context, dtype=torch.int32, device=device),
+        torch.arange(sequences + 1, dtype=torch.int32, device=device) * queries,
+        torch.empty_like(q), torch.empty(space, dtype=torch.uint8, device=device), queries, context,
+    )  # fmt: skip
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, heads, queries, D]; causal when the queries are the whole context."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] == k.shape[2], enable_gqa=True)
+
+
+def as_tokens(out: Tensor) -> Tensor:
+    """[B, heads, queries, D] → [B * queries, heads, D]."""
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def work(shape: tuple[int, int, int], sequences: int, queries: int, context: int) -> tuple[float, float]:
+    """(bytes, flops): K and V once, q and output once; QK and PV over what is visible."""
+    heads, kv_heads, dim = shape
+    visible = queries * context - queries * (queries - 1) / 2
+    nbytes = 2 * sequences * dim * (2 * kv_heads * context + 2 * heads * queries)
+    return nbytes, 4.0 * sequences * heads * dim * visible
+
+
+PROVIDERS = ("fluxmoe", "fluxmoe invariant", "torch sdpa")
+
+
+class Point:
+    """One shape, all cold copies of its inputs."""
+
+    def __init__(self, name: str, sequences: int, queries: int, context: int, device: torch.device) -> None:
+        shape = SHAPES[name]
+        self.nbytes, self.flops = work(shape, sequences, queries, context)
+        copies = min(64, cold_copies(int(self.nbytes)))
+        self.cases = [make_case(shape, sequences, queries, context, device) for _ in range(copies)]
+        self.inputs = [case.contiguous() for case in self.cases]
+        self.expected = as_tokens(torch_attention(*self.inputs[0])).float()
+
+    def time(self, provider: str) -> Timing:
+        """Checked against torch, then timed."""
+        if provider == "torch sdpa":
+            return time_calls([partial(torch_attention, *each) for each in self.inputs])
+        invariant = provider == "fluxmoe invariant"
+        error = (self.cases[0].ours(invariant).float() - self.expected).abs().max() / self.expected.abs().max()
+        if not error < 0.02:  # nor for NaN
+            raise WrongError(f"it differs by {error:.1%} of the largest value")
+        return time_calls([partial(case.ours, invariant) for case in self.cases])
+
+    @cached_property
+    def base_s(self) -> float | None:
+        """Seconds of ours in this run: what ratios refer to."""
+        return base_seconds(lambda: self.time("fluxmoe"))
+
+
+def bench(kind: str, roofs: Roofs, results: ResultRows, device: torch.device, **sizes) -> None:
+    """One point: ours, ours batch-invariant, torch; those that have no row yet."""
+    missing = [name for name in PROVIDERS if not results.has(kind=kind, **sizes, provider=name)]
+    if not missing:
+        return
+    point = Point(sizes["shape"], sizes["sequences"], sizes["queries"], sizes["context"], device)
+    floor = roofs.floor_s(point.nbytes, point.flops)
+
+    def columns(provider: str) -> dict:
+        timing = point.time(provider)
+        if provider == "fluxmoe":
+            point.base_s = timing.p50
+        return {
+            **timing.columns, "bytes": point.nbytes, "flops": point.flops, "floor_us": floor * 1e6,
+            "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, point.base_s),
+        }  # fmt: skip
+
+    for provider in missing:
+        results.measure(partial(columns, provider), kind=kind, **sizes, provider=provider)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="fluxmoe.experiments.bench.attention", description=__doc__.splitlines()[0])
+    p.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["mixtral", "qwen3_30b"])
+    p.add_argument("--sequences", nargs="+", type=int, default=[1, 8, 32, 128], help="decode batch sizes")
+    p.add_argument("--contexts", nargs="+", type=int, default=[512, 4096, 16384])
+    p.add_argument("--prompts", nargs="+", type=int, default=[512, 2048, 8192], help="prefill lengths")
+    p.add_argument("--rehearse", action="store_true", help="no GPU: interpreted on the CPU; times mean nothing")
+    p.add_argument("--out", required=True, metavar="DIR")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if min(args.sequences + args.contexts + args.prompts) < 1:
+        raise UsageError("--sequences, --contexts and --prompts must be at least 1")
+    device = require_gpu(args.rehearse)
+    roofs = measure_roofs(device)
+    made = "rehearsed" if args.rehearse else "measured"
+    results = ResultRows(args.out, device.type, kind=made, roofs=asdict(roofs))
+    for name in args.shapes:
+        for sequences in args.sequences:
+            for context in args.contexts:
+                # 16 GiB of K and V in all copies; larger points do not fit beside them.
+                if work(SHAPES[name], sequences, 1, context)[0] < 8 << 30:
+                    bench(
+                        "decode", roofs, results, device, shape=name, sequences=sequences, queries=1, context=context
+                    )  # fmt: skip
+        for prompt in args.prompts:
+            bench("prefill", roofs, results, device, shape=name, sequences=1, queries=prompt, context=prompt)
+    results.finish()
+
+
+if __name__ == "__main__":
+    cli_main(main)

@@ -222,9 +222,13 @@ class ExpertOps(ExpertSizes, Protocol[R]):
     of them. It runs on the block's device, on the current stream or the calling thread alone, so that it can work
     beside a forward pass.
 
+    `backend` is the name under which formats and files know the arrangement of blocks.
+
     A routing is valid until the next one is made: by `route` from router logits, or by `route_to` from experts that a
     host has chosen.
     """
+
+    backend: str
 
     def encode_expert(
         self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = ...
@@ -233,6 +237,9 @@ class ExpertOps(ExpertSizes, Protocol[R]):
         self, expert_format: str, tensor_type: int, block: Tensor, out: Tensor, recipe: Packed | None
     ) -> None: ...
     def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]: ...
+    def weights_of(
+        self, expert_format: str, blocks: tuple[Tensor, Tensor], recipes: Recipes
+    ) -> tuple[Tensor, Tensor]: ...
     def route(self, logits: Tensor, num_tokens: Tensor | None = None) -> R: ...
     def route_to(self, topk_ids: Tensor, topk_weights: Tensor, num_tokens: Tensor | None = None) -> R: ...
     def moe_add(self, x: Tensor, routing: R, experts: LayerExperts, residual: Tensor) -> Tensor: ...

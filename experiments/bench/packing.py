@@ -126,7 +126,7 @@ class FusedGemm:
 
     def _page(self, checkpoint: Checkpoint, layer: int, name: str) -> LayerPage:
         pairs: list = [None] * checkpoint.config.num_experts
-        for _, expert, gate_up, down in checkpoint.experts(layers={layer}):
+        for _, expert, gate_up, down in checkpoint.experts(lambda i, expert: i == layer):
             first, second = (torch.empty(n, dtype=torch.uint8) for n in self.ops.expert_bytes(name))
             self.ops.encode_expert(gate_up, down, (first, second), name)
             pairs[expert] = first.to(self.device), second.to(self.device)

@@ -14,28 +14,15 @@ from ..ops import ExpertDims, KernelError, LayerExperts
 from . import gemm, moe
 
 
-class CpuExperts(ExpertBlocks):
-    """ExpertOps for batches of up to `max_tokens`; one pager owns one (not thread-safe).
-
-    KernelError for weights that are neither bf16 nor fp32.
-    """
+class CpuBlocks(ExpertBlocks):
+    """Experts in panels. KernelError for weights that are neither bf16 nor fp32."""
 
     backend = "cpu"
-    device = torch.device("cpu")
-    act_dtype = torch.float32
 
-    def __init__(self, dims: ExpertDims, max_tokens: int, threads: int | None = None) -> None:
+    def __init__(self, dims: ExpertDims) -> None:
         if dims.dtype not in (torch.bfloat16, torch.float32):
             raise KernelError(f"CPU kernels take bfloat16 or float32 weights, got {dims.dtype}")
-        self.dims = dims
-        self.threads = gemm.use_threads(threads)
-        self._scratch = gemm.Scratch(max_tokens * dims.top_k, self.threads)
-        self._buffers = moe.MoeBuffers(
-            max_tokens, dims.hidden, dims.intermediate, dims.experts, dims.top_k, self.threads
-        )
-        self.workspace_bytes = self._scratch.nbytes + self._buffers.nbytes
-
-    # Blocks.
+        super().__init__(dims)
 
     def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         d = self.dims
@@ -61,7 +48,24 @@ class CpuExperts(ExpertBlocks):
             panels = out.view(len(out), -1, gemm.LANES)[-halves:]
             panels[:, :, -spare:] = panels[:, :, :1]
 
-    # The layer.
+
+class CpuExperts(CpuBlocks):
+    """ExpertOps for batches of up to `max_tokens`; one pager owns one (not thread-safe).
+
+    KernelError for weights that are neither bf16 nor fp32.
+    """
+
+    device = torch.device("cpu")
+    act_dtype = torch.float32
+
+    def __init__(self, dims: ExpertDims, max_tokens: int, threads: int | None = None) -> None:
+        super().__init__(dims)
+        self.threads = gemm.use_threads(threads)
+        self._scratch = gemm.Scratch(max_tokens * dims.top_k, self.threads)
+        self._buffers = moe.MoeBuffers(
+            max_tokens, dims.hidden, dims.intermediate, dims.experts, dims.top_k, self.threads
+        )
+        self.workspace_bytes = self._scratch.nbytes + self._buffers.nbytes
 
     def route(self, logits: Tensor, num_tokens: Tensor | None = None) -> moe.Routing:
         """fp32 logits [T, E]: softmax, the best top_k, rows sorted by expert."""

@@ -5,8 +5,9 @@
     blocks  [E, 2]   each at a multiple of 4096 bytes: gate_up, then down, of expert after expert
 
 All places follow from the header's sizes, none is read from the file. The file has its whole length from the beginning,
-with holes where nothing was written, so experts may come in any order and at any time; an expert counts as here once its
-records are written, which is after its bytes (`commit`). Whatever stops a writer, a reader sees whole experts or none.
+with holes where nothing was written, so experts may come in any order and at any time; an expert counts as here once
+its records are written, which is after its bytes (`commit`). Whatever stops a writer, a reader sees whole experts or
+none.
 Integers are little endian. Sums are of xxHash (xxhash.com), 64 bits, which runs as fast as memory.
 """
 
@@ -59,6 +60,11 @@ class ExpertFileHeader:
             raise PackingError(f"sizes of an expert file must be positive integers, got {sizes}")
 
 
+def expert_file_name(layer: int) -> str:
+    """Of a layer's experts in a folder; layers without experts are not counted."""
+    return f"experts-{layer:04d}.flux"
+
+
 def pages(nbytes: int) -> int:
     """Up to a whole page."""
     return -(-nbytes // PAGE) * PAGE
@@ -71,24 +77,31 @@ class ExpertFile:
     """
 
     def __init__(self, path: Path, header: ExpertFileHeader, writable: bool = False) -> None:
-        self.path, self.header, self.direct_io = path, header, False
-        self._file: int | None = None
-        self._direct: int | None = None
         try:
-            self._file = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+            file = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+        except OSError as error:
+            raise PackingError(f"{path} cannot be read: {error.strerror}") from None
+        self._open(file, path, header, writable)
+
+    def _open(self, file: int, path: Path, header: ExpertFileHeader, writable: bool) -> None:
+        """Take an open file over; it is closed where it is not what `header` says."""
+        self.path, self.header, self.direct_io = path, header, False
+        self._file: int | None = file
+        self._direct: int | None = None
+        self._written: set[int] = set()
+        try:
             if writable:
-                _lock(self._file, path)
-            found, self._records_at = _read_header(path, self._file)
+                _lock(file, path)
+            found, self._records_at = _read_header(path, file)
             if found != header:
                 raise PackingError(f"{path} holds other experts: {_difference(found, header)}")
-            size = os.fstat(self._file).st_size
+            size = os.fstat(file).st_size
             if size != self.nbytes(header):
                 raise PackingError(f"{path} is truncated or damaged: {size} bytes, not {self.nbytes(header)}")
-            count = header.experts * 2 * _RECORD_BYTES
-            raw = os.pread(self._file, count, self._records_at)
+            raw = os.pread(file, header.experts * 2 * _RECORD_BYTES, self._records_at)
             self._records = np.frombuffer(bytearray(raw), np.uint8).reshape(header.experts, 2, _RECORD_BYTES)
             with suppress(OSError, AttributeError):  # tmpfs and others have no direct reads
-                self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+                self._direct = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_DIRECT)
                 self.direct_io = True
         except OSError as error:
             self.close()
@@ -96,25 +109,31 @@ class ExpertFile:
         except BaseException:
             self.close()
             raise
-        self._written: set[int] = set()
 
     @classmethod
     def create(cls, path: Path, header: ExpertFileHeader) -> ExpertFile:
         """Open a file to add experts to; made first, without any, if there is none. PackingError, OSError."""
         if not path.exists():
-            text = json.dumps(asdict(header)).encode()
-            prefix = _PREFIX.pack(MAGIC, VERSION, len(text), xxhash.xxh3_64_intdigest(text))
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            file, name = _nameless(path.parent, header)
             try:
-                with temporary.open("xb") as file:
-                    file.write(prefix + text)
-                    file.truncate(cls.nbytes(header))
-                # Whoever comes second leaves the first one's file as it is.
+                # Whoever comes second leaves the first one's file as it is. (A descriptor makes Python follow links.)
                 with suppress(FileExistsError):
-                    os.link(temporary, path)
+                    os.link(name, path, src_dir_fd=file, follow_symlinks=True)
             finally:
-                temporary.unlink(missing_ok=True)
+                os.close(file)
+                if not name.startswith("/proc"):
+                    os.unlink(name)
         return cls(path, header, writable=True)
+
+    @classmethod
+    def temporary(cls, directory: Path, header: ExpertFileHeader) -> ExpertFile:
+        """A file without a name in `directory`, gone when it is closed, whatever happens. PackingError, OSError."""
+        file, name = _nameless(directory, header)
+        if not name.startswith("/proc"):
+            os.unlink(name)
+        made = cls.__new__(cls)
+        made._open(file, directory, header, writable=True)
+        return made
 
     @staticmethod
     def nbytes(header: ExpertFileHeader) -> int:
@@ -153,7 +172,7 @@ class ExpertFile:
     # Writing.
 
     def put(self, expert: int, blocks: Sequence[Tensor], recipes: Sequence[Packed | None]) -> None:
-        """Write an expert's two blocks, uint8 in host memory; it is here after `commit`. OSError when the disk fails."""
+        """Write an expert's blocks, uint8 in host memory; it is here after `commit`. OSError when the disk fails."""
         for d, (block, recipe) in enumerate(zip(blocks, recipes, strict=True)):
             assert block.numel() == self.header.sizes[d], "blocks are as the header says"
             text = b"" if recipe is None else _recipe_text(recipe)
@@ -211,6 +230,10 @@ class ExpertFile:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._handle(), 0, 0, os.POSIX_FADV_DONTNEED)
 
+    def unlock(self) -> None:
+        """Nothing more is put: others may."""
+        fcntl.flock(self._handle(), fcntl.LOCK_UN)
+
     def close(self) -> None:
         """Idempotent; what was put and not committed is lost."""
         for name in ("_file", "_direct"):
@@ -244,7 +267,7 @@ def _name(expert: int, tensor_type: int) -> str:
 
 
 def _sum(data: np.ndarray, recipe: bytes) -> int:
-    digest = xxhash.xxh3_64(data)
+    digest = xxhash.xxh3_64(data.data)
     digest.update(recipe)
     return digest.intdigest() or 1  # 0 says that nothing is here
 
@@ -253,6 +276,28 @@ def _recipe_text(recipe: Packed) -> bytes:
     planes = [(name, str(plane.dtype).removeprefix("torch."), plane.numel()) for name, plane in recipe.planes.items()]
     fields = {"format": recipe.format, "shape": recipe.shape, "metadata": recipe.metadata, "planes": planes}
     return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def _nameless(directory: Path, header: ExpertFileHeader) -> tuple[int, str]:
+    """A new file of no experts, open, and a name under which it can be linked: in no folder where the file system can,
+    so that a process that is killed leaves nothing. OSError."""
+    text = json.dumps(asdict(header)).encode()
+    prefix = _PREFIX.pack(MAGIC, VERSION, len(text), xxhash.xxh3_64_intdigest(text))
+    try:
+        file = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o666)
+        name = f"/proc/self/fd/{file}"
+    except (OSError, AttributeError):
+        name = str(directory / f".fluxmoe-experts-{os.getpid()}-{os.urandom(4).hex()}")
+        file = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+    try:
+        _pwrite(file, memoryview(prefix + text), 0)
+        os.ftruncate(file, ExpertFile.nbytes(header))
+    except BaseException:
+        os.close(file)
+        if not name.startswith("/proc"):
+            os.unlink(name)
+        raise
+    return file, name
 
 
 def _lock(file: int, path: Path) -> None:

@@ -23,13 +23,23 @@ class Choice(NamedTuple):
     weights: Tensor
 
 
-class TorchExperts(ExpertBlocks):
+class TorchBlocks(ExpertBlocks):
+    """Experts as checkpoints have them."""
+
+    backend = "torch"
+
+    def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self._matrix(blocks[GATE_UP], GATE_UP), self._matrix(blocks[DOWN], DOWN)
+
+    def _arrange(self, tensor_type: int, weight: Tensor, out: Tensor) -> None:
+        out.copy_(weight)
+
+
+class TorchExperts(TorchBlocks):
     """ExpertOps; `act_dtype` defaults to fp32 on the CPU and to the weights' dtype elsewhere.
 
     torch allocates its temporaries itself: `workspace_bytes` is an upper bound on those of one layer of `max_tokens`.
     """
-
-    backend = "torch"
 
     def __init__(
         self,
@@ -38,16 +48,11 @@ class TorchExperts(ExpertBlocks):
         device: torch.device | str = "cpu",
         act_dtype: torch.dtype | None = None,
     ) -> None:
-        self.dims, self.device = dims, torch.device(device)
+        super().__init__(dims)
+        self.device = torch.device(device)
         self.act_dtype = act_dtype or (torch.float32 if self.device.type == "cpu" else dims.dtype)
         rows = max_tokens * dims.top_k
         self.workspace_bytes = 4 * (3 * max_tokens * dims.experts + rows * (3 * dims.intermediate + 2 * dims.hidden))
-
-    def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return self._matrix(blocks[GATE_UP], GATE_UP), self._matrix(blocks[DOWN], DOWN)
-
-    def _arrange(self, tensor_type: int, weight: Tensor, out: Tensor) -> None:
-        out.copy_(weight)
 
     def route(self, logits: Tensor, num_tokens: Tensor | None = None) -> Choice:
         assert num_tokens is None, "padding is for captured graphs, and this path cannot be captured"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +38,8 @@ class PagingConfig:
     planning            with adaptive: how often experts are routed to is counted, and a planner decides; False: only
                         `request` moves experts
     least_alpha         with adaptive: the least share of each layer on the device (sizes the slots)
-    disk_dir            where the disk tier spills; None: the system's temporary directory
+    disk_dir            where the disk tier's files are kept; None: beside a checkpoint, or in the system's temporary
+                        directory where a host has no folder for them
     kernels             auto (Triton on CUDA, numba on the CPU) | triton | torch (the slow reference)
     batch_invariant     Triton: a token's result does not depend on who shares its batch; on the CPU always so
     threads             CPU threads; None: all
@@ -90,11 +90,6 @@ class PagingConfig:
             raise SettingError(f"transfer must be whole, on_demand or auto, got {self.transfer!r}")
         if self.transfer == "auto" and not self.counts_routing:
             raise SettingError("transfer auto is the planner's choice: it needs adaptive")
-
-    @property
-    def spill_dir(self) -> Path:
-        """Where the disk tier's file goes."""
-        return Path(self.disk_dir or tempfile.gettempdir())
 
     @property
     def device_format(self) -> str:

@@ -14,13 +14,12 @@ from fluxmoe.kernels.formats import DENSE
 from fluxmoe.kernels.ops import ExpertSizes
 
 from ..devices import device_of
-from ..memory.machine import lies_in_memory
 from ..memory.region import BlockPool
 from .config import PagingConfig
+from .disk import StoreError
 from .layout import ExpertLayout
 from .placement import Tier, place
 from .slots import SlotSchedule
-from .spill import StoreError, spill_offsets
 
 EXPERT_LINES = {Tier.RESIDENT: "resident_experts", Tier.PACKED: "packed_experts"}
 
@@ -80,17 +79,12 @@ class Footprint:
         return {**experts, "slots": self.slot_bytes, "workspace": self._ops_bytes + self.count_bytes}
 
     def host_lines(self) -> dict[str, int]:
-        """Host bytes by line: experts that lie there, a spill file that takes memory, what `put` passes through."""
+        """Host bytes by line: experts that lie there, what `put` passes through."""
         layout = self.layout
         host = layout.tier_bytes(Tier.HOST)
         if self.config.adaptive:  # a copy of every expert
             host = layout.placement.tiers.size * layout.expert_bytes(layout.stored(Tier.HOST))
-        spill = spill_offsets(layout)[1]
-        lines = {
-            "host_experts": host,
-            "spill": spill if spill and lies_in_memory(self.config.spill_dir) else 0,
-            "staging": sum(sum(sizes) for sizes in layout.sizes.values()),
-        }
+        lines = {"host_experts": host, "staging": sum(sum(sizes) for sizes in layout.sizes.values())}
         return {line: nbytes for line, nbytes in lines.items() if nbytes}
 
     @property

@@ -10,7 +10,8 @@ Each tier stores experts in one format; a kernel reads them in place, or from a 
     DISK      formats.host      in a slot
 
 A slot holds a layer's streamed experts, PACKED before HOST before DISK, ids ascending, one buffer a tensor type.
-Blocks begin every `stride` bytes, a multiple of 64; the ledger counts strides.
+Blocks begin every `stride` bytes, a multiple of 64, or of pages where experts are read from a disk; the ledger counts
+strides.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from functools import cached_property
 
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE
+from fluxmoe.kernels.packing.expert_file import PAGE
 
 from .placement import Placement, Tier
 
@@ -70,6 +72,8 @@ class ExpertLayout:
     ) -> None:
         self.placement, self.formats, self.sizes, self.fused = placement, formats, dict(sizes), fused
         self.num_layers, self.num_experts = placement.tiers.shape
+        # What is read past the page cache comes in whole pages.
+        self._alignment = PAGE if (placement.tiers == Tier.DISK).any() else _ALIGNMENT
         on_demand = formats.transfer == "on_demand" and (placement.tiers == Tier.HOST).any()
         if on_demand and formats.host not in (DENSE, *fused):
             raise LayoutError(
@@ -102,7 +106,7 @@ class ExpertLayout:
 
     def stride(self, expert_format: str, tensor_type: int) -> int:
         """Distance of blocks in bytes."""
-        return -(-self.sizes[expert_format][tensor_type] // _ALIGNMENT) * _ALIGNMENT
+        return -(-self.sizes[expert_format][tensor_type] // self._alignment) * self._alignment
 
     def expert_bytes(self, expert_format: str) -> int:
         """Bytes of one expert, both tensor types, as the ledger counts them."""

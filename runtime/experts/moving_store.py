@@ -23,10 +23,10 @@ from torch import Tensor
 
 from ..devices import Device
 from ..memory.region import BlockPool
+from .disk import StoreError
 from .heap import ExpertHeap
 from .layout import ExpertLayout
 from .placement import DEVICE_TIERS, Placement, Tier
-from .spill import StoreError
 from .store import Block, DecodeExpert, ExpertStore, LayerPlan, Where
 
 Copy = Callable[[Tensor, Tensor], object]

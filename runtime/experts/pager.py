@@ -14,13 +14,17 @@ A host is a serving engine, or a test. The pager knows no scheduler, no attentio
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from fluxmoe.kernels.ops import ExpertDims, ExpertOps
+from fluxmoe.kernels.packing import PackingError
+from fluxmoe.kernels.packing.expert_file import ExpertFile, ExpertFileHeader
 from torch import Tensor
 
 from ..devices import device_of
@@ -28,12 +32,12 @@ from ..hardware import measure_bandwidths
 from ..memory.region import BlockPool
 from ..timeline import Timeline
 from .config import PagingConfig
+from .disk import DiskTier, StoreError
 from .footprint import EXPERT_LINES, Footprint, lay_out
 from .mover import MakeRoom, Mover
 from .moving_store import MovingStore
 from .placement import Placement, Tier
 from .planner import Move
-from .spill import StoreError
 from .static_store import StaticStore
 from .store import ExpertStore
 from .streamer import Counters, Streamer
@@ -118,9 +122,11 @@ class ExpertPager:
 
     # Filling.
 
-    def open(self, pool: BlockPool | None = None) -> None:
+    def open(self, pool: BlockPool | None = None, folder: Path | None = None, content: str = "") -> None:
         """Allocate the tiers. pool: where experts that move lie on the device; None: one of the pager's own, which
-        holds all of them. StoreError, HostMemoryError or RegionError, which leave nothing behind."""
+        holds all of them. folder: where experts of the disk tier are kept, those of a model with digest `content`, and
+        found again; None: in nameless files of `config.disk_dir`. StoreError, HostMemoryError or RegionError, which
+        leave nothing behind."""
         assert self._store is None, "a pager is opened once"
         layout, config, decode = self.footprint.layout, self.config, self.ops.decode_expert
         with ExitStack() as undo:
@@ -130,13 +136,30 @@ class ExpertPager:
                     undo.callback(pool.close)
                 self._store = MovingStore(layout, self.device, pool, self.footprint.most_streamed, decode)
             else:
-                self._store = StaticStore(layout, self.device, decode, config.spill_dir)
+                disk = self._open_disk(folder, content)
+                self._store = StaticStore(layout, self.device, decode, disk)
             undo.callback(self.store.close)
             self._resources = undo.pop_all()
         # One expert at a time passes through here, arranged and compressed.
         self._staging = {
             name: (_host_bytes(gate_up), _host_bytes(down)) for name, (gate_up, down) in layout.sizes.items()
         }
+
+    def _open_disk(self, folder: Path | None, content: str) -> DiskTier | None:
+        layout, dims = self.footprint.layout, self.ops.dims
+        members = {i: layout.placement.members(i, Tier.DISK) for i in range(layout.num_layers)}
+        members = {layer: experts for layer, experts in members.items() if experts}
+        if not members:
+            return None
+        if not self.device.reads_disk:
+            raise StoreError("the disk tier needs --device cpu for now; use placement host or balanced on CUDA")
+        expert_format = layout.stored(Tier.DISK)
+        sizes, dtype = layout.sizes[expert_format], str(dims.dtype).removeprefix("torch.")
+        header = ExpertFileHeader(
+            self.ops.backend, expert_format, dtype, dims.hidden, dims.intermediate, dims.experts, sizes, content
+        )
+        spill_dir = Path(self.config.disk_dir or tempfile.gettempdir())
+        return DiskTier(header, members, folder, spill_dir)
 
     def _most_bytes(self) -> int:
         """Of all experts on the device in their largest format, and of what rounding to blocks takes."""
@@ -160,6 +183,30 @@ class ExpertPager:
         stored = self.store.stored(layer, expert)
         recipes = self.ops.encode_expert(gate_up, down, self._staging[stored], stored)
         self.store.put(layer, expert, self._staging[stored], recipes)
+
+    def wants(self, layer: int, expert: int) -> bool:
+        """Whether an expert is still to be put: those that a folder has are here already."""
+        return self.store.wants(layer, expert)
+
+    def put_from(self, layer: int, expert: int, file: ExpertFile) -> None:
+        """As `put`, from a file of blocks that these kernels read: copied where they are stored so, else decoded.
+        StoreError also where the file is damaged."""
+        stored, found = self.store.stored(layer, expert), file.header.format
+        assert file.header.backend == self.ops.backend, "blocks are of these kernels"
+        if found not in self._staging:
+            gate_up, down = file.header.sizes
+            self._staging[found] = _host_bytes(gate_up), _host_bytes(down)
+        blocks = self._staging[found]
+        try:
+            for d, block in enumerate(blocks):
+                file.read(expert, d, block)
+            recipes = file.recipe(expert, 0), file.recipe(expert, 1)
+        except PackingError as error:
+            raise StoreError(str(error)) from None
+        if stored == found:
+            self.store.put(layer, expert, blocks, recipes)
+        else:
+            self.put(layer, expert, *self.ops.weights_of(found, blocks, recipes))
 
     def seal(self) -> None:
         """All experts are here; loads begin. StoreError where one is missing."""

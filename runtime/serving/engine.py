@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from ..devices import device_of, resolve_device
 from ..experts.footprint import EXPERT_LINES
 from ..experts.moving_store import MovingStore
 from ..experts.pager import ExpertPager
+from ..experts.placement import Tier
 from ..experts.planner import Links
 from ..experts.streamer import Counters
 from ..hardware import measure_links
@@ -103,7 +105,7 @@ class Engine(ServingLoop):
         in_host |= self.deployment.swap_lines(num_blocks)
         self.host_budget = free.host_budget(self._most_bytes, in_host)
         resources.callback(self.pager.close)
-        self.pager.open(self.pool)
+        self.pager.open(self.pool, *self._disk_folder(checkpoint))
         self.kv = self._make_cache(num_blocks)
         resources.callback(self.kv.close)
         self.scheduler = self._make_scheduler(limits)
@@ -199,20 +201,45 @@ class Engine(ServingLoop):
             links=self._links if config.transfer == "auto" else None,
         )
 
+    def _disk_folder(self, checkpoint: Checkpoint) -> tuple[Path | None, str]:
+        """Where the disk tier's experts are kept for the next start, and the digest of the model: the packed checkpoint
+        itself where its blocks are those that are stored, else a folder beside it or in `disk_dir`."""
+        layout = self.pager.footprint.layout
+        if not (layout.placement.tiers == Tier.DISK).any():
+            return None, ""
+        packed, content, backend = checkpoint.packed, checkpoint.content, self.pager.ops.backend
+        expert_format = layout.stored(Tier.DISK)
+        if packed is not None and (packed.header.backend, packed.header.format) == (backend, expert_format):
+            return packed.directory, content
+        name = f"fluxmoe-{backend}-{expert_format}-{content[:12]}"
+        return (self.config.disk_dir or checkpoint.directory) / name, content
+
     def _load(self, checkpoint: Checkpoint, context: int) -> Decoder:
         """Stream the checkpoint into decoder and pager, one tensor at a time."""
         decoder = Decoder(self.model, self.ops, context)
         for role, layer, weight in checkpoint.dense_tensors():
             decoder.load(role, layer, weight)
-        moe_layers = self.model.moe_layers
-        total = len(moe_layers) * self.model.num_experts
-        experts = tqdm(
-            checkpoint.experts(), "experts", total, disable=not self.config.progress, leave=False, unit="expert"
-        )
-        for layer, expert, gate_up, down in experts:
-            self.pager.put(moe_layers.index(layer), expert, gate_up, down)
+        self._load_experts(checkpoint)
         self.pager.seal()
         return decoder
+
+    def _load_experts(self, checkpoint: Checkpoint) -> None:
+        pager, rank = self.pager, {layer: i for i, layer in enumerate(self.model.moe_layers)}
+        wanted = [(i, e) for i in range(len(rank)) for e in range(self.model.num_experts) if pager.wants(i, e)]
+        progress = tqdm(total=len(wanted), desc="experts", disable=not self.config.progress, leave=False, unit="expert")
+        with progress:
+            if checkpoint.packed is not None and checkpoint.packed.header.backend == pager.ops.backend:
+                for layer, i in rank.items():
+                    with checkpoint.packed.file(layer) as file:
+                        for expert in filter(partial(pager.wants, i), range(self.model.num_experts)):
+                            pager.put_from(i, expert, file)
+                            progress.update()
+                return
+            for layer, expert, gate_up, down in checkpoint.experts(
+                lambda layer, expert: pager.wants(rank[layer], expert)
+            ):
+                pager.put(rank[layer], expert, gate_up, down)
+                progress.update()
 
     # Serving: what the loop asks for.
 
@@ -286,14 +313,14 @@ class Engine(ServingLoop):
         On CUDA: the device's ledger, and by how much more is taken on the GPU than before the engine was made, kernels'
         code and what other processes do included. More than 2 % above the ledger is a warning.
 
-        On a CPU: both ledgers, but for a spill file, and by how much more memory this process has touched. Less is
+        On a CPU: both ledgers, and by how much more memory this process has touched. Less is
         usual: a workspace is touched as far as it was needed, and malloc may have kept what others gave back. Compiled
         kernels, threads and what malloc keeps are in no ledger: only above 2 % and 256 MiB it is a warning.
         """
         ledger = self.budget.used
         kind = device_of(self.device)
         if kind.is_host:
-            ledger += self.host_budget.used - self.host_budget.lines().get("spill", 0)
+            ledger += self.host_budget.used
         now = kind.taken_bytes()
         held = None if now is None or self._taken_before is None else now - self._taken_before
         return MemoryCheck.of(kind, ledger, held)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from fluxmoe.runtime.experts import store as store_module
 from fluxmoe.runtime.experts.config import PagingConfig
+from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.footprint import Footprint, slot_schedule
 from fluxmoe.runtime.experts.placement import Placement, Tier, place
-from fluxmoe.runtime.experts.spill import StoreError
 from fluxmoe.runtime.experts.streamer_cpu import ThreadStreamer
 from fluxmoe.runtime.experts.streamer_cuda import CudaStreamer
 from fluxmoe.runtime.timeline import Timeline
@@ -108,7 +108,8 @@ def test_error_in_the_copy_thread_reaches_the_reader():
         streamer = ThreadStreamer(store, 2)
         with streamer.layer(0) as page:
             check_layer(page, 0)
-        os.ftruncate(store.spill._file, 10)
+        for file in store.on_disk._files.values():
+            os.ftruncate(file._file, 10)
 
         def visit_the_rest():
             for _ in range(2):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from fluxmoe.runtime.devices import PAGE
 from fluxmoe.runtime.experts import store
+from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.placement import Tier, place
-from fluxmoe.runtime.experts.spill import StoreError
 from fluxmoe.runtime.memory.host_memory import HostMemory, HostMemoryError
 from fluxmoe.runtime.serving import kv_cache
 from fluxmoe.runtime.serving.kv_cache import PagedKVCache

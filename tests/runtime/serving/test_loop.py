@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.runtime import Engine, EngineConfig, Request, SamplingParams
-from fluxmoe.runtime.experts.spill import StoreError
+from fluxmoe.runtime.experts.disk import StoreError
 
 COMMON = dict(device="cpu", max_batch=6, max_batched_tokens=48, max_context=160)
 

@@ -13,11 +13,11 @@ from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.kernels.formats import FORMATS
 from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.experts.courier import StreamCourier
+from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.layout import ExpertFormats, ExpertLayout
 from fluxmoe.runtime.experts.moving_store import MovingStore
 from fluxmoe.runtime.experts.placement import Tier, place
 from fluxmoe.runtime.experts.planner import Move, Plan
-from fluxmoe.runtime.experts.spill import StoreError
 from fluxmoe.runtime.experts.streamer_cpu import ThreadStreamer
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.memory.budget import BudgetError
@@ -26,7 +26,7 @@ from fluxmoe.runtime.serving.engine import Engine, EngineConfig
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 from fluxmoe.runtime.serving.residency import ComputeProfile
 
-from ..experts.test_store import FUSED, SIZES, block_of, decode
+from ..experts.test_store import FUSED, RECIPES, SIZES, block_of, decode
 from ..experts.test_streamer import Recorder
 
 LAYERS, EXPERTS = 5, 6
@@ -39,7 +39,7 @@ def moving_store(placement, most_streamed=EXPERTS, pool=None, formats=PACKED) ->
     for layer in range(len(placement.tiers)):
         for expert in range(placement.tiers.shape[1]):
             blocks = [block_of(layer, expert, d, store.stored(layer, expert)) for d in (0, 1)]
-            store.put(layer, expert, blocks, ("recipe 0", "recipe 1"))
+            store.put(layer, expert, blocks, RECIPES)
     store.seal()
     return store
 

@@ -13,9 +13,9 @@ from collections import Counter
 
 import pytest
 from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.experts.planner import Move
-from fluxmoe.runtime.experts.spill import StoreError
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.serving.engine import Engine, EngineConfig
 from fluxmoe.runtime.serving.request import Request, SamplingParams

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from fluxmoe.kernels.formats import DENSE
+from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.layout import ExpertLayout
 from fluxmoe.runtime.experts.placement import Placement, Tier
-from fluxmoe.runtime.experts.spill import StoreError
 from fluxmoe.runtime.sim.streamer import Load, VirtualStreamer
 from hypothesis import given
 from hypothesis import strategies as st

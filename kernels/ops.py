@@ -14,9 +14,11 @@ the workspace: every buffer is made in the constructor for the limits given, wit
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -188,11 +190,18 @@ class DenseMlp:
 
 
 class LayerExperts(Protocol):
-    """Experts of the layer that runs now; `wait(d)` returns (or orders the stream) once tensor type d is loaded."""
+    """Experts of the layer that runs now.
+
+    wait(d) returns (or orders the stream) once all of tensor type d is loaded. Kernels of a host that knows what it has
+    routed call `need` first, with the ids of all experts that have rows, and then `ready`, which gives the experts in
+    the order in which they are there: masks uint8 [E], or None for all of them. Only so come experts on demand.
+    """
 
     table: ExpertTable
 
     def wait(self, tensor_type: int) -> None: ...
+    def need(self, experts: np.ndarray) -> None: ...
+    def ready(self, tensor_type: int) -> Iterable[Tensor | None]: ...
 
 
 R = TypeVar("R")

@@ -73,7 +73,7 @@ def add_engine_arguments(p: argparse.ArgumentParser, swept: bool = False, simula
         help="packed: the GEMM reads compressed experts in their slots; decoded: they are decoded into them",
     )  # fmt: skip
     p.add_argument(
-        "--transfer", choices=["whole", "on_demand", "auto"], default="whole",
+        "--transfer", choices=["whole", "on_demand", "auto"],
         help="whole: the host's share of a layer is copied ahead; on_demand: kernels read routed experts in the host; "
         "auto, with --adaptive: whichever the planner expects to cost less",
     )  # fmt: skip

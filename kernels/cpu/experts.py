@@ -5,6 +5,7 @@ Activations are fp32, as in `cpu.ops`; blocks are panels (see `moe`), dense or c
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,10 +81,11 @@ class CpuExperts(CpuBlocks):
     def moe_add(self, x: Tensor, routing: moe.Routing, experts: LayerExperts, residual: Tensor) -> Tensor:
         """residual fp32 [T, H] += mixture of experts of x fp32 [T, H]; returns residual."""
         d = self.dims
-        experts.wait(GATE_UP)
-        moe.gate_up(x, experts.table, d.intermediate, d.dtype, routing, self._buffers, self._scratch)
-        experts.wait(DOWN)
-        moe.down(experts.table, d.intermediate, d.dtype, routing, self._buffers, self._scratch)
+        experts.need(np.flatnonzero(np.diff(routing.expert_start.numpy())))
+        for chosen in experts.ready(GATE_UP):
+            moe.gate_up(x, experts.table, d.intermediate, d.dtype, routing, self._buffers, self._scratch, chosen)
+        for chosen in experts.ready(DOWN):
+            moe.down(experts.table, d.intermediate, d.dtype, routing, self._buffers, self._scratch, chosen)
         return moe.combine(residual, residual, routing, self._buffers)
 
     def count_routed(self, routing: moe.Routing, counts: Tensor) -> None:

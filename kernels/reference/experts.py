@@ -66,8 +66,11 @@ class TorchExperts(TorchBlocks):
         return Choice(topk_ids.long(), topk_weights)
 
     def moe_add(self, x: Tensor, routing: Choice, experts: LayerExperts, residual: Tensor) -> Tensor:
-        experts.wait(GATE_UP)
-        experts.wait(DOWN)
+        here = (routing.ids >= 0) & (routing.ids < self.dims.experts)
+        experts.need(routing.ids[here].unique().cpu().numpy())
+        for d in (GATE_UP, DOWN):
+            for _ in experts.ready(d):
+                pass  # all of them, before the first is used
         out = residual.clone()
         for expert in range(self.dims.experts):
             token, choice = torch.where(routing.ids == expert)

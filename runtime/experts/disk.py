@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import shutil
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +44,9 @@ class DiskTier:
     ) -> None:
         self._files: dict[int, ExpertFile] = {}
         self._pending = 0
+        # Nanoseconds during which at least one read was under way.
+        self.busy_ns, self._under_way, self._since_ns = 0, 0, 0
+        self._counting = threading.Lock()
         self._readers = ThreadPoolExecutor(READERS, "expert-read")
         self.header = header
         try:
@@ -102,11 +107,21 @@ class DiskTier:
     def _read(self, layer: int, expert: int, tensor_type: int, target: Tensor, cancelled: Callable[[], bool]) -> int:
         if cancelled():
             return 0
+        self._count(1)
         try:
             self._files[layer].read(expert, tensor_type, target)
         except PackingError as error:
             raise StoreError(f"layer {layer}: {error}") from None
+        finally:
+            self._count(-1)
         return self.header.sizes[tensor_type]
+
+    def _count(self, more: int) -> None:
+        with self._counting:
+            now = time.perf_counter_ns()
+            if self._under_way:
+                self.busy_ns += now - self._since_ns
+            self._under_way, self._since_ns = self._under_way + more, now
 
     def read(
         self, layer: int, tensor_type: int, targets: Sequence[tuple[int, Tensor]], cancelled: Callable[[], bool]

@@ -15,6 +15,7 @@ from fluxmoe.kernels.ops import ExpertSizes
 
 from ..devices import device_of
 from ..memory.region import BlockPool
+from .cache import ExpertCache
 from .config import PagingConfig
 from .disk import StoreError
 from .layout import ExpertLayout
@@ -76,7 +77,21 @@ class Footprint:
         experts = {line: self.layout.tier_bytes(tier) for tier, line in EXPERT_LINES.items()}
         if pool is not None:
             experts = {line: pool.pages(nbytes) * pool.block_bytes for line, nbytes in experts.items()}
-        return {**experts, "slots": self.slot_bytes, "workspace": self._ops_bytes + self.count_bytes}
+        lines = {**experts, "slots": self.slot_bytes, "workspace": self._ops_bytes + self.count_bytes}
+        return lines | ({"expert_cache": self.cache_bytes()} if self.layout.cached else {})
+
+    def cache_places(self, room: int | None = None) -> int:
+        """Experts that a cache holds in `room` bytes (None: config.cache_bytes, or as few as work), at most all that
+        may come: never less than `slots` layers' worth, of which one runs while the next are read."""
+        layout = self.layout
+        room = self.config.cache_bytes if room is None else room
+        least = ExpertCache.least_places(layout, self.config.slots)
+        each = layout.expert_bytes(layout.stored(Tier.DISK))
+        return max(least, min(layout.cached, (room or 0) // each))
+
+    def cache_bytes(self, room: int | None = None) -> int:
+        """Bytes of so many places."""
+        return self.cache_places(room) * self.layout.expert_bytes(self.layout.stored(Tier.DISK))
 
     def host_lines(self) -> dict[str, int]:
         """Host bytes by line: experts that lie there, what `put` passes through."""
@@ -106,7 +121,8 @@ class Footprint:
     @property
     def counts_reads(self) -> bool:
         """Whether kernels may read experts in host memory, which the pager counts."""
-        return self.config.adaptive or self.layout.formats.transfer == "on_demand"
+        on_demand = self.layout.formats.transfer == "on_demand"
+        return self.config.adaptive or (on_demand and bool((self.layout.placement.tiers == Tier.HOST).any()))
 
     @property
     def count_bytes(self) -> int:

@@ -7,7 +7,7 @@ Each tier stores experts in one format; a kernel reads them in place, or from a 
     PACKED    formats.packed    in place where the GEMM can decode it, else decoded into a slot (the paper's way)
     HOST      formats.host      in a slot: as it is where the GEMM can decode it and formats.slot says so, else dense;
                                 with formats.transfer on_demand in place, through the link
-    DISK      formats.host      in a slot
+    DISK      formats.host      in a slot; with formats.transfer on_demand in a place of the cache
 
 A slot holds a layer's streamed experts, PACKED before HOST before DISK, ids ascending, one buffer a tensor type.
 Blocks begin every `stride` bytes, a multiple of 64, or of pages where experts are read from a disk; the ledger counts
@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE
 from fluxmoe.kernels.packing.expert_file import PAGE
@@ -74,10 +75,10 @@ class ExpertLayout:
         self.num_layers, self.num_experts = placement.tiers.shape
         # What is read past the page cache comes in whole pages.
         self._alignment = PAGE if (placement.tiers == Tier.DISK).any() else _ALIGNMENT
-        on_demand = formats.transfer == "on_demand" and (placement.tiers == Tier.HOST).any()
+        on_demand = formats.transfer == "on_demand" and np.isin(placement.tiers, (Tier.HOST, Tier.DISK)).any()
         if on_demand and formats.host not in (DENSE, *fused):
             raise LayoutError(
-                f"these kernels cannot read format {formats.host} in host memory; transfer it whole, or choose "
+                f"these kernels cannot read format {formats.host} as it is; transfer it whole, or choose "
                 f"{' or '.join((DENSE, *sorted(fused)))}"
             )
 
@@ -89,9 +90,9 @@ class ExpertLayout:
 
     def streams(self, tier: Tier) -> bool:
         """Whether kernels read a tier's experts from a slot."""
-        if tier is Tier.HOST:
+        if tier in (Tier.HOST, Tier.DISK):
             return self.formats.transfer == "whole"
-        return tier is Tier.DISK or (tier is Tier.PACKED and self.stored(tier) not in self.fused)
+        return tier is Tier.PACKED and self.stored(tier) not in self.fused
 
     def read(self, tier: Tier) -> str:
         """The format in which kernels meet a tier's experts."""
@@ -125,6 +126,11 @@ class ExpertLayout:
             places[expert] = (begin, begin + self.sizes[expert_format][tensor_type])
             begin += self.stride(expert_format, tensor_type)
         return places
+
+    @cached_property
+    def cached(self) -> int:
+        """Experts that come on demand from files, into a cache."""
+        return 0 if self.streams(Tier.DISK) else int((self.placement.tiers == Tier.DISK).sum())
 
     @cached_property
     def streamed_layers(self) -> list[int]:

@@ -31,6 +31,8 @@ from ..devices import device_of
 from ..hardware import measure_bandwidths
 from ..memory.region import BlockPool
 from ..timeline import Timeline
+from .cache import ExpertCache
+from .cache_policies import POLICIES
 from .config import PagingConfig
 from .disk import DiskTier, StoreError
 from .footprint import EXPERT_LINES, Footprint, lay_out
@@ -114,7 +116,9 @@ class ExpertPager:
     def held_bytes(self) -> dict[str, int]:
         """What is really held on the device, by the same lines."""
         counts = (self.popularity, self._reads, self._scratch) if self._reads is not None else (self.popularity,)
+        cache = self.store.cache
         return {
+            **({"expert_cache": cache.nbytes} if cache is not None else {}),
             **{line: self.store.tier_bytes(tier) for tier, line in EXPERT_LINES.items()},
             "slots": self.streamer.slot_bytes,
             "workspace": self.ops.workspace_bytes + sum(count.nbytes for count in counts if count is not None),
@@ -122,11 +126,17 @@ class ExpertPager:
 
     # Filling.
 
-    def open(self, pool: BlockPool | None = None, folder: Path | None = None, content: str = "") -> None:
+    def open(
+        self,
+        pool: BlockPool | None = None,
+        folder: Path | None = None,
+        content: str = "",
+        cache_bytes: int | None = None,
+    ) -> None:
         """Allocate the tiers. pool: where experts that move lie on the device; None: one of the pager's own, which
         holds all of them. folder: where experts of the disk tier are kept, those of a model with digest `content`, and
-        found again; None: in nameless files of `config.disk_dir`. StoreError, HostMemoryError or RegionError, which
-        leave nothing behind."""
+        found again; None: in nameless files of `config.disk_dir`. cache_bytes: see Footprint.cache_places. StoreError,
+        HostMemoryError or RegionError, which leave nothing behind."""
         assert self._store is None, "a pager is opened once"
         layout, config, decode = self.footprint.layout, self.config, self.ops.decode_expert
         with ExitStack() as undo:
@@ -139,11 +149,22 @@ class ExpertPager:
                 disk = self._open_disk(folder, content)
                 self._store = StaticStore(layout, self.device, decode, disk)
             undo.callback(self.store.close)
+            if layout.cached:
+                self._store.cache = self._make_cache(self.footprint.cache_places(cache_bytes))
             self._resources = undo.pop_all()
         # One expert at a time passes through here, arranged and compressed.
         self._staging = {
             name: (_host_bytes(gate_up), _host_bytes(down)) for name, (gate_up, down) in layout.sizes.items()
         }
+
+    def _make_cache(self, places: int) -> ExpertCache:
+        config = self.config
+        if self.ops.backend == "triton":
+            raise StoreError("the Triton kernels do not tell which experts they need; use --transfer whole")
+        return ExpertCache(
+            self.footprint.layout, self.device, self.store.on_disk, places, POLICIES[config.cache_policy],
+            config.link_bandwidth, config.load_delay,
+        )  # fmt: skip
 
     def _open_disk(self, folder: Path | None, content: str) -> DiskTier | None:
         layout, dims = self.footprint.layout, self.ops.dims
@@ -270,7 +291,16 @@ class ExpertPager:
         """Totals so far. On CUDA, with reads in host memory, waits for the device."""
         self._settle_reads()
         moved = self._mover.copied_bytes if self._mover else 0
-        return self.streamer.counters()._replace(on_demand_bytes=self._on_demand_bytes, moved_bytes=moved)
+        counted = self.streamer.counters()._replace(on_demand_bytes=self._on_demand_bytes, moved_bytes=moved)
+        if (cache := self.store.cache) is None:
+            return counted
+        return counted._replace(
+            disk_bytes=counted.disk_bytes + cache.read_bytes,
+            stall_ns=counted.stall_ns + cache.stall_ns,
+            transfer_ns=counted.transfer_ns + self.store.on_disk.busy_ns,
+            cache_hits=cache.hits,
+            cache_misses=cache.misses,
+        )
 
     def _settle_reads(self) -> None:
         """Turn counted reads into bytes, before any expert changes tier."""

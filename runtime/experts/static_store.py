@@ -122,4 +122,8 @@ class StaticStore(ExpertStore):
                 read = self.layout.read(tier)
                 for expert, gate_up, down in zip(members, *arenas, strict=True):
                     blocks[expert] = Block((gate_up, down), read)
+        if self.cache is not None:
+            # Until they come, when the cache says where to.
+            anywhere = Block(self.cache.pair(0), self.layout.read(Tier.DISK))
+            blocks |= dict.fromkeys(self._members[Tier.DISK][layer], anywhere)
         return blocks

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..devices import Device
 from ..memory.host_memory import HostMemory
+from .cache import ExpertCache
 from .disk import DiskTier, StoreError
 from .layout import ExpertLayout
 from .placement import Tier
@@ -86,6 +87,7 @@ class ExpertStore(ABC):
     def __init__(self, layout: ExpertLayout, device: Device, decode: DecodeExpert | None) -> None:
         self.layout, self.device, self.decode = layout, device, decode or _no_decode
         self.disk: DiskTier | None = None
+        self.cache: ExpertCache | None = None  # of the experts on disk that come on demand
         self._memory = HostMemory(device.asynchronous)
         self._recipes: dict[Where, Recipes] = {}
         self._missing = {(i, e) for i in range(layout.num_layers) for e in range(layout.num_experts)}
@@ -236,6 +238,8 @@ class ExpertStore(ABC):
     def close(self) -> None:
         """Give files and page-locked memory back; nothing in the store may be used any more. Idempotent."""
         self._memory.close()
+        if self.cache is not None:
+            self.cache.close()
         if self.disk is not None:
             self.disk.close()
 

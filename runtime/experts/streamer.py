@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP, ExpertTable
 from torch import Tensor
 
+from .cache import CachedExperts
 from .footprint import slot_schedule
 from .placement import Tier
 from .store import ExpertStore, LayerPlan
@@ -29,7 +31,8 @@ _POISON = 0xFF
 class Counters(NamedTuple):
     """Totals since `seal`: bytes that crossed to the device, whole from the host's and the disk's tier, on demand (of
     experts that kernels read in host memory, each once a pass), and with moves; ns that passes waited for loads, and
-    that loads took (0 on CUDA, where both happen on the device); loads, two a layer."""
+    that loads took (0 on CUDA, where both happen on the device); loads, two a layer; experts that came on demand from
+    files and were in the cache, and those that were not."""
 
     host_bytes: int = 0
     disk_bytes: int = 0
@@ -38,6 +41,8 @@ class Counters(NamedTuple):
     stall_ns: int = 0
     transfer_ns: int = 0
     loads: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
 
     @property
     def streamed_bytes(self) -> int:
@@ -48,8 +53,22 @@ class Counters(NamedTuple):
 class LayerPage:
     """The experts of the layer that runs now (kernels.ops.LayerExperts)."""
 
-    def __init__(self, table: ExpertTable, wait: Callable[[int], None]) -> None:
-        self.table, self.wait = table, wait
+    def __init__(
+        self, table: ExpertTable, wait: Callable[[int], None], find: Callable[[np.ndarray], CachedExperts] | None = None
+    ) -> None:
+        self.table, self.wait, self._find = table, wait, find
+        self._cached: CachedExperts | None = None
+
+    def need(self, experts: np.ndarray) -> None:
+        if self._find is not None:
+            self._cached = self._find(experts)
+
+    def ready(self, tensor_type: int) -> Iterable[Tensor | None]:
+        self.wait(tensor_type)
+        if self._find is None:
+            return (None,)
+        assert self._cached is not None, "experts that come on demand are asked for before they are used"
+        return self._cached.ready(tensor_type)
 
 
 class _Known(NamedTuple):
@@ -155,18 +174,27 @@ class Streamer(ABC):
     def layer(self, index: int) -> Iterator[LayerPage]:
         """Experts of layer `index`; leaving the context lets its slot be recycled."""
         if index not in self._rank:
-            yield LayerPage(self._table(self.store.plans[index]), _no_wait)
+            table = self._table(self.store.plans[index])
+            yield LayerPage(table, _no_wait, self._find(index, table))
             return
         visit = self._visit_of(index)
         self._begin(visit)
         try:
-            yield LayerPage(self._table(self._plan_of(visit)), lambda d: self._wait(visit, d))
+            table = self._table(self._plan_of(visit))
+            yield LayerPage(table, lambda d: self._wait(visit, d), self._find(index, table))
         finally:
             if self.poison and not self.keeps_all and self._is_loaded(visit):
                 self._spoil(self._slot_of(visit))
             self._finish(visit)
             self._forget(visit)
             self._next_visit = visit + 1
+
+    def _find(self, layer: int, table: ExpertTable) -> Callable[[np.ndarray], CachedExperts] | None:
+        """What brings the layer's experts on demand, if any come so."""
+        cache = self.store.cache
+        if cache is None or layer not in cache.layers:
+            return None
+        return lambda experts: cache.need(layer, experts, table)
 
     def _is_loaded(self, visit: int) -> bool:
         """Whether nothing writes to the slot of a visit, which may have been left before its loads were done."""

@@ -64,7 +64,7 @@ class Deployment:
         self, model: ModelConfig, config: EngineConfig, ops: OpSizes, experts: Footprint, total: int,
         graph_bytes: int = 0, shares: int = 1, swap_inside: bool = False, page_bytes: int = 0,
     ) -> None:  # fmt: skip
-        self.model, self.config, self.ops, self.layout = model, config, ops, experts.layout
+        self.model, self.config, self.ops, self.layout, self._experts = model, config, ops, experts.layout, experts
         self.limits = limits_of(model, config)
         self._spare_states = 1 if graph_bytes else 0
         self.block_bytes = PagedKVCache.bytes_per_block(
@@ -127,9 +127,29 @@ class Deployment:
 
     def reserve_kv(self) -> int:
         """Charge the KV cache with what is left, as far as it is of use; returns the number of its blocks."""
-        blocks = min(self.kv_room // self.block_bytes, self.useful_blocks) // self._quantum * self._quantum
+        room = self.kv_room
+        if self._shares_with_cache:
+            # Half each, unless KV must have more or can use less.
+            room = max(room // 2, -(-self.config.min_kv_tokens // self.config.block_size) * self.block_bytes)
+        blocks = min(room // self.block_bytes, self.useful_blocks) // self._quantum * self._quantum
         self.budget.reserve("kv_cache", blocks * self.block_bytes)
         return blocks
+
+    @property
+    def _shares_with_cache(self) -> bool:
+        """Whether a cache of experts takes what KV leaves."""
+        return bool(self.layout.cached) and self.config.cache_bytes is None
+
+    def reserve_cache(self) -> int | None:
+        """Charge a cache of experts with what is left, as far as it is of use; returns its bytes, None without one."""
+        if not self.layout.cached:
+            return None
+        held = self.budget.lines()["expert_cache"]
+        if not self._shares_with_cache:
+            return held
+        nbytes = self._experts.cache_bytes(held + self.budget.free)
+        self.budget.reserve("expert_cache", nbytes - held)
+        return nbytes
 
     @property
     def state_sizes(self) -> tuple[int, int, torch.dtype]:

@@ -105,7 +105,7 @@ class Engine(ServingLoop):
         in_host |= self.deployment.swap_lines(num_blocks)
         self.host_budget = free.host_budget(self._most_bytes, in_host)
         resources.callback(self.pager.close)
-        self.pager.open(self.pool, *self._disk_folder(checkpoint))
+        self.pager.open(self.pool, *self._disk_folder(checkpoint), self.deployment.reserve_cache())
         self.kv = self._make_cache(num_blocks)
         resources.callback(self.kv.close)
         self.scheduler = self._make_scheduler(limits)

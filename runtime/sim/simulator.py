@@ -71,6 +71,8 @@ class SimEngine(ServingLoop):
             blocks, config.block_size, self.deployment.max_sequences, limits.tokens, config.preemption, limits.context,
             host_blocks=host_blocks,
         )  # fmt: skip
+        cache_bytes = self.deployment.reserve_cache()
+        self._cache_places = 0 if cache_bytes is None else experts.cache_places(cache_bytes)
         self._clock = 0.0
         self._streamer = VirtualStreamer(layout, config.slots, config.adaptive, self._adopt(layout))
         self._planner = self._make_planner() if config.adaptive and config.planning else None
@@ -81,7 +83,7 @@ class SimEngine(ServingLoop):
     def _adopt(self, layout: ExpertLayout) -> list[Load]:
         """Take a layout into use; returns the loads of its layers."""
         self.layout = layout
-        self.costs.bind(layout)
+        self.costs.bind(layout, self._cache_places)
         layers = range(layout.num_layers)
         return [Load(*self.costs.load_seconds(i, layout), self.costs.host_bytes(i, layout)) for i in layers]
 

@@ -287,7 +287,7 @@ def test_lines_of_experts_that_move_are_whole_blocks_of_the_pool():
 @pytest.mark.parametrize("where", ["host", "disk"])
 def test_counters_are_what_loads_bring(where, expected):
     """Each slot has its own layer, so each is loaded once: counted by what the stores' experts take."""
-    config = PagingConfig(placement=where, expert_format="planar12", slots=LAYERS, threads=1)
+    config = PagingConfig(placement=where, expert_format="planar12", transfer="whole", slots=LAYERS, threads=1)
     with filled(config) as pager:
         before = pager.counters()
         for inputs, added, _ in expected:

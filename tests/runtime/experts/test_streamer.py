@@ -20,7 +20,7 @@ from fluxmoe.runtime.experts.streamer_cpu import ThreadStreamer
 from fluxmoe.runtime.experts.streamer_cuda import CudaStreamer
 from fluxmoe.runtime.timeline import Timeline
 
-from .test_store import CPU, FORMATS, block_of, filled, layout_of, mixed
+from .test_store import CPU, FORMATS, block_of, filled, layout_of, met_by, mixed
 
 KERNELS = SimpleNamespace(device=CPU, workspace_bytes=0)
 PLACEMENTS = [
@@ -47,6 +47,7 @@ def check_layer(page, layer: int) -> None:
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda p: p.name)
 def test_reader_sees_every_layer(placement, formats, slots):
+    placement = met_by(formats, placement)
     rng = random.Random(0)
     delay = lambda layer, d: rng.choice([0, 0, 0.001])  # noqa: E731
     with filled(placement, formats) as store:

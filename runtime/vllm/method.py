@@ -16,6 +16,7 @@ from fluxmoe.models.packed import PackedExperts
 from torch import Tensor
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoEQuantConfig
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.utils import set_weight_attrs
 
 from ..experts.config import SettingError
 from .host import Host
@@ -32,11 +33,11 @@ class FluxMoEMethod(FusedMoEMethodBase):
 
     def __init__(self, moe: Any, name: str, host: Host, model: str) -> None:
         super().__init__(moe)
-        if moe.has_bias or moe.activation.value != "silu" or moe.swiglu_limit is not None:
+        extras = [what for what, has in (("biases", moe.has_bias), ("a clamp", moe.swiglu_limit is not None)) if has]
+        if moe.activation.value != "silu" or extras:
             raise SettingError(
-                f"--quantization fluxmoe: {name} has experts with activation {moe.activation.value}"
-                f"{', biases' if moe.has_bias else ''}{', a clamp' if moe.swiglu_limit is not None else ''}; only SwiGLU "
-                "(silu) experts without biases and clamps can be served"
+                f"--quantization fluxmoe: {name} has experts with {' and '.join([moe.activation.value, *extras])}; "
+                "only SwiGLU experts (silu) without biases and clamps are served"
             )
         self.name, self.host, self.model = name, host, Path(model)
         self._number = number_of(host)
@@ -52,7 +53,7 @@ class FluxMoEMethod(FusedMoEMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -66,14 +67,14 @@ class FluxMoEMethod(FusedMoEMethodBase):
             hidden_size, intermediate_size_per_partition, num_experts, self.moe.experts_per_token, params_dtype
         )
         self.layer = self.host.add_layer(self.dims)
-        self._global_to_local = layer._map_global_expert_id_to_local_expert_id
+        self._local = layer._map_global_expert_id_to_local_expert_id
         self._assembly = Assembly(
             self.name, self.dims, lambda *expert: self.host.put(self.layer, *expert), self.moe.tp_rank, self.moe.tp_size
         )
         for name, shape in zip(("w13_weight", "w2_weight"), self.dims.shapes, strict=True):
             weight = torch.empty(num_experts, *shape, dtype=params_dtype, device="meta")
             parameter = torch.nn.Parameter(weight, requires_grad=False)
-            parameter.weight_loader = self._load
+            set_weight_attrs(parameter, {"weight_loader": self._load})
             layer.register_parameter(name, parameter)
 
     def _load(
@@ -81,12 +82,12 @@ class FluxMoEMethod(FusedMoEMethodBase):
         return_success: bool = False,
     ) -> bool | None:  # fmt: skip
         """vLLM's weight loader: a whole matrix of an expert, of any rank. Returns whether it is one of ours."""
-        local = self._global_to_local(expert_id)
+        local = self._local(expert_id)
         if local != -1:
             self._assembly.add(local, shard_id, loaded_weight)
         return local != -1 if return_success else None
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if PackedExperts.in_directory(self.model):
             self._load_packed()
         self._assembly.finish()

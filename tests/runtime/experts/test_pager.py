@@ -224,7 +224,7 @@ def test_chosen_experts_take_more_tokens_part_by_part(config, tokens):
     inputs = Inputs(3, tokens)
     with filled(PagingConfig(threads=1, poison=True, **config)) as pager:
         whole = inputs.experts(pager)
-        for layer, out in enumerate(whole):
+        for out in whole:
             assert out.shape == (tokens, DIMS.hidden)
         loads = pager.counters().loads
         parts = []

@@ -33,14 +33,15 @@ def test_importing_it_imports_nothing():
 
 
 def test_calling_it_loads_no_kernels(tmp_path):
-    """In a fresh interpreter, where vLLM is what the entry point asks for, and torch, which vLLM has loaded, is empty."""
+    """In a fresh interpreter, where vLLM is what the entry point asks for; torch, which vLLM has loaded, is empty."""
     for name in ("vllm", "vllm/model_executor", "vllm/model_executor/layers"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
     package = tmp_path / "vllm/model_executor/layers/quantization"
     package.mkdir()
     (package / "__init__.py").write_text(
-        "QUANTIZATION_METHODS = []\ndef register_quantization_config(name): return lambda cls: print(name, cls.__name__)\n"
+        "QUANTIZATION_METHODS = []\n"
+        "def register_quantization_config(name): return lambda cls: print(name, cls.__name__)\n"
     )
     (package / "base_config.py").write_text("class QuantizationConfig: pass\n")
     (tmp_path / "torch.py").touch()

@@ -2,8 +2,8 @@
 
     python engines.py TASKS RESULTS
 
-TASKS, JSON: a list of {"llm": arguments of vllm.LLM, "prompts": lists of token ids, "new_tokens": N}. RESULTS: for each,
-the tokens generated, and for each prompt the likeliest token after each of its prefixes.
+TASKS, JSON: a list of {"llm": arguments of vllm.LLM, "prompts": lists of token ids, "new_tokens": N}. RESULTS: for
+each, the tokens generated, and for each prompt the likeliest token after each of its prefixes.
 """
 
 from __future__ import annotations

@@ -12,12 +12,18 @@ import torch
 import torch.nn.functional as F
 from fluxmoe.experiments.make_checkpoint import main as make_checkpoint
 from fluxmoe.experiments.pack_checkpoint import main as pack_checkpoint
+from fluxmoe.kernels.cpu.experts import CpuExperts
+from fluxmoe.kernels.ops import ExpertDims
 from fluxmoe.models.checkpoint import Checkpoint
+from fluxmoe.runtime.devices import CudaDevice
 from fluxmoe.runtime.experts.config import SettingError
+from fluxmoe.runtime.experts.pager import ExpertPager
 from fluxmoe.runtime.experts.spill import StoreError
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.memory.check import FreeMemory
 from fluxmoe.runtime.vllm.features import FeatureError
+from fluxmoe.runtime.vllm.host import Host
+from fluxmoe.runtime.vllm.settings import read_settings
 
 from .conftest import LinearBase, RoutedExperts, UnquantizedLinearMethod, moe_config, vllm_config
 
@@ -28,10 +34,10 @@ HIDDEN, WIDE, EXPERTS, TOP_K = MOE.hidden_dim, MOE.intermediate_size_per_partiti
 
 def matrices(layer: int, expert: int, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
     """w1 and w3 [I, H], w2 [H, I] of an expert, whole."""
-    generator = torch.Generator().manual_seed(10 * layer + expert)
+    generator = torch.Generator("cpu").manual_seed(10 * layer + expert)
     shapes = {"w1": (WIDE, HIDDEN), "w2": (HIDDEN, WIDE), "w3": (WIDE, HIDDEN)}
     return {
-        name: (torch.randn(shape, generator=generator, dtype=torch.float32) / 8).to(dtype)
+        name: (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") / 8).to(dtype)
         for name, shape in shapes.items()
     }
 
@@ -194,11 +200,12 @@ def test_a_compiled_model_holds_a_layer_as_one_operation(vllm):
 
 
 def test_defaults_of_torch_that_vllm_sets(vllm):
-    """vLLM makes and loads a model with the model's dtype as default."""
+    """vLLM makes and loads a model with the model's dtype and device as defaults."""
     expected = loaded(vllm).run(*inputs())
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = loaded(vllm, fluxmoe=dict(placement="host"))
+        with torch.device("meta"):
+            model = loaded(vllm, fluxmoe=dict(placement="host"))
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(model.run(*inputs()), expected, strict=True))
@@ -225,8 +232,8 @@ def test_a_table_says_where_experts_lie_and_what_that_frees(vllm, caplog):
     lines = caplog.messages[0].splitlines()
     assert lines[0] == "FluxMoE"
     rows = [line.split() for line in lines[2:]]
-    assert rows[0] == ["6", "device", "dense", "432", "KiB"]
-    assert rows[1] == ["6", "host", "memory", "dense", "432", "KiB"]
+    assert rows[0] == ["6", "device", "dense", "576", "KiB"]
+    assert rows[1] == ["6", "host", "memory", "dense", "576", "KiB"]
     assert rows[2][:2] == ["streaming", "slots"]
     assert rows[3][0] == "workspace"
 
@@ -271,8 +278,8 @@ def test_layers_of_two_shapes(vllm):
 @pytest.mark.parametrize(
     ("name", "weight", "sentence"),
     [
-        ("w2", torch.zeros(HIDDEN, WIDE + 1), r"w2 of expert 1 has shape \[128, 97\], not \[128, 96\]"),
-        ("w1", torch.zeros(EXPERTS, WIDE, HIDDEN), r"has shape \[4, 96, 128\], not \[96, 128\]"),
+        ("w2", torch.zeros(HIDDEN, WIDE + 1), r"w2 of expert 1 has shape \[128, 129\], not \[128, 128\]"),
+        ("w1", torch.zeros(EXPERTS, WIDE, HIDDEN), r"has shape \[4, 128, 128\], not \[128, 128\]"),
         ("w1", torch.zeros(WIDE, HIDDEN, dtype=torch.float8_e4m3fn), "float8_e4m3fn; fluxmoe takes bf16 or fp32"),
         ("w4", torch.zeros(1), "expert 1 has a w4"),
     ],
@@ -306,6 +313,60 @@ def test_experts_that_do_not_fit(vllm, monkeypatch, settings):
     with pytest.raises(BudgetError, match=r"experts take .* of device memory .*and only 1000 B are free; choose"):
         model.bring(ALL)
     assert not model.host.opened
+
+
+# A GPU, which is not here: its kernels interpreted, and what is refused there.
+
+
+GPU_SETTINGS = {
+    "packed": {},
+    "resident": dict(placement="resident"),
+    "host, in place": dict(placement="host", transfer="on_demand", host_format="planar12"),
+    "half, in place": dict(placement="balanced", alpha=0.5, expert_format="planar12", transfer="on_demand"),
+}
+
+
+@pytest.mark.parametrize("settings", GPU_SETTINGS.values(), ids=GPU_SETTINGS)
+def test_triton_kernels_start_from_given_experts(vllm, settings):
+    expert_map = torch.tensor([1, -1, 0, -1])
+    x, weights, ids = inputs()
+    mine = torch.where(expert_map[ids.long()] >= 0, weights, 0.0)
+    model = loaded(
+        vllm, moe=moe_config(num_local_experts=2), expert_map=expert_map, fluxmoe=dict(settings, kernels="triton")
+    )  # fmt: skip
+    for layer, got in enumerate(model.run(x.bfloat16(), weights, ids)):
+        right = reference(layer, x.bfloat16(), mine, ids)
+        torch.testing.assert_close(got.double(), right, rtol=4e-2, atol=4e-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "served"),
+    [
+        ({}, True),
+        (dict(placement="resident"), True),
+        (dict(placement="balanced", alpha=0.5, transfer="on_demand"), True),
+        (dict(placement="host"), False),
+        (dict(expert_format="huffman"), False),
+        (dict(placement="disk"), False),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_nothing_is_streamed_into_slots_yet(monkeypatch, settings, served):
+    asked: list[str] = []
+    expert = torch.zeros(2 * WIDE, HIDDEN), torch.zeros(HIDDEN, WIDE)
+    monkeypatch.setattr(CudaDevice, "make_expert_ops", lambda self, dims, tokens, config: CpuExperts(dims, tokens, 1))
+    monkeypatch.setattr(FreeMemory, "now", classmethod(lambda cls, device: cls(device, None, None)))
+    monkeypatch.setattr(ExpertPager, "open", lambda self: asked.append("open"))
+    monkeypatch.setattr(ExpertPager, "put", lambda self, *expert: asked.append("put"))
+    host = Host(read_settings(settings, {}), "cuda", 16)
+    host.add_layer(ExpertDims(HIDDEN, WIDE, EXPERTS, TOP_K, torch.bfloat16))
+    if served:
+        host.put(0, 0, *expert)
+        assert asked == ["open", "put"]
+    else:
+        with pytest.raises(SettingError, match=r'into slots, .* on the CPU only: .*"transfer": "on_demand"'):
+            host.put(0, 0, *expert)
+        assert asked == []
 
 
 # Packed checkpoints.

@@ -32,7 +32,8 @@ class Server:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         command = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "model"]
-        command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
+        # At once, workers are killed before they have said what they did.
+        command += ["--host", "127.0.0.1", "--port", str(port), "--shutdown-timeout", "30", *arguments]
         with log.open("w") as file:
             self._process = subprocess.Popen(
                 [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}

@@ -13,6 +13,7 @@ Nothing here knows vLLM.
 from __future__ import annotations
 
 import logging
+import time
 from multiprocessing.util import Finalize
 
 import torch
@@ -29,6 +30,9 @@ logger = logging.getLogger("vllm.fluxmoe")
 # On a CPU a layer's weights are read once for so many tokens, where arithmetic is the limit: more would only take
 # memory for the workspace, from KV. A GPU takes the largest pass at once.
 _CPU_TOKENS = 1024
+# vLLM's server kills its workers when it is told to stop, unless --shutdown-timeout gives them time: a line at the end
+# alone would seldom be seen.
+_REPORT_EVERY_S = 60
 
 
 class Host:
@@ -40,6 +44,7 @@ class Host:
         self.dims: ExpertDims | None = None
         self.layers = self._ready = 0
         self._pager: ExpertPager | None = None
+        self._reported_s = time.monotonic()
 
     @property
     def pager(self) -> ExpertPager:
@@ -122,7 +127,16 @@ class Host:
 
     def experts(self, layer: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """See `ExpertPager.experts`."""
-        return self.pager.experts(layer, x, topk_ids, topk_weights)
+        y = self.pager.experts(layer, x, topk_ids, topk_weights)
+        # On a GPU, counters wait for the device, and a pass may be a graph that is being captured.
+        if layer == self.layers - 1 and self.device.type == "cpu":
+            self._report()
+        return y
+
+    def _report(self) -> None:
+        if time.monotonic() - self._reported_s >= _REPORT_EVERY_S:
+            self._reported_s = time.monotonic()
+            logger.info("FluxMoE: %s", report.served(self.pager))
 
 
 def _end(pager: ExpertPager) -> None:

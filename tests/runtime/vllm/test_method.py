@@ -238,6 +238,18 @@ def test_a_table_says_where_experts_lie_and_what_that_frees(vllm, caplog):
     assert rows[3][0] == "workspace"
 
 
+def test_what_was_served_is_said_once_in_a_while(vllm, caplog, monkeypatch):
+    model = loaded(vllm, fluxmoe=dict(placement="host"))
+    caplog.set_level("INFO", logger="vllm.fluxmoe")
+    model.run(*inputs())
+    assert not caplog.messages
+    monkeypatch.setattr("fluxmoe.runtime.vllm.host._REPORT_EVERY_S", 0)
+    for _ in range(2):
+        model.run(*inputs())
+    assert len(caplog.messages) == 2
+    assert all("MiB from host memory" in message for message in caplog.messages)
+
+
 def test_layers_that_are_not_ours_keep_vllms_method(vllm):
     model = Model(vllm)
     assert isinstance(model.quant_config.get_quant_method(LinearBase(), "gate"), UnquantizedLinearMethod)

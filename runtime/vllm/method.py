@@ -21,7 +21,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from ..experts.config import SettingError
 from .host import Host
 from .loading import Assembly
-from .operation import number_of
+from .operation import handle_of
 
 
 class FluxMoEMethod(FusedMoEMethodBase):
@@ -40,7 +40,6 @@ class FluxMoEMethod(FusedMoEMethodBase):
                 "only SwiGLU experts (silu) without biases and clamps are served"
             )
         self.name, self.host, self.model = name, host, Path(model)
-        self._number = number_of(host)
 
     @property
     def is_monolithic(self) -> bool:
@@ -67,6 +66,7 @@ class FluxMoEMethod(FusedMoEMethodBase):
             hidden_size, intermediate_size_per_partition, num_experts, self.moe.experts_per_token, params_dtype
         )
         self.layer = self.host.add_layer(self.dims)
+        layer.register_buffer("fluxmoe_handle", handle_of(self.host, self.layer), persistent=False)
         self._local = layer._map_global_expert_id_to_local_expert_id
         self._assembly = Assembly(
             self.name, self.dims, lambda *expert: self.host.put(self.layer, *expert), self.moe.tp_rank, self.moe.tp_size
@@ -120,4 +120,4 @@ class FluxMoEMethod(FusedMoEMethodBase):
         if layer.apply_router_weight_on_input:
             # Only with one expert a token, which then gets the scaled token.
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-        return torch.ops.fluxmoe.experts(x, topk_ids, topk_weights, self._number, self.layer)
+        return torch.ops.fluxmoe.experts(x, topk_ids, topk_weights, layer.fluxmoe_handle)

@@ -199,6 +199,22 @@ def test_a_compiled_model_holds_a_layer_as_one_operation(vllm):
         assert torch.equal(compiled(*inputs(seed, tokens)), right)
 
 
+def test_layers_compile_to_the_same_code(vllm):
+    """So that vLLM compiles one of them, and what it keeps on disk is right in the next process."""
+    codes = []
+
+    def backend(graph, example_inputs):
+        codes.append(graph.code)
+        return graph.forward
+
+    for layer in loaded(vllm).layers:
+        torch._dynamo.reset()
+        torch.compile(layer.quant_method.apply, backend=backend, fullgraph=True)(layer, *inputs(), None, None)
+    assert len(codes) == LAYERS
+    assert "fluxmoe.experts" in codes[0]
+    assert len(set(codes)) == 1
+
+
 def test_defaults_of_torch_that_vllm_sets(vllm):
     """vLLM makes and loads a model with the model's dtype and device as defaults."""
     expected = loaded(vllm).run(*inputs())

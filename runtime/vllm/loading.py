@@ -25,7 +25,8 @@ class _Parts(NamedTuple):
 
 
 class Assembly:
-    """One layer's experts on their way to `put(expert, gate_up, down)`, which gets each as soon as it is whole.
+    """One layer's experts on their way to `put(expert, gate_up, down)`, which gets each as soon as it is whole: at once
+    where a checkpoint stores them one by one, after the last of its tensors where that holds a matrix of all.
 
     name: of the layer, for errors. rank, shares: which of how many equal shares of the intermediate size is ours
     (tensor parallelism); `dims` are those of a share.

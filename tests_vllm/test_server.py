@@ -27,7 +27,7 @@ def packed(checkpoint, tmp_path_factory) -> Path:
 
 
 def test_a_packed_checkpoint_is_served_by_its_directory(checkpoint, engines, packed, tmp_path):
-    settings = {"FLUXMOE_PLACEMENT": "host", "FLUXMOE_SLOTS": "2"}
+    settings = {"FLUXMOE_PLACEMENT": "host", "FLUXMOE_SLOTS": "2", "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     with Server(str(packed), tmp_path / "log", *ARGUMENTS, **ENVIRONMENT, **settings) as server:
 
         def complete(ids: list[int]) -> list[int]:
@@ -38,7 +38,10 @@ def test_a_packed_checkpoint_is_served_by_its_directory(checkpoint, engines, pac
         served = complete(QUESTION["prompts"][0])
         with ThreadPoolExecutor(len(QUESTION["prompts"])) as clients:
             together = list(clients.map(complete, QUESTION["prompts"]))
+        metrics = dict(line.split() for line in server.get("/metrics").splitlines() if line.startswith("fluxmoe"))
     assert all(len(tokens) == QUESTION["new_tokens"] for tokens in together)
+    assert float(metrics["fluxmoe_host_bytes_total"]) > 0
+    assert float(metrics["fluxmoe_disk_bytes_total"]) == 0
     assert "host memory" in server.said
     assert "loads brought" in server.said
 

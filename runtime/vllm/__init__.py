@@ -1,12 +1,15 @@
 """FluxMoE inside vLLM: `vllm serve MODEL --quantization fluxmoe [--additional-config '{"fluxmoe": {…}}']`.
 
     __init__    the entry point
-    config      vLLM's QuantizationConfig: which layers are ours; what vLLM can do and we cannot
+    config      vLLM's QuantizationConfig: which layers are ours
     settings    PagingConfig from --additional-config and the environment
     method      vLLM's FusedMoEMethodBase: one layer, its weights and its call
     loading     experts, put together from the matrices that a loader brings
-    host        all layers of a model around one ExpertPager; the operation that torch.compile and graphs see
-    report      what a user is told at start and at the end
+    host        all layers of a model around one ExpertPager
+    operation   a layer as one operation, which torch.compile and graphs take as it is
+    features    what vLLM can do and we cannot
+    report      what a user is told: where experts lie, and what was brought
+    metrics     the same as counters at /metrics
 
 Only `config` and `method` import vLLM. Written for vLLM 0.32 (MoERunner and RoutedExperts).
 """

@@ -25,6 +25,7 @@ from ..experts.pager import ExpertPager
 from ..memory.budget import BudgetError, by_line, format_bytes
 from ..memory.check import FreeMemory
 from . import report
+from .metrics import Metrics
 
 logger = logging.getLogger("vllm.fluxmoe")
 # On a CPU a layer's weights are read once for so many tokens, where arithmetic is the limit: more would only take
@@ -45,6 +46,7 @@ class Host:
         self.layers = self._ready = 0
         self._pager: ExpertPager | None = None
         self._reported_s = time.monotonic()
+        self._metrics = Metrics()
 
     @property
     def pager(self) -> ExpertPager:
@@ -134,6 +136,7 @@ class Host:
         return y
 
     def _report(self) -> None:
+        self._metrics.update(self.pager.counters)
         if time.monotonic() - self._reported_s >= _REPORT_EVERY_S:
             self._reported_s = time.monotonic()
             logger.info("FluxMoE: %s", report.served(self.pager))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import random
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,9 +19,11 @@ from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.runtime.devices import CudaDevice
 from fluxmoe.runtime.experts.config import SettingError
 from fluxmoe.runtime.experts.pager import ExpertPager
+from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.experts.spill import StoreError
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.memory.check import FreeMemory
+from fluxmoe.runtime.vllm import metrics
 from fluxmoe.runtime.vllm.features import FeatureError
 from fluxmoe.runtime.vllm.host import Host
 from fluxmoe.runtime.vllm.settings import read_settings
@@ -264,6 +267,36 @@ def test_what_was_served_is_said_once_in_a_while(vllm, caplog, monkeypatch):
         model.run(*inputs())
     assert len(caplog.messages) == 2
     assert all("MiB from host memory" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_counters_are_at_metrics_where_processes_share_them(vllm, monkeypatch, tmp_path, shared):
+    counted: dict[str, float] = {}
+
+    class Counter:
+        def __init__(self, name: str, text: str) -> None:
+            assert name not in counted, "a registry has a name once"
+            self.name, counted[name] = name, 0.0
+
+        def inc(self, amount: float) -> None:
+            counted[self.name] += amount
+
+    monkeypatch.setitem(sys.modules, "prometheus_client", SimpleNamespace(Counter=Counter))
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path) if shared else "")
+    metrics._counters.cache_clear()
+    models = [loaded(vllm, fluxmoe=dict(placement="host")) for _ in range(2)]
+    for model in models:
+        for _ in range(3):
+            model.run(*inputs())
+    # Loads of the pass after next may have come meanwhile.
+    layer_bytes = models[0].host.pager.footprint.layout.tier_bytes(Tier.HOST) / LAYERS
+    passes = 2 * (1 + 3)
+    if shared:
+        assert passes * LAYERS * layer_bytes <= counted["fluxmoe_host_bytes"] <= (passes * LAYERS + 8) * layer_bytes
+        assert counted["fluxmoe_disk_bytes"] == 0
+    else:
+        assert not counted
+    metrics._counters.cache_clear()
 
 
 def test_layers_that_are_not_ours_keep_vllms_method(vllm):

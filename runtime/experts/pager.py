@@ -51,8 +51,8 @@ class PagerError(ValueError):
 
 
 class ExpertPager:
-    """Experts of `num_layers` layers of `dims`, for passes of up to `max_tokens` tokens. Not thread-safe; use as a
-    context manager, or call `close`.
+    """Experts of `num_layers` layers of `dims`; kernels take up to `max_tokens` tokens at a time. Not thread-safe; use
+    as a context manager, or call `close`.
 
     ops: kernels; None: those that config and device ask for. measure: bandwidths of the tiers, asked for only where
     they decide. Raises PlacementError, LayoutError, StoreError, KernelError and DeviceError for settings that cannot
@@ -254,7 +254,8 @@ class ExpertPager:
         x, residual [T, H] in `ops.act_dtype`; logits fp32 [T, E]; num_tokens int32 [1] on the device: later rows are
         padding of a captured graph. A pass calls it for each layer, in order, and may be given up at any.
         """
-        self._check(x)
+        if len(x) > self.max_tokens:
+            raise PagerError(f"a pass of {len(x)} tokens; this pager was made for at most {self.max_tokens}")
         with self.streamer.layer(layer) as page, self.timeline.span("compute", f"experts {layer}"):
             routing = self.ops.route(logits, num_tokens)
             out = self.ops.moe_add(x, routing, page, residual)
@@ -266,19 +267,17 @@ class ExpertPager:
         """y [T, H] = Σ topk_weights · expert(x), for a host that routes itself; in the dtype of x, any float.
 
         topk_ids int32 or int64 [T, top_k], a token's all different, those outside 0 … E - 1 another rank's;
-        topk_weights [T, top_k]. A pass calls it for each layer, in order, and may be given up at any.
+        topk_weights [T, top_k]. More than `max_tokens` go through the layer one part after the other. A pass calls it
+        for each layer, in order, and may be given up at any.
         """
-        self._check(x)
-        inner = x.to(self.ops.act_dtype).contiguous()
+        inner, most, out = x.to(self.ops.act_dtype).contiguous(), self.max_tokens, []
+        parts = inner.split(most), topk_ids.contiguous().split(most), topk_weights.contiguous().split(most)
         with self.streamer.layer(layer) as page, self.timeline.span("compute", f"experts {layer}"):
-            routing = self.ops.route_to(topk_ids.contiguous(), topk_weights.contiguous())
-            out = self.ops.moe_add(inner, routing, page, torch.zeros_like(inner))
-            self._count(layer, routing)
-        return out.to(x.dtype)
-
-    def _check(self, x: Tensor) -> None:
-        if len(x) > self.max_tokens:
-            raise PagerError(f"a pass of {len(x)} tokens; this pager was made for at most {self.max_tokens}")
+            for part, ids, weights in zip(*parts, strict=True):
+                routing = self.ops.route_to(ids, weights)
+                out.append(self.ops.moe_add(part, routing, page, torch.zeros_like(part)))
+                self._count(layer, routing)
+        return (out[0] if len(out) == 1 else torch.cat(out)).to(x.dtype)
 
     def _count(self, layer: int, routing: object) -> None:
         if self.popularity is not None:

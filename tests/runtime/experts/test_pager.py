@@ -210,12 +210,33 @@ def test_a_view_with_strides_and_no_tokens_are_tokens_too(expected):
 
 
 def test_more_tokens_than_a_pass_may_have():
-    inputs = Inputs(0, tokens=TOKENS + 1)
-    with filled(PagingConfig(threads=1)) as pager:
-        with pytest.raises(PagerError, match="a pass of 10 tokens; this pager was made for at most 9"):
-            inputs.experts(pager)
-        with pytest.raises(PagerError, match="10 tokens"):
-            inputs.add(pager)
+    with (
+        filled(PagingConfig(threads=1)) as pager,
+        pytest.raises(PagerError, match="a pass of 10 tokens; this pager was made for at most 9"),
+    ):
+        Inputs(0, tokens=TOKENS + 1).add(pager)
+
+
+@pytest.mark.parametrize("tokens", [TOKENS + 1, 2 * TOKENS, 3 * TOKENS - 1])
+@pytest.mark.parametrize("config", [dict(placement="host"), dict(placement="host", transfer="on_demand")], ids=str)
+def test_chosen_experts_take_more_tokens_part_by_part(config, tokens):
+    inputs = Inputs(3, tokens)
+    with filled(PagingConfig(threads=1, poison=True, **config)) as pager:
+        whole = inputs.experts(pager)
+        for out in whole:
+            assert out.shape == (tokens, DIMS.hidden)
+        loads = pager.counters().loads
+        parts = []
+        for begin in range(0, tokens, TOKENS):
+            rows = slice(begin, begin + TOKENS)
+            parts.append(
+                [
+                    pager.experts(i, inputs.x[i][rows], inputs.ids[i][rows], inputs.weights[i][rows])
+                    for i in range(LAYERS)
+                ]
+            )
+        assert equal(whole, [torch.cat(each) for each in zip(*parts, strict=True)])
+        assert loads <= 2 * (LAYERS + 2)  # a layer is loaded once for all of its parts
 
 
 def test_buffers_keep_their_dtype_and_device_whatever_the_defaults_are(expected):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..devices import device_of
 from ..hardware import measure_bandwidths
-from ..memory.region import BlockPool
+from ..memory.slabs import FREE, SlabPool
 from ..timeline import Timeline
 from .config import PagingConfig
 from .footprint import EXPERT_LINES, Footprint, lay_out
@@ -74,6 +74,7 @@ class ExpertPager:
         self._store: ExpertStore | None = None
         self._streamer: Streamer | None = None
         self._mover: Mover | None = None
+        self._own_pool: SlabPool | None = None
         # fp32 on the device: [L, E] how many tokens each expert was routed; of those in host memory that kernels read
         # there, in how many passes; [E] scratch.
         self.popularity: Tensor | None = None
@@ -99,9 +100,9 @@ class ExpertPager:
 
     # What it takes.
 
-    def lines(self, pool: BlockPool | None = None) -> dict[str, int]:
+    def lines(self, slab_bytes: int = 0) -> dict[str, int]:
         """Device bytes by line of the ledger; before anything is allocated, too. See `Footprint.lines`."""
-        return self.footprint.lines(pool)
+        return self.footprint.lines(slab_bytes)
 
     def host_lines(self) -> dict[str, int]:
         """Host bytes by line of the ledger; before anything is allocated, too."""
@@ -112,22 +113,23 @@ class ExpertPager:
         counts = (self.popularity, self._reads, self._scratch) if self._reads is not None else (self.popularity,)
         return {
             **{line: self.store.tier_bytes(tier) for tier, line in EXPERT_LINES.items()},
+            **({} if self._own_pool is None else {FREE: self._own_pool.bytes_of(FREE)}),
             "slots": self.streamer.slot_bytes,
             "workspace": self.ops.workspace_bytes + sum(count.nbytes for count in counts if count is not None),
         }
 
     # Filling.
 
-    def open(self, pool: BlockPool | None = None) -> None:
+    def open(self, pool: SlabPool | None = None) -> None:
         """Allocate the tiers. pool: where experts that move lie on the device; None: one of the pager's own, which
-        holds all of them. StoreError, HostMemoryError or RegionError, which leave nothing behind."""
+        holds all of them. StoreError, HostMemoryError or SlabError, which leave nothing behind."""
         assert self._store is None, "a pager is opened once"
         layout, config, decode = self.footprint.layout, self.config, self.ops.decode_expert
         with ExitStack() as undo:
             if config.adaptive:
                 if pool is None:
-                    pool = self.device.make_pool(self._most_bytes())
-                    undo.callback(pool.close)
+                    size = layout.slab_bytes
+                    pool = self._own_pool = self.device.make_slabs(self.footprint.most_slabs(size), size, config.poison)
                 self._store = MovingStore(layout, self.device, pool, self.footprint.most_streamed, decode)
             else:
                 self._store = StaticStore(layout, self.device, decode, config.spill_dir)
@@ -137,12 +139,6 @@ class ExpertPager:
         self._staging = {
             name: (_host_bytes(gate_up), _host_bytes(down)) for name, (gate_up, down) in layout.sizes.items()
         }
-
-    def _most_bytes(self) -> int:
-        """Of all experts on the device in their largest format, and of what rounding to blocks takes."""
-        layout = self.footprint.layout
-        most = layout.placement.tiers.size * max(layout.expert_bytes(name) for name in layout.sizes)
-        return most + most // 64 + (16 << 20)
 
     def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
         """Arrange, compress and store one expert: gate_up [2I, H], down [H, I] in the dtype of `dims`, copied.

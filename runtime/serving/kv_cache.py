@@ -221,9 +221,10 @@ class PagedKVCache:
         """[ids, *shape]: the arena from the units of a layer's K or V on."""
         flat = self.pool.memory.view(-1).view(self.layout.dtype)
         stride = self.layout.unit_bytes // self.layout.dtype.itemsize
-        first = part * self.blocks_per_slab
+        # Beyond these there is no room for the last part of a block.
+        ids = len(flat) // stride - (2 * self.layout.num_layers - 1) * self.blocks_per_slab
         inner = torch.empty(shape, device="meta").stride()
-        return flat[first * stride :].as_strided((len(flat) // stride - first, *shape), (stride, *inner))
+        return flat[part * self.blocks_per_slab * stride :].as_strided((ids, *shape), (stride, *inner))
 
     @property
     def num_blocks(self) -> int:

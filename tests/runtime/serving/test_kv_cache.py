@@ -144,7 +144,7 @@ def test_a_cache_of_one_slab_is_contiguous_by_layer(layout):
     begin = cache.pool.memory.data_ptr()
     for layer in range(3):
         k, v = cache.layer(layer)
-        assert (k.shape[1:], v.shape[1:]) == (layout.k_shape, layout.v_shape)
+        assert (k.shape, v.shape) == ((7, *layout.k_shape), (7, *layout.v_shape))
         assert k.data_ptr() == begin + 2 * layer * 7 * layout.unit_bytes
         assert v.data_ptr() == begin + (2 * layer + 1) * 7 * layout.unit_bytes
         assert k.stride(0) == v.stride(0) == layout.unit_bytes // layout.dtype.itemsize
@@ -153,9 +153,13 @@ def test_a_cache_of_one_slab_is_contiguous_by_layer(layout):
 def test_triton_sees_contiguous_caches():
     """Its K and V are of one size, a multiple of what units are aligned to."""
     shape = (2, 16, 24)
-    k, v = cache_of(KVLayout(3, shape, shape, torch.bfloat16), slabs=3).layer(2)
-    assert k.is_contiguous()
-    assert v.is_contiguous()
+    cache = cache_of(KVLayout(3, shape, shape, torch.bfloat16), slabs=3)
+    for layer in range(3):
+        k, v = cache.layer(layer)
+        assert k.shape == v.shape
+        assert len(k) > max(all_ids(cache))
+        assert k.is_contiguous()
+        assert v.is_contiguous()
 
 
 @pytest.mark.parametrize("blocks", [1, 4])

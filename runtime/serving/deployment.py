@@ -93,10 +93,11 @@ class Deployment:
         """More KV blocks than a full batch at full context can never be used."""
         return self.config.max_batch * -(-self.limits.context // self.config.block_size)
 
-    @property
-    def useful_slabs(self) -> int:
-        """Likewise of slabs."""
-        return self._steps(self.useful_blocks)
+    def kv_slabs(self, now: int) -> tuple[int, int]:
+        """The least and the most slabs of a KV cache that shares with experts, and has `now`: for one request of full
+        context, as far as it has them, and, unless it may not grow, for all requests."""
+        one = self._steps(-(-self.limits.context // self.config.block_size))
+        return min(now, one), self._steps(self.useful_blocks) if self.config.grow_kv else now
 
     def _steps(self, blocks: int) -> int:
         return -(-blocks // self._step[0])
@@ -120,7 +121,7 @@ class Deployment:
         these may still need; returns the number of KV blocks."""
         blocks, size = self._step
         room = self.kv_room // size
-        steps = min(room, self.useful_slabs)
+        steps = min(room, self._steps(self.useful_blocks))
         self.budget.reserve(KV_LINE, steps * size)
         if self.config.adaptive:
             held = sum(self.budget.lines()[line] for line in EXPERT_LINES.values()) // size

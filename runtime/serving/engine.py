@@ -121,14 +121,13 @@ class Engine(ServingLoop):
         self._counted = Counters()
 
     def _make_residency(self) -> Residency:
-        """Experts move; while they do, KV may take all slabs that it can use, or no more than it gave to experts."""
         config, planner = self.config, self.deployment.make_planner() if self.config.planning else None
         if planner is not None and (config.transfer == "auto" or device_of(self.device).asynchronous):
             self._links = measure_links(self.device) if config.profile is None else config.profile.links
-        most_kv = self.deployment.useful_slabs if config.grow_kv else self.kv.nbytes // self.pool.slab_bytes
+        kv_slabs = self.deployment.kv_slabs(self.kv.num_slabs)
         return Residency(
             self.pager,
-            Sharing(self.kv, self.scheduler, self.budget, most_kv),
+            Sharing(self.kv, self.scheduler, self.budget, kv_slabs),
             planner=planner,
             every=config.plan_every,
             links=self._links if config.transfer == "auto" else None,

@@ -176,10 +176,16 @@ class KVLayout:
         return 2 * self.num_layers * self.unit_bytes
 
     def slab_bytes(self, at_least: int) -> int:
-        """Of slabs that hold `at_least` bytes, and a block: an odd number of units. An even one, most of all a power of
-        two, would put the blocks of many slabs into the same sets of a cache."""
-        units = -(-max(at_least, self.block_bytes) // self.unit_bytes)
-        return (units | 1) * self.unit_bytes
+        """Of slabs that hold `at_least` bytes, an expert, and a block; those, or whole blocks, whichever wastes the
+        smaller share of a slab with an expert and of one with KV together.
+
+        An odd number of units: an even one, most of all a power of two, would put the blocks of many slabs into the
+        same sets of a cache.
+        """
+        each = 2 * self.num_layers
+        least = max(-(-at_least // self.unit_bytes), each)
+        units = least | 1, -(-least // each) * each | 1
+        return min(units, key=lambda n: (n - least + n % each) / n) * self.unit_bytes
 
     def run(self, slab: int, slab_bytes: int) -> range:
         """The ids of a slab's blocks."""
@@ -229,6 +235,10 @@ class PagedKVCache:
     @property
     def num_blocks(self) -> int:
         return self.blocks.num_blocks
+
+    @property
+    def num_slabs(self) -> int:
+        return self.num_blocks // self.blocks_per_slab
 
     @property
     def nbytes(self) -> int:

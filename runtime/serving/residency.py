@@ -51,28 +51,35 @@ class ComputeProfile:
 class Sharing:
     """Experts and KV take slabs of one pool, and the ledger says who holds what. The simulator's too.
 
-    most_kv: slabs that KV may hold.
+    kv_slabs: of what KV holds, the least that it keeps, so that requests which have yet to come can be accepted, and
+    the most that it may take.
     """
 
-    def __init__(self, kv: PagedKVCache, scheduler: Scheduler, budget: MemoryBudget, most_kv: int) -> None:
-        self.pool, self.kv, self.scheduler, self.budget, self.most_kv = kv.pool, kv, scheduler, budget, most_kv
+    def __init__(
+        self, kv: PagedKVCache, scheduler: Scheduler, budget: MemoryBudget, kv_slabs: tuple[int, int]
+    ) -> None:  # fmt: skip
+        self.pool, self.kv, self.scheduler, self.budget = kv.pool, kv, scheduler, budget
+        self.least_kv, self.most_kv = kv_slabs
 
     def make_room(self, slabs: int) -> None:
         """Have so many slabs free: KV gives those that hold nothing. SlabError where too many have a block in use."""
         while self.pool.num_free < slabs:
-            if not self.scheduler.can_spare(self.kv.blocks_per_slab) or not self.kv.shrink():
-                raise SlabError("the KV cache has blocks in use in all of its slabs, or needs them for a request")
+            spare = self.kv.num_slabs > self.least_kv and self.scheduler.can_spare(self.kv.blocks_per_slab)
+            if not spare or not self.kv.shrink():
+                raise SlabError("KV has blocks in use in all of its slabs, or no more slabs than one request may need")
 
     def share_out(self, grow: bool = True) -> None:
         """Free slabs go to KV, if it may `grow`; then the ledger follows."""
-        while grow and self.pool.num_free and self.pool.bytes_of(KV_LINE) < self.most_kv * self.pool.slab_bytes:
+        while grow and self.pool.num_free and self.kv.num_slabs < self.most_kv:
             self.kv.grow()
         self.budget.settle({line: self.pool.bytes_of(line) for line in (*EXPERT_LINES.values(), KV_LINE, FREE)})
 
     def kv_bytes(self) -> tuple[int, int]:
-        """Bytes of slabs with a block in use, which KV keeps, and of those that waiting requests want."""
+        """Bytes of slabs that KV keeps, most of all those with a block in use, and of those that waiting requests
+        want."""
+        used = max(self.least_kv, self.kv.blocks.runs_used)
         wanted = -(-self.scheduler.blocks_wanted // self.kv.blocks_per_slab)
-        return self.kv.blocks.runs_used * self.pool.slab_bytes, wanted * self.pool.slab_bytes
+        return used * self.pool.slab_bytes, wanted * self.pool.slab_bytes
 
 
 class Residency:

@@ -99,8 +99,8 @@ class SimEngine(ServingLoop):
         self._pipeline = _Pipeline(config.slots)
         self._planner = self.deployment.make_planner() if config.adaptive and config.planning else None
         if config.adaptive:
-            most_kv = self.deployment.useful_slabs if config.grow_kv else self.kv.nbytes // pool.slab_bytes
-            self._sharing = Sharing(self.kv, self.scheduler, self.budget, most_kv)
+            kv_slabs = self.deployment.kv_slabs(self.kv.num_slabs)
+            self._sharing = Sharing(self.kv, self.scheduler, self.budget, kv_slabs)
             self._hold(layout)
         self._window: list[tuple[float, float]] = []
         self._moves: list[Move] = []

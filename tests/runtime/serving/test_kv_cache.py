@@ -184,12 +184,10 @@ def test_blocks_are_apart_and_inside_slabs_of_the_cache(layout, blocks):
 
 
 def test_slabs_hold_what_they_must_and_are_odd():
-    for wanted in (0, 1, 5 * PLAIN.block_bytes, 5 * PLAIN.block_bytes + 1):
-        size = PLAIN.slab_bytes(wanted)
-        assert size >= max(wanted, PLAIN.block_bytes)
-        assert size < max(wanted, PLAIN.block_bytes) + 2 * PLAIN.unit_bytes
-        assert size % PLAIN.unit_bytes == 0
-        assert size // PLAIN.unit_bytes % 2 == 1
+    """Of 6 units a block: as few as an expert takes, or, where this wastes less, as many as another block needs."""
+    for wanted, units in ((0, 7), (1, 7), (36, 37), (37, 37), (41, 43), (44, 45), (50, 51), (53, 55)):
+        assert PLAIN.slab_bytes(wanted * PLAIN.unit_bytes) == units * PLAIN.unit_bytes
+    assert PLAIN.slab_bytes(36 * PLAIN.unit_bytes + 1) == 37 * PLAIN.unit_bytes
 
 
 @pytest.mark.parametrize("slabs", [1, 3])

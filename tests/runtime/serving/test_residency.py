@@ -225,6 +225,7 @@ def test_thousands_of_random_moves_under_load_with_failures(model_dir, expected)
             store.set_transfer(rng.choice(["whole", "on_demand"]))
         engine.pager.request(moves)
         store.check_integrity()
+        sizes.append(engine.kv.num_blocks)
 
     def flaky(target, source):
         time.sleep(rng.choice([0, 0, 0.002]))
@@ -233,6 +234,7 @@ def test_thousands_of_random_moves_under_load_with_failures(model_dir, expected)
         target.copy_(source)
 
     requested = done = 0
+    sizes: list[int] = []
     for seed in range(3):
         shape = dict(placement="packed", least_alpha=0.0, slots=2 + seed % 2)
         config = EngineConfig(
@@ -249,6 +251,8 @@ def test_thousands_of_random_moves_under_load_with_failures(model_dir, expected)
             assert any("injected" in reason for reason in engine.pager.mover.refused)
             assert {"to HOST", "to PACKED", "to RESIDENT"} <= engine.pager.mover.applied.keys()
     assert requested > done > 200
+    changes = np.diff(sizes)
+    assert min((changes > 0).sum(), (changes < 0).sum()) > 20
 
 
 def test_the_planner_gives_memory_to_kv_and_takes_it_back(model_dir, expected):
@@ -360,6 +364,23 @@ def test_moves_that_cannot_be_made_leave_the_state(model_dir):
         residency.between_iterations()
         assert "stays in host memory: no memory today" in mover.refused[-1]
         engine.pager.store.check_integrity()
+
+
+def test_kv_keeps_room_for_a_request_that_has_yet_to_come(model_dir):
+    """While nobody asks for anything, experts come, and leave KV enough for one request of full context."""
+    budget = tight_budget(model_dir, placement="host", expert_format="planar12", extra=1 << 20)
+    config = EngineConfig(
+        **COMMON, placement="host", expert_format="planar12", budget_bytes=budget, adaptive=True, planning=False
+    )
+    with Engine(model_dir, config) as engine:
+        mover, before = engine.pager.mover, engine.kv.num_blocks
+        mover.request([Move(layer, e, Tier.HOST, Tier.PACKED) for layer in range(LAYERS) for e in range(EXPERTS)])
+        while mover.busy:
+            engine.residency.between_iterations()
+        assert engine.kv.num_blocks < before
+        assert "no more slabs than one request may need" in mover.refused[-1]
+        long = Request((1,), SamplingParams(max_new_tokens=COMMON["max_context"] - 1, ignore_eos=True))
+        assert len(engine.generate([long])[0].token_ids) == COMMON["max_context"] - 1
 
 
 def test_a_budget_without_room_for_kv_is_one_sentence(model_dir):

@@ -32,7 +32,8 @@ from fluxmoe.models import ARCHITECTURES
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import Decoder, expert_dims, layer_dims
 from fluxmoe.runtime.experts.streamer import LayerPage
-from fluxmoe.runtime.serving.kv_cache import PagedKVCache
+from fluxmoe.runtime.memory.slabs import SlabPool
+from fluxmoe.runtime.serving.kv_cache import KVLayout, PagedKVCache
 from fluxmoe.runtime.serving.state_cache import StateCache
 from fluxmoe.runtime.timeline import Timeline
 from torch import Tensor
@@ -196,8 +197,9 @@ def forward_passes(
         decoder = Decoder(config, ops, context)
         for role in _dense_roles(config):
             decoder.load(role.kind, role.layer, torch.empty(role.shape, dtype=config.dtype))
-        heads = (_BLOCK_SIZE, config.num_kv_heads, config.head_dim, config.dtype, META)
-        cache = PagedKVCache(ops, len(config.attention_layers), blocks, *heads)
+        heads = (_BLOCK_SIZE, config.num_kv_heads, config.head_dim, config.dtype)
+        layout = KVLayout.of(ops, len(config.attention_layers), *heads)
+        cache = PagedKVCache(layout, SlabPool(torch.empty(1, blocks * layout.block_bytes, dtype=torch.uint8)))
         states = (
             StateCache(config.delta, len(config.delta_layers), most[0], config.dtype, META) if config.delta else None
         )

@@ -14,7 +14,7 @@ from fluxmoe.kernels.formats import DENSE
 from fluxmoe.kernels.ops import ExpertSizes
 
 from ..devices import device_of
-from ..memory.region import BlockPool
+from ..memory.slabs import FREE
 from .cache import ExpertCache
 from .config import PagingConfig
 from .disk import StoreError
@@ -71,14 +71,19 @@ class Footprint:
         self.layout, self.config = layout, config
         self._ops_bytes, self._staged = ops.workspace_bytes, device_of(ops.device).streamer.staged
 
-    def lines(self, pool: BlockPool | None = None) -> dict[str, int]:
-        """Device bytes by line: experts that lie there, slots, workspace. pool: that experts which move will be in,
-        and to whose blocks their lines are rounded up."""
-        experts = {line: self.layout.tier_bytes(tier) for tier, line in EXPERT_LINES.items()}
-        if pool is not None:
-            experts = {line: pool.pages(nbytes) * pool.block_bytes for line, nbytes in experts.items()}
+    def lines(self, slab_bytes: int = 0) -> dict[str, int]:
+        """Device bytes by line: experts that lie there, slots, workspace. slab_bytes: of the host's pool that experts
+        which move will be in, in whole slabs; 0: they are in one of the pager's own."""
+        layout = self.layout
+        if self.config.adaptive:
+            size = slab_bytes or layout.slab_bytes
+            experts = {line: size * layout.tier_slabs(tier, size) for tier, line in EXPERT_LINES.items()}
+            if not slab_bytes:
+                experts[FREE] = size * self.most_slabs(size) - sum(experts.values())
+        else:
+            experts = {line: layout.tier_bytes(tier) for tier, line in EXPERT_LINES.items()}
         lines = {**experts, "slots": self.slot_bytes, "workspace": self._ops_bytes + self.count_bytes}
-        return lines | ({"expert_cache": self.cache_bytes()} if self.layout.cached else {})
+        return lines | ({"expert_cache": self.cache_bytes()} if layout.cached else {})
 
     def cache_places(self, room: int | None = None) -> int:
         """Experts that a cache holds in `room` bytes (None: config.cache_bytes, or as few as work), at most all that
@@ -92,6 +97,13 @@ class Footprint:
     def cache_bytes(self, room: int | None = None) -> int:
         """Bytes of so many places."""
         return self.cache_places(room) * self.layout.expert_bytes(self.layout.stored(Tier.DISK))
+
+    def most_slabs(self, slab_bytes: int, dense: bool = False) -> int:
+        """Slabs that hold all experts: those that are dense now, or with `dense` all of them, as dense ones."""
+        layout, tiers = self.layout, self.layout.placement.tiers
+        as_dense = tiers.size if dense else int((tiers == Tier.RESIDENT).sum())
+        counts = (Tier.RESIDENT, as_dense), (layout.moving_tiers[-1], tiers.size - as_dense)
+        return sum(count * layout.slabs_each(tier, slab_bytes) for tier, count in counts)
 
     def host_lines(self) -> dict[str, int]:
         """Host bytes by line: experts that lie there, what `put` passes through."""

@@ -113,6 +113,29 @@ class ExpertLayout:
         """Bytes of one expert, both tensor types, as the ledger counts them."""
         return self.stride(expert_format, GATE_UP) + self.stride(expert_format, DOWN)
 
+    # Experts that move lie in slabs of a pool, one or two each.
+
+    @property
+    def moving_tiers(self) -> tuple[Tier, ...]:
+        """Device tiers that experts which move may be in."""
+        return (Tier.RESIDENT,) if self.stored(Tier.HOST) == DENSE else (Tier.RESIDENT, Tier.PACKED)
+
+    @property
+    def slab_bytes(self) -> int:
+        """The least that a slab must have: for an expert in the format in which it moves, or for any one block."""
+        blocks = (self.stride(name, d) for name in self.sizes for d in (GATE_UP, DOWN))
+        return max(self.expert_bytes(self.stored(Tier.HOST)), *blocks)
+
+    def slabs_each(self, tier: Tier, slab_bytes: int) -> int:
+        """Slabs of an expert: 1, or 2, a block in each, where both do not fit: a dense one beside packed ones, which
+        takes two thirds of its slabs."""
+        return 1 if self.expert_bytes(self.stored(tier)) <= slab_bytes else 2
+
+    def tier_slabs(self, tier: Tier, slab_bytes: int) -> int:
+        """Slabs of all experts of a device tier."""
+        experts = int((self.placement.tiers == tier).sum())
+        return experts * self.slabs_each(tier, slab_bytes) if experts else 0
+
     def streamed(self, layer: int) -> list[tuple[int, Tier]]:
         """Experts of a layer that pass through a slot, with their tiers, in the order of the slot."""
         tiers = [tier for tier in (Tier.PACKED, Tier.HOST, Tier.DISK) if self.streams(tier)]

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..devices import device_of
 from ..hardware import measure_bandwidths
-from ..memory.region import BlockPool
+from ..memory.slabs import FREE, SlabPool
 from ..timeline import Timeline
 from .cache import ExpertCache
 from .cache_policies import POLICIES
@@ -80,6 +80,7 @@ class ExpertPager:
         self._store: ExpertStore | None = None
         self._streamer: Streamer | None = None
         self._mover: Mover | None = None
+        self._own_pool: SlabPool | None = None
         # fp32 on the device: [L, E] how many tokens each expert was routed; of those in host memory that kernels read
         # there, in how many passes; [E] scratch.
         self.popularity: Tensor | None = None
@@ -105,9 +106,9 @@ class ExpertPager:
 
     # What it takes.
 
-    def lines(self, pool: BlockPool | None = None) -> dict[str, int]:
+    def lines(self, slab_bytes: int = 0) -> dict[str, int]:
         """Device bytes by line of the ledger; before anything is allocated, too. See `Footprint.lines`."""
-        return self.footprint.lines(pool)
+        return self.footprint.lines(slab_bytes)
 
     def host_lines(self) -> dict[str, int]:
         """Host bytes by line of the ledger; before anything is allocated, too."""
@@ -120,6 +121,7 @@ class ExpertPager:
         return {
             **({"expert_cache": cache.nbytes} if cache is not None else {}),
             **{line: self.store.tier_bytes(tier) for tier, line in EXPERT_LINES.items()},
+            **({} if self._own_pool is None else {FREE: self._own_pool.bytes_of(FREE)}),
             "slots": self.streamer.slot_bytes,
             "workspace": self.ops.workspace_bytes + sum(count.nbytes for count in counts if count is not None),
         }
@@ -128,7 +130,7 @@ class ExpertPager:
 
     def open(
         self,
-        pool: BlockPool | None = None,
+        pool: SlabPool | None = None,
         folder: Path | None = None,
         content: str = "",
         cache_bytes: int | None = None,
@@ -136,14 +138,14 @@ class ExpertPager:
         """Allocate the tiers. pool: where experts that move lie on the device; None: one of the pager's own, which
         holds all of them. folder: where experts of the disk tier are kept, those of a model with digest `content`, and
         found again; None: in nameless files of `config.disk_dir`. cache_bytes: see Footprint.cache_places. StoreError,
-        HostMemoryError or RegionError, which leave nothing behind."""
+        HostMemoryError or SlabError, which leave nothing behind."""
         assert self._store is None, "a pager is opened once"
         layout, config, decode = self.footprint.layout, self.config, self.ops.decode_expert
         with ExitStack() as undo:
             if config.adaptive:
                 if pool is None:
-                    pool = self.device.make_pool(self._most_bytes())
-                    undo.callback(pool.close)
+                    size = layout.slab_bytes
+                    pool = self._own_pool = self.device.make_slabs(self.footprint.most_slabs(size), size, config.poison)
                 self._store = MovingStore(layout, self.device, pool, self.footprint.most_streamed, decode)
             else:
                 disk = self._open_disk(folder, content)
@@ -181,12 +183,6 @@ class ExpertPager:
         )
         spill_dir = Path(self.config.disk_dir or tempfile.gettempdir())
         return DiskTier(header, members, folder, spill_dir)
-
-    def _most_bytes(self) -> int:
-        """Of all experts on the device in their largest format, and of what rounding to blocks takes."""
-        layout = self.footprint.layout
-        most = layout.placement.tiers.size * max(layout.expert_bytes(name) for name in layout.sizes)
-        return most + most // 64 + (16 << 20)
 
     def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
         """Arrange, compress and store one expert: gate_up [2I, H], down [H, I] in the dtype of `dims`, copied.

@@ -17,17 +17,20 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
-from fluxmoe.kernels.formats import DENSE
+import torch
 from fluxmoe.models.config import ModelConfig
 
 from ..experts.footprint import EXPERT_LINES, Footprint, lay_out
 from ..experts.layout import ExpertLayout
-from ..experts.placement import DEVICE_TIERS, Placement, Tier
-from ..experts.planner import Move, Observation, Planner, PlannerError
+from ..experts.placement import Placement
+from ..experts.planner import Move, Observation, PlannerError
 from ..hardware import HardwareProfile, ProfileError
+from ..memory.slabs import SlabError, SlabPool
 from ..serving.config import EngineConfig
-from ..serving.deployment import Deployment, limits_of, make_planner, require_workspace
+from ..serving.deployment import Deployment, limits_of, require_workspace
+from ..serving.kv_cache import PagedKVCache
 from ..serving.loop import Executed, ServingLoop
+from ..serving.residency import Sharing
 from ..serving.scheduler import Scheduler, Step
 from .cost_model import CostModel, CostParameters, SimOps
 from .streamer import Load, VirtualStreamer
@@ -67,15 +70,23 @@ class SimEngine(ServingLoop):
         self._copy_rate = copy_rate
         blocks = self.deployment.reserve_kv()
         host_blocks = 4 * max(blocks, self.deployment.useful_blocks) if config.preemption == "swap" else 0
+        pool = SlabPool(torch.empty(self.deployment.pool_shape, dtype=torch.uint8, device="meta"))
+        self.kv = PagedKVCache(self.deployment.kv_layout, pool)
+        while self.kv.num_blocks < blocks:
+            self.kv.grow()
         self.scheduler = Scheduler(
-            blocks, config.block_size, self.deployment.max_sequences, limits.tokens, config.preemption, limits.context,
-            host_blocks=host_blocks,
+            self.kv.blocks, config.block_size, self.deployment.max_sequences, limits.tokens, config.preemption,
+            limits.context, host_blocks=host_blocks,
         )  # fmt: skip
         cache_bytes = self.deployment.reserve_cache()
         self._cache_places = 0 if cache_bytes is None else experts.cache_places(cache_bytes)
         self._clock = 0.0
         self._streamer = VirtualStreamer(layout, config.slots, config.adaptive, self._adopt(layout))
-        self._planner = self._make_planner() if config.adaptive and config.planning else None
+        self._planner = self.deployment.make_planner() if config.adaptive and config.planning else None
+        if config.adaptive:
+            kv_slabs = self.deployment.kv_slabs(self.kv.num_slabs)
+            self._sharing = Sharing(self.kv, self.scheduler, self.budget, kv_slabs)
+            self._hold(layout)
         self._window: list[tuple[float, float]] = []
         self._moves: list[Move] = []
         self.last_reason = ""
@@ -132,13 +143,6 @@ class SimEngine(ServingLoop):
 
     # Experts that move. A move takes effect at once; what it copies is charged to nobody, for it is a few bytes.
 
-    def _make_planner(self) -> Planner:
-        tier = Tier.RESIDENT if self.config.device_format == DENSE else Tier.PACKED
-        lines = self.budget.lines()
-        pool = self.budget.free + lines["kv_cache"] + sum(lines[line] for line in EXPERT_LINES.values())
-        each = {tier: self.layout.expert_bytes(self.layout.stored(tier))}
-        return make_planner(self.config, each, pool, self.deployment.block_bytes)
-
     @property
     def tiers(self) -> np.ndarray:
         return self.placement.tiers
@@ -159,10 +163,9 @@ class SimEngine(ServingLoop):
         assert self._planner is not None, "the window is filled for a planner"
         compute_s, load_s = (float(np.median(values)) for values in zip(*self._window, strict=True))
         self._window = []
-        block = self.deployment.block_bytes
-        used, waiting = self.scheduler.blocks_used * block, self.scheduler.blocks_wanted * block
+        seen = Observation(compute_s, load_s, *self._sharing.kv_bytes())
         try:
-            plan = self._planner.decide(self.placement.tiers, Observation(compute_s, load_s, used, waiting))
+            plan = self._planner.decide(self.placement.tiers, seen)
         except PlannerError as error:
             self.last_reason = str(error)
             return
@@ -170,27 +173,31 @@ class SimEngine(ServingLoop):
         self.request(plan.moves)
 
     def _apply(self) -> None:
-        """Make the moves, as far as free KV blocks allow, and give what they free to the KV cache."""
+        """Make the moves, if KV has slabs to spare for them, and give what they free to the KV cache."""
         moves, self._moves = self._moves, []
         tiers, old = self.placement.tiers.copy(), self.layout
         for move in moves:
             tiers[move.layer, move.expert] = move.target
         layout = ExpertLayout(Placement(self.placement.name, tiers), old.sizes, old.formats, old.fused)
-        freed = sum(old.tier_bytes(tier) - layout.tier_bytes(tier) for tier in DEVICE_TIERS)
-        block = self.deployment.block_bytes
-        spare = self.budget.free + freed
-        if spare < 0 and not self.scheduler.shrink(-(spare // block)):
-            return  # the blocks are in use: the old state stays
-        kv_before = self.scheduler.num_blocks
-        if spare > 0 and self.config.grow_kv:
-            most = max(0, self.deployment.useful_blocks - kv_before)
-            self.scheduler.grow(min(spare // block, most))
-        held = {line: layout.tier_bytes(tier) for tier, line in EXPERT_LINES.items()}
-        held["kv_cache"] = self.scheduler.num_blocks * block
-        ledger = self.budget.lines()
-        for line, nbytes in held.items():
-            self.budget.release(line, max(0, ledger[line] - nbytes))
-        for line, nbytes in held.items():
-            self.budget.reserve(line, max(0, nbytes - ledger[line]))
-        self.placement = layout.placement
-        self._streamer.loads = self._adopt(layout)
+        if self._hold(layout):
+            self.placement = layout.placement
+            self._streamer.loads = self._adopt(layout)
+        self._sharing.share_out()
+
+    def _hold(self, layout: ExpertLayout) -> bool:
+        """Experts hold the slabs of a layout; False, and they hold what they held, if KV cannot spare enough."""
+        pool = self.kv.pool
+        more = {
+            line: layout.tier_slabs(tier, pool.slab_bytes) - len(pool.held(line)) for tier, line in EXPERT_LINES.items()
+        }
+        try:
+            self._sharing.make_room(max(0, sum(more.values())))
+        except SlabError:
+            return False
+        for line, count in more.items():
+            for slab in pool.held(line)[: max(0, -count)]:
+                pool.give(slab)
+        for line, count in more.items():
+            for _ in range(count):
+                pool.take(line)
+        return True

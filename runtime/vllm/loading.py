@@ -9,7 +9,7 @@ import torch
 from fluxmoe.kernels.ops import ExpertDims
 from torch import Tensor
 
-from ..experts.spill import StoreError
+from ..experts.disk import StoreError
 
 # vLLM's names: gate, down, up.
 MATRICES = ("w1", "w2", "w3")

@@ -96,8 +96,8 @@ class FluxMoEMethod(FusedMoEMethodBase):
 
     def _load_packed(self) -> None:
         """The layer of a packed checkpoint, of which vLLM's loader sees all but the experts."""
-        packed = PackedExperts(self.model, load_config(self.model))
-        for _, expert, gate_up, down in packed.experts({extract_layer_index(self.name)}):
+        packed, number = PackedExperts(self.model, load_config(self.model)), extract_layer_index(self.name)
+        for _, expert, gate_up, down in packed.experts(lambda layer, expert: layer == number):
             gate, up = gate_up.chunk(2)
             for matrix, weight in (("w1", gate), ("w3", up), ("w2", down)):
                 self._load(weight, weight, "", matrix, expert)

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fluxmoe import runtime
@@ -18,6 +19,7 @@ from fluxmoe.kernels.reference.experts import TorchExperts
 from fluxmoe.runtime.devices import CpuDevice
 from fluxmoe.runtime.experts.config import PagingConfig, SettingError
 from fluxmoe.runtime.experts.disk import StoreError
+from fluxmoe.runtime.experts.footprint import EXPERT_LINES
 from fluxmoe.runtime.experts.pager import ExpertPager, PagerError
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.experts.planner import Move
@@ -291,15 +293,34 @@ def test_nothing_is_allocated_before_it_is_opened(tmp_path, monkeypatch):
     pager.close()
 
 
-def test_lines_of_experts_that_move_are_whole_blocks_of_the_pool():
-    config = PagingConfig(placement="packed", adaptive=True, threads=1)
+@pytest.mark.parametrize("placement", [dict(placement="packed"), dict(placement="packed", dense_share=0.5)])
+def test_lines_of_experts_that_move_are_whole_slabs_of_the_pool(placement):
+    config = PagingConfig(**placement, adaptive=True, threads=1)
     pager = ExpertPager(DIMS, LAYERS, config, "cpu", TOKENS)
-    with pager.device.make_pool(4 << 20) as pool:
-        pager.open(pool)
-        fill(pager)
-        assert pager.held_bytes() == pager.lines(pool)
-        assert pager.held_bytes()["packed_experts"] == pool.used_bytes
-        pager.close()
+    pool = pager.device.make_slabs(60, pager.footprint.layout.slab_bytes + 192)
+    pager.open(pool)
+    fill(pager)
+    assert pager.held_bytes() == pager.lines(pool.slab_bytes)
+    for tier, line in EXPERT_LINES.items():
+        each = 2 if tier is Tier.RESIDENT else 1
+        assert len(pool.held(line)) == each * (pager.tiers == tier).sum()
+    pager.close()
+
+
+@pytest.mark.parametrize(
+    "placement", [dict(placement="packed", dense_share=0.5), dict(placement="balanced", alpha=0.5)]
+)
+def test_a_pool_of_the_pagers_own_has_room_for_all_experts(placement):
+    with filled(PagingConfig(**placement, adaptive=True, threads=1)) as pager:
+        assert pager.held_bytes() == pager.lines()
+        hosted = [(int(i), int(e)) for i, e in zip(*np.nonzero(pager.tiers == Tier.HOST), strict=True)]
+        assert bool(hosted) == bool(pager.lines()["free_slabs"])
+        pager.request(Move(*where, Tier.HOST, pager.footprint.layout.moving_tiers[-1]) for where in hosted)
+        pager.apply_moves()
+        while pager.mover.busy:
+            pager.apply_moves()
+        assert pager.mover.refused == []
+        assert pager.held_bytes()["free_slabs"] == 0
 
 
 # What crosses.
@@ -371,7 +392,7 @@ def test_results_are_the_same_while_experts_move(expert_format, slots, expected)
         load_delay=lambda layer, d: rng.choice([0.0, 0.0, 0.001]),
     )  # fmt: skip
     with filled(config) as pager:
-        targets = (Tier.HOST, *pager.store.device_tiers)
+        targets = (Tier.HOST, *pager.store.layout.moving_tiers)
         unit = sum(pager.ops.expert_bytes(expert_format))
         step, brings = 0, f"to {targets[-1].name}"
         # A busy machine may take all steps for the first few copies.

@@ -118,7 +118,7 @@ def test_a_budget_beyond_the_machine_is_refused(model_dir, free):
 )
 def test_host_and_device_together_are_refused_before_anything_is_loaded(model_dir, free, monkeypatch, settings, line):
     with Engine(model_dir, EngineConfig(**COMMON, **settings)) as engine:
-        device, host = engine._most_bytes, engine.host_budget.lines()
+        device, host = engine.budget.used, engine.host_budget.lines()
         budget = engine.budget.used
     assert host[line] > 0
     if "adaptive" not in settings:
@@ -126,7 +126,7 @@ def test_host_and_device_together_are_refused_before_anything_is_loaded(model_di
         free(device + sum(host.values()))
         Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=budget)).close()
     with Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=device)) as engine:
-        needed = engine._most_bytes + sum(engine.host_budget.lines().values())
+        needed = engine.budget.used + sum(engine.host_budget.lines().values())
     free(needed - 1)
     monkeypatch.setattr(ExpertPager, "open", lambda *arguments: pytest.fail("experts are stored"))
     monkeypatch.setattr(Engine, "_load", lambda *arguments: pytest.fail("a checkpoint is loaded"))
@@ -150,7 +150,7 @@ def test_all_leaves_room_for_what_the_host_holds(model_dir, free, settings):
     given = int(share / 0.8) + 1
     free(given)
     with Engine(model_dir, EngineConfig(**COMMON, **settings)) as engine:
-        together = engine._most_bytes + engine.host_budget.used
+        together = engine.budget.used + engine.host_budget.used
         assert together <= 0.8 * given
         assert engine.kv.nbytes < roomy["kv_cache"]
         if "adaptive" not in settings:  # whose memory comes in larger parts

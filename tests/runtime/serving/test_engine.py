@@ -346,7 +346,7 @@ def held_by_process() -> tuple:
     [
         ("_load", dict(placement="disk")),
         ("_load", dict(placement="packed", adaptive=True)),
-        ("_make_scheduler", dict(placement="disk")),
+        ("Scheduler", dict(placement="disk")),
         ("seal", dict(placement="packed", adaptive=True)),
         ("Counters", dict(placement="disk")),
         ("Residency", dict(placement="packed", adaptive=True)),
@@ -365,7 +365,7 @@ def test_a_refused_start_leaves_nothing_open(wide_model_dir, monkeypatch, part, 
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc to see open files")
-def test_a_budget_that_maps_no_kv_leaves_nothing_open(wide_model_dir):
+def test_a_budget_without_a_slab_for_kv_leaves_nothing_open(wide_model_dir):
     settings = dict(device="cpu", max_context=64, placement="packed", adaptive=True)
     with Engine(wide_model_dir, EngineConfig(**settings)) as engine:
         lines = engine.budget.lines()

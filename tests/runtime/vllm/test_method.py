@@ -20,7 +20,7 @@ from fluxmoe.runtime.devices import CudaDevice
 from fluxmoe.runtime.experts.config import SettingError
 from fluxmoe.runtime.experts.pager import ExpertPager
 from fluxmoe.runtime.experts.placement import Tier
-from fluxmoe.runtime.experts.spill import StoreError
+from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.memory.check import FreeMemory
 from fluxmoe.runtime.vllm import metrics

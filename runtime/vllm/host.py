@@ -82,9 +82,9 @@ class Host:
         pager = ExpertPager(self.dims, self.layers, self.config, self.device, self.max_tokens)
         try:
             layout = pager.footprint.layout
-            if self.device.type != "cpu" and layout.streamed_layers:
+            if self.device.type != "cpu" and (layout.streamed_layers or layout.cached):
                 raise SettingError(
-                    f"placement {self.config.placement} streams experts into slots, which fluxmoe does inside vLLM on "
+                    f"placement {self.config.placement} brings experts into slots, which fluxmoe does inside vLLM on "
                     'the CPU only: choose placement packed with expert_format planar12, or "transfer": "on_demand"'
                 )
             free, lines, host_lines = FreeMemory.now(pager.device), pager.lines(), pager.host_lines()

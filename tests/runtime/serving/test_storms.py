@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 
 import pytest
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.experts.planner import Move
@@ -115,7 +115,7 @@ class Storm:
             self.count["aborted"] += 1
 
     def _moves(self) -> None:
-        tiers, targets = self.engine.tiers, (Tier.HOST, *self.engine.pager.store.device_tiers)
+        tiers, targets = self.engine.tiers, (Tier.HOST, *self.engine.pager.store.layout.moving_tiers)
         moves = []
         for _ in range(self.rng.randrange(12)):
             layer, expert = self.rng.randrange(LAYERS), self.rng.randrange(EXPERTS)

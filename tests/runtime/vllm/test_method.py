@@ -11,16 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from fluxmoe.experiments.make_checkpoint import main as make_checkpoint
-from fluxmoe.experiments.pack_checkpoint import main as pack_checkpoint
+from fluxmoe.experiments.commands.pack_checkpoint import main as pack_checkpoint
+from fluxmoe.experiments.lib.checkpoints import main as make_checkpoint
 from fluxmoe.kernels.cpu.experts import CpuExperts
 from fluxmoe.kernels.ops import ExpertDims
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.runtime.devices import CudaDevice
 from fluxmoe.runtime.experts.config import SettingError
+from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.pager import ExpertPager
 from fluxmoe.runtime.experts.placement import Tier
-from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.memory.check import FreeMemory
 from fluxmoe.runtime.vllm import metrics

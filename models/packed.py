@@ -8,7 +8,7 @@
 
 Layers are numbered as in the decoder; those without experts have no files. The index is what makes a directory a packed
 checkpoint, so one that was interrupted is never taken for whole.
-`python -m fluxmoe.experiments.commands.pack_checkpoint` writes them.
+`fluxmoe pack-checkpoint` writes them.
 """
 
 from __future__ import annotations

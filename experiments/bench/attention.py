@@ -1,6 +1,6 @@
 """Paged attention on a GPU against the roofs of the machine and against torch's scaled_dot_product_attention.
 
-    python -m fluxmoe.experiments.bench.attention --out results/<gpu>/attention
+    fluxmoe bench attention --out results/measured/<gpu>/attention
 
 Decode: one query a sequence, contexts of equal length; limited by the bytes of K and V. Prefill: whole prompts;
 limited by flops (the causal half is counted). torch reads K and V from contiguous tensors, with its heads repeated by
@@ -9,9 +9,8 @@ enable_gqa: it has no pages to follow, which favours it.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +18,9 @@ from fluxmoe.kernels.triton.paged_attention import paged_attention, workspace_by
 from fluxmoe.kernels.triton.tiles import num_sms_of
 from torch import Tensor
 
-from ..lib.results import Parser, UsageError, cli_main
-from .timing import (
-    ResultRows,
-    Roofs,
-    Timing,
-    WrongError,
-    base_seconds,
-    cold_copies,
-    measure_roofs,
-    ratio,
-    require_gpu,
-    time_calls,
-)
+from ..lib.args import group, option
+from ..lib.sweep import Sweep, WrongError, say
+from .timing import GpuBench, Roofs, TimedPoint, Timing, cold_copies, measure_roofs, ratio, time_calls
 
 # heads, kv_heads, head_dim
 SHAPES = {"mixtral": (32, 8, 128), "qwen3_30b": (32, 4, 128), "qwen3_next": (16, 2, 256), "olmoe": (16, 16, 128)}
@@ -109,7 +98,7 @@ def work(shape: tuple[int, int, int], sequences: int, queries: int, context: int
 PROVIDERS = ("fluxmoe", "fluxmoe invariant", "torch sdpa")
 
 
-class Point:
+class Point(TimedPoint):
     """One shape, all cold copies of its inputs."""
 
     def __init__(self, name: str, sequences: int, queries: int, context: int, device: torch.device) -> None:
@@ -130,13 +119,8 @@ class Point:
             raise WrongError(f"it differs by {error:.1%} of the largest value")
         return time_calls([partial(case.ours, invariant) for case in self.cases])
 
-    @cached_property
-    def base_s(self) -> float | None:
-        """Seconds of ours in this run: what ratios refer to."""
-        return base_seconds(lambda: self.time("fluxmoe"))
 
-
-def bench(kind: str, roofs: Roofs, results: ResultRows, device: torch.device, **sizes) -> None:
+def bench(kind: str, roofs: Roofs, results: Sweep, device: torch.device, **sizes) -> None:
     """One point: ours, ours batch-invariant, torch; those that have no row yet."""
     missing = [name for name in PROVIDERS if not results.has(kind=kind, **sizes, provider=name)]
     if not missing:
@@ -154,28 +138,22 @@ def bench(kind: str, roofs: Roofs, results: ResultRows, device: torch.device, **
         }  # fmt: skip
 
     for provider in missing:
-        results.measure(partial(columns, provider), kind=kind, **sizes, provider=provider)
+        say(results.measure(partial(columns, provider), kind=kind, **sizes, provider=provider))
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.bench.attention", description=__doc__.splitlines()[0])
-    p.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["mixtral", "qwen3_30b"])
-    p.add_argument("--sequences", nargs="+", type=int, default=[1, 8, 32, 128], help="decode batch sizes")
-    p.add_argument("--contexts", nargs="+", type=int, default=[512, 4096, 16384])
-    p.add_argument("--prompts", nargs="+", type=int, default=[512, 2048, 8192], help="prefill lengths")
-    p.add_argument("--rehearse", action="store_true", help="no GPU: interpreted on the CPU; times mean nothing")
-    p.add_argument("--out", required=True, metavar="DIR")
-    return p
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    shapes: tuple[str, ...] = option("models", ("mixtral", "qwen3_30b"), choices=tuple(SHAPES))
+    sequences: tuple[int, ...] = option("decode batch sizes", (1, 8, 32, 128), least=1)
+    contexts: tuple[int, ...] = option("of decode", (512, 4096, 16384), least=1)
+    prompts: tuple[int, ...] = option("prefill lengths", (512, 2048, 8192), least=1)
+    where: GpuBench = group()
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    if min(args.sequences + args.contexts + args.prompts) < 1:
-        raise UsageError("--sequences, --contexts and --prompts must be at least 1")
-    device = require_gpu(args.rehearse)
+def run(args: Arguments) -> None:
+    device = args.where.device
     roofs = measure_roofs(device)
-    made = "rehearsed" if args.rehearse else "measured"
-    results = ResultRows(args.out, device.type, kind=made, roofs=asdict(roofs))
+    results = args.where.rows("bench attention", roofs=asdict(roofs))
     for name in args.shapes:
         for sequences in args.sequences:
             for context in args.contexts:
@@ -187,7 +165,3 @@ def main(argv: list[str] | None = None) -> None:
         for prompt in args.prompts:
             bench("prefill", roofs, results, device, shape=name, sequences=1, queries=prompt, context=prompt)
     results.finish()
-
-
-if __name__ == "__main__":
-    cli_main(main)

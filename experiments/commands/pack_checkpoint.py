@@ -1,6 +1,6 @@
 """Compress the experts of a checkpoint, losslessly, into a checkpoint that the loader takes in its place.
 
-    python -m fluxmoe.experiments.commands.pack_checkpoint --model DIR --format planar12 --out DIR
+    fluxmoe pack-checkpoint --model DIR --format planar12 --out DIR
 
 Works a layer at a time and holds one in memory; every file is written whole or not at all, decoded again and compared
 bit for bit before it counts. Stopped, it goes on where it was when it is run again; until the end the directory is
@@ -9,17 +9,16 @@ refused as unfinished. See fluxmoe.models.packed for the files.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, codec_of, compressed_formats
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, FORMATS, codec_of, compressed_formats
 from fluxmoe.kernels.packing import Packed, PackingError
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.packed import INDEX, TENSORS, UNFINISHED, VERSION, expert_file, expert_shape
@@ -27,26 +26,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..lib.results import Parser, UsageError, cli_main, write_json
+from ..lib.args import option
+from ..lib.checkpoints import check_disk, share
+from ..lib.models import content_digest
+from ..lib.results import UsageError, digest, write_json
 
 _SHARD_BYTES = 1 << 30
 # Everything beside the weights and their indices goes with a model: tokenizer, chat template, generation settings.
 _NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.commands.pack_checkpoint", description=__doc__.splitlines()[0])
-    p.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint in bf16")
-    p.add_argument("--format", default=DEFAULT_COMPRESSED, choices=sorted(compressed_formats()))
-    p.add_argument("--out", required=True, metavar="DIR")
-    return p
-
-
-def identity(source: Path, name: str) -> str:
-    """Changes when the source or the format does: a packed directory is finished only from what it was begun with."""
-    files = sorted((p.name, p.stat().st_size) for p in source.glob("*.safetensors"))
-    text = json.dumps([name, VERSION, files, (source / "config.json").read_text()])
-    return hashlib.sha256(text.encode()).hexdigest()
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    model: Path = option("Hugging Face checkpoint in bf16", metavar="DIR")
+    format: str = option("lossless format", DEFAULT_COMPRESSED, choices=tuple(sorted(compressed_formats())))
+    out: Path = option("new folder", metavar="DIR")
 
 
 def pack_layer(checkpoint: Checkpoint, layer: int, name: str, out: Path) -> None:
@@ -108,7 +102,7 @@ def pack_checkpoint(source: Path, name: str, out: Path) -> dict[str, float]:
         raise UsageError(f"{source} holds {config.dtype} weights; the formats compress bfloat16")
     if checkpoint.packed:
         raise UsageError(f"{source} is packed already, in format {checkpoint.packed.format}")
-    marker, who = out / UNFINISHED, {"identity": identity(source, name)}
+    marker, who = out / UNFINISHED, {"identity": digest(name, VERSION, content_digest(source))}
     if (out / INDEX).exists():
         raise UsageError(f"{out} holds a packed checkpoint already; give another --out")
     if marker.exists():
@@ -116,6 +110,11 @@ def pack_checkpoint(source: Path, name: str, out: Path) -> dict[str, float]:
             raise UsageError(f"{out} was begun with another model or format; remove it or give another --out")
     elif out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; give another --out")
+    else:
+        room = config.non_expert_bytes + config.expert_bytes_total * FORMATS[name].bits / 16
+        check_disk(out, int(room))
+    for left in out.glob("*.tmp"):  # of a process that was killed
+        left.unlink()
     write_json(marker, who)
     begin = time.perf_counter()
     for layer in tqdm(config.moe_layers, "layers", unit="layer"):
@@ -127,20 +126,16 @@ def pack_checkpoint(source: Path, name: str, out: Path) -> dict[str, float]:
     names = [expert_file(layer, tensor) for layer in config.moe_layers for tensor in TENSORS]
     sizes = {each: (out / each).stat().st_size for each in names}
     write_json(out / INDEX, {"version": VERSION, "format": name, "files": sizes})
+    share(out)
     marker.unlink()
     before, after = config.expert_bytes_total, sum(sizes.values())
     seconds = time.perf_counter() - begin
     return {"before_bytes": before, "after_bytes": after, "bits_per_weight": 16 * after / before, "seconds": seconds}
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    done = pack_checkpoint(Path(args.model), args.format, Path(args.out))
+def run(args: Arguments) -> None:
+    done = pack_checkpoint(args.model, args.format, args.out)
     print(
         f"{args.out}: experts {done['before_bytes'] / 1e9:.3f} → {done['after_bytes'] / 1e9:.3f} GB, "
         f"{done['bits_per_weight']:.3f} bits a weight, {done['before_bytes'] / done['seconds'] / 1e6:.0f} MB/s"
     )
-
-
-if __name__ == "__main__":
-    cli_main(main)

@@ -13,7 +13,7 @@ $(STAMP): requirements.txt pyproject.toml
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(PY) -m fluxmoe.experiments.commands.demo
+	$(PY) -m fluxmoe demo
 
 test: $(STAMP)
 	$(PY) -m pytest
@@ -54,11 +54,11 @@ vllm-demo: $(VLLM)/.installed
 
 # Every figure again, from the committed results alone.
 figures: $(STAMP)
-	$(PY) -m fluxmoe.experiments.commands.figures
+	$(PY) -m fluxmoe figures
 
-# Everything that this machine can run, hours on two cores; what is there already is not made again.
+# Everything that this machine can run is made again and compared with the committed results: hours on two cores.
 reproduce: $(STAMP)
-	$(PY) -m fluxmoe.experiments.commands.reproduce
+	$(PY) -m fluxmoe reproduce
 
 # The machine code of every kernel on four architectures; `make test` compiles a part of it.
 audit: $(STAMP)

@@ -9,7 +9,7 @@ The files are `kernels.packing.expert_file`: a disk tier reads them in place, an
 can read them too, at the price of decoding and arranging each expert anew.
 
 The index is what makes a directory a packed checkpoint, so one that was interrupted is never taken for whole.
-`pack_checkpoint` writes them.
+`fluxmoe pack-checkpoint` writes them.
 """
 
 from __future__ import annotations

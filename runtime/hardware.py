@@ -1,7 +1,7 @@
 """HardwareProfile: what a machine can move and compute, as placements, planner and simulator need it.
 
-A profile is a JSON file, measured (`python -m fluxmoe.experiments.commands.profile_hardware`) or put together from
-datasheets; `sources` says of every number which. Rates are bytes/s and FLOP/s of one device, GB = 1e9.
+A profile is a JSON file, measured (`fluxmoe profile`) or put together from datasheets; `sources` says of every number
+which. Rates are bytes/s and FLOP/s of one device, GB = 1e9.
 """
 
 from __future__ import annotations
@@ -147,12 +147,14 @@ class HardwareProfile:
 
     @classmethod
     def load(cls, name: str | Path) -> HardwareProfile:
-        """A shipped profile by name (see `list_profiles`), or a file; NAME×N or NAMExN: N of its devices."""
-        path = _SHIPPED / f"{name}.json"
+        """A shipped profile by name, in any case (see `list_profiles`; `h100` is the first that begins so, SXM before
+        PCIe), or a file; NAME×N, NxNAME or NAMExN: N of its devices."""
+        path = Path(name)
         if not path.exists():
-            path = Path(name)
-        if not path.exists() and (many := re.fullmatch(r"(.+)[×x](\d+)", str(name))):
-            return cls.load(many[1]).of_devices(int(many[2]))
+            if shipped := _shipped(str(name)):
+                path = _SHIPPED / f"{shipped}.json"
+            elif many := re.fullmatch(r"(?P<name>.+)[×xX](?P<count>\d+)|(?P<n>\d+)[×xX](?P<of>.+)", str(name)):
+                return cls.load(many["name"] or many["of"]).of_devices(int(many["count"] or many["n"]))
         try:
             values = json.loads(path.read_text())
         except OSError:
@@ -174,6 +176,19 @@ def _number(value: object) -> bool:
 
 def _has_default(f: Field) -> bool:
     return f.default is not MISSING or f.default_factory is not MISSING
+
+
+def _shipped(name: str) -> str | None:
+    """The shipped profile that is meant."""
+
+    def plain(text: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+
+    # SXM before PCIe.
+    names = sorted(list_profiles(), reverse=True)
+    exact = [each for each in names if plain(each) == plain(name)]
+    close = [each for each in names if plain(name) and plain(each).startswith(plain(name))]
+    return next(iter([*exact, *close]), None)
 
 
 def list_profiles() -> list[str]:

@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory) -> Callable[[str], str]:
     def make(arch: str) -> str:
         if arch not in made:
             out = str(tmp_path_factory.mktemp(arch) / "model")
-            run(sys.executable, "-m", "fluxmoe.experiments.lib.checkpoints", "--arch", arch, "--out", out, *SIZES)
+            run(sys.executable, "-m", "fluxmoe", "make-checkpoint", "--arch", arch, "--out", out, *SIZES)
             made[arch] = out
         return made[arch]
 

@@ -36,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model, arguments = f"{scratch}/model", ["--max-model-len", "512", "--max-num-seqs", "8", *limit()]
         arguments += ["--max-num-batched-tokens", "512", "--enforce-eager"]
-        command = [sys.executable, "-m", "fluxmoe.experiments.lib.checkpoints", "--arch", "qwen3_moe", "--out", model]
+        command = [sys.executable, "-m", "fluxmoe", "make-checkpoint", "--arch", "qwen3_moe", "--out", model]
         subprocess.run([*command, *SIZES], check=True)
 
         print(f"\nvLLM as it is, {LIMIT_BYTES / 2**30:.2f} GiB:", flush=True)

@@ -20,7 +20,7 @@ ARGUMENTS = ("--max-model-len", "256", "--max-num-seqs", "8", "--kv-cache-memory
 def packed(checkpoint, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "model"
     command = ("--model", checkpoint("qwen3_moe"), "--format", "planar12", "--out", str(out))
-    run(sys.executable, "-m", "fluxmoe.experiments.commands.pack_checkpoint", *command)
+    run(sys.executable, "-m", "fluxmoe", "pack-checkpoint", *command)
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fluxmoe"}}))
     return out

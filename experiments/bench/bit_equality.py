@@ -1,6 +1,6 @@
 """Packed experts against dense ones, bit for bit, many times over.
 
-    python -m fluxmoe.experiments.bench.bit_equality --out results/<gpu>/bit_equality
+    fluxmoe bench bit-equality --out results/measured/<gpu>/bit_equality
 
 One tile of 16, 32 and 64 rows, gate_up and down: the same GEMM on an expert that is dense and on the same expert
 compressed, in launches that may meet both, as serving's. Output is compared on the device after every launch, so a race
@@ -10,7 +10,7 @@ own first.
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,8 +21,9 @@ from fluxmoe.kernels.triton.routing import Router
 from fluxmoe.kernels.triton.tiles import capability_of, fused_tile, num_sms_of
 from torch import Tensor
 
-from ..lib.results import Parser, UsageError, cli_main
-from .timing import ResultRows, WrongError, require_gpu
+from ..lib.args import group, option
+from ..lib.sweep import WrongError, say
+from .timing import GpuBench
 
 FUSED = DEFAULT_COMPRESSED
 ROWS = (16, 32, 64)
@@ -101,27 +102,19 @@ def compare(twins: Twins, tensor: str, rows: int, repeats: int) -> dict:
     return {"repeats": repeats, **counts}
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.bench.bit_equality", description=__doc__.splitlines()[0])
-    p.add_argument("--repeats", type=int, default=1000, help="launches of each")
-    p.add_argument("--rehearse", action="store_true", help="no GPU: a small expert, interpreted on the CPU")
-    p.add_argument("--out", required=True, metavar="DIR")
-    return p
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    repeats: int = option("launches of each", 1000, least=1)
+    where: GpuBench = group()
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    if args.repeats < 1:
-        raise UsageError("--repeats must be at least 1")
-    device = require_gpu(args.rehearse)
+def run(args: Arguments) -> None:
+    device, rehearse = args.where.device, args.where.rehearse
     torch.manual_seed(0)
-    twins = Twins(*(_TINY if args.rehearse else SIZES), device)
-    results = ResultRows(args.out, device.type, kind="rehearsed" if args.rehearse else "measured")
-    for rows in ROWS[:1] if args.rehearse else ROWS:
-        for tensor in TENSORS:
-            results.measure(partial(compare, twins, tensor, rows, args.repeats), rows=rows, tensor=tensor)
-    results.finish()
-
-
-if __name__ == "__main__":
-    cli_main(main)
+    twins = Twins(*(_TINY if rehearse else SIZES), device)
+    with args.where.rows("bench bit-equality", {"repeats": args.repeats}) as results:
+        for rows in ROWS[:1] if rehearse else ROWS:
+            for tensor in TENSORS:
+                work = partial(compare, twins, tensor, rows, args.repeats)
+                say(results.measure(work, rows=rows, tensor=tensor))
+        results.finish()

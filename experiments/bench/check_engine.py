@@ -1,6 +1,6 @@
 """The engine on its Triton kernels against the engine on its CPU kernels: same logits, same tokens.
 
-    python -m fluxmoe.experiments.bench.check_engine --out results/<gpu>/check_engine [--device cuda]
+    fluxmoe bench check-engine --out results/measured/<gpu>/check_engine [--device cuda]
 
 Small random models in fp32 and bf16, one configuration a row: every placement and format, compressed experts first.
 Logits must agree within the dtype's precision and greedy tokens be the CPU's, up to the first place where the CPU's two
@@ -12,11 +12,11 @@ Exits 1 and says what differs. Without a GPU it runs where kernels are interpret
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import tempfile
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from unittest.mock import patch
@@ -29,25 +29,25 @@ from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 from fluxmoe.runtime.serving.scheduler import Step
 
-from ..lib.checkpoints import ModelShape, make_checkpoint
-from ..lib.results import Parser, cli_main
-from .timing import ResultRows, WrongError
+from ..lib.args import option
+from ..lib.checkpoints import ModelShape, write_checkpoint
+from ..lib.sweep import Sweep, WrongError, say
 
 # Sizes that every format takes in bf16.
-MODELS: dict[str, ModelShape] = {
-    "mixtral": dict(
+MODELS = {
+    "mixtral": ModelShape(
         arch="mixtral", layers=5, experts=8, top_k=2, hidden=128, moe_intermediate=128, heads=4, kv_heads=2,
         vocab=512, max_positions=128,
     ),
-    "qwen3_moe": dict(
+    "qwen3_moe": ModelShape(
         arch="qwen3_moe", layers=5, experts=16, top_k=4, hidden=128, moe_intermediate=128, heads=4, kv_heads=2,
         head_dim=32, vocab=512, max_positions=128,
     ),
-    "qwen3_next": dict(
+    "qwen3_next": ModelShape(
         arch="qwen3_next", layers=5, experts=16, top_k=4, hidden=128, moe_intermediate=128, heads=4, kv_heads=2,
         head_dim=32, vocab=512, max_positions=128, dense_layers=(1,),
     ),
-    "olmoe": dict(
+    "olmoe": ModelShape(
         arch="olmoe", layers=5, experts=8, top_k=3, hidden=128, moe_intermediate=128, heads=4,
         vocab=512, max_positions=128,
     ),
@@ -161,8 +161,8 @@ class Model:
 
     @cached_property
     def path(self) -> Path:
-        shape: ModelShape = {**MODELS[self.name], "layers": self._layers, "dtype": self.dtype}
-        return make_checkpoint(out=self._directory / f"{self.name}-{self.dtype}", seed=1, **shape)
+        shape = replace(MODELS[self.name], layers=self._layers, dtype=self.dtype)
+        return write_checkpoint(shape, self._directory / f"{self.name}-{self.dtype}", seed=1)
 
     @cached_property
     def expected(self) -> tuple[list[list[int]], list[torch.Tensor]]:
@@ -181,40 +181,36 @@ class Model:
         return {"tokens_sha256": digest}
 
 
-def check_model(model: Model, groups: dict, device: str, results: ResultRows) -> None:
+def check_model(model: Model, groups: dict, device: str, results: Sweep) -> None:
     """A row for each configuration of one model that has none yet."""
     for group, variants in groups.items():
         first = None
         for variant, settings in variants.items():
             point = {"model": model.name, "dtype": model.dtype, "group": group, "variant": variant}
-            results.measure(partial(model.check, settings, device, first), **point)
+            say(results.measure(partial(model.check, settings, device, first), **point))
             row = results.find(**point)
             assert row is not None, "every configuration that was measured has a row"
             first = first or row.get("tokens_sha256") or None
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.bench.check_engine", description=__doc__.splitlines()[0])
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    p.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
-    p.add_argument("--new-tokens", type=int, default=12)
-    p.add_argument("--rehearse", action="store_true", help="one configuration of one layer, interpreted on the CPU")
-    p.add_argument("--out", required=True, metavar="DIR")
-    return p
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    device: str = option("what is checked", "auto", choices=("auto", "cpu", "cuda"))
+    models: tuple[str, ...] = option("which", tuple(MODELS), choices=tuple(MODELS))
+    new_tokens: int = option("of each request", 12, least=1)
+    rehearse: bool = option("one configuration of one layer, interpreted on the CPU", False)
+    out: Path = option("folder of the results", metavar="DIR")
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+def run(args: Arguments) -> None:
     device = "cpu" if args.rehearse else resolve_device(args.device).type
-    results = ResultRows(args.out, device, kind="rehearsed" if args.rehearse else "measured")
+    kind = "rehearsed" if args.rehearse else "measured"
     asked = requests(args.new_tokens, (3, 1) if args.rehearse else (5, 33, 1, 17))
-    with tempfile.TemporaryDirectory() as directory:
+    made = {"kind": kind, "new_tokens": args.new_tokens}
+    rows = Sweep(args.out, "bench check-engine", "rows.csv", made, device=device, kind=kind)
+    with rows as results, tempfile.TemporaryDirectory() as directory:
         for dtype, groups in _REHEARSAL.items() if args.rehearse else GROUPS.items():
             for name in args.models:
                 model = Model(name, dtype, Path(directory), asked, 1 if args.rehearse else 5)
                 check_model(model, groups, device, results)
-    results.finish()
-
-
-if __name__ == "__main__":
-    cli_main(main)
+        results.finish()

@@ -1,6 +1,6 @@
 """Compile what the GPU suite will launch, on all cores, into Triton's cache on disk, before anything is timed.
 
-    python -m fluxmoe.experiments.bench.compile_kernels --out results/<gpu>/compile [--tuned FILE]
+    fluxmoe bench compile --out results/measured/<gpu>/compile [--tuned FILE]
 
 Worker processes drive the launches of the steps that follow on the meta device (`kernels.launches.compile_only`): the
 points of the benchmarks, whole forward passes of the engine's models, decoders, the tiles that will be tried. A row is
@@ -9,13 +9,13 @@ one such job: kernels compiled, seconds, or what the compiler said. Jobs come in
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,16 +38,18 @@ from fluxmoe.runtime.serving.state_cache import StateCache
 from fluxmoe.runtime.timeline import Timeline
 from torch import Tensor
 
-from ..lib.checkpoints import ModelShape, hf_config
-from ..lib.presets import preset_config
-from ..lib.results import Parser, UsageError, cli_main, write_json
+from ..lib.args import group, option
+from ..lib.checkpoints import hf_config
+from ..lib.models import preset_config
+from ..lib.results import code_digest, load_json, write_json
+from ..lib.sweep import Sweep, say
 from . import attention as bench_attention
 from . import bit_equality, check_engine
 from . import delta_net as bench_delta_net
 from . import moe as bench_grouped_gemm
 from . import tune as tune_grouped_gemm
 from .shapes import SHAPES
-from .timing import ResultRows, code_digest, load_json, require_gpu
+from .timing import GpuBench
 
 META = torch.device("meta")
 # (sequences that decode, (sequences, tokens) of prefills) of bench_engine, a job each.
@@ -164,8 +166,8 @@ def decode(name: str, gpu: str | None) -> None:
 
 
 def small_model(name: str, dtype: str, packed: bool, invariant: bool, gpu: str | None) -> None:
-    shape: ModelShape = {**check_engine.MODELS[name], "dtype": dtype}
-    config = ARCHITECTURES[shape["arch"]].config_from_hf(hf_config(**shape))
+    shape = replace(check_engine.MODELS[name], dtype=dtype)
+    config = ARCHITECTURES[shape.arch].config_from_hf(hf_config(shape))
     forward_passes(config, packed, invariant, decode=(1, 2, 4), prefill=((1, 24), (3, 22)), context=128)
 
 
@@ -254,14 +256,14 @@ def run_job(job: Job, target: Target) -> dict[str, object]:
     return {"kernels": len(kernels), "launches": len(launches), "seconds": time.perf_counter() - begin}
 
 
-def compile_all(wanted: list[Job], target: Target, workers: int, results: ResultRows) -> None:
+def compile_all(wanted: list[Job], target: Target, workers: int, results: Sweep) -> None:
     """A row for each job, as it is done."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures: dict[Future, Job] = {pool.submit(run_job, job, target): job for job in wanted}
         for future in as_completed(futures):
             if isinstance(error := future.exception(), BrokenProcessPool):
                 raise error
-            results.measure(future.result, job=futures[future].name)
+            say(results.measure(future.result, job=futures[future].name))
 
 
 def forget_other_caches(out: Path) -> None:
@@ -273,34 +275,25 @@ def forget_other_caches(out: Path) -> None:
         write_json(marker, {"code": code_digest()})
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.bench.compile_kernels", description=__doc__.splitlines()[0])
-    p.add_argument("--tuned", type=Path, metavar="FILE", help="tiles that tune_grouped_gemm found, if it is there")
-    p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(default: one a core)")
-    p.add_argument("--rehearse", action="store_true", help="no GPU: one job, for an H100")
-    p.add_argument("--out", required=True, metavar="DIR")
-    return p
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    tuned: Path | None = option("tiles that bench tune found, if it is there", None, metavar="FILE")
+    workers: int = option("processes", len(os.sched_getaffinity(0)), least=1)
+    where: GpuBench = group()
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    if args.workers < 1:
-        raise UsageError("--workers must be at least 1")
-    device = require_gpu(args.rehearse)
+def run(args: Arguments) -> None:
+    device, rehearse = args.where.device, args.where.rehearse
     tuned = args.tuned if args.tuned and args.tuned.exists() else None
-    forget_other_caches(Path(args.out))
-    results = ResultRows(args.out, device.type, kind="rehearsed" if args.rehearse else "measured")
-    wanted = [job for job in jobs(tuned, args.rehearse) if not results.has(job=job.name)]
-    begin = time.perf_counter()
-    if args.rehearse:
-        for job in wanted:
-            results.measure(partial(run_job, job, Target(90, 132, None)), job=job.name)
-    else:
-        target = Target(capability_of(device), num_sms_of(device), torch.cuda.get_device_name())
-        compile_all(wanted, target, args.workers, results)
-    print(json.dumps({"jobs": len(wanted), "seconds": round(time.perf_counter() - begin, 1)}))
-    results.finish()
-
-
-if __name__ == "__main__":
-    cli_main(main)
+    forget_other_caches(args.where.out)
+    with args.where.rows("bench compile") as results:
+        wanted = [job for job in jobs(tuned, rehearse) if not results.has(job=job.name)]
+        begin = time.perf_counter()
+        if rehearse:
+            for job in wanted:
+                say(results.measure(partial(run_job, job, Target(90, 132, None)), job=job.name))
+        else:
+            target = Target(capability_of(device), num_sms_of(device), torch.cuda.get_device_name())
+            compile_all(wanted, target, args.workers, results)
+        print(json.dumps({"jobs": len(wanted), "seconds": round(time.perf_counter() - begin, 1)}))
+        results.finish()

@@ -1,6 +1,6 @@
 """The CPU's grouped expert GEMM against its floor and against torch's own matmul.
 
-    python -m fluxmoe.experiments.bench.cpu_moe --out results/<hardware>/bench_cpu_moe
+    fluxmoe bench cpu-moe --out results/measured/<hardware>/bench_cpu_moe
 
 One MoE layer (gate/up, SwiGLU, down) with the same number of rows for every expert, uncompressed and in planar12.
 Weights are cold: the layers that are rotated through exceed every cache. The floor is the larger of weight bytes over
@@ -10,7 +10,6 @@ fp32 weights.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.hardware import measure_bandwidths
 
-from ..lib.results import Parser, cli_main, provenance, write_csv, write_json
+from ..lib.args import option
+from ..lib.results import provenance, write_csv, write_json
 
 # (hidden, intermediate, experts): the demo's shape, a layer of OLMoE-1B-7B, two of Qwen3-30B-A3B's width.
 SHAPES = {"small": (512, 512, 32), "olmoe": (2048, 1024, 16), "qwen3_30b": (2048, 768, 32)}
@@ -92,7 +92,7 @@ def peak_flops(threads: int) -> float:
     return 2 * n * k * rows / seconds
 
 
-def bench(shape: str, rows: list[int], bandwidth: float, flops_rate: float, peers: bool) -> list[dict]:
+def bench(shape: str, rows: tuple[int, ...], bandwidth: float, flops_rate: float, peers: bool) -> list[dict]:
     hidden, intermediate, experts = SHAPES[shape]
     layer_bytes = 6 * hidden * intermediate * experts
     layers = [make_layer(hidden, intermediate, experts) for _ in range(max(2, -(-_COLD_BYTES // layer_bytes)))]
@@ -150,27 +150,21 @@ def bench(shape: str, rows: list[int], bandwidth: float, flops_rate: float, peer
     return results
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.bench.cpu_moe", description=__doc__.splitlines()[0])
-    p.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=list(SHAPES))
-    p.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
-    p.add_argument("--no-peers", action="store_true")
-    p.add_argument("--out", required=True, metavar="DIR")
-    return p
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    shapes: tuple[str, ...] = option("models", tuple(SHAPES), choices=tuple(SHAPES))
+    rows: tuple[int, ...] = option("rows of each expert", (1, 2, 4, 8, 16, 32), least=1)
+    peers: bool = option("torch's matmuls too", True)
+    out: Path = option("folder of the results", metavar="DIR")
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+def run(args: Arguments) -> None:
     torch.manual_seed(0)
     bandwidth = measure_bandwidths(torch.device("cpu"))[Tier.RESIDENT]
     flops_rate = peak_flops(default_threads())
     print(f"floor: {bandwidth / 1e9:.1f} GB/s read, {flops_rate / 1e9:.0f} GFLOP/s, {default_threads()} threads")
-    rows = [row for shape in args.shapes for row in bench(shape, args.rows, bandwidth, flops_rate, not args.no_peers)]
-    out = Path(args.out)
+    rows = [row for shape in args.shapes for row in bench(shape, args.rows, bandwidth, flops_rate, args.peers)]
+    out = args.out
     write_csv(out / "rows.csv", rows)
     floor = {"read_bytes_per_s": bandwidth, "flops_per_s": flops_rate}
-    write_json(out / "provenance.json", {**provenance("cpu", 0), **floor})
-
-
-if __name__ == "__main__":
-    cli_main(main)
+    write_json(out / "provenance.json", {"experiment": "bench cpu-moe", **provenance("cpu", 0), **floor})

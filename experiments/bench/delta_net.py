@@ -1,6 +1,6 @@
 """Gated DeltaNet on a GPU against the roofs of the machine and against flash-linear-attention.
 
-    python -m fluxmoe.experiments.bench.delta_net --out results/<gpu>/bench_delta_net
+    fluxmoe bench delta-net --out results/measured/<gpu>/delta_net
 
 Layers of Qwen3-Next. Decode: one token a sequence; limited by the bytes of the states, read and written. Prefill: one
 prompt, in chunks, and beside it token by token, as `batch_invariant` goes. Ours is the whole of it: convolution, gates,
@@ -9,9 +9,8 @@ recurrence, gated norm. flash-linear-attention is timed for the recurrence alone
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 
 import torch
@@ -21,19 +20,9 @@ from fluxmoe.kernels.reference.delta_net import gated_delta_net_torch
 from fluxmoe.kernels.triton.delta_net import gated_delta_net, workspace_bytes
 from torch import Tensor
 
-from ..lib.results import Parser, UsageError, cli_main
-from .timing import (
-    AbsentError,
-    ResultRows,
-    Timing,
-    WrongError,
-    base_seconds,
-    cold_copies,
-    measure_roofs,
-    ratio,
-    require_gpu,
-    time_calls,
-)
+from ..lib.args import group, option
+from ..lib.sweep import AbsentError, WrongError
+from .timing import GpuBench, TimedPoint, Timing, cold_copies, measure_roofs, time_calls, time_providers
 
 DIMS = DeltaNetDims(key_heads=16, value_heads=32, key_dim=128, value_dim=128, taps=4)
 _TINY = DeltaNetDims(key_heads=1, value_heads=2, key_dim=16, value_dim=16, taps=4)
@@ -125,7 +114,7 @@ def work(dims: DeltaNetDims, sequences: int, tokens: int) -> tuple[float, float]
     return nbytes, 7.0 * sequences * tokens * elements
 
 
-class Point:
+class Point(TimedPoint):
     """One number of sequences and tokens, all cold copies."""
 
     def __init__(self, dims: DeltaNetDims, sequences: int, tokens: int, device: torch.device) -> None:
@@ -152,11 +141,6 @@ class Point:
         finally:
             self.cases[0].conv, self.cases[0].state = states
 
-    @cached_property
-    def base_s(self) -> float | None:
-        """Seconds of ours in this run: what ratios refer to."""
-        return base_seconds(lambda: self.time("fluxmoe"))
-
 
 def _check(got: Tensor, expected: Tensor) -> None:
     error = (got.double() - expected).abs().max() / expected.abs().max()
@@ -164,45 +148,20 @@ def _check(got: Tensor, expected: Tensor) -> None:
         raise WrongError(f"it differs by {error:.1%} of the largest value")
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.bench.delta_net", description=__doc__.splitlines()[0])
-    p.add_argument("--sequences", nargs="+", type=int, default=[1, 32, 128], help="decode batch sizes")
-    p.add_argument("--prompts", nargs="+", type=int, default=[512, 2048], help="prefill lengths")
-    p.add_argument("--rehearse", action="store_true", help="no GPU: interpreted on the CPU; times mean nothing")
-    p.add_argument("--out", required=True, metavar="DIR")
-    return p
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    sequences: tuple[int, ...] = option("decode batch sizes", (1, 32, 128), least=1)
+    prompts: tuple[int, ...] = option("prefill lengths", (512, 2048), least=2)
+    where: GpuBench = group()
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    if min(args.sequences) < 1 or min(args.prompts) < 2:
-        raise UsageError("--sequences must be at least 1, and --prompts at least 2")
-    device, dims = require_gpu(args.rehearse), _TINY if args.rehearse else DIMS
+def run(args: Arguments) -> None:
+    device, dims = args.where.device, _TINY if args.where.rehearse else DIMS
     roofs = measure_roofs(device)
-    made = "rehearsed" if args.rehearse else "measured"
-    results = ResultRows(args.out, device.type, kind=made, roofs=asdict(roofs), dims=asdict(dims))
     points = [("decode", n, 1) for n in args.sequences] + [("prefill", 1, n) for n in args.prompts]
-    for kind, sequences, tokens in points:
-        where = {"kind": kind, "sequences": sequences, "tokens": tokens}
-        missing = [name for name in PROVIDERS[kind] if not results.has(**where, provider=name)]
-        if not missing:
-            continue
-        point, (nbytes, flops) = Point(dims, sequences, tokens, device), work(dims, sequences, tokens)
-        floor = roofs.floor_s(nbytes, flops)
-
-        def columns(provider: str, point: Point, floor: float, nbytes: float, flops: float) -> dict:
-            timing = point.time(provider)
-            if provider == "fluxmoe":
-                point.base_s = timing.p50
-            return {
-                **timing.columns, "bytes": nbytes, "flops": flops, "floor_us": floor * 1e6,
-                "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, point.base_s),
-            }  # fmt: skip
-
-        for provider in missing:
-            results.measure(partial(columns, provider, point, floor, nbytes, flops), **where, provider=provider)
-    results.finish()
-
-
-if __name__ == "__main__":
-    cli_main(main)
+    with args.where.rows("bench delta-net", roofs=asdict(roofs), dims=asdict(dims)) as results:
+        for kind, sequences, tokens in points:
+            make = partial(Point, dims, sequences, tokens, device)
+            sizes = {"kind": kind, "sequences": sequences, "tokens": tokens}
+            time_providers(results, roofs, PROVIDERS[kind], make, work(dims, sequences, tokens), **sizes)
+        results.finish()

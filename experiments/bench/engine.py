@@ -1,43 +1,87 @@
 """The whole engine: tokens/s of each placement, with and without CUDA graphs, and the ledger against the device.
 
-    python -m fluxmoe.experiments.bench.engine --preset gpu-short --out results/<gpu>/bench_engine
+    fluxmoe bench engine --preset gpu-short --out results/measured/<gpu>/engine
 
 A row is one placement at one number of sequences, all of equal length, after a run that compiles kernels and captures
 graphs: tokens/s in all and of decode steps alone, bytes streamed and waited for, and what the device lost from before
 the engine was opened to after it served (torch.cuda.mem_get_info) beside what the ledger says. Tokens are compared by
-check_engine; here their digest is written.
+bench check-engine; here their digest is written.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import hashlib
-import json
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from fluxmoe.runtime.devices import resolve_device
 from fluxmoe.runtime.memory.budget import parse_bytes
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
-from fluxmoe.runtime.serving.metrics import summarise
 
-from ..lib.presets import Source, add_model_source, model_source
-from ..lib.results import Parser, UsageError, cli_main
+from ..lib.args import group, option
+from ..lib.machines import Machine
+from ..lib.models import ModelChoice, Source
+from ..lib.results import UsageError
+from ..lib.serve import Served, placed
+from ..lib.serve import run as serve
+from ..lib.sweep import Sweep, say
 from ..lib.workloads import Lengths, make_requests
-from ..serving.memory_budget import split_placement
-from .timing import ResultRows
 
 PLACEMENTS = ("resident", "packed", "balanced:0.5", "balanced:0.5+planar12", "host+planar12", "host@on_demand")
-_KEPT = ("decode_tokens_per_s", "iterations", "peak_batch", "preemptions", "streamed_bytes", "stall_s", "transfer_s")
 
 
-class Served:
+def with_transfer(text: str) -> dict:
+    """'host+planar12@on_demand' → settings."""
+    where, _, transfer = text.partition("@")
+    if transfer not in ("", "on_demand"):
+        raise UsageError(f"placement {text!r}: after @ only on_demand can stand")
+    return placed(where) | {"transfer": transfer or "whole"}
+
+
+def _checked(text: str) -> str:
+    with_transfer(text)
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """Requests of equal length on an engine of one size."""
+
+    sequences: tuple[int, ...] = option("requests at once", (1, 32), least=1)
+    prompt_tokens: int = option("of each request", 256, least=1)
+    output_tokens: int = option("of each request", 64, least=1)
+    max_batched_tokens: int = option("tokens of one pass (prefill chunk)", 2048, least=1)
+    budget: int | None = option("device bytes for everything (default: 8GiB)", 8 << 30, parse=parse_bytes)
+
+    def settings(self, placement: str, graphs: bool) -> EngineConfig:
+        longest = self.prompt_tokens + self.output_tokens
+        return EngineConfig(
+            budget_bytes=self.budget, max_batch=max(self.sequences), max_context=longest,
+            max_batched_tokens=self.max_batched_tokens, min_kv_tokens=longest, cuda_graphs=graphs,
+            **with_transfer(placement),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    model: ModelChoice = group("config")
+    load: Load = group()
+    placements: tuple[str, ...] = option(
+        "which", PLACEMENTS, parse=_checked, metavar="NAME[:ALPHA][+FORMAT][@on_demand]"
+    )
+    device: str = option("what serves", "auto", choices=("auto", "cpu", "cuda"))
+    out: Path = option("folder of the results", metavar="DIR")
+
+
+class OpenEngine:
     """An engine that stays open for all numbers of sequences of one placement."""
 
-    def __init__(self, args: argparse.Namespace, source: Source, device: torch.device) -> None:
-        self.args, self.source, self.device = args, source, device
+    def __init__(self, load: Load, source: Source, device: torch.device) -> None:
+        self.load, self.source, self.device = load, source, device
         self._open: tuple[tuple[str, bool], Engine] | None = None
         self._free_before = 0
 
@@ -47,41 +91,23 @@ class Served:
             return self._open[1]
         self.close()
         self._free_before = _free_bytes(self.device)
-        args, where = self.args, placement.partition("@")
-        name, alpha, expert_format = split_placement(where[0])
-        longest = args.prompt_tokens + args.output_tokens
-        config = EngineConfig(
-            placement=name, alpha=alpha, expert_format=expert_format, transfer=where[2] or "whole",
-            budget_bytes=parse_bytes(args.budget), max_batch=max(args.sequences), max_context=longest,
-            max_batched_tokens=args.max_batched_tokens, min_kv_tokens=longest, device=self.device.type,
-            cuda_graphs=graphs,
-        )  # fmt: skip
-        engine = Engine(self.source.weights, config)
+        engine = Machine(self.device.type).engine(self.source, self.load.settings(placement, graphs))
         self._open = (placement, graphs), engine
-        for sequences in args.sequences:  # compiles, and captures a graph of each batch size and phase
+        for sequences in self.load.sequences:  # compiles, and captures a graph of each batch size and phase
             self._serve(engine, sequences, 6)
         return engine
 
-    def _serve(self, engine: Engine, sequences: int, output_tokens: int) -> tuple[list, list]:
-        lengths = [Lengths(0.0, self.args.prompt_tokens, output_tokens)] * sequences
-        requests = make_requests(lengths, self.source.config.vocab_size, 0)
-        handles = [engine.add(request) for request in requests]
-        steps = list(engine.steps())
-        return steps, [handle.output.token_ids for handle in handles]
+    def _serve(self, engine: Engine, sequences: int, output_tokens: int) -> Served:
+        lengths = [Lengths(0.0, self.load.prompt_tokens, output_tokens)] * sequences
+        return serve(engine, make_requests(lengths, self.source.config.vocab_size, 0))
 
     def columns(self, placement: str, graphs: bool, sequences: int) -> dict[str, object]:
         engine = self.engine(placement, graphs)
-        steps, tokens = self._serve(engine, sequences, self.args.output_tokens)
-        totals, ledger = summarise(steps), sum(engine.budget.lines().values())
+        row, ledger = self._serve(engine, sequences, self.load.output_tokens).row, sum(engine.budget.lines().values())
         taken = self._free_before - _free_bytes(self.device)
-        generated = sum(len(each) for each in tokens)
-        digest = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
-        return {
-            "tokens_per_s": generated / totals["wall_s"], **{name: totals[name] for name in _KEPT},
-            "graph_replays": engine.graphs.replays if engine.graphs is not None else 0,
-            "ledger_bytes": ledger, "device_bytes": taken, "device_over_ledger": taken / ledger,
-            **engine.budget.lines(), "tokens_sha256": digest,
-        }  # fmt: skip
+        replays = engine.graphs.replays if engine.graphs is not None else 0
+        memory = {"ledger_bytes": ledger, "device_bytes": taken, "device_over_ledger": taken / ledger}
+        return {**row, "graph_replays": replays, **memory}
 
     def close(self) -> None:
         if self._open:
@@ -100,45 +126,24 @@ def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info()[0]
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.bench.engine", description=__doc__.splitlines()[0])
-    add_model_source(p)
-    p.add_argument(
-        "--placements", nargs="+", default=list(PLACEMENTS), metavar="NAME[:ALPHA][+FORMAT][@on_demand]",
-        help="(default: %(default)s)",
-    )  # fmt: skip
-    p.add_argument("--sequences", nargs="+", type=int, default=[1, 32])
-    p.add_argument("--prompt-tokens", type=int, default=256)
-    p.add_argument("--output-tokens", type=int, default=64)
-    p.add_argument("--max-batched-tokens", type=int, default=2048)
-    p.add_argument("--budget", default="8GiB")
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    p.add_argument("--out", required=True, metavar="DIR")
-    return p
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    if min(*args.sequences, args.prompt_tokens, args.output_tokens, args.max_batched_tokens) < 1:
-        raise UsageError("--sequences, --prompt-tokens, --output-tokens and --max-batched-tokens must be at least 1")
-    for placement in args.placements:
-        where, _, transfer = placement.partition("@")
-        split_placement(where)
-        if transfer not in ("", "on_demand"):
-            raise UsageError(f"placement {placement!r}: after @ only on_demand can stand")
-    device, source = resolve_device(args.device), model_source(args)
+def run(args: Arguments) -> None:
+    device, source = resolve_device(args.device), args.model.source()
     if device.type == "cuda":
         torch.mm(*(torch.zeros(16, 16, device=device) for _ in range(2)))  # the context and cuBLAS, once
-    results = ResultRows(args.out, device.type, kind="measured", model=source.name, budget=args.budget)
-    served = Served(args, source, device)
-    for placement in args.placements:
-        for graphs in (True, False) if device.type == "cuda" else (False,):
-            for sequences in args.sequences:
-                work = partial(served.columns, placement, graphs, sequences)
-                results.measure(work, placement=placement, graphs=graphs, sequences=sequences)
-    served.close()
-    results.finish()
-
-
-if __name__ == "__main__":
-    cli_main(main)
+    made = {"model": source.content, "output_tokens": args.load.output_tokens}
+    served = OpenEngine(args.load, source, device)
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "kind": "measured",
+        "model": source.name,
+        "budget": args.load.budget,
+    }
+    with Sweep(args.out, "bench engine", "rows.csv", made, **facts) as sweep:
+        for placement in args.placements:
+            for graphs in (True, False) if device.type == "cuda" else (False,):
+                for sequences in args.load.sequences:
+                    how = asdict(args.load.settings(placement, graphs))
+                    work = partial(served.columns, placement, graphs, sequences)
+                    say(sweep.measure(work, how, placement=placement, graphs=graphs, sequences=sequences))
+        served.close()
+        sweep.finish()

@@ -1,6 +1,6 @@
 """The tests that make sense on a GPU, a row each, at once: pytest's marker `gpu`, in parallel processes.
 
-    python -m fluxmoe.experiments.bench.gpu_tests --out results/<gpu>/tests
+    fluxmoe bench tests --out results/measured/<gpu>/tests
 
 Goes on where it was stopped, but for tests that failed. A test whose kernel breaks the device ends its process, so that
 the tests behind it do not fail for it. This module is also the pytest plugin that does it.
@@ -8,19 +8,20 @@ the tests behind it do not fail for it. This module is also the pytest plugin th
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import importlib.util
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from ..lib.results import Parser, UsageError, cli_main, provenance, read_csv, write_csv, write_json
-from .timing import code_digest, require_gpu
+from ..lib.args import group, option
+from ..lib.results import code_digest, provenance, read_csv, write_csv, write_json
+from .timing import GpuBench
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("test", "status", "reason", "seconds", "code")
@@ -109,23 +110,18 @@ def run_tests(out: Path, arguments: list[str], workers: int) -> int:
         return int(pytest.main([*options, *arguments]))
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.bench.gpu_tests", description=__doc__.splitlines()[0])
-    p.add_argument("tests", nargs="*", default=["tests/kernels", "tests/runtime"], help="(default: %(default)s)")
-    p.add_argument("--workers", type=int, default=8, help="processes, with pytest-xdist (default: %(default)s)")
-    p.add_argument("--rehearse", action="store_true", help="no GPU: kernels are interpreted")
-    p.add_argument("--out", required=True, metavar="DIR")
-    return p
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    tests: tuple[str, ...] = option("which", ("tests/kernels", "tests/runtime"))
+    workers: int = option("processes, with pytest-xdist", 8, least=1)
+    where: GpuBench = group()
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    if args.workers < 1:
-        raise UsageError("--workers must be at least 1")
-    device = require_gpu(args.rehearse).type
+def run(args: Arguments) -> None:
+    device, out = args.where.device.type, args.where.out
     workers = args.workers if importlib.util.find_spec("xdist") else 1
-    out = Path(args.out)
-    write_json(out / "provenance.json", {**provenance(device, 0), "workers": workers, "code": code_digest()})
+    facts = {"experiment": "bench tests", **provenance(device, 0), "workers": workers}
+    write_json(out / "provenance.json", facts)
     status = run_tests(out, [f"{ROOT / test}" for test in args.tests], workers)
     failed = [row for row in read_csv(out / "rows.csv") if row["status"] == "failed"]
     for row in failed:
@@ -133,7 +129,3 @@ def main(argv: list[str] | None = None) -> None:
     # 1: a test failed, which the rows say; 5: no test was left to run.
     if status not in (0, 1, 5) or failed:
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    cli_main(main)

@@ -1,8 +1,8 @@
 """What NVIDIA's and torch's tools say of our kernels, as rows: Nsight Compute, compute-sanitizer, torch's profiler.
 
-    python -m fluxmoe.experiments.bench.gpu_tools ncu --out results/<gpu>/ncu
-    python -m fluxmoe.experiments.bench.gpu_tools sanitizer --out results/<gpu>/sanitizer
-    python -m fluxmoe.experiments.bench.gpu_tools trace --out results/<gpu>/trace --preset gpu-short
+    fluxmoe bench tools --tool ncu --out results/measured/<gpu>/ncu
+    fluxmoe bench tools --tool sanitizer --out results/measured/<gpu>/sanitizer
+    fluxmoe bench tools --tool trace --out results/measured/<gpu>/trace --preset gpu-short
 
 ncu: memory and compute throughput, registers and occupancy of four kernels at points of serving. sanitizer: memory
 errors and races of the same kernels on small shapes. trace: experts stream while layers compute; how much of the copies
@@ -12,7 +12,6 @@ there is a row that says so. `kernels` runs the four kernels once, for the tools
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gzip
 import io
@@ -22,20 +21,25 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, fused_formats
+from fluxmoe.runtime.memory.budget import parse_bytes
 
-from ..lib.presets import add_model_source, model_source
-from ..lib.results import Parser, cli_main
+from ..lib.args import option
+from ..lib.models import PRESETS, checkpoint_source, preset_source
+from ..lib.serve import placement_name
+from ..lib.sweep import AbsentError, WrongError, say
 from .attention import SHAPES as ATTENTION_SHAPES
 from .attention import make_case
 from .delta_net import DIMS, Case
+from .engine import Load, OpenEngine
 from .moe import Layer, Ours, router_logits
 from .shapes import SHAPES
-from .timing import AbsentError, ResultRows, WrongError, require_gpu
+from .timing import GpuBench, require_gpu
 
 _FORMATS = (DENSE, *sorted(fused_formats("triton")))
 KERNELS = (*_FORMATS, "attention", "delta_net")
@@ -79,7 +83,7 @@ def find_tool(name: str) -> str:
 
 
 def _ours(name: str, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "fluxmoe.experiments.bench.gpu_tools", "kernels", "--only", name, *flags]
+    return [sys.executable, "-m", "fluxmoe", "bench", "tools", "--tool", "kernels", "--only", name, *flags]
 
 
 def ncu(name: str) -> dict[str, object]:
@@ -157,22 +161,19 @@ def overlap_columns(events: list[dict]) -> dict[str, object]:
     }  # fmt: skip
 
 
-def trace(args: argparse.Namespace, placement: str, device: torch.device) -> dict[str, object]:
+def trace(args: Arguments, placement: str, device: torch.device) -> dict[str, object]:
     """Columns of a few decode steps of an engine whose experts stream."""
     from torch.profiler import ProfilerActivity, profile
 
-    from .engine import Served
-
-    settings = argparse.Namespace(
-        sequences=[4], prompt_tokens=16, output_tokens=8, max_batched_tokens=256, budget=args.budget
-    )
-    served = Served(settings, model_source(args), device)
+    load = Load(sequences=(4,), prompt_tokens=16, output_tokens=8, max_batched_tokens=256, budget=args.budget)
+    source = checkpoint_source(args.model) if args.model else preset_source(args.preset, args.checkpoints)
+    served = OpenEngine(load, source, device)
     served.engine(placement, False)
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         served.columns(placement, False, 4)
     served.close()
-    path = Path(args.out) / f"trace-{placement.replace(':', '-')}.json"
+    path = args.out / f"trace-{placement.replace(':', '-')}.json"
     profiler.export_chrome_trace(str(path))
     text = path.read_text()
     with gzip.open(f"{path}.gz", "wt") as file:
@@ -181,7 +182,7 @@ def trace(args: argparse.Namespace, placement: str, device: torch.device) -> dic
     return overlap_columns(json.loads(text)["traceEvents"])
 
 
-def points(args: argparse.Namespace, device: torch.device) -> Iterable[tuple[dict, Callable[[], dict]]]:
+def points(args: Arguments, device: torch.device) -> Iterable[tuple[dict, Callable[[], dict]]]:
     """(point, work) of each row."""
     if args.tool == "ncu":
         for name in KERNELS:
@@ -195,36 +196,30 @@ def points(args: argparse.Namespace, device: torch.device) -> Iterable[tuple[dic
             yield {"placement": placement}, partial(trace, args, placement, device)
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.bench.gpu_tools", description=__doc__.splitlines()[0])
-    commands = p.add_subparsers(dest="tool", required=True)
-    tools = [commands.add_parser(name) for name in ("ncu", "sanitizer", "trace")]
-    kernels = commands.add_parser("kernels")
-    kernels.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS))
-    kernels.add_argument("--small", action="store_true", help="the smallest shapes")
-    for tool in tools:
-        tool.add_argument("--out", required=True, metavar="DIR")
-    add_model_source(tools[2])
-    streamed = [f"{where}+{DEFAULT_COMPRESSED}" for where in ("balanced:0.5", "host")]
-    tools[2].add_argument("--placements", nargs="+", default=streamed)
-    tools[2].add_argument("--budget", default="4GiB")
-    for command in (*tools, kernels):
-        command.add_argument("--rehearse", action="store_true", help="no GPU: interpreted on the CPU")
-    return p
+_STREAMED = tuple(f"{where}+{DEFAULT_COMPRESSED}" for where in ("balanced:0.5", "host"))
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    tool: str = option("kernels: run them once, for the others", choices=("ncu", "sanitizer", "trace", "kernels"))
+    only: tuple[str, ...] = option("kernels: which", KERNELS, choices=KERNELS)
+    small: bool = option("kernels: the smallest shapes", False)
+    model: str | None = option("trace: checkpoint (default: the preset)", None, metavar="DIR")
+    preset: str = option("trace: a model that is made if needed", "gpu-short", choices=tuple(sorted(PRESETS)))
+    checkpoints: Path = option("where presets keep their model", Path("checkpoints"))
+    placements: tuple[str, ...] = option("trace: which", _STREAMED, parse=placement_name)
+    budget: int | None = option("trace: device bytes for everything (default: 4GiB)", 4 << 30, parse=parse_bytes)
+    rehearse: bool = option("no GPU: interpreted on the CPU", False)
+    out: Path = option("folder of the results; kernels has none", Path("results/measured/tools"), metavar="DIR")
+
+
+def run(args: Arguments) -> None:
     device = require_gpu(args.rehearse)
     if args.tool == "kernels":
         for name in args.only:
             run_kernel(name, device, args.small)
         return
-    results = ResultRows(args.out, device.type, kind="rehearsed" if args.rehearse else "measured")
-    for point, work in points(args, device):
-        results.measure(work, **point)
-    results.finish()
-
-
-if __name__ == "__main__":
-    cli_main(main)
+    with GpuBench(rehearse=args.rehearse, out=args.out).rows(f"bench tools --tool {args.tool}") as results:
+        for point, work in points(args, device):
+            say(results.measure(work, **point))
+        results.finish()

@@ -1,21 +1,20 @@
 """The MoE layer on a GPU: routing, grouped GEMMs and combine against the roofs of the machine and against peers.
 
-    python -m fluxmoe.experiments.bench.moe --out results/<gpu>/bench_grouped_gemm
-    python -m fluxmoe.experiments.bench.moe --predict sm_90 --out results/predicted-h100/bench_grouped_gemm
+    fluxmoe bench moe --out results/measured/<gpu>/moe
 
 A row is one provider at one number of tokens: time of the whole layer from router logits to summed experts, the
 bytes and flops that it cannot avoid, and the floor that the roofs set for them. Bytes count the weights of the
 experts that were really chosen, once, in the provider's own format. Every provider is checked against a plain loop
-before it is timed, and a wrong one is a row without a time. Rows that are there are not measured again. Without a GPU
-`--predict` writes what bytes, flops and the machine code let expect (predict_kernels), in rows marked predicted.
+before it is timed, and a wrong one is a row without a time. Rows that are there are not measured again. Without a
+GPU, `fluxmoe bench predict` writes what bytes, flops and the machine code let expect.
 """
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import asdict
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from fluxmoe.kernels.expert_table import ExpertTable
@@ -34,21 +33,12 @@ from fluxmoe.kernels.triton.tiles import (
 )
 from torch import Tensor
 
-from ..lib.results import Parser, UsageError, cli_main
+from ..lib.args import group, option
+from ..lib.results import UsageError, load_json
+from ..lib.sweep import Sweep, WrongError, say
 from .peers import PEERS
 from .shapes import MODEL_SHAPES, SHAPES, TOKENS, Shape
-from .timing import (
-    ResultRows,
-    Roofs,
-    Timing,
-    WrongError,
-    base_seconds,
-    cold_copies,
-    measure_roofs,
-    ratio,
-    require_gpu,
-    time_calls,
-)
+from .timing import GpuBench, Roofs, TimedPoint, Timing, cold_copies, measure_roofs, ratio, time_calls
 
 # Ours on dense experts, with one tile for all batches, and on experts in each format that the GEMM decodes.
 OURS = ("fluxmoe", "fluxmoe invariant", *(f"fluxmoe {name}" for name in sorted(fused_formats("triton"))))
@@ -207,7 +197,7 @@ def check(got: Tensor, expected: Tensor) -> None:
         raise WrongError(f"its output differs by {error:.1%} of the largest value")
 
 
-class Point:
+class Point(TimedPoint):
     """One shape at one number of tokens, on all cold copies of its layer."""
 
     def __init__(self, layers: list[Layer], tokens: int, routing: str, tuned: Path | None) -> None:
@@ -248,11 +238,6 @@ class Point:
     def bits(self, provider: str) -> float:
         return self.layers[0].bits(format_of(provider))
 
-    @cached_property
-    def base_s(self) -> float | None:
-        """Seconds of ours, dense, in this run: what ratios refer to."""
-        return base_seconds(lambda: self.time("fluxmoe"))
-
 
 def layer_columns(
     shape: Shape, tokens: int, touched: float, timing: Timing, base_s: float | None, roofs: Roofs, bits: float = 16.0
@@ -268,25 +253,21 @@ def layer_columns(
     }  # fmt: skip
 
 
-def bench_shape(name: str, args: argparse.Namespace, roofs: Roofs, results: ResultRows, device: torch.device) -> None:
+def bench_shape(name: str, args: Arguments, roofs: Roofs, results: Sweep, device: torch.device) -> None:
     """All points of one shape that are missing."""
-    shape, missing = SHAPES[name], _missing(name, args, results)
-    if not missing:
-        return
-    layers = [Layer(shape, device) for _ in range(cold_copies(shape.expert_bytes * shape.experts))]
-    for tokens, providers in missing.items():
+    shape, layers = SHAPES[name], None
+    for tokens in args.tokens:
+        where: dict[str, Any] = {"shape": name, "tokens": tokens, "routing": args.routing}
+        missing = [provider for provider in args.providers if not results.has(**where, provider=provider)]
+        if not missing:
+            continue
+        layers = layers or [Layer(shape, device) for _ in range(cold_copies(shape.expert_bytes * shape.experts))]
         point = Point(layers, tokens, args.routing, args.tuned)
-        for provider in providers:
-            results.measure(
-                partial(_columns, point, provider, roofs, results),
-                shape=name,
-                tokens=tokens,
-                routing=args.routing,
-                provider=provider,
-            )
+        for provider in missing:
+            say(results.measure(partial(_columns, point, provider, roofs), **where, provider=provider))
 
 
-def _columns(point: Point, provider: str, roofs: Roofs, results: ResultRows) -> dict:
+def _columns(point: Point, provider: str, roofs: Roofs) -> dict:
     timing = point.time(provider)
     if provider == "fluxmoe":
         point.base_s = timing.p50
@@ -295,52 +276,30 @@ def _columns(point: Point, provider: str, roofs: Roofs, results: ResultRows) -> 
     )  # fmt: skip
 
 
-def _missing(name: str, args: argparse.Namespace, results: ResultRows) -> dict[int, list[str]]:
-    """tokens → providers without a row."""
-    missing: dict[int, list[str]] = {}
-    for tokens in args.tokens:
-        for provider in args.providers:
-            if not results.has(shape=name, tokens=tokens, routing=args.routing, provider=provider):
-                missing.setdefault(tokens, []).append(provider)
-    return missing
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    shapes: tuple[str, ...] = option("models", tuple(MODEL_SHAPES), choices=tuple(SHAPES))
+    tokens: tuple[int, ...] = option("of the batch", tuple(TOKENS), least=1)
+    routing: str = option("how experts are chosen", "uniform", metavar="uniform|zipf:S")
+    providers: tuple[str, ...] = option(
+        "what is timed", ("fluxmoe", "fluxmoe invariant", "torch"), choices=(*OURS, *sorted(PEERS))
+    )
+    tuned: Path | None = option("tiles that bench tune found, for fluxmoe", None, metavar="FILE")
+    where: GpuBench = group()
+
+    def __post_init__(self) -> None:
+        router_logits(SHAPES["tiny"], 1, self.routing, 0, torch.device("cpu"))
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.bench.moe", description=__doc__.splitlines()[0])
-    p.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=MODEL_SHAPES)
-    p.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    p.add_argument("--routing", default="uniform", metavar="uniform|zipf:S")
-    p.add_argument(
-        "--providers", nargs="+", choices=[*OURS, *sorted(PEERS)], default=["fluxmoe", "fluxmoe invariant", "torch"]
-    )  # fmt: skip
-    p.add_argument("--tuned", type=Path, metavar="FILE", help="tiles that tune_grouped_gemm found, for fluxmoe")
-    p.add_argument("--predict", choices=["sm_90"], help="no GPU: write predictions for an H100")
-    p.add_argument("--rehearse", action="store_true", help="no GPU: interpreted on the CPU; times mean nothing")
-    p.add_argument("--out", required=True, metavar="DIR")
-    return p
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    if min(args.tokens) < 1:
-        raise UsageError("--tokens must be at least 1")
-    if args.predict:
-        from .predict import predicted_layer_rows
-
-        predicted_layer_rows(args.shapes, args.tokens, args.predict, args.out)
-        return
-    device = require_gpu(args.rehearse)
-    router_logits(SHAPES["tiny"], 1, args.routing, 0, torch.device("cpu"))  # before any work
+def run(args: Arguments) -> None:
+    device = args.where.device
+    tiles = load_json(args.tuned) if args.tuned else None
     roofs = measure_roofs(device)
     print(f"roofs: copy {roofs.bytes_per_s / 1e12:.2f} TB/s, bf16 matmul {roofs.flops_per_s / 1e12:.0f} TFLOP/s")
-    kind = "rehearsed" if args.rehearse else "measured"
-    results = ResultRows(args.out, device.type, kind=kind, roofs=asdict(roofs), tuned=str(args.tuned or ""))
-    for name in args.shapes:
-        bench_shape(name, args, roofs, results, device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    results.finish()
-
-
-if __name__ == "__main__":
-    cli_main(main)
+    facts = {"roofs": asdict(roofs), "tuned": str(args.tuned or "")}
+    with args.where.rows("bench moe", {"tuned": tiles}, **facts) as results:
+        for name in args.shapes:
+            bench_shape(name, args, roofs, results, device)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        results.finish()

@@ -1,6 +1,6 @@
 """Lossless formats on the experts of a checkpoint: bits a weight against the entropy bound, and rates.
 
-    python -m fluxmoe.experiments.bench.packing --model DIR --out results/<hardware>/bench_packing
+    fluxmoe bench packing --model DIR --out results/measured/<hardware>/bench_packing
 
 A row of rows.csv is one format on one tensor type: bits a weight, the bound that the entropies of its sign, exponent
 and mantissa set, and GB/s of bf16 put in and got out, median of three. Every decode is compared bit for bit before it
@@ -12,9 +12,9 @@ that together exceed the caches; the results of both are compared bit for bit fi
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,8 +33,9 @@ from fluxmoe.runtime.experts.streamer import LayerPage
 from torch import Tensor
 from tqdm import tqdm
 
-from ..lib.presets import add_model_source, model_source
-from ..lib.results import Parser, UsageError, cli_main, provenance, write_csv, write_json
+from ..lib.args import group, option
+from ..lib.models import ModelChoice
+from ..lib.results import UsageError, provenance, write_csv, write_json
 from ..paper.fig5_exponents import entropy
 
 # The format whose GEMM is timed.
@@ -179,23 +180,17 @@ class FusedGemm:
         return np.array(times)
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.bench.packing", description=__doc__.splitlines()[0])
-    add_model_source(p)
-    p.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS), help="tokens of the GEMM's points")
-    p.add_argument("--experts", type=int, default=64, help="experts to take, from the first layer on")
-    p.add_argument("--formats", nargs="+", choices=sorted(compressed_formats()), default=list(compressed_formats()))
-    p.add_argument("--out", required=True, metavar="DIR")
-    return p
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    model: ModelChoice = group("config")
+    tokens: tuple[int, ...] = option("of the GEMM's points", TOKENS, least=1)
+    experts: int = option("to take, from the first layer on", 64, least=1)
+    formats: tuple[str, ...] = option("which", tuple(compressed_formats()), choices=tuple(compressed_formats()))
+    out: Path = option("folder of the results", metavar="DIR")
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    if args.experts < 1:
-        raise UsageError("--experts must be at least 1")
-    if any(tokens < 1 for tokens in args.tokens):
-        raise UsageError("--tokens must be at least 1 each")
-    model = model_source(args).weights
+def run(args: Arguments) -> None:
+    model = args.model.source().weights
     checkpoint = Checkpoint(model)
     if checkpoint.config.dtype != torch.bfloat16:
         raise UsageError(f"{model} holds {checkpoint.config.dtype} weights; the formats compress bfloat16")
@@ -217,9 +212,9 @@ def main(argv: list[str] | None = None) -> None:
                 flush=True,
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about = {**provenance(device.type), "experts": len(experts)}
-    _write(Path(args.out) / "rows.csv", rows)
-    write_json(Path(args.out) / "provenance.json", about)
+    about = {"experiment": "bench packing", **provenance(device.type), "experts": len(experts)}
+    write_csv(args.out / "rows.csv", rows)
+    write_json(args.out / "provenance.json", about)
     if not args.tokens:
         return
     fused, points = FusedGemm(checkpoint, device, max(args.tokens)), []
@@ -231,12 +226,4 @@ def main(argv: list[str] | None = None) -> None:
             f"{point['dense_over_planar12']:.2f}x ({point['ratio_p20']:.2f} … {point['ratio_p80']:.2f})",
             flush=True,
         )
-        _write(Path(args.out) / "gemm.csv", points)
-
-
-def _write(path: Path, rows: list[dict]) -> None:
-    write_csv(path, rows)
-
-
-if __name__ == "__main__":
-    cli_main(main)
+        write_csv(args.out / "gemm.csv", points)

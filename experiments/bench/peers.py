@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .timing import AbsentError
+from ..lib.sweep import AbsentError
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -1,4 +1,4 @@
-"""What GPU benchmarks share: roofs measured in the same run, cold timing by CUDA graphs, rows that outlive a kill.
+"""What GPU benchmarks share: roofs measured in the same run, and cold timing by CUDA graphs.
 
 A point is timed by replaying a graph that runs the work once on each of several copies of the weights, which together
 exceed L2: weights are cold, as in a model whose other layers run in between, and launch gaps are those of serving.
@@ -7,34 +7,39 @@ Work that cannot be captured (a peer that waits for the device) is timed eagerly
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..lib.results import UsageError, provenance, read_csv, write_csv, write_json
+from ..lib.args import option
+from ..lib.results import UsageError
+from ..lib.sweep import Sweep, say
 
 GIB = 1 << 30
-# Exit status of a script whose device was lost: what is left can be measured by another process.
-EXIT_AGAIN = 75
-# A point at which a script ended so often is not tried again.
-_TRIES = 2
-_PACKAGES = ("kernels", "models", "runtime", "experiments")
 
 
-class WrongError(Exception):
-    """A result that is not what it should be; the message says by how much."""
+@dataclass(frozen=True, kw_only=True)
+class GpuBench:
+    """Where a benchmark of a GPU runs, and its rows go."""
 
+    rehearse: bool = option("no GPU: the smallest case, interpreted on the CPU; times mean nothing", False)
+    out: Path = option("folder of the results", metavar="DIR")
 
-class AbsentError(Exception):
-    """What a point needs (a peer, a tool) is not there, or has another interface than the one known here."""
+    @property
+    def device(self) -> torch.device:
+        return require_gpu(self.rehearse)
+
+    def rows(self, experiment: str, made: Mapping[str, Any] | None = None, **facts: Any) -> Sweep:
+        kind = "rehearsed" if self.rehearse else "measured"
+        common = {"kind": kind, **(made or {})}
+        return Sweep(self.out, experiment, "rows.csv", common, device=self.device.type, kind=kind, **facts)
 
 
 @dataclass(frozen=True)
@@ -118,12 +123,44 @@ def time_calls(work: Sequence[Callable[[], object]], seconds: float = 0.15, grap
     return _percentiles([_elapsed(once) / len(work) for _ in range(rounds)], method)
 
 
-def base_seconds(work: Callable[[], Timing]) -> float | None:
-    """Seconds of what ratios refer to; None where it is wrong or fails, of which its own row says why."""
-    try:
-        return work().p50
-    except Exception:
-        return None
+class TimedPoint(ABC):
+    """A point at which several providers are timed."""
+
+    @cached_property
+    def base_s(self) -> float | None:
+        """Seconds of ours in this run, which ratios refer to; None where it is wrong or fails, of which its own row
+        says why."""
+        try:
+            return self.time("fluxmoe").p50
+        except Exception:
+            return None
+
+    @abstractmethod
+    def time(self, provider: str) -> Timing:
+        """Checked, then timed; raises WrongError, AbsentError and whatever a kernel raises."""
+
+
+def time_providers(
+    sweep: Sweep, roofs: Roofs, providers: Sequence[str], make: Callable[[], TimedPoint], work: tuple[float, float],
+    **where: Any,
+) -> None:  # fmt: skip
+    """A row for each provider at one point that has none yet. work: the (bytes, flops) that none can avoid."""
+    missing = [name for name in providers if not sweep.has(**where, provider=name)]
+    if not missing:
+        return
+    point, floor = make(), roofs.floor_s(*work)
+
+    def columns(provider: str) -> dict[str, object]:
+        timing = point.time(provider)
+        if provider == "fluxmoe":
+            point.base_s = timing.p50
+        return {
+            **timing.columns, "bytes": work[0], "flops": work[1], "floor_us": floor * 1e6,
+            "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, point.base_s),
+        }  # fmt: skip
+
+    for provider in missing:
+        say(sweep.measure(partial(columns, provider), **where, provider=provider))
 
 
 def ratio(timing: Timing, base_s: float | None) -> float | str:
@@ -163,114 +200,3 @@ def _elapsed(work: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
-
-
-@cache
-def code_digest() -> str:
-    """Names the code that made a row, also where there is no git: a digest of all our sources."""
-    digest, root = hashlib.sha256(), Path(__file__).resolve().parents[2]
-    for path in sorted(path for package in _PACKAGES for path in (root / package).rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-class ResultRows:
-    """Rows of one experiment in rows.csv, whole after each; provenance.json beside it.
-
-    Rows that are there are not measured again, but for those that were wrong or failed with other code, or lacked
-    something. A point at
-    which the process ends twice (a hang, a crash) becomes a row that says so. Each row says what code and which run
-    (UTC) made it, and its status: ok | wrong | failed | absent, with the reason.
-    """
-
-    def __init__(self, out: Path | str, device: str = "cuda", **facts: object) -> None:
-        self.out, self.run = Path(out), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._attempt = self.out / "attempt.json"
-        rows = read_csv(self.out / "rows.csv")
-        self.rows: list[Mapping] = [
-            row for row in rows if row["status"] == "ok" or (row["status"] != "absent" and row["code"] == code_digest())
-        ]
-        about = {"code": code_digest(), **provenance(device, 0), **facts}
-        write_json(self.out / "provenance.json", {**about, "runs": self._runs(about["hardware"])})
-        tried: dict = load_json(self._attempt) if self._attempt.exists() else {"tries": 0}
-        self._tried = tried
-        if tried["tries"] >= _TRIES and not self.has(**tried["point"]):
-            self._add({**tried["point"], "status": "failed", "reason": "the process hung, crashed or was ended here"})
-
-    def _runs(self, hardware: str) -> list[dict]:
-        path = self.out / "provenance.json"
-        runs = load_json(path).get("runs", []) if path.exists() else []
-        return [*runs, {"utc": self.run, "hardware": hardware}]
-
-    def find(self, **point: object) -> Mapping | None:
-        """The row of a point, if there is one."""
-        wanted = _plain(point).items()
-        return next((row for row in self.rows if all(str(row.get(k, "")) == value for k, value in wanted)), None)
-
-    def has(self, **point: object) -> bool:
-        return self.find(**point) is not None
-
-    def measure(self, work: Callable[[], Mapping[str, object]], **point: object) -> dict | None:
-        """The row of `point` with the columns that `work` returns; None if it is there already.
-
-        What `work` raises is a row too. Exits with EXIT_AGAIN if the device is lost with it.
-        """
-        if self.has(**point):
-            return None
-        tries = self._tried["tries"] + 1 if self._tried.get("point") == _plain(point) else 1
-        write_json(self._attempt, {"point": _plain(point), "tries": tries})
-        try:
-            row = {**point, "status": "ok", "reason": "", **work()}
-        except WrongError as error:
-            row = {**point, "status": "wrong", "reason": _one_line(error)}
-        except AbsentError as error:
-            row = {**point, "status": "absent", "reason": _one_line(error)}
-        except Exception as error:  # the row says which, and the next point goes on
-            row = {**point, "status": "failed", "reason": f"{type(error).__name__}: {_one_line(error)}"}
-        self._add(row)
-        self._attempt.unlink()
-        if row["status"] == "failed" and _device_is_lost():
-            print("the device is lost; what is left needs another process", file=sys.stderr)
-            sys.exit(EXIT_AGAIN)
-        return row
-
-    def _add(self, row: Mapping[str, object]) -> None:
-        self.rows.append({**row, "run": self.run, "code": code_digest()})
-        write_csv(self.out / "rows.csv", self.rows)
-        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v not in ("", None)}
-        print(", ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
-
-    def finish(self) -> None:
-        """Exits with status 1 if any row is wrong or failed."""
-        bad = [row for row in self.rows if row["status"] in ("wrong", "failed")]
-        for row in bad:
-            print(f"{row['status']}: {row['reason']}", file=sys.stderr)
-        if bad:
-            sys.exit(1)
-
-
-def _plain(point: Mapping[str, object]) -> dict[str, str]:
-    return {name: str(value) for name, value in point.items()}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
-
-
-def _device_is_lost() -> bool:
-    """Whether an error stays with this process's context, as that of an illegal access does."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
-
-
-def load_json(path: Path | str) -> dict:
-    """A JSON file's content; UsageError if it cannot be read."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None

@@ -1,6 +1,6 @@
 """Find the tiles of the grouped GEMM for this GPU and write the table that the kernels look them up in.
 
-    python -m fluxmoe.experiments.bench.tune --out results/<gpu>/tune [--shapes …] [--minutes M]
+    fluxmoe bench tune --out results/measured/<gpu>/tune [--shapes …] [--minutes M]
 
 For each bound on rows per expert, and each shape, the candidates below are timed on cold weights, gate_up and down
 apart, and the fastest pair of one block_m wins; one that is wrong, does not compile or does not fit is left out, and
@@ -10,11 +10,11 @@ called again. The table is kernels/triton/tuned/<gpu>.json, to be committed, or 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,10 +32,12 @@ from fluxmoe.kernels.triton.tiles import (
 )
 from torch import Tensor
 
-from ..lib.results import Parser, cli_main, device_name, provenance, write_json
+from ..lib.args import group, option
+from ..lib.results import device_name, provenance, write_json
+from ..lib.sweep import WrongError, say
 from .moe import Layer, Ours, check, choose, reference, router_logits
 from .shapes import MODEL_SHAPES, SHAPES, Shape
-from .timing import ResultRows, WrongError, cold_copies, require_gpu, time_calls
+from .timing import GpuBench, cold_copies, time_calls
 
 # Bounds of the table, and the tokens that are timed for each: rows per expert just at the bound.
 BOUNDS = (4, 16, 32, 64, 128, 512)
@@ -133,39 +135,31 @@ def write_table(path: Path, rows: Iterable[Mapping], device: str) -> None:
     write_json(path, {"tiles": tiles, "provenance": provenance(device, 0)})
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.bench.tune", description=__doc__.splitlines()[0])
-    p.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=MODEL_SHAPES)
-    p.add_argument("--minutes", type=float, default=30.0, help="stop at the next point after this long")
-    p.add_argument("--table", type=Path, metavar="FILE", help="default: the kernels' own table of this GPU")
-    p.add_argument("--rehearse", action="store_true", help="no GPU: one bound, interpreted; needs --table")
-    p.add_argument("--out", required=True, metavar="DIR", help="a row for each bound")
-    return p
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    shapes: tuple[str, ...] = option("models", tuple(MODEL_SHAPES), choices=tuple(SHAPES))
+    minutes: float = option("stop at the next point after this long", 30.0)
+    table: Path | None = option("(default: the kernels' own table of this GPU)", None, metavar="FILE")
+    where: GpuBench = group()
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    device, end = require_gpu(args.rehearse), time.monotonic() + 60 * args.minutes
+def run(args: Arguments) -> None:
+    device, end, rehearse = args.where.device, time.monotonic() + 60 * args.minutes, args.where.rehearse
     table = args.table or TUNED_DIR / f"{table_name(device_name(device.type))}.json"
-    results = ResultRows(args.out, device.type, kind="rehearsed" if args.rehearse else "measured")
     layers: dict[str, list[Layer]] = {}
-    for bound, name in itertools.product(BOUNDS[:1] if args.rehearse else BOUNDS, args.shapes):
-        if time.monotonic() > end or results.has(shape=name, rows=bound):
-            continue
-        shape = SHAPES[name]
-        if name not in layers:
-            layers[name] = [Layer(shape, device) for _ in range(cold_copies(shape.expert_bytes * shape.experts))]
-        tiles = candidates(bound, capability_of(device))[: 2 if args.rehearse else None]
-        search = partial(_best, shape, bound, layers[name], tiles)
-        results.measure(search, shape=name, rows=bound)
-        write_table(table, results.rows, device.type)
-    print(f"tiles → {table}")
-    results.finish()
+    with args.where.rows("bench tune") as results:
+        for bound, name in itertools.product(BOUNDS[:1] if rehearse else BOUNDS, args.shapes):
+            if time.monotonic() > end or results.has(shape=name, rows=bound):
+                continue
+            shape = SHAPES[name]
+            if name not in layers:
+                layers[name] = [Layer(shape, device) for _ in range(cold_copies(shape.expert_bytes * shape.experts))]
+            tiles = candidates(bound, capability_of(device))[: 2 if rehearse else None]
+            say(results.measure(partial(_best, shape, bound, layers[name], tiles), shape=name, rows=bound))
+            write_table(table, results.rows, device.type)
+        print(f"tiles → {table}")
+        results.finish()
 
 
 def _best(shape: Shape, bound: int, layers: list[Layer], tiles: list[Tile]) -> dict[str, object]:
     return Search(shape, bound, layers).best(tiles)
-
-
-if __name__ == "__main__":
-    cli_main(main)

@@ -1,15 +1,19 @@
-"""`make demo`: make a small checkpoint, serve it under a row of budgets, draw the figure. Under 4 minutes."""
+"""A small checkpoint is made and served under a row of budgets, with its figure: under 4 minutes on two cores."""
 
 from __future__ import annotations
 
-from ..lib.results import cli_main
-from ..serving.memory_budget import main as memory_budget
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..lib.args import option
+from .main import call
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    out: Path = option("folder of the results", Path("scratch/demo"))
+
+
+def run(args: Arguments) -> None:
     placements = ["resident", "balanced:0.5", "host", "packed", "host+planar12"]
-    memory_budget(["--preset", "demo", "--placements", *placements, "--out", "scratch/demo"])
-
-
-if __name__ == "__main__":
-    cli_main(main)
+    call(["memory-budget", "--preset", "demo", "--placements", *placements, "--out", str(args.out)])

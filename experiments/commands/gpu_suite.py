@@ -1,8 +1,8 @@
 """Everything that a new GPU should run, in slices: are the kernels right, and how fast are they.
 
-    python -m fluxmoe.experiments.commands.gpu_suite --out results/<gpu> --minutes 9
-    python -m fluxmoe.experiments.commands.gpu_suite --out results/<gpu> --minutes 9 --resume results.tgz
-    python -m fluxmoe.experiments.commands.gpu_suite --out /tmp/rehearsal --rehearse
+    fluxmoe gpu-suite --out results/measured/<gpu> --minutes 9
+    fluxmoe gpu-suite --out results/measured/<gpu> --minutes 9 --resume results.tgz
+    fluxmoe gpu-suite --out /tmp/rehearsal --rehearse
 
 A call does the next steps that are unfinished (--list shows them) and stops in time; the next one, on this machine or
 on another that is given the archive, goes on. Each step is a process group of its own with its own limit, and leaves a
@@ -15,24 +15,29 @@ of requirements.txt; a step whose packages are missing is left out, and --wheels
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import tomllib
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..bench.timing import EXIT_AGAIN, code_digest, load_json, require_gpu
-from ..lib import archive as gpu_archive
-from ..lib.results import Parser, UsageError, cli_main, provenance, write_json
-from .gpu_steps import GROUPS, STEPS, Step
+from ..bench.timing import require_gpu
+from ..lib import archive
+from ..lib.args import option
+from ..lib.results import UsageError, code_digest, load_json, provenance, write_json
+from ..lib.sweep import EXIT_AGAIN
+from . import main as command_line
+from .reproduce import RUNS
 
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds that a slice keeps for its last archive, and below which no step is worth starting.
@@ -40,6 +45,39 @@ _RESERVE_S, _LEAST_S = 8.0, 15.0
 # How often a step that lost its device, or stalled, is started again in one slice.
 _RESTARTS = 5
 _REHEARSAL_S = 170.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process: `fluxmoe` with `command`; see runs.toml."""
+
+    name: str
+    command: str
+    minutes: float
+    rehearsal: str
+    group: str = "interpreted"
+    needs: tuple[str, ...] = ()
+    stall_s: float = 150.0
+    every_call: bool = False
+
+    def process(self, root: Path) -> list[str]:
+        """Arguments of Python."""
+        return ["-m", "fluxmoe", *self.filled(self.command, root)]
+
+    def filled(self, text: str, root: Path) -> list[str]:
+        return [part.format(out=root / self.name, root=root) for part in shlex.split(text)]
+
+    def rehearsed(self, root: Path) -> list[str]:
+        """The command with its arguments without a GPU."""
+        words = self.filled(self.command, root)
+        name = " ".join(words[: 2 if words[0] in ("paper", "bench") else 1])
+        return [*name.split(), *self.filled(self.rehearsal, root)]
+
+
+STEPS = tuple(
+    Step(**step | {"needs": tuple(step.get("needs", ()))}) for step in tomllib.loads(RUNS.read_text())["steps"]
+)
+GROUPS = tuple(dict.fromkeys(step.group for step in STEPS))
 
 
 @dataclass(frozen=True)
@@ -133,7 +171,7 @@ class Suite:
         log = self.out / "logs" / f"{step.name}.txt"
         for _ in range(_RESTARTS):
             remaining = limit - (time.monotonic() - begin)
-            command = [sys.executable, *step.command(self.out)]
+            command = [sys.executable, *step.process(self.out)]
             ended = run_process(command, log, remaining, self.environment, step.stall_s)
             if ended.status not in (EXIT_AGAIN, "stalled") or remaining - ended.seconds < _LEAST_S:
                 break
@@ -152,10 +190,10 @@ class Suite:
         path = self.out / "suite.json"
         content = {"steps": list(self.records.values()), "runs": self.runs}
         write_json(path, content)
-        if left_out := gpu_archive.pack(self.out):
-            print(f"too big for {gpu_archive.NAME}: {', '.join(left_out)}", flush=True)
+        if left_out := archive.pack(self.out):
+            print(f"too big for {archive.NAME}: {', '.join(left_out)}", flush=True)
             write_json(path, content | {"not_in_archive": left_out})
-            gpu_archive.pack(self.out)
+            archive.pack(self.out)
 
     def bad(self) -> list[str]:
         return [name for name, record in self.records.items() if record["status"] in ("failed", "wrong")]
@@ -205,7 +243,7 @@ def rehearse(out: Path) -> list[dict]:
         if group.startswith("interpreted"):
             environment["TRITON_INTERPRET"] = "1"
         log.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "fluxmoe.experiments.commands.gpu_steps", group, str(root)]
+        command = [sys.executable, "-m", "fluxmoe", "gpu-suite", "--group", group, "--out", str(root)]
         run_process(command, log, _REHEARSAL_S, environment)
         said = [line.removeprefix("REHEARSED ") for line in log.read_text().splitlines() if "REHEARSED {" in line]
         return [json.loads(line[line.index("{") :]) for line in said]
@@ -221,36 +259,64 @@ def rehearse(out: Path) -> list[dict]:
 
 def list_steps(steps: Sequence[Step]) -> None:
     for step in steps:
-        print(f"{step.minutes:5.2f} min  {step.name:<16} {step.module} {' '.join(step.arguments)}")
+        print(f"{step.minutes:5.2f} min  {step.name:<16} {' '.join(step.command.split())}")
     print(f"{sum(step.minutes for step in steps):5.2f} min  in all")
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.commands.gpu_suite", description=__doc__.splitlines()[0])
-    p.add_argument("--minutes", type=float, default=25.0, help="stop in time for this (default: %(default)s)")
-    p.add_argument("--steps", nargs="+", choices=[step.name for step in STEPS], help="default: all")
-    p.add_argument("--resume", type=Path, metavar="TGZ", help="results.tgz of an earlier call, unpacked into DIR first")
-    p.add_argument("--wheels", type=Path, metavar="DIR", help="wheels of packages that are not installed here")
-    p.add_argument("--list", action="store_true", help="print the steps and their minutes")
-    p.add_argument("--rehearse", action="store_true", help="no GPU: the smallest case of every step")
-    p.add_argument("--out", type=Path, metavar="DIR")
-    return p
+def rehearse_step(step: Step, root: Path) -> dict[str, object]:
+    """Check the arguments of the real run, then run the smallest case, in this process."""
+    begin = time.monotonic()
+    record: dict[str, object] = {"step": step.name, "status": "ok"}
+    try:
+        command_line.arguments(step.filled(step.command, root))
+        command_line.call(step.rehearsed(root))
+    except BaseException as error:  # SystemExit too, as of a command with wrong rows
+        traceback.print_exc()
+        record |= {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    return record | {"seconds": round(time.monotonic() - begin, 1)}
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+def rehearse_group(group: str, root: Path) -> None:
+    """Rehearse a group of steps in this process; a line of JSON for each."""
+    records = []
+    for step in (step for step in STEPS if step.group == group):
+        records.append(rehearse_step(step, root))
+        print("REHEARSED " + json.dumps(records[-1], ensure_ascii=False), flush=True)
+    if any(record["status"] != "ok" for record in records):
+        sys.exit(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    minutes: float = option("stop in time for this", 25.0)
+    steps: tuple[str, ...] = option("(default: all)", (), choices=tuple(step.name for step in STEPS))
+    resume: Path | None = option("results.tgz of an earlier call, unpacked first", None, metavar="TGZ")
+    wheels: Path | None = option("wheels of packages that are not installed here", None, metavar="DIR")
+    list: bool = option("print the steps and their minutes", False)
+    rehearse: bool = option("no GPU: the smallest case of every step", False)
+    group: str | None = option("rehearse a group of steps in this process", None, choices=GROUPS)
+    out: Path | None = option("folder of the results", None, metavar="DIR")
+
+    def __post_init__(self) -> None:
+        if self.out is None and not self.list:
+            raise UsageError("--out is missing: the folder that results go to")
+        if self.minutes <= 0:
+            raise UsageError("--minutes must be positive")
+        if self.rehearse and (self.steps or self.resume or self.wheels):
+            raise UsageError("--rehearse runs every step as it is here: it takes no --steps, --resume or --wheels")
+
+
+def run(args: Arguments) -> None:
     steps = [step for step in STEPS if not args.steps or step.name in args.steps]
     if args.list:
         list_steps(steps)
         return
-    if args.out is None:
-        raise UsageError("--out is missing: the folder that results go to")
-    if args.minutes <= 0:
-        raise UsageError("--minutes must be positive")
+    assert args.out is not None, "only --list does without"
     out = args.out.resolve()
+    if args.group:
+        rehearse_group(args.group, out)
+        return
     if args.rehearse:
-        if args.steps or args.resume or args.wheels:
-            raise UsageError("--rehearse runs every step as it is here: it takes no --steps, --resume or --wheels")
         records = rehearse(out)
         write_json(out / "rehearsal.json", {"steps": records})
         for record in records:
@@ -263,11 +329,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume:
         if (out / "suite.json").exists():
             raise UsageError(f"{out} holds results already, and goes on by itself: leave --resume out")
-        gpu_archive.unpack(args.resume, out)
+        archive.unpack(args.resume, out)
     site: Path | None = None
     if args.wheels:
         site = out / "site"
-        for line in gpu_archive.unpack_wheels(args.wheels, site):
+        for line in archive.unpack_wheels(args.wheels, site):
             print(line)
     suite = Suite(out, steps, site)
     suite.run_slice(60 * args.minutes - (time.monotonic() - begin), lambda: provenance("cuda", 0))
@@ -277,7 +343,3 @@ def main(argv: list[str] | None = None) -> None:
     if bad := suite.bad():
         print(f"failed or wrong: {', '.join(bad)}; see {out}/suite.json and {out}/logs", file=sys.stderr)
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    cli_main(main)

@@ -1,6 +1,6 @@
 """Pack a checkpoint: its experts in files as the kernels read them, compressed without loss.
 
-    python -m fluxmoe.experiments.commands.pack_checkpoint --model DIR --format planar12 --out DIR
+    fluxmoe pack-checkpoint --model DIR --format planar12 --out DIR
 
 A packed checkpoint is loaded by copying bytes, and is the disk tier of a model that is larger than memory. Works an
 expert at a time; each is restored from its blocks and compared bit for bit before it counts. Stopped, it goes on where
@@ -10,11 +10,10 @@ files.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,12 +25,13 @@ from fluxmoe.kernels.packing.expert_file import ExpertFile, ExpertFileHeader, ex
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.decoder import expert_dims
 from fluxmoe.models.packed import INDEX, UNFINISHED, header_of, write_index
-from fluxmoe.runtime.memory.budget import format_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..lib.results import Parser, UsageError, cli_main, write_json
+from ..lib.args import option
+from ..lib.checkpoints import check_disk, share
+from ..lib.results import UsageError, write_json
 
 _SHARD_BYTES = 1 << 30
 _PART = "model.safetensors.part"
@@ -39,16 +39,15 @@ _PART = "model.safetensors.part"
 _NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.commands.pack_checkpoint", description=__doc__.splitlines()[0])
-    p.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint in bf16 or fp32")
-    p.add_argument("--format", default=DEFAULT_COMPRESSED, choices=sorted(FORMATS), help="(default: %(default)s)")
-    p.add_argument(
-        "--backend", default="triton" if torch.cuda.is_available() else "cpu", choices=["cpu", "triton", "torch"],
-        help="whose kernels shall read the files in place; the others must decode them (default here: %(default)s)",
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    model: Path = option("Hugging Face checkpoint in bf16 or fp32", metavar="DIR")
+    format: str = option("lossless format", DEFAULT_COMPRESSED, choices=tuple(sorted(FORMATS)))
+    backend: str | None = option(
+        "whose kernels read the files in place, which others must decode (default: those of this machine)", None,
+        choices=("cpu", "triton", "torch"),
     )  # fmt: skip
-    p.add_argument("--out", required=True, metavar="DIR")
-    return p
+    out: Path = option("new folder", metavar="DIR")
 
 
 def pack_experts(checkpoint: Checkpoint, header: ExpertFileHeader, out: Path) -> None:
@@ -92,7 +91,6 @@ def copy_dense(checkpoint: Checkpoint, out: Path) -> None:
         # Of one name, so that whoever goes on after a kill writes over what it left.
         temporary = out / _PART
         save_file(shard, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o666 & ~_umask())  # safetensors lets nobody else read it
         temporary.replace(out / file)
         shard.clear()
 
@@ -123,8 +121,8 @@ def pack_checkpoint(source: Path, name: str, out: Path, backend: str = "cpu") ->
             raise UsageError(f"{out} was begun with another model, format or backend; remove it or give another --out")
     elif out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; give another --out")
-    layers = len(config.moe_layers)
-    _require_room(out, layers * ExpertFile.nbytes(header) + config.non_expert_bytes)
+    else:
+        check_disk(out, len(config.moe_layers) * ExpertFile.nbytes(header) + config.non_expert_bytes)
     write_json(marker, who)
     begin = time.perf_counter()
     try:
@@ -136,39 +134,18 @@ def pack_checkpoint(source: Path, name: str, out: Path, backend: str = "cpu") ->
         if path.is_file() and not path.name.endswith(_NOT_COPIED) and path.name != INDEX:
             shutil.copyfile(path, out / path.name)
     write_index(out, header)
+    share(out)
     marker.unlink()
-    before, after = config.expert_bytes_total, layers * config.num_experts * sum(header.sizes)
+    before, after = config.expert_bytes_total, len(config.moe_layers) * config.num_experts * sum(header.sizes)
     seconds = time.perf_counter() - begin
     bits = 8 * config.dtype.itemsize
     return {"before_bytes": before, "after_bytes": after, "bits_per_weight": bits * after / before, "seconds": seconds}
 
 
-def _umask() -> int:
-    """What the process forbids on new files, which can only be asked by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _require_room(out: Path, nbytes: int) -> None:
-    """UsageError unless the disk has so many bytes free, beside what an interrupted run has left in `out`."""
-    nearest = next(path for path in (out, *out.resolve().parents) if path.exists())
-    there = sum(path.stat().st_blocks * 512 for path in out.glob("*")) if out.exists() else 0
-    free = shutil.disk_usage(nearest).free
-    if nbytes - there > free:
-        raise UsageError(
-            f"{out} needs {format_bytes(nbytes - there)}, and {format_bytes(free)} are free; give --out on another disk"
-        )
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    done = pack_checkpoint(Path(args.model), args.format, Path(args.out), args.backend)
+def run(args: Arguments) -> None:
+    backend = args.backend or ("triton" if torch.cuda.is_available() else "cpu")
+    done = pack_checkpoint(args.model, args.format, args.out, backend)
     print(
         f"{args.out}: experts {done['before_bytes'] / 1e9:.3f} → {done['after_bytes'] / 1e9:.3f} GB, "
         f"{done['bits_per_weight']:.3f} bits a weight, {done['before_bytes'] / done['seconds'] / 1e6:.0f} MB/s"
     )
-
-
-if __name__ == "__main__":
-    cli_main(main)

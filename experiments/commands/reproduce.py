@@ -1,189 +1,145 @@
-"""Run everything that this machine can, one experiment after the other, into results/<hardware>.
+"""Make the results again and say which came true: reproduced, differs (by how much), not possible here (why).
 
-    python -m fluxmoe.experiments.commands.reproduce [--out results/<hardware>] [--only NAME …]
+    fluxmoe reproduce --list
+    fluxmoe reproduce --only sim_fig7_performance_bound ablation
 
-An experiment that has ended is not run again; one that was stopped goes on where it can. On a machine with a GPU the
-suite for GPUs comes first; the comparison with vLLM needs --vllm-python. A failure is reported at the end and stops
-none of the others.
+Each run is made in a scratch folder and compared with the committed result: simulated and predicted ones must be the
+same, measured ones are shown as ratios with their spread. What scratch has already is not made again unless --force. A
+failure is reported at the end and stops none of the others. --update takes what was made into results/.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..lib.results import Parser, UsageError, cli_main, device_name
+from ..lib.args import option
+from ..lib.comparison import compare
+from ..lib.results import UsageError, code_digest, device_name, write_json
 
-_SIM = "results/simulated-4xL40"
-_H100 = "results/simulated-h100"
+RUNS = Path(__file__).with_name("runs.toml")
+_DONE = "done.json"
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """A script and its arguments; {out} is the folder of this hardware, {vllm} vLLM's Python. `result`: what is there
-    when it has ended."""
+class Run:
+    """A command whose results go to a folder below results/; see runs.toml."""
 
     name: str
-    arguments: tuple[str, ...]
-    result: str
-    needs_gpu: bool = False
+    command: str
+    out: str
+    needs: tuple[str, ...] = ()
 
     @property
-    def needs_vllm(self) -> bool:
-        return "{vllm}" in self.arguments
+    def measured(self) -> bool:
+        return self.out.startswith("measured/")
+
+    def folder(self, here: str) -> str:
+        return self.out.format(here=here)
+
+    def argv(self, scratch: Path, results: Path, here: str, vllm: str | None) -> list[str]:
+        values = {"out": scratch / self.folder(here), "results": results, "here": here, "vllm": vllm}
+        return [part.format(**values) for part in shlex.split(self.command)]
 
 
-def script(module: str, *arguments: str, out: str = "", result: str) -> Experiment:
-    """`module`, whose --out is {out}/<module> or `out`, and the file in there that it leaves last."""
-    folder = out or f"{{out}}/{module}"
-    name = folder.removeprefix("{out}/").removeprefix("results/")
-    return Experiment(name, (module, *arguments, "--out", folder), f"{folder}/{result}")
+def read_runs() -> dict[str, Run]:
+    table = tomllib.loads(RUNS.read_text())["runs"]
+    return {name: Run(name, **run | {"needs": tuple(run.get("needs", ()))}) for name, run in table.items()}
 
 
-_ADAPT = (
-    "--preset", "small", "--max-batch", "64", "--budget", "420MiB", "--requests", "64", "--output-tokens", "160",
-    "--start", "150", "--every", "60", "--times", "6",
-)  # fmt: skip
-# The CPU's copies held to the paper's ratio of link to memory: 25 over 778 GB/s.
-_HELD = ("--link-bandwidth", "1GB")
-_VERSUS = (
-    "--budgets", "256MiB", "384MiB", "432MiB", "480MiB", "560MiB", "960MiB", "1280MiB", "--placements", "resident",
-    "packed", "host+planar12", "--sequences", "64", "--prompt-tokens", "192", "--rounds", "1",
-)  # fmt: skip
-_SIZES = (
-    "--requests", "128", "--context", "4096", "--output-tokens", "512", "--max-batch", "128", "--max-batched-tokens",
-    "2048", "--budgets", "8GiB", "16GiB", "24GiB", "32GiB", "40GiB", "48GiB", "56GiB", "64GiB", "72GiB", "--placements",
-    "resident", "offload:0.5", "balanced:0.5", "balanced:0.5+planar12", "balanced:0.9+planar12", "host+planar12",
-    "packed",
-)  # fmt: skip
-EXPERIMENTS = (
-    Experiment("gpu_suite", ("gpu_suite", "--minutes", "60", "--out", "{out}"), "{out}/suite.json", needs_gpu=True),
-    Experiment("profile_hardware", ("profile_hardware", "--out", "{out}/profile.json"), "{out}/profile.json"),
-    script("memory_budget", "--preset", "small", "--device", "cpu", result="throughput_vs_budget.png"),
-    script(
-        "memory_budget", "--preset", "next", "--device", "cpu", out="{out}/memory_budget_next",
-        result="throughput_vs_budget.png",
-    ),
-    script(
-        "packed_overhead", "--preset", "small", "--device", "cpu", "--placements", "resident", "packed",
-        result="rows.csv",
-    ),
-    script(
-        "packed_overhead", "--preset", "small", "--device", "cpu", "--placements", "resident", "packed",
-        "packed+tiered", "packed+huffman", "--batches", "32", "--repeats", "1", "--output-tokens", "6",
-        out="{out}/packed_overhead_decoded", result="rows.csv",
-    ),
-    script("bench_packing", "--preset", "small", result="gemm.csv"),
-    script("fig5_exponents", "--model", "checkpoints/small", result="exponents.png"),
-    script("exp3_adaptation", *_ADAPT, "--device", "cpu", result="adaptation.png"),
-    script(
-        "exp3_adaptation", *_ADAPT, "--device", "cpu", "--link-bandwidth", "4GB", out="{out}/exp3_adaptation_4GBps",
-        result="adaptation.png",
-    ),
-    script("paper.fig10_overhead", "--device", "cpu", out="{out}/exp4_overhead", result="overhead.png"),
-    script("ablation", "--preset", "small", "--budget", "384MiB", "--device", "cpu", result="rows.csv"),
-    script("bench_cpu_moe", result="rows.csv"),
-    script("table1_models", "--device", "cpu", result="table.md"),
-    script("fig1_memory", "--device", "cpu", result="memory.png"),
-    script("fig2_kv_capacity", "--device", "cpu", result="kv_capacity.png"),
-    script(
-        "fig6_knee", "--device", "cpu", "--preset", "small", "--batches", "4", "32", "--prompt-tokens", "32",
-        "--link-bandwidth", "4GB", result="knee.png",
-    ),
-    script("exp1_performance_bound", "--device", "cpu", *_HELD, result="throughput.png"),
-    script("exp2_capacity_bound", "--device", "cpu", *_HELD, result="throughput.png"),
-    script("sensitivity", "--device", "cpu", result="sensitivity.png"),
-    script(
-        "versus_vllm", "--vllm-python", "{vllm}", "--dtypes", "bfloat16", "float32", "--device", "cpu",
-        result="versus.png",
-    ),
-    script(
-        "versus_vllm", "--vllm-python", "{vllm}", "--dtypes", "bfloat16", "float32", "--device", "cpu", *_VERSUS,
-        out="{out}/versus_budget", result="versus.png",
-    ),
-    script(
-        "versus_vllm", "--transformers", "--dtypes", "bfloat16", "float32", "--device", "cpu", "--placements",
-        "resident", "packed", "--sequences", "1", "8", out="{out}/versus_transformers", result="versus.png",
-    ),
-    script("table1_models", out=f"{_SIM}/table1_models", result="table.md"),
-    script("fig1_memory", out=f"{_SIM}/fig1_memory", result="memory.png"),
-    script("fig2_kv_capacity", out=f"{_SIM}/fig2_kv_capacity", result="kv_capacity.png"),
-    script(
-        "fig6_knee", "--device", "sim", "--profile", "4xL40", "--config", "qwen3-next-80b-a3b",
-        out=f"{_SIM}/fig6_knee", result="knee.png",
-    ),
-    script("exp1_performance_bound", out=f"{_SIM}/exp1_performance_bound", result="throughput.png"),
-    script("exp2_capacity_bound", out=f"{_SIM}/exp2_capacity_bound", result="throughput.png"),
-    script(
-        "exp3_adaptation", "--device", "sim", "--profile", "4xL40", "--config", "qwen3-next-80b-a3b", "--budget", "all",
-        "--max-batch", "256", "--requests", "512", "--prompt-tokens", "3072", "--output-tokens", "1024", "--start",
-        "600", "--every", "100", "--max-batched-tokens", "2048", out=f"{_SIM}/exp3_adaptation", result="adaptation.png",
-    ),
-    script("validate_simulator", "--measured", "{out}", out=f"{_SIM}/validation", result="table.csv"),
-    *(
-        script(
-            "memory_budget", "--device", "sim", "--profile", profile, "--config", model, *_SIZES,
-            out=f"{_H100}/memory_budget_{name}", result="throughput_vs_budget.png",
-        )
-        for name, profile, model in (
-            ("mixtral-8x7b", "H100-SXM", "mixtral-8x7b"),
-            ("qwen3-30b-a3b", "H100-SXM", "qwen3-30b-a3b"),
-            ("qwen3-next-80b-a3b", "H100-SXM", "qwen3-next-80b-a3b"),
-            ("qwen3-next-80b-a3b_4gpus", "H100-SXM×4", "qwen3-next-80b-a3b"),
-        )
-    ),
-    script(
-        "ablation", "--device", "sim", "--profile", "H100-SXM", "--config", "qwen3-30b-a3b", "--budget", "48GiB",
-        "--requests", "128", "--context", "4096", "--output-tokens", "512", "--max-batch", "128",
-        "--max-batched-tokens", "2048", out=f"{_H100}/ablation_qwen3-30b-a3b", result="rows.csv",
-    ),
-    script("sensitivity", out=f"{_H100}/sensitivity", result="sensitivity.png"),
-)  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    only: tuple[str, ...] = option("which runs (default: all)", (), choices=tuple(read_runs()))
+    list: bool = option("print the runs and what they need", False)
+    dry_run: bool = option("print the commands and run none", False)
+    force: bool = option("make again what scratch has already", False)
+    update: bool = option("take what was made into the results", False)
+    vllm_python: str | None = option("Python of an environment with vLLM", None, metavar="PATH")
+    results: Path = option("the committed results", Path("results"), metavar="DIR")
+    scratch: Path = option("where they are made again", Path("scratch/reproduce"), metavar="DIR")
+
+    def __post_init__(self) -> None:
+        if self.dry_run and (self.force or self.update):
+            raise UsageError("--dry-run runs nothing: --force and --update have no effect")
 
 
-def hardware_folder() -> str:
-    """results/<hardware> for this machine."""
-    gpu = torch.cuda.is_available()
-    name = device_name("cuda" if gpu else "cpu")
-    return "results/" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def hardware_folder(results: Path) -> str:
+    """Name of this machine's folder: the one whose profile was measured on such a processor, or a new one."""
+    name = device_name("cuda" if torch.cuda.is_available() else "cpu")
+    for path in sorted(results.glob("measured/*/profile.json")):
+        if json.loads(path.read_text()).get("name") == name:
+            return path.parent.name
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def run_all(experiments: tuple[Experiment, ...], out: str, gpu: bool, vllm: str | None = None) -> list[str]:
-    """Names of experiments that failed."""
-    failed = []
-    for index, experiment in enumerate(experiments, start=1):
-        head = f"[{index}/{len(experiments)}] {experiment.name}"
-        if experiment.needs_gpu and not gpu:
-            print(f"{head}: needs a GPU", flush=True)
-        elif experiment.needs_vllm and not vllm:
-            print(f"{head}: needs --vllm-python", flush=True)
-        elif Path(experiment.result.format(out=out)).exists():
-            print(f"{head}: there already", flush=True)
+def missing(run: Run, vllm: str | None) -> str | None:
+    """Why a run is not possible here."""
+    if "gpu" in run.needs and not torch.cuda.is_available():
+        return "needs a GPU"
+    return "needs --vllm-python" if "vllm" in run.needs and not vllm else None
+
+
+def make(run: Run, args: Arguments, here: str) -> int:
+    """Exit status of a run into scratch; 0 where scratch has it."""
+    folder = args.scratch / run.folder(here)
+    marker, state = folder / _DONE, {"run": run.name, "command": run.command, "code": code_digest()}
+    if args.force and run.folder(here).count("/") > 1:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif not args.force and marker.exists() and json.loads(marker.read_text()) == state:
+        return 0
+    argv = run.argv(args.scratch, args.results, here, args.vllm_python)
+    status = subprocess.run([sys.executable, "-m", "fluxmoe", *argv]).returncode
+    if status == 0:
+        write_json(marker, state)
+    return status
+
+
+def verdict(run: Run, made: Path, committed: Path) -> str:
+    """What comparing says, for the table."""
+    if not committed.exists():
+        return "new: there is no committed result of this hardware to compare with"
+    found = compare(committed, made)
+    if run.measured and found.speed is not None:
+        return f"measured: {found.speed}"
+    if found.same:
+        return "reproduced"
+    gone = f"; {found.missing} points are in one alone" if found.missing else ""
+    return f"differs: {found.largest or 'nothing in common'}{gone}"
+
+
+def run(args: Arguments) -> None:
+    runs, here = read_runs(), hardware_folder(args.results)
+    chosen = [each for name, each in runs.items() if not args.only or name in args.only]
+    if args.list:
+        for each in chosen:
+            print(f"{each.name:<30} results/{each.folder(here):<56} {missing(each, args.vllm_python) or ''}")
+        return
+    said: dict[str, str] = {}
+    for index, each in enumerate(chosen, start=1):
+        head = f"[{index}/{len(chosen)}] {each.name}"
+        if why := missing(each, args.vllm_python):
+            said[each.name] = f"not possible here: {why}"
+        elif args.dry_run:
+            print(f"{head}: fluxmoe {shlex.join(each.argv(args.scratch, args.results, here, args.vllm_python))}")
         else:
             print(f"{head} …", flush=True)
-            module, *arguments = (part.format(out=out, vllm=vllm) for part in experiment.arguments)
-            done = subprocess.run([sys.executable, "-m", f"fluxmoe.experiments.{module}", *arguments])
-            if done.returncode:
-                failed.append(experiment.name)
-    return failed
-
-
-def main(argv: list[str] | None = None) -> None:
-    p = Parser(prog="fluxmoe.experiments.commands.reproduce", description=__doc__.splitlines()[0])
-    p.add_argument("--out", metavar="DIR", help="(default: results/<this machine's processor>)")
-    p.add_argument("--only", nargs="+", choices=[e.name for e in EXPERIMENTS])
-    p.add_argument("--vllm-python", metavar="PATH", help="Python of an environment with vLLM")
-    args = p.parse_args(argv)
-    chosen = tuple(e for e in EXPERIMENTS if not args.only or e.name in args.only)
-    failed = run_all(chosen, args.out or hardware_folder(), torch.cuda.is_available(), args.vllm_python)
-    if failed:
-        raise UsageError(f"failed: {', '.join(failed)}; what they printed is above")
-
-
-if __name__ == "__main__":
-    cli_main(main)
+            if status := make(each, args, here):
+                said[each.name] = f"failed with exit status {status}; what it printed is above"
+                continue
+            made, committed = args.scratch / each.folder(here), args.results / each.folder(here)
+            said[each.name] = verdict(each, made, committed)
+            if args.update:
+                shutil.copytree(made, committed, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_DONE, ".lock"))
+    for name, words in said.items():
+        print(f"{name:<30} {words}")
+    if any(words.startswith(("failed", "differs")) for words in said.values()):
+        sys.exit(1)

@@ -1,6 +1,4 @@
-"""Make a Hugging Face checkpoint of a real architecture, with weights distributed as in trained models.
-
-    python -m fluxmoe.experiments.lib.checkpoints --arch qwen3_moe --out DIR --layers 8 --experts 32 --hidden 512
+"""Hugging Face checkpoints of a real architecture, with weights distributed as in trained models.
 
 Weights are normal with a scale of their own per tensor, which gives their exponents the peaked distribution of
 trained models (entropy about 2.6 bits); the names and files are those that the Hub has, so transformers, vLLM and
@@ -17,20 +15,24 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Required, TypedDict
+from typing import Any
 
 import torch
 from fluxmoe.models import ARCHITECTURES
 from fluxmoe.models.config import DTYPES
 from fluxmoe.models.naming import Role
+from fluxmoe.runtime.memory.budget import format_bytes
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .results import Parser, UsageError, cli_main
+from .args import option
+from .results import UsageError
 
 _SPECIAL = ("<|begin|>", "<|end|>")
 # 256 bytes and the special tokens: the least vocabulary of a byte-level tokenizer.
@@ -38,111 +40,124 @@ _MIN_VOCAB = 256 + len(_SPECIAL)
 _WITH_DENSE_LAYERS = ("qwen3_moe", "qwen3_next")
 
 
-class ModelShape(TypedDict, total=False):
-    """A model by the arguments of `hf_config`."""
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A model by its sizes."""
 
-    arch: Required[str]
-    layers: Required[int]
-    experts: Required[int]
-    top_k: Required[int]
-    hidden: Required[int]
-    moe_intermediate: Required[int]
-    heads: Required[int]
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    dtype: str
-    max_positions: int
-    dense_layers: Iterable[int]
+    arch: str = option("architecture", choices=tuple(ARCHITECTURES))
+    layers: int = option("in all", 4, least=1)
+    experts: int = option("of a layer", 8, least=1)
+    top_k: int = option("experts of a token", 2, least=1)
+    hidden: int = option("width", 256, least=1)
+    moe_intermediate: int = option("width of an expert", 256, least=1)
+    heads: int = option("of attention", 4, least=1)
+    kv_heads: int | None = option("of keys and values (default: as many as heads)", None)
+    head_dim: int | None = option("width of a head (default: hidden over heads)", None)
+    vocab: int = option(f"tokens, at least {_MIN_VOCAB}: all bytes and the special tokens", 4096, least=_MIN_VOCAB)
+    dtype: str = option("of weights", "bfloat16", choices=tuple(DTYPES))
+    max_positions: int = option("longest context", 4096, least=1)
+    dense_layers: tuple[int, ...] = option(
+        "layers with an MLP as wide as the chosen experts together in the place of experts, numbered from 0 "
+        f"({', '.join(_WITH_DENSE_LAYERS)})", (), metavar="LAYER",
+    )  # fmt: skip
 
 
 def make_checkpoint(
-    arch: str,
-    out: Path | str,
-    *,
-    layers: int = 4,
-    experts: int = 8,
-    top_k: int = 2,
-    hidden: int = 256,
-    moe_intermediate: int = 256,
-    heads: int = 4,
-    kv_heads: int | None = None,
-    head_dim: int | None = None,
-    vocab: int = 4096,
-    dtype: str = "bfloat16",
-    seed: int = 0,
-    scale: float = 1.0,
-    max_positions: int = 4096,
-    dense_layers: Iterable[int] = (),
-    shard_bytes: int = 1 << 30,
+    arch: str, out: Path | str, *, seed: int = 0, scale: float = 1.0, shard_bytes: int = 1 << 30,
+    progress: bool = False, **sizes: Any,
+) -> Path:  # fmt: skip
+    """`write_checkpoint` of a ModelShape's fields by name."""
+    return write_checkpoint(ModelShape(arch=arch, **sizes), out, seed, scale, shard_bytes, progress)
+
+
+def write_checkpoint(
+    shape: ModelShape, out: Path | str, seed: int = 0, scale: float = 1.0, shard_bytes: int = 1 << 30,
     progress: bool = False,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write a checkpoint to the new directory `out`; all of it or nothing. Peak memory is one shard.
 
     scale: factor on every matrix; 1 keeps activations of order one (standard deviation 1/sqrt(fan-in)).
-    dense_layers: those with an MLP as wide as the chosen experts together in the place of experts.
-    Raises UsageError and ConfigError on sizes that make no model.
+    Raises UsageError and ConfigError on sizes that make no model, or do not fit on the disk.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists already; remove it or choose another --out")
-    if vocab < _MIN_VOCAB:
-        raise UsageError(f"--vocab must be at least {_MIN_VOCAB} to hold all bytes and the special tokens, got {vocab}")
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    if shape.vocab < _MIN_VOCAB:
+        raise UsageError(
+            f"--vocab must be at least {_MIN_VOCAB} to hold all bytes and the special tokens, got {shape.vocab}"
+        )
+    if shape.dtype not in DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {shape.dtype}")
     if not 0 < scale < math.inf or shard_bytes < 1:
         raise UsageError(f"--scale and --shard-bytes must be positive, got {scale} and {shard_bytes}")
-    config = hf_config(
-        arch, layers=layers, experts=experts, top_k=top_k, hidden=hidden, moe_intermediate=moe_intermediate,
-        heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab=vocab, dtype=dtype, max_positions=max_positions,
-        dense_layers=dense_layers,
-    )  # fmt: skip
+    config, arch = hf_config(shape), ARCHITECTURES[shape.arch]
     # Before anything is written, a parent directory included.
-    model = ARCHITECTURES[arch].config_from_hf(config)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    model = arch.config_from_hf(config)
+    roles = arch.tensor_roles(model)
+    # The first scheme of each architecture is the one on the Hub.
+    names = dict(roles.required) | {n: r for ways in roles.expert_schemes for n, r in ways[0].items()}
+    check_disk(out, sum(model.dtype.itemsize * torch.Size(role.shape).numel() for role in names.values()))
+    zero_centred: frozenset[str] = getattr(arch, "ZERO_CENTRED", frozenset())
+    with whole_directory(out) as temporary:
         _write_json(temporary / "config.json", config)
         _write_json(temporary / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
-        roles = ARCHITECTURES[arch].tensor_roles(model)
-        # The first scheme of each architecture is the one on the Hub.
-        names = dict(roles.required) | {n: r for ways in roles.expert_schemes for n, r in ways[0].items()}
-        zero_centred: frozenset[str] = getattr(ARCHITECTURES[arch], "ZERO_CENTRED", frozenset())
         _write_shards(temporary, names, model.dtype, seed, scale, zero_centred, shard_bytes, progress)
-        _write_tokenizer(temporary, vocab)
-        _share(temporary)
+        _write_tokenizer(temporary, shape.vocab)
+    return out
+
+
+def check_disk(out: Path, nbytes: int) -> None:
+    """UsageError unless `nbytes` are free where `out` will be."""
+    there = next(path for path in (out, *out.resolve().parents) if path.exists())
+    if nbytes > (free := shutil.disk_usage(there).free):
+        raise UsageError(f"{out} needs {format_bytes(nbytes)}, of which {format_bytes(free)} are free on its disk")
+
+
+@contextmanager
+def whole_directory(out: Path) -> Iterator[Path]:
+    """A directory beside `out` that becomes it in the end, and is removed where that is not reached.
+
+    What a process that was killed left there is removed too.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{out.name}.*.unfinished"):
+        process = left.name.split(".")[-2]
+        if process.isdigit() and not Path(f"/proc/{process}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
+    temporary.mkdir()
+    try:
+        yield temporary
+        share(temporary)
         if out.exists():
             out.rmdir()
         temporary.rename(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return out
 
 
-def hf_config(
-    arch: str, *, layers: int, experts: int, top_k: int, hidden: int, moe_intermediate: int, heads: int,
-    kv_heads: int | None = None, head_dim: int | None = None, vocab: int = 4096, dtype: str = "bfloat16",
-    max_positions: int = 4096, dense_layers: Iterable[int] = (),
-) -> dict[str, Any]:  # fmt: skip
-    """config.json as the Hub has it for `arch`."""
+def hf_config(shape: ModelShape) -> dict[str, Any]:
+    """config.json as the Hub has it for a shape."""
+    arch, layers, experts, top_k, heads = shape.arch, shape.layers, shape.experts, shape.top_k, shape.heads
+    hidden, moe_intermediate, dtype = shape.hidden, shape.moe_intermediate, shape.dtype
     if arch not in ARCHITECTURES:
         raise UsageError(f"--arch must be one of {', '.join(ARCHITECTURES)}, got {arch}")
-    dense = sorted(set(dense_layers))
+    dense = sorted(set(shape.dense_layers))
     if dense and arch not in _WITH_DENSE_LAYERS:
         raise UsageError(f"{arch} has experts in every layer; --dense-layers is for {' and '.join(_WITH_DENSE_LAYERS)}")
     missing = [layer for layer in dense if not 0 <= layer < layers]
     if missing:
         raise UsageError(f"--dense-layers {missing[0]} does not exist; {layers} layers are numbered from 0")
-    size_of_head = hidden // max(1, heads) if head_dim is None else head_dim
+    size_of_head = hidden // max(1, heads) if shape.head_dim is None else shape.head_dim
     config: dict[str, Any] = {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads if kv_heads is None else kv_heads,
+        "num_key_value_heads": heads if shape.kv_heads is None else shape.kv_heads,
         "head_dim": size_of_head,
-        "vocab_size": vocab,
-        "max_position_embeddings": max_positions,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": shape.max_positions,
         "dtype": dtype,
         "model_type": arch,
         "hidden_act": "silu",
@@ -288,7 +303,7 @@ def _write_tokenizer(directory: Path, vocab: int) -> None:
     )
 
 
-def _share(directory: Path) -> None:
+def share(directory: Path) -> None:
     """Give what private-by-default writers (mkdtemp, safetensors) made the modes that the user's umask asks for."""
     umask = os.umask(0)
     os.umask(umask)
@@ -299,33 +314,3 @@ def _share(directory: Path) -> None:
 
 def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.lib.checkpoints", description=__doc__.splitlines()[0])
-    p.add_argument("--arch", required=True, choices=list(ARCHITECTURES))
-    p.add_argument("--out", required=True, metavar="DIR")
-    signature = inspect.signature(make_checkpoint).parameters
-    for name in (
-        "layers", "experts", "top_k", "hidden", "moe_intermediate", "heads", "kv_heads", "head_dim", "vocab", "seed",
-        "max_positions", "shard_bytes",
-    ):  # fmt: skip
-        p.add_argument(f"--{name.replace('_', '-')}", type=int, default=signature[name].default)
-    p.add_argument(
-        "--dense-layers", type=int, nargs="+", default=(), metavar="LAYER",
-        help="layers with an MLP in the place of experts, numbered from 0 (qwen3_moe, qwen3_next)",
-    )  # fmt: skip
-    p.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
-    p.add_argument("--scale", type=float, default=1.0)
-    return p
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = vars(parser().parse_args(argv))
-    out = make_checkpoint(**args, progress=True)
-    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    print(f"{out}: {size / 1e6:.1f} MB of weights")
-
-
-if __name__ == "__main__":
-    cli_main(main)

@@ -1,8 +1,7 @@
-"""What every experiment script shares: error convention, provenance, atomic result files."""
+"""Files of results: written whole or not at all, with what made them."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import io
@@ -13,45 +12,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-
-def cli_main(main: Callable[[], None]) -> None:
-    """Run a script's main; an error that a user can cause becomes one `error:` line and exit status 2.
-
-    User errors are `ValueError` subclasses that our packages define (ConfigError, BudgetError, …) and `OSError`.
-    A bare ValueError, like any other exception, is a bug of ours and keeps its traceback.
-    """
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        ours = isinstance(error, OSError) or type(error).__module__.startswith("fluxmoe.") or is_script_error(error)
-        if not ours:
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+_PACKAGES = ("kernels", "models", "runtime", "experiments")
 
 
 class UsageError(ValueError):
-    """An argument of a script that cannot be meant."""
-
-
-class Parser(argparse.ArgumentParser):
-    """ArgumentParser that keeps the error convention: one `error:` line, exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see --help)")
-
-
-def is_script_error(error: BaseException) -> bool:
-    """Errors defined in the script itself: run with `python -m`, its module is called `__main__`."""
-    return type(error).__module__ == "__main__"
+    """An argument that is invalid, or has no effect."""
 
 
 def write_atomically(path: Path | str, data: bytes | str) -> None:
@@ -96,24 +67,64 @@ def read_csv(path: Path | str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def resume(out: Path, settings: Mapping[str, Any], table: str = "points.csv") -> tuple[list[dict[str, str]], str]:
-    """What a stopped sweep left in `table` of `out`, and the identity of `settings`, which provenance.json must keep
-    under that name. UsageError if the rows there are of other settings."""
-    identity = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    rows = read_csv(out / table)
-    if rows and json.loads((out / "provenance.json").read_text()).get("identity") != identity:
-        raise UsageError(f"{out} holds points of another model, workload or setting; give another --out")
-    return rows, identity
+def digest(*values: Any) -> str:
+    """16 hex digits that change with the content of any of `values`, which need only be printable."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@cache
+def code_digest() -> str:
+    """Names the code that made a row, also where there is no git: a digest of all sources of our packages."""
+    found, root = hashlib.sha256(), Path(__file__).resolve().parents[2]
+    for path in sorted(path for package in _PACKAGES for path in (root / package).rglob("*.py")):
+        found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def check_out(out: Path) -> None:
+    """UsageError unless `out` is a folder, or can become one, that can be written."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give a folder")
+    _check_writable(out if out.exists() else out.parent)
+
+
+def output_file(text: str) -> Path:
+    """The path of a file that will be written; UsageError where it cannot be, so before any work."""
+    path = Path(text)
+    if path.is_dir():
+        raise UsageError(f"{text} is a folder; give the name of a file")
+    _check_writable(path.parent)
+    return path
+
+
+def _check_writable(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {there}: {error.strerror}") from None
+
+
+def load_json(path: Path | str) -> Any:
+    """A JSON file's content; UsageError if it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as JSON: {error}") from None
 
 
 def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, Any]:
-    """What made a result: commit, command, device, versions, seed, time (UTC); dirty: whether tracked files other than
-    results differed from the commit."""
+    """What made a result: code, command, device, versions, seed, time (UTC). commit and dirty (whether tracked files
+    other than results differ from it): None where this code lies in no repository of its own, as in a wheel."""
     packages = ("torch", "triton", "numba", "numpy", "transformers")
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/results")),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "dirty": None
+        if (changed := _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/results")) is None
+        else bool(changed),
+        "code": code_digest(),
+        "command": " ".join(["fluxmoe", *sys.argv[1:]]),
         "device": device,
         "hardware": device_name(device),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -140,12 +151,17 @@ def device_name(device: str) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    try:
-        root = Path(__file__).resolve().parent
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    """What git says of our repository; None where this file is not tracked by the one that it lies in."""
+    here = Path(__file__).resolve()
+
+    def run(*command: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *command], cwd=here.parent, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    return run(*arguments) if run("ls-files", "--error-unmatch", here.name) is not None else None
 
 
 def _version(name: str) -> str | None:

@@ -4,14 +4,16 @@ as a trace has them. Prompts are random token ids.
 
 from __future__ import annotations
 
-import argparse
 import csv
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from fluxmoe.models.config import ModelConfig
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 
+from .args import option
+from .models import Preset
 from .results import UsageError
 
 TRACE_COLUMNS = ("arrived_at", "num_prefill_tokens", "num_decode_tokens")
@@ -100,43 +102,53 @@ def trace_lengths(path: Path | str, requests: int | None, context: int, at_once:
     return lengths
 
 
-def add_workload_arguments(p: argparse.ArgumentParser) -> None:
-    """What `workload_of` reads."""
-    p.add_argument("--requests", type=int, help="number of requests")
-    p.add_argument("--context", type=int, help="longest prompt + output")
-    p.add_argument("--output-tokens", type=int, help="output tokens of every request, drawn and fixed")
-    p.add_argument(
-        "--workload", default="drawn", metavar="drawn|fixed|sharegpt|CSV",
-        help="drawn: prompt + output uniform in [context/2, context]; fixed: all of `context`; sharegpt: lengths like "
-        f"ShareGPT's conversations; or a trace with columns {', '.join(TRACE_COLUMNS)} (default: %(default)s)",
-    )  # fmt: skip
-    p.add_argument(
-        "--arrivals", default="at_once", metavar="at_once|trace|RATE",
-        help="trace: as the trace has them; a number: as many a second, a Poisson process (default: %(default)s)",
-    )  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Which requests are served."""
 
+    requests: int | None = option("number of requests (default: the preset's, or 64)", None, least=1)
+    context: int | None = option("longest prompt + output (default: the preset's, or 1024)", None, least=2)
+    output_tokens: int | None = option(
+        "of every request, drawn and fixed (default: the preset's, or 64)", None, least=1
+    )
+    workload: str = option(
+        "drawn: prompt + output uniform in [context/2, context]; fixed: all of context; sharegpt: lengths like "
+        f"ShareGPT's conversations; or a trace with columns {', '.join(TRACE_COLUMNS)}", "drawn",
+        metavar="drawn|fixed|sharegpt|CSV",
+    )  # fmt: skip
+    arrivals: str = option(
+        "trace: as the trace has them; a number: as many a second, a Poisson process", "at_once",
+        metavar="at_once|trace|RATE",
+    )  # fmt: skip
+    seed: int = option("of lengths, prompts and arrivals", 0)
 
-def workload_of(args: argparse.Namespace, context: int) -> list[Lengths]:
-    """Lengths and arrivals that the arguments ask for. UsageError if they cannot be meant."""
-    requests, output = args.requests or 64, args.output_tokens or 64
-    from_trace = args.workload not in ("drawn", "fixed", "sharegpt")
-    if args.arrivals == "trace" and not from_trace:
-        raise UsageError("--arrivals trace needs a trace: give its file to --workload")
-    if from_trace:
-        lengths = trace_lengths(args.workload, args.requests, context, at_once=args.arrivals != "trace")
-    elif args.workload == "sharegpt":
-        lengths = sharegpt_lengths(requests, context, args.seed)
-    elif args.workload == "fixed":
-        lengths = fixed_lengths(requests, context, output)
-    else:
-        lengths = drawn_lengths(requests, context, output, args.seed)
-    if args.arrivals in ("at_once", "trace"):
-        return lengths
-    try:
-        rate = float(args.arrivals)
-    except ValueError:
-        raise UsageError(f"--arrivals takes at_once, trace or a number a second, got {args.arrivals!r}") from None
-    return poisson_arrivals(lengths, rate, args.seed)
+    def lengths(self, preset: Preset | None, model: ModelConfig) -> list[Lengths]:
+        """Lengths and arrivals; what is not given is as the preset says. UsageError if they are invalid."""
+        requests = self.requests or (preset.requests if preset else None)
+        output = self.output_tokens or (preset.output_tokens if preset else 64)
+        context = self.context or (preset.context if preset else min(1024, model.max_position_embeddings))
+        if context > model.max_position_embeddings:
+            raise UsageError(f"--context {context} is beyond the model's limit of {model.max_position_embeddings}")
+        from_trace = self.workload not in ("drawn", "fixed", "sharegpt")
+        if self.output_tokens and (from_trace or self.workload == "sharegpt"):
+            raise UsageError(f"--output-tokens has no effect: --workload {self.workload} says how long answers are")
+        if self.arrivals == "trace" and not from_trace:
+            raise UsageError("--arrivals trace needs a trace: give its file to --workload")
+        if from_trace:
+            lengths = trace_lengths(self.workload, self.requests, context, at_once=self.arrivals != "trace")
+        elif self.workload == "sharegpt":
+            lengths = sharegpt_lengths(requests or 64, context, self.seed)
+        elif self.workload == "fixed":
+            lengths = fixed_lengths(requests or 64, context, output)
+        else:
+            lengths = drawn_lengths(requests or 64, context, output, self.seed)
+        if self.arrivals in ("at_once", "trace"):
+            return lengths
+        try:
+            rate = float(self.arrivals)
+        except ValueError:
+            raise UsageError(f"--arrivals takes at_once, trace or a number a second, got {self.arrivals!r}") from None
+        return poisson_arrivals(lengths, rate, self.seed)
 
 
 def make_requests(lengths: list[Lengths], vocab_size: int, seed: int) -> list[Request]:

@@ -1,6 +1,6 @@
 """What paging costs when nothing is paged out: every expert resident and dense (the paper's Exp#4, Fig. 10).
 
-    python -m fluxmoe.experiments.paper.fig10_overhead --out results/<hardware>/exp4_overhead
+    fluxmoe paper fig10 --out results/measured/<hardware>/fig10_overhead
 
 The experts of a row of layers lie in ordinary memory, or under the addresses of a PagedTensor whose pages are all
 mapped; two kernels read them:
@@ -15,10 +15,10 @@ map and one unmap of a block cost is timed beside it.
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,16 +33,34 @@ from fluxmoe.runtime.memory.paged_tensor import PagedTensor
 from torch import Tensor
 from tqdm import tqdm
 
-from ..lib.results import Parser, UsageError, cli_main, provenance, write_csv, write_json
+from ..lib.args import option
+from ..lib.results import UsageError, provenance, write_csv, write_json
 from ..plots.serving import plot_overhead
 
 MEMORIES = ("stacked", "apart", "paged")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    device: str = option("what computes", "auto", choices=("auto", "cpu", "cuda"))
+    layers: int = option("of experts", 4, least=1)
+    experts: int = option("of a layer", 32, least=1)
+    top_k: int = option("experts of a token", 4, least=1)
+    hidden: int = option("width", 512, least=1)
+    moe_intermediate: int = option("width of an expert", 512, least=1)
+    batches: tuple[int, ...] = option("tokens", (1, 8, 32, 64), least=1)
+    repeats: int = option("turns of each variant", 300, least=1)
+    out: Path = option("folder of the results", metavar="DIR")
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.experts:
+            raise UsageError(f"--top-k {self.top_k} is more than the {self.experts} --experts")
+
+
 class Experts:
     """The same experts in each kind of memory: blocks for our kernels, [E, n, k] for torch, by layer."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+    def __init__(self, args: Arguments, device: torch.device) -> None:
         self.dims = ExpertDims(args.hidden, args.moe_intermediate, args.experts, args.top_k, torch.bfloat16)
         self.device, self.layers = device, args.layers
         if device.type == "cuda":
@@ -178,31 +196,13 @@ def seconds_of_host(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.paper.fig10_overhead", description=__doc__.splitlines()[0])
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    p.add_argument("--layers", type=int, default=4)
-    p.add_argument("--experts", type=int, default=32)
-    p.add_argument("--top-k", type=int, default=4)
-    p.add_argument("--hidden", type=int, default=512)
-    p.add_argument("--moe-intermediate", type=int, default=512)
-    p.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64])
-    p.add_argument("--repeats", type=int, default=300, help="turns of each variant")
-    p.add_argument("--out", required=True, metavar="DIR")
-    return p
-
-
 def write_rows(path: Path, rows: list[dict]) -> None:
     write_csv(path, rows)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    sizes = (args.layers, args.experts, args.hidden, args.moe_intermediate, args.repeats, *args.batches)
-    if min(sizes) < 1 or not 1 <= args.top_k <= args.experts:
-        raise UsageError("sizes, batches and repeats must be at least 1, and --top-k at most --experts")
+def run(args: Arguments) -> None:
     torch.manual_seed(0)
-    device, out, rng = resolve_device(args.device), Path(args.out), random.Random(0)
+    device, out, rng = resolve_device(args.device), args.out, random.Random(0)
     costs = map_costs(device)
     for cost in costs:
         print(f"{cost['call']:>6} of {cost['block_bytes'] >> 10} KiB: {cost['time_us']:.1f} µs "
@@ -222,9 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     experts.close()
     write_rows(out / "map_costs.csv", costs)
     settings = {name: getattr(args, name) for name in ("layers", "experts", "top_k", "hidden", "moe_intermediate")}
-    write_json(out / "provenance.json", {**provenance(device.type, 0), **settings, "padding_bytes": padding})
+    write_json(
+        out / "provenance.json",
+        {"experiment": "paper fig10", **provenance(device.type, 0), **settings, "padding_bytes": padding},
+    )
     print(f"figure: {plot_overhead(out)}")
-
-
-if __name__ == "__main__":
-    cli_main(main)

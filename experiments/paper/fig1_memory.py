@@ -1,7 +1,7 @@
 """What memory holds: weights, recurrent states and KV of a model against batch and context (Fig. 1).
 
-    python -m fluxmoe.experiments.paper.fig1_memory --out results/simulated-4xL40/fig1_memory
-    python -m fluxmoe.experiments.paper.fig1_memory --device cpu --out results/<hardware>/fig1_memory
+    fluxmoe paper fig1 --out results/simulated/4xL40/fig1_memory
+    fluxmoe paper fig1 --device cpu --out results/measured/<hardware>/fig1_memory
 
 On sim, arithmetic on a published config: KV exists in the attention layers alone, states in the others. On cpu and
 cuda, what an engine with everything resident really holds for a full batch, at a 16th of the batches and contexts.
@@ -10,19 +10,26 @@ cuda, what an engine with everything resident really holds for a full batch, at 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 
 from fluxmoe.models.published import PUBLISHED
 from fluxmoe.runtime.serving.config import EngineConfig
 from tqdm import tqdm
 
-from ..lib.machines import SIMULATED, Machine, figure_parser, machine_of
-from ..lib.presets import Source, preset_source, published_source
-from ..lib.results import cli_main, provenance, write_csv, write_json
+from ..lib.args import group, option
+from ..lib.machines import SIMULATED, FigureMachine, Machine
+from ..lib.models import Source, preset_source, published_source
+from ..lib.results import provenance, write_csv, write_json
 from ..plots.paper import plot_memory_split
 from .sweep import MEASURED_SCALE
 
 BATCHES, CONTEXTS = (32, 64, 128, 256, 512), (1024, 2048, 4096, 8192, 16384)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    where: FigureMachine = group()
+    model: str = option("of sim", "qwen3-next-80b-a3b", choices=tuple(PUBLISHED))
 
 
 def points(scale: int) -> Iterator[tuple[str, int, int]]:
@@ -50,26 +57,20 @@ def held(machine: Machine, source: Source, batch: int, context: int) -> dict[str
     }  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> None:
-    p = figure_parser("fig1_memory", __doc__.splitlines()[0])
-    p.add_argument("--model", choices=list(PUBLISHED), default="qwen3-next-80b-a3b", help="of sim")
-    args = p.parse_args(argv)
-    out = Path(args.out)
-    if args.device == SIMULATED:
+def run(args: Arguments) -> None:
+    out = args.where.out
+    if args.where.simulated:
         source, about = published_source(args.model), {"device": SIMULATED, "simulated": "published config"}
         rows = [(panel, b, c, computed(source, b, c)) for panel, b, c in points(1)]
     else:
-        machine, source = machine_of(args), preset_source("deep-next", Path(args.checkpoints))
+        machine, source = args.where.here, preset_source("deep-next", args.where.checkpoints)
         about = machine.about
-        bar = tqdm(list(points(MEASURED_SCALE)), "engines", unit="engine")
+        bar = tqdm(list(points(MEASURED_SCALE)), "engines", unit="engine", disable=None)
         rows = [(panel, b, c, held(machine, source, b, c)) for panel, b, c in bar]
     write_csv(
         out / "points.csv",
         [{"panel": panel, "model": source.name, "batch": b, "context": c, **use} for panel, b, c, use in rows],
     )
-    write_json(out / "provenance.json", {**provenance(args.device, None), **about, "model": source.name})
+    facts = {"experiment": "paper fig1", **provenance(args.where.device, None), **about, "model": source.name}
+    write_json(out / "provenance.json", facts)
     print(f"figure: {plot_memory_split(out)}")
-
-
-if __name__ == "__main__":
-    cli_main(main)

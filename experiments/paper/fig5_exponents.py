@@ -1,6 +1,6 @@
 """How the bits of trained experts are distributed: what lossless compression can save (the paper's Fig. 5).
 
-    python -m fluxmoe.experiments.paper.fig5_exponents --model DIR --out results/<model>/fig5_exponents
+    fluxmoe paper fig5 --model DIR --out results/measured/<hardware>/fig5_exponents
 
 Reads the experts of a checkpoint, one at a time, and counts exponents (256 values) and mantissas (128 values) of their
 bf16 weights. Writes histogram.csv, summary.json with the entropies in bits, and exponents.png. A mantissa's entropy
@@ -9,9 +9,7 @@ near 7 bits and an exponent's near 2.6 are why formats keep the one and code the
 
 from __future__ import annotations
 
-import argparse
-import csv
-import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,8 @@ from fluxmoe.kernels.packing.histogram import exponent_histogram
 from fluxmoe.models.checkpoint import Checkpoint
 from tqdm import tqdm
 
-from ..lib.results import Parser, UsageError, cli_main, provenance, write_atomically, write_json
+from ..lib.args import option
+from ..lib.results import UsageError, provenance, write_csv, write_json
 from ..plots.serving import plot_exponents
 
 
@@ -47,28 +46,25 @@ def count_experts(checkpoint: Checkpoint, limit: int | None) -> tuple[np.ndarray
     return exponents, mantissas, read
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.paper.fig5_exponents", description=__doc__.splitlines()[0])
-    p.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint in bf16")
-    p.add_argument("--experts", type=int, help="read only so many experts")
-    p.add_argument("--out", required=True, metavar="DIR")
-    return p
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    model: str = option("Hugging Face checkpoint in bf16", metavar="DIR")
+    experts: int | None = option("read only so many experts (default: all)", None, least=1)
+    out: Path = option("folder of the results", metavar="DIR")
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    if args.experts is not None and args.experts < 1:
-        raise UsageError("--experts must be at least 1")
+def run(args: Arguments) -> None:
     checkpoint = Checkpoint(args.model)
     if checkpoint.config.dtype != torch.bfloat16:
         raise UsageError(f"{args.model} holds {checkpoint.config.dtype} weights; the figure is of bfloat16")
     exponents, mantissas, read = count_experts(checkpoint, args.experts)
-    out, text = Path(args.out), io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("field", "value", "count"))
-    for field, counts in (("exponent", exponents), ("mantissa", mantissas)):
-        writer.writerows((field, value, int(count)) for value, count in enumerate(counts) if count)
-    write_atomically(out / "histogram.csv", text.getvalue())
+    rows = [
+        {"field": field, "value": value, "count": int(count)}
+        for field, counts in (("exponent", exponents), ("mantissa", mantissas))
+        for value, count in enumerate(counts)
+        if count
+    ]
+    write_csv(args.out / "histogram.csv", rows)
     windows = np.convolve(exponents, np.ones(16, dtype=np.int64), "valid")
     summary = {
         "experts": read,
@@ -79,15 +75,12 @@ def main(argv: list[str] | None = None) -> None:
         "share_outside_16_exponents": 1 - float(windows.max() / exponents.sum()),
         "model": {"arch": checkpoint.config.arch, "num_layers": checkpoint.config.num_layers},
     }
-    write_json(out / "summary.json", summary | {"provenance": provenance("cpu")})
-    figure = plot_exponents(out)
+    write_json(args.out / "summary.json", summary)
+    write_json(args.out / "provenance.json", {"experiment": "paper fig5", **provenance("cpu")})
+    figure = plot_exponents(args.out)
     print(
         f"{summary['weights']} weights of {read} experts: exponents {summary['exponent_entropy_bits']:.3f} bits, "
         f"mantissas {summary['mantissa_entropy_bits']:.3f}, sign 1: no code below "
         f"{summary['bits_per_weight_bound']:.2f} bits a weight; {summary['share_outside_16_exponents']:.4%} outside "
         f"the 16 most common neighbours\nfigure: {figure}"
     )
-
-
-if __name__ == "__main__":
-    cli_main(main)

@@ -1,6 +1,6 @@
 """Experts leave the device while requests are served, and KV takes the memory (the paper's Exp#3, Fig. 9).
 
-    python -m fluxmoe.experiments.paper.fig9_adaptation --preset small --out results/<hardware>/exp3_adaptation
+    fluxmoe paper fig9 --preset small --out results/measured/<hardware>/fig9_adaptation
 
 Every expert begins compressed on the device. From iteration --start on, every --every iterations one expert of each
 layer goes to host memory, --times times. Variants, which serve the same requests, with the same tokens:
@@ -11,7 +11,7 @@ layer goes to host memory, --times times. Variants, which serve the same request
     unspread    as many experts leave at each step, all of them from the last layers that have any (the ablation)
     planned     the planner moves experts when it sees fit, at most as many; KV grows
 
-    python -m fluxmoe.experiments.paper.fig9_adaptation --device sim --profile 4xL40 --config qwen3-next-80b-a3b …
+    fluxmoe paper fig9 --device sim --profile 4xL40 --config qwen3-next-80b-a3b …
 
 serves a published model on the simulator's virtual clock instead.
 
@@ -21,44 +21,54 @@ the figure shows tokens/s in windows of iterations, and the bytes that experts a
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.experts.planner import Move
 from fluxmoe.runtime.memory.budget import parse_bytes
+from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
-from tqdm import tqdm
+from fluxmoe.runtime.serving.metrics import StepMetrics
+from fluxmoe.runtime.sim.simulator import SimEngine
 
-from ..commands.generate import add_engine_arguments, engine_config
-from ..lib.machines import Machine, machine_of
-from ..lib.presets import Source, add_model_source, model_source
-from ..lib.results import Parser, UsageError, cli_main, provenance, write_csv, write_json
+from ..lib.args import group, option
+from ..lib.machines import SWEPT, Machine, MachineChoice
+from ..lib.models import ModelChoice, Source
+from ..lib.results import UsageError, read_csv, write_csv
+from ..lib.serve import serve
+from ..lib.sweep import Sweep
 from ..lib.workloads import Lengths, make_requests
 from ..plots.serving import plot_adaptation
 
 VARIANTS = ("static", "hold", "grow", "unspread", "planned")
 _GROWING = ("grow", "unspread", "planned")
+# What steps.csv has of an iteration.
+_SHOWN = (
+    "iteration", "time_s", "batch", "duration_s", "prefill_tokens", "decode_tokens", "device_experts", "stall_s",
+    "transfer_s", "preemptions",
+)  # fmt: skip
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.paper.fig9_adaptation", description=__doc__.splitlines()[0])
-    add_model_source(p, simulate=True)
-    p.add_argument("--budget", default="352MiB", help="device bytes for everything")
-    p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    p.add_argument("--requests", type=int, default=96)
-    p.add_argument("--prompt-tokens", type=int, default=32)
-    p.add_argument("--output-tokens", type=int, default=224)
-    p.add_argument("--start", type=int, default=400, help="iteration of the first step")
-    p.add_argument("--every", type=int, default=150, help="iterations between steps")
-    p.add_argument("--times", type=int, default=7, help="steps; each takes one expert of every layer")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", required=True, metavar="DIR")
-    add_engine_arguments(p, swept=True, simulate=True)
-    return p
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    model: ModelChoice = group()
+    machine: MachineChoice = group()
+    engine: EngineConfig = group(*SWEPT)
+    budget: int | None = option(
+        "device bytes for everything, or all (default: 352MiB)", 352 << 20, parse=parse_bytes, metavar="BYTES"
+    )
+    variants: tuple[str, ...] = option("which", VARIANTS, choices=VARIANTS)
+    requests: int = option("number of requests", 96, least=1)
+    prompt_tokens: int = option("of each request", 32, least=1)
+    output_tokens: int = option("of each request", 224, least=1)
+    start: int = option("iteration of the first step", 400, least=1)
+    every: int = option("iterations between steps", 150, least=1)
+    times: int = option("steps; each takes one expert of every layer", 7, least=1)
+    seed: int = option("of prompts", 0)
+    out: Path = option("folder of the results", metavar="DIR")
 
 
 def moves_of_step(tiers: np.ndarray, spread: bool) -> list[Move]:
@@ -72,76 +82,69 @@ def moves_of_step(tiers: np.ndarray, spread: bool) -> list[Move]:
     return moves
 
 
-def run_variant(args: argparse.Namespace, machine: Machine, source: Source, variant: str) -> tuple[list[dict], str]:
-    """(a row an iteration, digest of all tokens)."""
-    lengths = [Lengths(0.0, args.prompt_tokens, args.output_tokens)] * args.requests
-    requests = make_requests(lengths, source.config.vocab_size, args.seed)
+def settings_of(args: Arguments, variant: str, experts: int) -> EngineConfig:
     # All variants have the same slots, so the same KV to begin with: unspread, whole layers come to stream.
-    share = 1.0 if "unspread" in args.variants else args.times / source.config.num_experts
-    settings = engine_config(
-        args, args.prompt_tokens + args.output_tokens, placement="packed", budget_bytes=parse_bytes(args.budget),
+    share = 1.0 if "unspread" in args.variants else args.times / experts
+    return replace(
+        args.engine, placement="packed", budget_bytes=args.budget, max_context=args.prompt_tokens + args.output_tokens,
         adaptive=True, planning=variant == "planned", grow_kv=variant in _GROWING, least_alpha=max(0.0, 1 - share),
     )  # fmt: skip
-    rows = []
-    with machine.open(source, settings) as engine:
+
+
+def run_variant(args: Arguments, machine: Machine, source: Source, variant: str, steps: list[dict]) -> dict:
+    """Totals of a variant; `steps` gets a row an iteration."""
+    lengths = [Lengths(0.0, args.prompt_tokens, args.output_tokens)] * args.requests
+    requests = make_requests(lengths, source.config.vocab_size, args.seed)
+
+    def watch(engine: Engine | SimEngine, step: StepMetrics) -> None:
         pager = engine.pager if isinstance(engine, Engine) else engine
-        handles = [engine.add(request) for request in requests]
-        bar = tqdm(engine.steps(), variant, unit="step")
-        for step in bar:
-            done = (step.iteration - args.start) // args.every
-            due = (step.iteration - args.start) % args.every == 0 and 0 <= done < args.times
-            if due and variant not in ("static", "planned"):
-                pager.request(moves_of_step(pager.tiers, variant != "unspread"))
-            lines = engine.budget.lines()
-            rows.append(
-                {
-                    "variant": variant, "iteration": step.iteration, "time_s": step.time_s, "batch": step.batch,
-                    "duration_s": step.duration_s, "prefill_tokens": step.prefill_tokens,
-                    "decode_tokens": step.decode_tokens, "device_experts": step.device_experts,
-                    "expert_bytes": lines["packed_experts"], "kv_bytes": lines["kv_cache"],
-                    "stall_s": step.stall_s, "transfer_s": step.transfer_s, "preemptions": step.preemptions,
-                }
-            )  # fmt: skip
-        if isinstance(engine, Engine) and variant != "planned":
-            mover = engine.pager.mover
-            if mover.refused:
-                raise UsageError(f"a move was refused: {mover.refused[0]}")
-    digest = hashlib.sha256(json.dumps([handle.output.token_ids for handle in handles]).encode())
-    return rows, digest.hexdigest()[:16]
+        done = (step.iteration - args.start) // args.every
+        due = (step.iteration - args.start) % args.every == 0 and 0 <= done < args.times
+        if due and variant not in ("static", "planned"):
+            pager.request(moves_of_step(pager.tiers, variant != "unspread"))
+        if isinstance(engine, Engine) and variant != "planned" and engine.pager.mover.refused:
+            raise UsageError(f"a move was refused: {engine.pager.mover.refused[0]}")
+        lines, shown = engine.budget.lines(), asdict(step)
+        bytes_by_owner = {"expert_bytes": lines["packed_experts"], "kv_bytes": lines["kv_cache"]}
+        steps.append({"variant": variant} | {name: shown[name] for name in _SHOWN} | bytes_by_owner)
+
+    return serve(machine, source, settings_of(args, variant, source.config.num_experts), requests, watch=watch).row
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    if min(args.requests, args.start, args.every, args.times) < 1:
-        raise UsageError("requests, start, every and times must be at least 1")
-    machine, source = machine_of(args), model_source(args)
+def run(args: Arguments) -> None:
+    machine = args.machine.machine
+    source = args.model.source(machine.simulated)
     if args.times >= source.config.num_experts:
         raise UsageError(f"--times {args.times} would leave no expert of {source.config.num_experts} on the device")
-    out, rows, digests = Path(args.out), [], set()
-    for variant in args.variants:
-        more, digest = run_variant(args, machine, source, variant)
-        rows += more
-        digests.add(digest)
-        write_csv(out / "steps.csv", rows)
-        end = more[-1]
-        total = {key: sum(row[key] for row in more) for key in end if key != "variant"}
-        most = {key: max(row[key] for row in more) for key in end if key != "variant"}
-        print(
-            f"{variant:>9}: {total['decode_tokens'] / end['time_s']:.1f} tokens/s in {end['time_s']:.1f} s, largest "
-            f"batch {most['batch']}, KV {more[0]['kv_bytes'] / 1e6:.1f} → {most['kv_bytes'] / 1e6:.1f} MB, "
-            f"{total['preemptions']} preemptions, stalls {total['stall_s']:.2f} s of {total['transfer_s']:.2f} s",
-            flush=True,
-        )
-    verdict = "identical" if len(digests) == 1 else f"DIFFER: {len(digests)} variants"
-    print(f"tokens: {verdict}")
-    settings = {
-        k: getattr(args, k)
-        for k in ("budget", "link_bandwidth", "requests", "prompt_tokens", "output_tokens", "start", "every", "times")
+    shown = ("budget", "requests", "prompt_tokens", "output_tokens", "start", "every", "times")
+    settings = {name: getattr(args, name) for name in shown} | {"link_bandwidth": args.engine.link_bandwidth}
+    made = {"machine": machine.content, "model": source.content, "seed": args.seed, "moves": settings}
+    facts = {**machine.about, **settings, "model": source.name}
+    with Sweep(args.out, "paper fig9", "rows.csv", made, args.seed, **facts) as sweep:
+        for variant in args.variants:
+            steps: list[dict] = []
+            how = asdict(settings_of(args, variant, source.config.num_experts))
+            row = sweep.measure(partial(run_variant, args, machine, source, variant, steps), how, variant=variant)
+            if row is not None and row["status"] == "ok":
+                others = [step for step in read_csv(args.out / "steps.csv") if step["variant"] != variant]
+                write_csv(args.out / "steps.csv", [*others, *steps])
+                report(variant, steps)
+        ok = [row for row in sweep.rows if row["status"] == "ok"]
+        verdict = "identical" if len({row["tokens_sha256"] for row in ok}) == 1 else "DIFFER"
+        sweep.note(tokens=verdict)
+        print(f"tokens: {verdict}")
+        sweep.finish()
+    print(f"figure: {plot_adaptation(args.out)}")
+
+
+def report(variant: str, steps: list[dict]) -> None:
+    end, kv = steps[-1], [step["kv_bytes"] for step in steps]
+    total = {
+        name: sum(step[name] for step in steps) for name in ("decode_tokens", "preemptions", "stall_s", "transfer_s")
     }
-    about = {**settings, "model": source.name, "tokens": verdict, **machine.about}
-    write_json(out / "provenance.json", {**provenance(machine.device, args.seed), **about})
-    print(f"figure: {plot_adaptation(out)}")
-
-
-if __name__ == "__main__":
-    cli_main(main)
+    print(
+        f"{variant:>9}: {total['decode_tokens'] / end['time_s']:.1f} tokens/s in {end['time_s']:.1f} s, largest "
+        f"batch {max(step['batch'] for step in steps)}, KV {kv[0] / 1e6:.1f} → {max(kv) / 1e6:.1f} MB, "
+        f"{total['preemptions']} preemptions, stalls {total['stall_s']:.2f} s of {total['transfer_s']:.2f} s",
+        flush=True,
+    )

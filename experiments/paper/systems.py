@@ -23,12 +23,13 @@ from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.serving.config import EngineConfig
-from fluxmoe.runtime.serving.metrics import summarise
 from fluxmoe.runtime.sim.cost_model import CostParameters
 
 from ..lib.machines import SIMULATED, Machine
-from ..lib.presets import Source
+from ..lib.models import Source
+from ..lib.serve import serve
 from ..lib.workloads import Lengths, make_requests
+from . import stated
 
 PAPER = CostParameters(bits={**CostParameters().bits, "huffman": 12.8}, eager=True)
 OURS = CostParameters()
@@ -104,32 +105,22 @@ def settings_of(run: Run) -> Iterator[EngineConfig]:
         raise ValueError(f"unknown system {run.system!r}")
 
 
-def serve(run: Run, bench: Bench) -> dict:
-    """Totals of a run, `tokens_per_s` of output; BudgetError where the system cannot start."""
+def serve_run(run: Run, bench: Bench) -> dict:
+    """The row of a run, `tokens_per_s` of output; BudgetError where the system cannot start."""
     rows: list[dict] = []
     refused: BudgetError | None = None
+    costs = bench.ours if run.system == "ours" else bench.theirs
+    lengths = [Lengths(0.0, run.context - run.output, run.output)] * run.batch
+    requests = make_requests(lengths, bench.source.config.vocab_size, 0)
     for settings in settings_of(run):
         try:
-            rows.append(_serve(run, bench, settings))
+            found = serve(bench.machine, bench.source, settings, requests, costs).row
+            rows.append(found | {"preemption": settings.preemption})
         except BudgetError as error:
             refused = error
     if refused is not None and not rows:
         raise refused
     return max(rows, key=lambda row: row["tokens_per_s"])
-
-
-def _serve(run: Run, bench: Bench, settings: EngineConfig) -> dict:
-    costs = bench.ours if run.system == "ours" else bench.theirs
-    lengths = [Lengths(0.0, run.context - run.output, run.output)] * run.batch
-    with bench.machine.open(bench.source, settings, costs) as engine:
-        for request in make_requests(lengths, bench.source.config.vocab_size, 0):
-            engine.add(request)
-        totals = summarise(list(engine.steps()))
-        return {
-            **totals, "tokens_per_s": run.batch * run.output / totals["wall_s"], "preemption": settings.preemption,
-            "max_sequences": engine.deployment.max_sequences,
-            "kv_tokens": engine.scheduler.num_blocks * settings.block_size, **engine.budget.lines(),
-        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,21 +141,18 @@ class Calibration:
         return Bench(machine, source, theirs=replace(PAPER, eager_launch_s=self.launch_s))
 
 
-# Three figures of the paper at batch 32, context 4096, Qwen3-Next on 4 x L40.
-CALIBRATED_ON = {"vllm-o tokens/s": 54.6, "vllm / vllm-o": 6.0, "fluxmoe / vllm": 0.639}
-
-
 def calibrate(profile: HardwareProfile, source: Source, halvings: int = 24) -> Calibration:
     """Three numbers from three figures, one after the other, each by bisection.
 
     launch_s: what a kernel costs the host, from vLLM's speed; host_link_shared: what all devices together get
     from the host, from vLLM-O's; huffman_bandwidth: the decoder's rate, from FluxMoE's.
     """
-    vllm = CALIBRATED_ON["vllm / vllm-o"] * CALIBRATED_ON["vllm-o tokens/s"]
+    vllm_o, vllm = stated.FIG7["vllm-o at batch 32, tokens/s"], stated.FIG7["vllm / vllm-o at batch 32"]
+    vllm *= vllm_o
     found = Calibration(0.0, profile.host_bandwidth * profile.num_devices, 100e9)
 
     def speed(system: str, calibration: Calibration) -> float:
-        return serve(Run(system, 32, 4096), calibration.bench(profile, source, profile.num_devices))["tokens_per_s"]
+        return serve_run(Run(system, 32, 4096), calibration.bench(profile, source, profile.num_devices))["tokens_per_s"]
 
     def solve(field: str, low: float, high: float, system: str, wanted: float, falls: bool) -> Calibration:
         for _ in range(halvings):
@@ -174,5 +162,6 @@ def calibrate(profile: HardwareProfile, source: Source, halvings: int = 24) -> C
         return replace(found, **{field: (low + high) / 2})
 
     found = solve("launch_s", 0.0, 1e-3, "vllm", vllm, falls=True)
-    found = solve("host_link_shared", 1e9, 200e9, "vllm-o", CALIBRATED_ON["vllm-o tokens/s"], falls=False)
-    return solve("huffman_bandwidth", 10e9, 2e12, "fluxmoe", CALIBRATED_ON["fluxmoe / vllm"] * vllm, falls=False)
+    found = solve("host_link_shared", 1e9, 200e9, "vllm-o", vllm_o, falls=False)
+    fluxmoe = stated.FIG7["fluxmoe / vllm at batch 32"] * vllm
+    return solve("huffman_bandwidth", 10e9, 2e12, "fluxmoe", fluxmoe, falls=False)

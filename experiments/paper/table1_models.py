@@ -1,7 +1,7 @@
 """Sizes of models: parameters, bytes of experts and of the rest, KV and states of a sequence (Table 1).
 
-    python -m fluxmoe.experiments.paper.table1_models --out results/simulated-4xL40/table1_models
-    python -m fluxmoe.experiments.paper.table1_models --device cpu --out results/<hardware>/table1_models
+    fluxmoe paper table1 --out results/simulated/4xL40/table1_models
+    fluxmoe paper table1 --device cpu --out results/measured/<hardware>/table1_models
 
 On sim, published models by their configs. On cpu and cuda, the presets as an engine really holds them, each compressed
 too. Writes table.csv and table.md.
@@ -9,16 +9,17 @@ too. Writes table.csv and table.md.
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, FORMATS
 from fluxmoe.models.published import PUBLISHED
 from fluxmoe.runtime.serving.config import EngineConfig
 from tqdm import tqdm
 
-from ..lib.machines import SIMULATED, Machine, figure_parser, machine_of
-from ..lib.presets import Source, preset_source, published_source
-from ..lib.results import cli_main, provenance, write_atomically, write_csv, write_json
+from ..lib.args import group
+from ..lib.machines import FigureMachine, Machine
+from ..lib.models import Source, preset_source, published_source
+from ..lib.results import provenance, write_atomically, write_csv, write_json
 
 MEASURED = ("small", "next", "deep-next", "deep-mixtral")
 HEADS = {
@@ -26,6 +27,11 @@ HEADS = {
     "expert_gb": "experts (GB)", "packed_gb": "packed, 12 bits (GB)", "all_gb": "all weights (GB)",
     "share": "experts' share (%)", "kv_kb": "KV a token (KB)", "state_mb": "states a sequence (MB)",
 }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    where: FigureMachine = group()
 
 
 def row_of(source: Source, experts: int, packed: float, others: int) -> dict[str, object]:
@@ -55,23 +61,19 @@ def held(machine: Machine, source: Source) -> dict[str, object]:
     return row_of(source, dense["resident_experts"], packed["packed_experts"], dense["non_expert_weights"])
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = figure_parser("table1_models", __doc__.splitlines()[0]).parse_args(argv)
-    if args.device == SIMULATED:
+def run(args: Arguments) -> None:
+    where, out = args.where, args.where.out
+    if where.simulated:
         rows, about = [computed(published_source(name)) for name in PUBLISHED], {"simulated": "published configs"}
     else:
-        machine = machine_of(args)
-        sources = [preset_source(name, Path(args.checkpoints)) for name in MEASURED]
-        rows, about = [held(machine, source) for source in tqdm(sources, "models")], machine.about
+        machine = where.here
+        sources = [preset_source(name, where.checkpoints) for name in MEASURED]
+        rows, about = [held(machine, source) for source in tqdm(sources, "models", disable=None)], machine.about
     lines = [" | ".join(HEADS.values()), " | ".join("---" for _ in HEADS)]
     lines += [" | ".join(str(row[key]) for key in HEADS) for row in rows]
     table = "".join(f"| {line} |\n" for line in lines)
-    out = Path(args.out)
     write_csv(out / "table.csv", rows)
     write_atomically(out / "table.md", table)
-    write_json(out / "provenance.json", {**provenance(args.device, None), "device": args.device, **about})
+    facts = {"experiment": "paper table1", **provenance(where.device, None), "device": where.device, **about}
+    write_json(out / "provenance.json", facts)
     print(table)
-
-
-if __name__ == "__main__":
-    cli_main(main)

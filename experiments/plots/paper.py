@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .serving import axis_label, line_of, plt, save, where_of
+from ..paper import stated
+from .serving import axis_label, line_of, link_of, plt, save, where_of
 
 # Okabe-Ito: told apart with any colour vision, and by marker.
 SYSTEMS = {
@@ -32,20 +33,22 @@ def _finish(axis, x: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def plot_exp1(directory: Path) -> Path:
-    """throughput.png beside points.csv of exp1_performance_bound; returns its path."""
-    at_32 = {"vllm-o": 54.6, "vllm": 6.0 * 54.6, "fluxmoe": 0.639 * 6.0 * 54.6}
+def plot_fig7(directory: Path) -> Path:
+    """throughput.png beside points.csv of fig7; returns its path."""
+    vllm_o, over_vllm_o, over_vllm = (stated.FIG7[name] for name in stated.CALIBRATED)
+    at_32 = {"vllm-o": vllm_o, "vllm": over_vllm_o * vllm_o, "fluxmoe": over_vllm * over_vllm_o * vllm_o}
     return _plot_sweep(directory, "all experts on the device", [("batch", 32, s, y) for s, y in at_32.items()])
 
 
-def plot_exp2(directory: Path) -> Path:
-    """throughput.png beside points.csv of exp2_capacity_bound; returns its path."""
-    stated = [("batch", 256, "vllm-o", 3.7), ("context", 4096, "vllm-o", 3.7)]
-    return _plot_sweep(directory, "12.5 % of experts in the host", stated)
+def plot_fig8(directory: Path) -> Path:
+    """throughput.png beside points.csv of fig8; returns its path."""
+    speed = stated.FIG8["vllm-o at batch 256, context 4096, tokens/s"]
+    points = [("batch", 256, "vllm-o", speed), ("context", 4096, "vllm-o", speed)]
+    return _plot_sweep(directory, "12.5 % of experts in the host", points)
 
 
-def _plot_sweep(directory: Path, what: str, stated: list[tuple[str, int, str, float]]) -> Path:
-    """Throughput against batch, and against context. stated: (panel, x, system, tokens/s) of the paper's machine."""
+def _plot_sweep(directory: Path, what: str, said: list[tuple[str, int, str, float]]) -> Path:
+    """Throughput against batch, and against context. said: (panel, x, system, tokens/s) of the paper's machine."""
     points, about = _read(directory)
     figure, axes = plt.subplots(1, 2, figsize=(8.0, 4.4), layout="constrained", sharey=True)
     for axis, panel in zip(axes, ("batch", "context"), strict=True):
@@ -57,7 +60,7 @@ def _plot_sweep(directory: Path, what: str, stated: list[tuple[str, int, str, fl
                     chosen[panel], chosen.tokens_per_s, marker, color=colour, label=label, linestyle=line_of(about),
                     linewidth=1.4, markersize=5,
                 )  # fmt: skip
-        for where, x, system, y in stated if about.get("simulated") else ():
+        for where, x, system, y in said if about.get("simulated") else ():
             if where == panel:
                 axis.plot(x, y, "*", color=SYSTEMS[system][0], markersize=13, markeredgecolor="white", zorder=5)
         other = "context" if panel == "batch" else "batch"
@@ -182,6 +185,5 @@ def plot_knee(directory: Path) -> Path:
     axes[0][0].set_ylabel(axis_label("ms an iteration", about))
     handles = axes[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=7.5, frameon=False)
-    held = f", link held to {about['link_bandwidth']}/s" if about.get("link_bandwidth") else ""
-    figure.suptitle(f"{about['model']}; {where_of(about)}{held}", fontsize=9)
+    figure.suptitle(f"{about['model']}; {where_of(about)}{link_of(about)}", fontsize=9)
     return save(figure, directory / "knee.png")

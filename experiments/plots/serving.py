@@ -16,6 +16,8 @@ import pandas as pd
 from fluxmoe.runtime.memory.budget import parse_bytes
 from matplotlib.figure import Figure
 
+from ..paper import stated
+
 MIB = 1 << 20
 # Okabe-Ito: told apart with any colour vision, and by marker.
 STYLE = {
@@ -49,6 +51,16 @@ def where_of(about: dict) -> str:
     if about.get("simulated"):
         return f"simulated on {about['simulated']}"
     return f"measured on {about['hardware']} ({about['cpus']} cores)"
+
+
+def size_of(nbytes: int | None) -> str:
+    """A budget, for a title."""
+    return "all" if nbytes is None else f"{nbytes / MIB:g} MiB"
+
+
+def link_of(about: dict) -> str:
+    """What a CPU's copies were held to, for a title."""
+    return f", link held to {about['link_bandwidth'] / 1e9:g} GB/s" if about.get("link_bandwidth") else ""
 
 
 def axis_label(quantity: str, about: dict) -> str:
@@ -130,21 +142,15 @@ def plot_memory_budget(directory: Path) -> Path:
     return save(figure, path)
 
 
-def _mebibytes(budget: str) -> float:
-    nbytes = parse_bytes(budget)
-    assert nbytes is not None, "`all` is no point on an axis"
-    return nbytes / MIB
-
-
 def plot_versus(directory: Path) -> Path:
-    """versus.png beside rows.csv of versus_vllm: throughput against budget, or against sequences where there is one
+    """versus.png beside rows.csv of versus: throughput against budget, or against sequences where there is one
     budget; median of rounds, range as a bar. Crosses below the axis: does not start, or stopped."""
     rows = pd.read_csv(directory / "rows.csv", dtype={"budget": str})
     about = json.loads((directory / "provenance.json").read_text())
     over = "budget" if rows.budget.nunique() > 1 else "sequences"
     figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     ok = rows[rows.status == "ok"]
-    x_of = _mebibytes if over == "budget" else float
+    x_of = (lambda text: (parse_bytes(text) or 0) / MIB) if over == "budget" else float
     # Ours as in the other figures, and first.
     names = sorted(rows.provider.unique(), key=lambda name: (not name.startswith("fluxmoe"), name))
     others = iter(("#0072B2", "#009E73", "#E69F00", "#F0E442", "#56B4E9", "#999999"))
@@ -200,7 +206,7 @@ def plot_exponents(directory: Path) -> Path:
 
 
 def plot_overhead(directory: Path) -> Path:
-    """overhead.png beside rows.csv of exp4_overhead: overhead against batch, 5th to 95th percentile as a bar."""
+    """overhead.png beside rows.csv of fig10: overhead against batch, 5th to 95th percentile as a bar."""
     rows = pd.read_csv(directory / "rows.csv")
     about = json.loads((directory / "provenance.json").read_text())
     rows = rows[rows.memory != "stacked"]
@@ -217,7 +223,8 @@ def plot_overhead(directory: Path) -> Path:
         axis.errorbar(x, chosen.overhead_percent, yerr=spread, color=colour, fmt=marker, capsize=2, label=label)
     batches = sorted(rows.batch.unique())
     axis.axhline(0, color="0.6", linewidth=0.6)
-    axis.axhline(3.0, color="0.4", linewidth=0.8, linestyle=":", label="the paper's largest, 3.0 %")
+    most = stated.FIG10_PERCENT
+    axis.axhline(most, color="0.4", linewidth=0.8, linestyle=":", label=f"the paper's largest, {most:.1f} %")
     axis.set_xticks(range(len(batches)), [str(b) for b in batches])
     axis.set_xlabel("tokens in the batch")
     axis.set_ylabel("time over one stacked tensor (%)")
@@ -229,7 +236,7 @@ def plot_overhead(directory: Path) -> Path:
 
 
 def plot_adaptation(directory: Path, window: int = 40) -> Path:
-    """adaptation.png beside steps.csv of exp3_adaptation: tokens/s in windows of iterations, and bytes by owner."""
+    """adaptation.png beside steps.csv of fig9: tokens/s in windows of iterations, and bytes by owner."""
     steps = pd.read_csv(directory / "steps.csv")
     about = json.loads((directory / "provenance.json").read_text())
     figure, (top, bottom) = plt.subplots(
@@ -254,8 +261,7 @@ def plot_adaptation(directory: Path, window: int = 40) -> Path:
     top.set_ylabel(axis_label("decoded tokens/s", about))
     top.set_ylim(bottom=0)
     top.legend(fontsize=7.5, frameon=False)
-    link = f", link held to {about['link_bandwidth']}/s" if about.get("link_bandwidth") else ""
-    top.set_title(f"{where_of(about)}, budget {about['budget']}{link}", fontsize=9)
+    top.set_title(f"{where_of(about)}, budget {size_of(about['budget'])}{link_of(about)}", fontsize=9)
     bottom.set_ylabel("KV cache (MB)")
     bottom.set_xlabel("iteration")
     for axis in (top, bottom):

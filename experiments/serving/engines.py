@@ -18,9 +18,9 @@ from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 from ..lib.machines import Machine
-from ..lib.presets import Source
+from ..lib.models import Source
 from ..lib.results import UsageError
-from .memory_budget import split_placement
+from ..lib.serve import placed
 
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -100,10 +100,7 @@ class OurPeer:
 
     def __init__(self, machine: Machine, source: Source, placement: str, settings: EngineConfig) -> None:
         self.name = f"fluxmoe {placement}"
-        where, alpha, expert_format = split_placement(placement)
-        self._engine = machine.engine(
-            source, replace(settings, placement=where, alpha=alpha, expert_format=expert_format)
-        )
+        self._engine = machine.engine(source, replace(settings, **placed(placement)))
 
     def run(self, prompts: list[list[int]], output_tokens: int) -> float:
         params = SamplingParams(max_new_tokens=output_tokens, ignore_eos=True)

@@ -1,6 +1,6 @@
 """What compressed experts cost or gain at equal batch, all of them on the device (the paper: 63.9 % at batch 32).
 
-    python -m fluxmoe.experiments.serving.packed_overhead --preset small --out results/<hardware>/packed_overhead
+    fluxmoe packed-overhead --preset small --out results/measured/<hardware>/packed_overhead
 
 Engines that differ only in how they hold experts serve the same requests in turns: dense; planar12, which the GEMM
 decodes in its tile loop; and, as the paper does it, formats that are decoded into a buffer before each layer runs.
@@ -10,93 +10,104 @@ Tokens must be the same in all of them.
 
 from __future__ import annotations
 
-import argparse
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.metrics import summarise
-from tqdm import tqdm
 
-from ..commands.generate import add_engine_arguments, engine_config
-from ..lib.presets import add_model_source, model_source
-from ..lib.results import Parser, UsageError, cli_main, provenance, write_csv, write_json
+from ..lib.args import group, option
+from ..lib.machines import SWEPT, MachineChoice
+from ..lib.models import ModelChoice
+from ..lib.serve import Served, placed, placement_name
+from ..lib.serve import run as serve
+from ..lib.sweep import Sweep, WrongError, say
 from ..lib.workloads import Lengths, make_requests
-from .memory_budget import split_placement
 
 _EXPERT_LINES = ("resident_experts", "packed_experts", "slots")
-DEFAULT_PLACEMENTS = ("resident", "packed", "packed+tiered", "packed+huffman")
+PLACEMENTS = ("resident", "packed", "packed+tiered", "packed+huffman")
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fluxmoe.experiments.serving.packed_overhead", description=__doc__.splitlines()[0])
-    add_model_source(p)
-    p.add_argument("--placements", nargs="+", metavar="NAME[:ALPHA][+FORMAT]", default=list(DEFAULT_PLACEMENTS))
-    p.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64])
-    p.add_argument("--prompt-tokens", type=int, default=32)
-    p.add_argument("--output-tokens", type=int, default=48)
-    p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", required=True, metavar="DIR")
-    add_engine_arguments(p, swept=True)
-    return p
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    model: ModelChoice = group("config")
+    machine: MachineChoice = group("devices")
+    engine: EngineConfig = group(*SWEPT, "max_batch")
+    placements: tuple[str, ...] = option(
+        "what is compared with resident", PLACEMENTS, parse=placement_name, metavar="NAME[:ALPHA][+FORMAT]"
+    )
+    batches: tuple[int, ...] = option("requests at once", (1, 8, 32, 64), least=1)
+    prompt_tokens: int = option("of each request", 32, least=1)
+    output_tokens: int = option("of each request", 48, least=2)
+    repeats: int = option("turns", 5, least=1)
+    seed: int = option("of prompts", 0)
+    out: Path = option("folder of the results", metavar="DIR")
 
 
-def run_once(engine: Engine, requests: list) -> tuple[float, list]:
-    """(tokens/s of iterations that only decode at full batch, tokens of all requests)."""
-    handles = [engine.add(request) for request in requests]
-    steps = list(engine.steps())
-    full = [s for s in steps if s.prefill_tokens == 0 and s.batch == len(requests)]
-    return summarise(full)["decode_tokens_per_s"], [handle.output.token_ids for handle in handles]
+def decode_rate(served: Served, batch: int) -> float:
+    """tokens/s of iterations that only decode at full batch."""
+    full = [s for s in served.steps if s.prefill_tokens == 0 and s.batch == batch]
+    return summarise(full)["decode_tokens_per_s"]
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    if min(args.repeats, args.output_tokens - 1, args.prompt_tokens, *args.batches) < 1:
-        raise UsageError("batches, prompts and repeats must be at least 1, --output-tokens at least 2")
-    if args.placements[0] != "resident":
-        args.placements = ["resident", *[p for p in args.placements if p != "resident"]]
-    source = model_source(args)
-    args.max_batch = max(args.batches)
+def run(args: Arguments) -> None:
+    machine, source = args.machine.machine, args.model.source()
+    names = ("resident", *(name for name in args.placements if name != "resident"))
     context = args.prompt_tokens + args.output_tokens
-    rows: list[dict] = []
+    common = replace(args.engine, max_batch=max(args.batches), max_context=context)
+    each = {name: replace(common, **placed(name)) for name in names}
+    made: dict[str, Any] = {
+        "machine": machine.content,
+        "model": source.content,
+        "engines": {n: asdict(s) for n, s in each.items()},
+    }
+    made |= {"output_tokens": args.output_tokens, "repeats": args.repeats, "seed": args.seed}
+    facts = {
+        **machine.about,
+        "prompt_tokens": args.prompt_tokens,
+        "output_tokens": args.output_tokens,
+        "repeats": args.repeats,
+    }
     with ExitStack() as stack:
-        engines = {}
-        for placement in tqdm(args.placements, "engines", leave=False):
-            name, alpha, expert_format = split_placement(placement)
-            settings = engine_config(args, context, placement=name, alpha=alpha, expert_format=expert_format)
-            engines[placement] = stack.enter_context(Engine(source.weights, settings))
+        sweep = stack.enter_context(Sweep(args.out, "packed-overhead", "rows.csv", made, args.seed, **facts))
+        engines: dict[str, Engine] = {}
         for batch in args.batches:
-            lengths = [Lengths(0.0, args.prompt_tokens, args.output_tokens)] * batch
-            requests = make_requests(lengths, source.config.vocab_size, args.seed)
-            rates: dict[str, list[float]] = {placement: [] for placement in engines}
-            tokens: dict[str, list] = {}
-            for turn in range(args.repeats + 1):
-                for placement, engine in engines.items():
-                    rate, tokens[placement] = run_once(engine, requests)
-                    if turn:  # the first run of a batch warms up
-                        rates[placement].append(rate)
-            for placement in engines:
-                ratios = np.array(rates[placement]) / np.array(rates["resident"])
-                low, middle, high = np.percentile(ratios, [0, 50, 100])
-                assert tokens[placement] == tokens["resident"], f"{placement} gives other tokens than resident"
-                row = {
-                    "placement": placement, "batch": batch, "decode_tokens_per_s": float(np.median(rates[placement])),
-                    "over_resident": middle, "least": low, "most": high,
-                    "expert_bytes": sum(engines[placement].budget.lines()[line] for line in _EXPERT_LINES),
-                }  # fmt: skip
-                rows.append(row)
-                print(
-                    f"batch {batch:>3} {placement:>16} {row['decode_tokens_per_s']:9.1f} tokens/s  "
-                    f"{middle:.3f}x resident ({low:.3f} … {high:.3f}), experts {row['expert_bytes'] / 1e6:.0f} MB",
-                    flush=True,
-                )
-            write_csv(Path(args.out) / "rows.csv", rows)
-        device = next(iter(engines.values())).device.type
-    facts = {"prompt_tokens": args.prompt_tokens, "output_tokens": args.output_tokens, "repeats": args.repeats}
-    write_json(Path(args.out) / "provenance.json", {**provenance(device, args.seed), **facts, "tokens": "identical"})
+            if all(sweep.has(batch=batch, placement=name) for name in names):
+                continue
+            for name, settings in each.items():
+                if name not in engines:
+                    engines[name] = stack.enter_context(machine.engine(source, settings))
+            columns = compare(engines, args, batch, source.config.vocab_size)
+            for name in names:
+                say(sweep.measure(partial(columns, name), batch=batch, placement=name))
+        sweep.finish()
 
 
-if __name__ == "__main__":
-    cli_main(main)
+def compare(engines: dict[str, Engine], args: Arguments, batch: int, vocab_size: int):
+    """All engines in turns at one batch; the function that gives the columns of one."""
+    lengths = [Lengths(0.0, args.prompt_tokens, args.output_tokens)] * batch
+    requests = make_requests(lengths, vocab_size, args.seed)
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    tokens: dict[str, list] = {}
+    for turn in range(args.repeats + 1):
+        for name, engine in engines.items():
+            served = serve(engine, requests)
+            tokens[name] = served.tokens
+            if turn:  # the first run of a batch warms up
+                rates[name].append(decode_rate(served, batch))
+
+    def columns(name: str) -> dict[str, object]:
+        if tokens[name] != tokens["resident"]:
+            raise WrongError(f"{name} gives other tokens than resident")
+        low, middle, high = np.percentile(np.array(rates[name]) / np.array(rates["resident"]), [0, 50, 100])
+        return {
+            "decode_tokens_per_s": float(np.median(rates[name])), "over_resident": float(middle), "least": float(low),
+            "most": float(high), "expert_bytes": sum(engines[name].budget.lines()[line] for line in _EXPERT_LINES),
+        }  # fmt: skip
+
+    return columns

@@ -1,7 +1,7 @@
 """Beyond the paper: longer contexts, faster and slower links, other GPUs.
 
-    python -m fluxmoe.experiments.serving.sensitivity --out results/simulated-h100/sensitivity
-    python -m fluxmoe.experiments.serving.sensitivity --device cpu --out results/<hardware>/sensitivity
+    fluxmoe sensitivity --out results/simulated/h100/sensitivity
+    fluxmoe sensitivity --device cpu --out results/measured/<hardware>/sensitivity
 
 context   32 requests of up to 128 K tokens: what streamed experts leave for KV (sim: Qwen3-Next on 4 x L40)
 link      what streaming costs at other ratios of link to memory bandwidth (sim: Qwen3-30B-A3B, an H100 with 40 GiB)
@@ -13,21 +13,19 @@ On a CPU or GPU at hand: the model of preset small, contexts to 4 K; the link pa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from fluxmoe.runtime.hardware import HardwareProfile
-from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.serving.config import EngineConfig
-from fluxmoe.runtime.serving.metrics import summarise
-from tqdm import tqdm
 
-from ..lib.machines import SIMULATED, Machine, figure_parser, machine_of
-from ..lib.presets import Source, preset_source, published_source
-from ..lib.results import cli_main, provenance, resume, write_csv, write_json
-from ..lib.workloads import Lengths, make_requests
+from ..lib.args import group
+from ..lib.machines import SIMULATED, FigureMachine, Machine
+from ..lib.models import Source, preset_source, published_source
+from ..lib.serve import placed, row
+from ..lib.sweep import Sweep
+from ..lib.workloads import Lengths
 from ..plots.paper import plot_sensitivity
-from .memory_budget import split_placement
 
 PLACEMENTS = ("resident", "packed", "balanced:0.9+planar12", "balanced:0.5+planar12", "host+planar12")
 CONTEXTS = (4096, 16384, 32768, 65536, 131072)
@@ -35,6 +33,11 @@ LINKS = (0.25, 0.5, 1, 2, 4, 8, 16)
 GPUS = ("4xL40", "A100-80GB", "H100-PCIe", "H100-SXM")
 MEASURED_CONTEXTS = (256, 512, 1024, 2048, 4096)
 MEASURED_LINKS = (0.25e9, 0.5e9, 1e9, 2e9, 4e9, 8e9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    where: FigureMachine = group()
 
 
 @dataclass(frozen=True)
@@ -78,52 +81,29 @@ def measured_points(machine: Machine, source: Source) -> Iterator[Point]:
         yield Point("link", rate, machine, source, 32, 256, budget=weights + kv, link_bandwidth=rate, **common)
 
 
-def _identity(point: Point) -> str:
-    """What a resumed sweep must agree on; its machine it says once."""
-    values = {field.name: getattr(point, field.name) for field in fields(point)}
-    values |= {"machine": None, "source": point.source.name}
-    return f"Point({', '.join(f'{name}={value!r}' for name, value in values.items())})"
-
-
-def serve(point: Point, placement: str) -> dict:
-    """Totals of a run, or why it cannot start."""
-    name, alpha, expert_format = split_placement(placement)
-    config = EngineConfig(
-        placement=name, alpha=alpha, expert_format=expert_format, budget_bytes=point.budget, max_batch=point.batch,
-        max_batched_tokens=point.max_batched_tokens, max_context=point.context, min_kv_tokens=point.context,
-        link_bandwidth=point.link_bandwidth,
+def settings_of(point: Point, placement: str) -> EngineConfig:
+    return EngineConfig(
+        budget_bytes=point.budget, max_batch=point.batch, max_batched_tokens=point.max_batched_tokens,
+        max_context=point.context, min_kv_tokens=point.context, link_bandwidth=point.link_bandwidth,
+        **placed(placement),
     )  # fmt: skip
-    lengths = [Lengths(0.0, point.context - point.output, point.output)] * point.batch
-    try:
-        with point.machine.open(point.source, config) as engine:
-            for request in make_requests(lengths, point.source.config.vocab_size, 0):
-                engine.add(request)
-            totals = summarise(list(engine.steps()))
-    except BudgetError as error:
-        return {"status": "too_small", "reason": str(error)}
-    kept = ("decode_tokens_per_s", "peak_batch", "preemptions", "stall_s", "wall_s")
-    speed = point.batch * point.output / totals["wall_s"]
-    return {"status": "ok", "reason": "", "tokens_per_s": speed, **{key: totals[key] for key in kept}}
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = figure_parser("sensitivity", __doc__.splitlines()[0]).parse_args(argv)
-    out = Path(args.out)
-    if args.device == SIMULATED:
+def run(args: Arguments) -> None:
+    if args.where.simulated:
         points = list(simulated_points())
     else:
-        points = list(measured_points(machine_of(args), preset_source("small", Path(args.checkpoints))))
-    rows, identity = resume(out, {**points[0].machine.about, "points": [_identity(p) for p in points]})
-    done = {(row["panel"], row["x"], row["placement"]) for row in rows}
-    about = {**points[0].machine.about, "models": {p.panel: p.source.name for p in points}, "identity": identity}
-    write_json(out / "provenance.json", {**provenance(args.device, 0), **about})
-    turns = [(p, name) for p in points for name in PLACEMENTS if (p.panel, str(p.x), name) not in done]
-    for point, placement in tqdm(turns, "points", unit="point"):
-        row = {"panel": point.panel, "x": point.x, "placement": placement, "batch": point.batch}
-        rows.append(row | {"context": point.context} | serve(point, placement))
-        write_csv(out / "points.csv", rows)
-    print(f"figure: {plot_sensitivity(out)}")
-
-
-if __name__ == "__main__":
-    cli_main(main)
+        points = list(measured_points(args.where.here, preset_source("small", args.where.checkpoints)))
+    runs, machine = [], points[0].machine
+    for p in points:
+        lengths = [Lengths(0.0, p.context - p.output, p.output)] * p.batch
+        for name in PLACEMENTS:
+            settings = settings_of(p, name)
+            made = asdict(settings) | {"machine": p.machine.content, "model": p.source.content, "output": p.output}
+            where = {"panel": p.panel, "x": p.x, "placement": name, "batch": p.batch, "context": p.context}
+            runs.append((where, made, partial(row, p.machine, p.source, settings, lengths)))
+    facts = {**machine.about, "models": {p.panel: p.source.name for p in points}}
+    with Sweep(args.where.out, "sensitivity", **facts) as sweep:
+        sweep.all(runs)
+        sweep.finish()
+    print(f"figure: {plot_sensitivity(args.where.out)}")

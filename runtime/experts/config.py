@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, FORMATS, compressed_formats, fused_formats
+from fluxmoe.kernels.formats import (
+    DEFAULT_COMPRESSED,
+    DENSE,
+    FORMATS,
+    compressed_formats,
+    formats_help,
+    fused_formats,
+)
 
-from ..hardware import HardwareProfile
-from .cache_policies import POLICIES
+from ..hardware import HardwareProfile, list_profiles
+from ..memory.budget import parse_bytes
+from .cache_policies import POLICIES as CACHE_POLICIES
 from .layout import ExpertFormats
-from .placement import COMPRESSING
+from .placement import COMPRESSING, POLICIES
 
 Delay = Callable[[int, int], float]
 
@@ -20,69 +30,85 @@ class SettingError(ValueError):
     """An invalid setting."""
 
 
+def setting(default: Any, help: str | None, **more: Any) -> Any:
+    """A field with its help, which command lines are made from; None: it is on no command line.
+
+    more: choices; flag, its name there; metavar, and parse, which makes a value of text.
+    """
+    return field(default=default, metadata={"help": help, **more}, compare=more.pop("compare", True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class PagingConfig:
-    """How experts are paged.
+    """How experts are paged. What a field means is its help."""
 
-    placement, alpha    see `placement.place`; dense_share: its `dense`
-    expert_format       a name of kernels.formats: how balanced, host and disk hold experts, and packed and hybrid, for
-                        which None means DEFAULT_COMPRESSED (for the others: dense)
-    host_format         format in host memory and files, so of what crosses PCIe; None: expert_format
-    slot_format         packed: the GEMM reads compressed experts in their slots, where it can | decoded
-    transfer            whole: the share of each layer that is not on the device is copied ahead of time | on_demand:
-                        kernels read the experts that were routed to in host memory; from files only these come, into a
-                        cache | auto, with adaptive: whichever the planner expects to cost less | None: on_demand from
-                        files, where the kernels can, else whole
-    cache_bytes         of the cache of experts that come on demand from files; None: what a host has left
-    cache_policy        which experts leave it: a name of cache_policies.POLICIES
-    profile             the machine's rates, for balanced without alpha and transfer auto; None: measured in a fraction
-                        of a second
-    slots               streaming slots, S ≥ 2
-    adaptive            experts move between device and host memory while serving
-    planning            with adaptive: how often experts are routed to is counted, and a planner decides; False: only
-                        `request` moves experts
-    least_alpha         with adaptive: the least share of each layer on the device (sizes the slots)
-    disk_dir            where the disk tier's files are kept; None: beside a checkpoint, or in the system's temporary
-                        directory where a host has no folder for them
-    kernels             auto (Triton on CUDA, numba on the CPU) | triton | torch (the slow reference)
-    batch_invariant     Triton: a token's result does not depend on who shares its batch; on the CPU always so
-    threads             CPU threads; None: all
-    poison              debug: fill recycled slots with NaN
-    link_bandwidth      CPU: loads wait so that host experts come at no more bytes/s, as over a slower link
-    load_delay          tests: seconds to wait before a load of (layer, tensor type)
-    """
-
-    placement: str = "resident"
-    alpha: float | None = None
-    dense_share: float = 0.0
-    expert_format: str | None = None
-    host_format: str | None = None
-    slot_format: str = "packed"
-    transfer: str | None = None
-    profile: HardwareProfile | None = None
-    slots: int = 2
-    adaptive: bool = False
-    planning: bool = True
-    least_alpha: float = 0.5
-    cache_bytes: int | None = None
-    cache_policy: str = "next_use"
-    disk_dir: Path | None = None
-    kernels: str = "auto"
-    batch_invariant: bool = False
-    threads: int | None = None
-    poison: bool = False
-    link_bandwidth: float | None = None
-    load_delay: Delay | None = field(default=None, compare=False)
+    placement: str = setting("resident", "where experts are; see placement.place", choices=tuple(POLICIES))
+    alpha: float | None = setting(None, "share of experts kept on the device (default: the placement's own)")
+    dense_share: float = setting(0.0, "share of experts kept dense beside packed ones")
+    expert_format: str | None = setting(
+        None, f"lossless format of experts (default: {DEFAULT_COMPRESSED} for packed and hybrid, {DENSE} for the "
+        f"others). {formats_help()}", choices=FORMATS,
+    )  # fmt: skip
+    host_format: str | None = setting(
+        None, "format in host memory and files, so of what crosses the link (default: the expert format)",
+        choices=FORMATS,
+    )  # fmt: skip
+    slot_format: str = setting(
+        "packed", "packed: the GEMM reads compressed experts in their slots, where it can; decoded: they are decoded "
+        "into them", choices=("packed", "decoded"),
+    )  # fmt: skip
+    transfer: str | None = setting(
+        None, "whole: what a layer lacks on the device is copied ahead; on_demand: kernels read routed experts in host "
+        "memory, and from files only these come, into a cache; auto, with adaptive: whichever the planner expects to "
+        "cost less (default: on_demand from files, where the kernels can, else whole)",
+        choices=("whole", "on_demand", "auto"),
+    )  # fmt: skip
+    cache_bytes: int | None = setting(
+        None, "of the cache of experts that come on demand from files, e.g. 2GiB (default: what KV leaves)",
+        parse=parse_bytes, metavar="BYTES",
+    )  # fmt: skip
+    cache_policy: str = setting(
+        "next_use",
+        "which experts leave the cache: those expected to be used last, or as the name says",
+        choices=tuple(CACHE_POLICIES),
+    )
+    profile: HardwareProfile | None = setting(
+        None, "the machine's rates, for balanced without alpha and transfer auto (default: measured, roughly): a file, "
+        f"or {', '.join(list_profiles())}", parse=HardwareProfile.load, metavar="NAME|FILE",
+    )  # fmt: skip
+    slots: int = setting(2, "streaming slots, at least 2")
+    adaptive: bool = setting(
+        False, "experts move between device and host memory while serving, and KV takes and gives the memory"
+    )
+    # With adaptive: how often experts are routed to is counted, and a planner decides; False: only `request` moves
+    # experts. least_alpha: the least share of each layer on the device, which sizes the slots.
+    planning: bool = setting(True, None)
+    least_alpha: float = setting(0.5, None)
+    disk_dir: Path | None = setting(None, "where the disk tier's files are kept (default: beside the checkpoint)")
+    kernels: str = setting(
+        "auto", "auto: triton on CUDA, numba on the CPU; torch: the slow reference", choices=("auto", "triton", "torch")
+    )
+    batch_invariant: bool = setting(
+        False, "CUDA: a request's tokens do not depend on who shares its batch, at some speed (on the CPU always so)"
+    )
+    threads: int | None = setting(None, "CPU threads (default: all)")
+    poison: bool = setting(False, "debug: fill recycled slots with NaN")
+    link_bandwidth: float | None = setting(
+        None, "CPU: host experts come at no more bytes a second than this, as over a slower link, e.g. 4GB",
+        parse=parse_bytes, metavar="BYTES",
+    )  # fmt: skip
+    # Tests: seconds to wait before a load of (layer, tensor type).
+    load_delay: Delay | None = setting(None, None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise SettingError(f"threads must be at least 1, got {self.threads}")
+        if self.threads is not None and not 1 <= self.threads <= (most := os.cpu_count() or 1):
+            raise SettingError(f"threads must be from 1 to the {most} that this machine has, got {self.threads}")
         if self.link_bandwidth is not None and not self.link_bandwidth > 0:
             raise SettingError(f"link_bandwidth must be positive bytes per second, got {self.link_bandwidth}")
-        for name in ("expert_format", "host_format"):
-            value = getattr(self, name)
-            if value not in (None, *FORMATS):
-                raise SettingError(f"{name} must be one of {', '.join(FORMATS)}, got {value!r}")
+        for each in fields(self):
+            value, choices = getattr(self, each.name), each.metadata.get("choices")
+            if choices and value not in choices and value != each.default:
+                raise SettingError(f"{each.name} must be one of {', '.join(choices)}, got {value!r}")
         if self.placement == "resident" and self.device_format != DENSE:
             raise SettingError(
                 f"placement resident holds experts dense; placement packed holds them in {self.expert_format}"
@@ -90,14 +116,8 @@ class PagingConfig:
         if self.placement in COMPRESSING and self.device_format == DENSE:
             choices = ", ".join(compressed_formats())
             raise SettingError(f"placement {self.placement} holds compressed experts: choose {choices}")
-        if self.slot_format not in ("packed", "decoded"):
-            raise SettingError(f"slot_format must be packed or decoded, got {self.slot_format!r}")
-        if self.transfer not in (None, "whole", "on_demand", "auto"):
-            raise SettingError(f"transfer must be whole, on_demand or auto, got {self.transfer!r}")
         if self.transfer == "auto" and not self.counts_routing:
             raise SettingError("transfer auto is the planner's choice: it needs adaptive")
-        if self.cache_policy not in POLICIES:
-            raise SettingError(f"cache_policy must be one of {', '.join(POLICIES)}, got {self.cache_policy!r}")
         if self.cache_bytes is not None and (self.placement != "disk" or self.formats.transfer == "whole"):
             raise SettingError("cache_bytes is of experts that come on demand: it needs placement disk")
 

@@ -3,47 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
-from ..experts.config import PagingConfig, SettingError
+from ..experts.config import PagingConfig, SettingError, setting
+from ..memory.budget import parse_bytes
 from .scheduler import Preemption
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(PagingConfig):
-    """How to serve a model: how its experts are paged (see PagingConfig), and
+    """How to serve a model: how its experts are paged (see PagingConfig), and what follows."""
 
-    budget_bytes        device bytes for everything; None: all that is free, on a CPU less what is kept beside it
-    max_batch           sequences in a batch; fit_batch: fewer, where recurrent states of so many would leave KV short
-    max_batched_tokens  tokens of one pass: the chunk size of prefill
-    block_size          tokens of a KV block
-    preemption          recompute | swap
-    max_context         longest prompt + output served; None: the model's limit
-    min_kv_tokens       the budget must hold at least this many tokens of KV
-    cuda_graphs         CUDA: decode steps are launched as graphs
-    grow_kv             with adaptive: whether KV takes what experts leave
-    densify             with adaptive: packed experts become dense where memory is idle
-    theta, eager, spread, plan_every    of the planner and of `Residency`
-    timeline            record loads and compute
-    """
-
-    budget_bytes: int | None = None
-    max_batch: int = 64
-    fit_batch: bool = True
-    max_batched_tokens: int = 256
-    block_size: int = 32
-    preemption: Preemption = "recompute"
-    max_context: int | None = None
-    min_kv_tokens: int = 1
-    device: str = "auto"
-    cuda_graphs: bool = True
-    grow_kv: bool = True
-    densify: bool = False
-    theta: float = 0.9
-    eager: bool = False
-    spread: bool = True
-    plan_every: int = 8
-    timeline: bool = False
-    progress: bool = False
+    budget_bytes: int | None = setting(
+        None, "device bytes for everything, e.g. 512MiB; all: all that is free, on a CPU less what is kept beside it",
+        flag="budget", parse=parse_bytes, metavar="BYTES",
+    )  # fmt: skip
+    max_batch: int = setting(64, "sequences in a batch")
+    fit_batch: bool = setting(True, "fewer sequences, where recurrent states of so many would leave KV short")
+    max_batched_tokens: int = setting(256, "tokens of one pass (prefill chunk)")
+    block_size: int = setting(32, "tokens in a KV block")
+    preemption: Preemption = setting("recompute", "where KV runs out", choices=get_args(Preemption))
+    # Longest prompt + output served, None: the model's limit; the budget must hold min_kv_tokens of KV at least.
+    max_context: int | None = setting(None, None)
+    min_kv_tokens: int = setting(1, None)
+    device: str = setting("auto", "what serves", choices=("auto", "cpu", "cuda"))
+    cuda_graphs: bool = setting(True, "CUDA: launch decode steps as graphs, not kernel by kernel")
+    densify: bool = setting(False, "with adaptive: idle memory makes packed experts dense")
+    # With adaptive: whether KV takes what experts leave; of the planner, and of `Residency`.
+    grow_kv: bool = setting(True, None)
+    theta: float = setting(0.9, None)
+    eager: bool = setting(False, None)
+    spread: bool = setting(True, None)
+    plan_every: int = setting(8, None)
+    # Record loads and compute; show a bar while loading.
+    timeline: bool = setting(False, None)
+    progress: bool = setting(False, None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,5 +45,5 @@ class EngineConfig(PagingConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingError(f"{name} must be at least 1, got {value}")
-        if self.preemption not in ("recompute", "swap"):
-            raise SettingError(f"preemption must be recompute or swap, got {self.preemption!r}")
+        if self.densify and not self.adaptive:
+            raise SettingError("densify is the planner's: without adaptive it has no effect")

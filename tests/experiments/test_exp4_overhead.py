@@ -1,12 +1,12 @@
-"""exp4_overhead: rows, map costs and a figure from a small layer."""
+"""paper fig10: rows, map costs and a figure from a small layer."""
 
 from __future__ import annotations
 
 import csv
 
 import pytest
+from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib.results import UsageError
-from fluxmoe.experiments.paper import fig10_overhead as exp4_overhead
 
 SMALL = [
     "--device",
@@ -25,7 +25,7 @@ SMALL = [
 
 
 def test_measures_both_kernels_on_all_memories(tmp_path, capsys):
-    exp4_overhead.main([*SMALL, "--batches", "1", "5", "--repeats", "4", "--out", str(tmp_path)])
+    call(["paper", "fig10", *SMALL, "--batches", "1", "5", "--repeats", "4", "--out", str(tmp_path)])
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
     assert {(r["kernel"], r["memory"]) for r in rows} == {
         ("table", "stacked"), ("table", "apart"), ("table", "paged"), ("torch", "stacked"), ("torch", "paged")
@@ -40,4 +40,4 @@ def test_measures_both_kernels_on_all_memories(tmp_path, capsys):
 
 def test_senseless_sizes_are_refused(tmp_path):
     with pytest.raises(UsageError, match="at least 1"):
-        exp4_overhead.main([*SMALL, "--batches", "0", "--out", str(tmp_path)])
+        call(["paper", "fig10", *SMALL, "--batches", "0", "--out", str(tmp_path)])

@@ -10,9 +10,8 @@ import subprocess
 import sys
 
 import pytest
-from fluxmoe.experiments.commands.generate import main
+from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
-from fluxmoe.experiments.lib.results import cli_main
 from fluxmoe.runtime.hardware import HardwareProfile
 
 
@@ -27,18 +26,7 @@ def model_dir(tmp_path_factory):
 
 
 def run(*arguments) -> None:
-    main([str(a) for a in arguments])
-
-
-def error_of(capsys, *arguments) -> str:
-    with pytest.raises(SystemExit) as exit_info:
-        cli_main(lambda: run(*arguments))
-    assert exit_info.value.code == 2
-    captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
+    call(["generate", *map(str, arguments)])
 
 
 def test_writes_the_documented_json(model_dir, tmp_path, capsys):
@@ -113,9 +101,9 @@ COMMON = ("--max-new-tokens", 2, "--device", "cpu")
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_user_errors_are_one_line(model_dir, arguments, expected, tmp_path, capsys):
+def test_user_errors_are_one_line(model_dir, arguments, expected, tmp_path, error_of):
     out = tmp_path / "out.json"
-    assert expected in error_of(capsys, "--model", model_dir, *arguments, "--json", out)
+    assert expected in error_of("generate", "--model", model_dir, *arguments, "--json", out)
     assert not out.exists()
 
 
@@ -123,10 +111,10 @@ def test_user_errors_are_one_line(model_dir, arguments, expected, tmp_path, caps
     ("content", "expected"),
     [("{", "JSON"), ("[]", "non-empty"), ("[3]", "prompt 0"), ("[[]]", "empty"), ("[[99999]]", "vocabulary")],
 )
-def test_bad_prompt_files(model_dir, tmp_path, capsys, content, expected):
+def test_bad_prompt_files(model_dir, tmp_path, error_of, content, expected):
     path = tmp_path / "prompts.json"
     path.write_text(content)
-    assert expected in error_of(capsys, "--model", model_dir, "--prompts", path, *COMMON)
+    assert expected in error_of("generate", "--model", model_dir, "--prompts", path, *COMMON)
 
 
 def damage_truncate(directory):
@@ -161,15 +149,15 @@ def damage_shape(directory):
         (lambda d: shutil.rmtree(d), "copy"),
     ],
 )
-def test_damaged_checkpoints(model_dir, tmp_path, capsys, damage, expected):
+def test_damaged_checkpoints(model_dir, tmp_path, error_of, damage, expected):
     copy = tmp_path / "copy"
     shutil.copytree(model_dir, copy)
     damage(copy)
-    assert expected in error_of(capsys, "--model", copy, "--prompt", "x", *COMMON)
+    assert expected in error_of("generate", "--model", copy, "--prompt", "x", *COMMON)
 
 
 def test_module_runs_as_a_command(model_dir, tmp_path):
-    command = [sys.executable, "-m", "fluxmoe.experiments.commands.generate", "--model", str(tmp_path / "none")]
+    command = [sys.executable, "-m", "fluxmoe", "generate", "--model", str(tmp_path / "none")]
     done = subprocess.run(
         [*command, "--prompt", "x", "--max-new-tokens", "1"], capture_output=True, text=True, timeout=120
     )
@@ -205,9 +193,6 @@ def test_adaptive_serving_gives_the_same_tokens(tmp_path):
     assert tokens[0] == tokens[1]
 
 
-def test_formats_that_cannot_move_are_one_line(model_dir, capsys):
-    message = error_of(
-        capsys, "--model", model_dir, "--prompt", "x", "--max-new-tokens", 2, "--device", "cpu", "--placement",
-        "disk", "--adaptive",
-    )  # fmt: skip
-    assert "without disk" in message
+def test_formats_that_cannot_move_are_one_line(model_dir, error_of):
+    moving = ("--placement", "disk", "--adaptive")
+    assert "without disk" in error_of("generate", "--model", model_dir, "--prompt", "x", *COMMON, *moving)

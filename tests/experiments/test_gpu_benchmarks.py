@@ -15,15 +15,16 @@ from fluxmoe.experiments.bench import attention as bench_attention
 from fluxmoe.experiments.bench import bit_equality, check_engine, compile_kernels, gpu_tests, gpu_tools
 from fluxmoe.experiments.bench import delta_net as bench_delta_net
 from fluxmoe.experiments.bench import moe as bench_grouped_gemm
-from fluxmoe.experiments.bench import predict_others as predict_other_kernels
-from fluxmoe.experiments.bench import timing as gpu
+from fluxmoe.experiments.bench import predict as predict_other_kernels
 from fluxmoe.experiments.bench import tune as tune_grouped_gemm
 from fluxmoe.experiments.bench.peers import PEERS
 from fluxmoe.experiments.bench.predict import expected_blocks
 from fluxmoe.experiments.bench.shapes import SHAPES, Shape
-from fluxmoe.experiments.bench.timing import EXIT_AGAIN, AbsentError, ResultRows, Roofs, Timing, WrongError
-from fluxmoe.experiments.commands import gpu_suite
+from fluxmoe.experiments.bench.timing import Roofs, Timing
+from fluxmoe.experiments.commands.main import arguments, call
+from fluxmoe.experiments.lib import sweep
 from fluxmoe.experiments.lib.results import UsageError, write_csv
+from fluxmoe.experiments.lib.sweep import EXIT_AGAIN, AbsentError, Sweep, WrongError
 from fluxmoe.kernels.audit import Report
 from fluxmoe.kernels.triton.tiles import Tile, read_tuned, tuned_tiles
 
@@ -104,12 +105,16 @@ def read(folder) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def opened(folder) -> Sweep:
+    return Sweep(folder, "test", "rows.csv")
+
+
 def fail(error: Exception):
     raise error
 
 
 def test_what_a_point_raises_is_a_row_and_costs_no_other(tmp_path):
-    rows = ResultRows(tmp_path, "cpu")
+    rows = opened(tmp_path)
     rows.measure(lambda: fail(WrongError("off by one")), point=1)
     rows.measure(lambda: fail(AbsentError("no such peer")), point=2)
     rows.measure(lambda: fail(KeyError("a bug")), point=3)
@@ -123,39 +128,49 @@ def test_what_a_point_raises_is_a_row_and_costs_no_other(tmp_path):
     assert ended.value.code == 1
 
 
-def test_rows_are_measured_once_but_for_those_that_other_code_got_wrong(tmp_path, monkeypatch):
+def test_rows_are_measured_once_but_for_those_of_other_code(tmp_path, monkeypatch):
     def measured(*points: int) -> list[int]:
-        seen, rows = [], ResultRows(tmp_path, "cpu")
-        for point in points:
-            rows.measure(lambda p=point: seen.append(p) or {"x": 1}, point=point)
+        seen: list[int] = []
+        with opened(tmp_path) as rows:
+            for point in points:
+                rows.measure(lambda p=point: seen.append(p) or {"x": 1}, point=point)
         return seen
 
-    first = ResultRows(tmp_path, "cpu")
-    first.measure(lambda: {"x": 1}, point=1)
-    first.measure(lambda: fail(WrongError("off")), point=2)
-    first.measure(lambda: fail(AbsentError("not there")), point=3)
+    with opened(tmp_path) as first:
+        first.measure(lambda: {"x": 1}, point=1)
+        first.measure(lambda: fail(WrongError("off")), point=2)
+        first.measure(lambda: fail(AbsentError("not there")), point=3)
     assert measured(1, 2, 3) == [3]
-    monkeypatch.setattr(gpu, "code_digest", lambda: "other")
-    assert measured(1, 2, 3, 4) == [2, 4]
-    assert [row["point"] for row in read(tmp_path)] == ["1", "3", "2", "4"]
+    monkeypatch.setattr(sweep, "code_digest", lambda: "other")
+    assert measured(1, 2, 3, 4) == [1, 2, 3, 4]
+    assert [row["point"] for row in read(tmp_path)] == ["1", "2", "3", "4"]
+    assert len((tmp_path / "old_rows.csv").read_text().splitlines()) == 1 + 4  # of 3, both
 
 
 def test_a_point_at_which_the_process_ends_twice_becomes_a_row(tmp_path):
     for attempt in range(2):
-        rows = ResultRows(tmp_path, "cpu")
-        assert not rows.has(point=7), attempt
-        with pytest.raises(KeyboardInterrupt):  # stands for a kill: nothing after it runs
-            rows.measure(lambda: fail(KeyboardInterrupt()), point=7)
-    rows = ResultRows(tmp_path, "cpu")
-    assert rows.measure(lambda: {"x": 1}, point=7) is None
-    assert rows.measure(lambda: {"x": 1}, point=8)["status"] == "ok"
+        with opened(tmp_path) as rows:
+            assert not rows.has(point=7), attempt
+            with pytest.raises(SystemExit):  # stands for a kill: nothing after it runs
+                rows.measure(lambda: fail(SystemExit()), point=7)
+    with opened(tmp_path) as rows:
+        assert rows.measure(lambda: {"x": 1}, point=7)["status"] == "failed"
+        assert rows.measure(lambda: {"x": 1}, point=8)["status"] == "ok"
     assert [row["status"] for row in read(tmp_path)] == ["failed", "ok"]
     assert "hung, crashed or was ended" in read(tmp_path)[0]["reason"]
 
 
+def test_who_stops_a_sweep_by_hand_may_go_on_as_often(tmp_path):
+    for _ in range(4):
+        with opened(tmp_path) as rows, pytest.raises(KeyboardInterrupt):
+            rows.measure(lambda: fail(KeyboardInterrupt()), point=7)
+    with opened(tmp_path) as rows:
+        assert rows.measure(lambda: {"x": 1}, point=7)["status"] == "ok"
+
+
 def test_a_lost_device_ends_the_process_with_its_row_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "_device_is_lost", lambda: True)
-    rows = ResultRows(tmp_path, "cpu")
+    monkeypatch.setattr(sweep, "_device_is_lost", lambda: True)
+    rows = opened(tmp_path)
     with pytest.raises(SystemExit) as ended:
         rows.measure(lambda: fail(RuntimeError("CUDA error: an illegal memory access")), point=1)
     assert ended.value.code == EXIT_AGAIN
@@ -167,9 +182,9 @@ def test_a_lost_device_ends_the_process_with_its_row_written(tmp_path, monkeypat
 def test_a_wrong_layer_is_a_row_and_never_a_timing(tmp_path, monkeypatch):
     run = bench_grouped_gemm.Ours.run
     monkeypatch.setattr(bench_grouped_gemm.Ours, "run", lambda self, *a: run(self, *a) * 1.05)
-    arguments = ["--rehearse", "--shapes", "tiny", "--tokens", "1", "--providers", "fluxmoe", "torch"]
+    layer = ["--rehearse", "--shapes", "tiny", "--tokens", "1", "--providers", "fluxmoe", "torch"]
     with pytest.raises(SystemExit):
-        bench_grouped_gemm.main([*arguments, "--out", str(tmp_path)])
+        call(["bench", "moe", *layer, "--out", str(tmp_path)])
     ours, torchs = read(tmp_path)
     assert (ours["status"], ours["time_us"]) == ("wrong", "")
     # A ratio needs ours: torch's row has a time, and no ratio.
@@ -293,7 +308,7 @@ def test_tests_on_a_gpu_are_rows_and_go_on(tmp_path):
         "import pytest\npytestmark = pytest.mark.gpu\n"
         "def test_good(): pass\ndef test_bad(): assert 1 == 2\ndef test_skipped(): pytest.skip('no')\n"
     )
-    command = [sys.executable, "-m", "fluxmoe.experiments.bench.gpu_tests", str(tests), "--workers", "1", "--rehearse"]
+    command = [sys.executable, "-m", "fluxmoe", "bench", "tests", "--tests", str(tests), "--workers", "1", "--rehearse"]
     out = tmp_path / "out"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)  # of the pytest that runs this test
@@ -340,14 +355,14 @@ def test_tuning_candidates_fit_and_contain_the_rule():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 @pytest.mark.parametrize(
-    "module",
-    [bench_grouped_gemm, bench_attention, bench_delta_net, bit_equality, compile_kernels, tune_grouped_gemm, gpu_tests,
-     gpu_suite],
+    "command",
+    ["bench moe", "bench attention", "bench delta-net", "bench bit-equality", "bench compile", "bench tune",
+     "bench tests", "gpu-suite"],
 )  # fmt: skip
-def test_no_gpu_is_a_clear_error_that_names_a_flag_which_exists(module, tmp_path):
+def test_no_gpu_is_a_clear_error_that_names_a_flag_which_exists(command, tmp_path):
     with pytest.raises(UsageError, match=r"no CUDA device.*--rehearse"):
-        module.main(["--out", str(tmp_path / "out")])
-    assert module.parser().parse_args(["--out", "x", "--rehearse"]).rehearse
+        call([*command.split(), "--out", str(tmp_path / "out")])
+    arguments([*command.split(), "--out", "x", "--rehearse"])
     assert not (tmp_path / "out").exists()
 
 
@@ -362,13 +377,13 @@ def test_engine_check_sees_differences_and_forgives_ties():
 def test_predictions_of_other_kernels_are_their_slowest_limit():
     pytest.importorskip("triton.backends.nvidia")
     norm = Report("rms_norm/x", "sm_90", "_rms_norm_kernel", {"HIDDEN": 2048}, num_warps=4, instructions=100)
-    few, many = predict_other_kernels.predict(norm)[1::2]
+    few, many = predict_other_kernels.predict_kernel(norm)[1::2]
     assert (few["limit"], many["limit"]) == ("launch", "hbm")
     assert many["predicted_us"] == pytest.approx(1e6 * (4 * 4096 * 2048 / (0.9 * 3.35e12) + 4e-6))
-    busy = predict_other_kernels.predict(replace(norm, instructions=10_000))[-1]
+    busy = predict_other_kernels.predict_kernel(replace(norm, instructions=10_000))[-1]
     assert busy["limit"] == "issue"
     shape = {"KV_HEADS": 4, "GROUP": 8, "HEAD_DIM": 128, "BLOCK_ROWS": 16, "BLOCK_KV": 64}
     decode = Report("attention_decode/x", "sm_90", "_decode_kernel", shape, num_warps=4, loops=[{"all": 400}])
-    rows = predict_other_kernels.predict(decode)
+    rows = predict_other_kernels.predict_kernel(decode)
     assert [row["bytes"] // 4096 // 2048 for row in rows] == [1, 32, 128]  # K and V of 4 heads of 128, bf16
-    assert predict_other_kernels.predict(Report("grouped_gemm", "sm_90", "_grouped_gemm_kernel")) == []
+    assert predict_other_kernels.predict_kernel(Report("grouped_gemm", "sm_90", "_grouped_gemm_kernel")) == []

@@ -16,22 +16,22 @@ from pathlib import Path
 
 import pytest
 from fluxmoe.experiments.commands import gpu_suite
-from fluxmoe.experiments.commands.gpu_steps import STEPS, Step
-from fluxmoe.experiments.commands.gpu_suite import Suite, run_process
+from fluxmoe.experiments.commands.gpu_suite import STEPS, Step, Suite, run_process
+from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib import archive as gpu_archive
 from fluxmoe.experiments.lib.archive import pack, unpack, unpack_wheels
 from fluxmoe.experiments.lib.results import UsageError
 
 
 class Pretended(Step):
-    """A step whose module is code; {out} is its folder."""
+    """A step whose command is code; {out} is its folder."""
 
-    def command(self, root: Path) -> list[str]:
-        return ["-c", f"out = {str(root / self.name)!r}\n{self.module}"]
+    def process(self, root: Path) -> list[str]:
+        return ["-c", f"out = {str(root / self.name)!r}\n{self.command}"]
 
 
 def pretended(name: str, code: str, minutes: float = 1.0, **more) -> Pretended:
-    return Pretended(name, code, (), minutes, (), **more)
+    return Pretended(name, code, minutes, "", **more)
 
 
 # A sweep of four points that begins where its file ends, and dies in the middle of its second.
@@ -266,7 +266,7 @@ def test_wheels_that_cannot_be_taken_are_one_error(tmp_path):
 
 
 def test_the_first_pass_takes_25_minutes_at_most(capsys):
-    gpu_suite.main(["--list"])
+    call(["gpu-suite", "--list"])
     listed = capsys.readouterr().out.splitlines()
     minutes = [float(line.split()[0]) for line in listed]
     assert len(minutes) == len(STEPS) + 1
@@ -286,7 +286,7 @@ def test_the_first_pass_takes_25_minutes_at_most(capsys):
 )
 def test_what_cannot_be_meant_is_said(arguments, message, tmp_path):
     with pytest.raises(UsageError, match=message):
-        gpu_suite.main([part.replace("{out}", str(tmp_path / "out")) for part in arguments])
+        call(["gpu-suite", *(part.replace("{out}", str(tmp_path / "out")) for part in arguments)])
     assert not (tmp_path / "out").exists()
 
 
@@ -294,7 +294,7 @@ def test_results_are_not_overwritten_by_an_archive(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_suite, "require_gpu", lambda: None)
     (tmp_path / "suite.json").write_text("{}")
     with pytest.raises(UsageError, match="leave --resume out"):
-        gpu_suite.main(["--out", str(tmp_path), "--resume", "results.tgz"])
+        call(["gpu-suite", "--out", str(tmp_path), "--resume", "results.tgz"])
 
 
 def test_every_step_can_be_rehearsed(tmp_path):
@@ -303,7 +303,8 @@ def test_every_step_can_be_rehearsed(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "fluxmoe.experiments.commands.gpu_suite",
+        "fluxmoe",
+        "gpu-suite",
         "--rehearse",
         "--out",
         str(tmp_path / "out"),

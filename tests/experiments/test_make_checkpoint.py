@@ -8,8 +8,9 @@ import stat
 
 import pytest
 import torch
+from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib import checkpoints as module
-from fluxmoe.experiments.lib.checkpoints import main, make_checkpoint
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.experiments.lib.results import UsageError
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.config import ConfigError
@@ -145,10 +146,22 @@ def test_interrupted_leaves_nothing(tmp_path, monkeypatch):
 
 def test_existing_directory_is_kept(tmp_path, capsys):
     out = tmp_path / "m"
-    arguments = ["--arch", "mixtral", "--out", str(out), "--layers", "1", "--experts", "2", "--hidden", "32"]
-    main([*arguments, "--moe-intermediate", "16", "--vocab", "300", "--heads", "2"])
+    arguments = [
+        "make-checkpoint",
+        "--arch",
+        "mixtral",
+        "--out",
+        str(out),
+        "--layers",
+        "1",
+        "--experts",
+        "2",
+        "--hidden",
+        "32",
+    ]
+    call([*arguments, "--moe-intermediate", "16", "--vocab", "300", "--heads", "2"])
     assert "MB of weights" in capsys.readouterr().out
     before = sorted(p.name for p in out.iterdir())
     with pytest.raises(UsageError, match="exists already"):
-        main(arguments)
+        call(arguments)
     assert sorted(p.name for p in out.iterdir()) == before

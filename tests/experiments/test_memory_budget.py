@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 
 import pytest
+from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.experiments.lib.results import UsageError
 from fluxmoe.experiments.lib.workloads import drawn_lengths, make_requests, trace_lengths
@@ -22,9 +23,10 @@ def model_dir(tmp_path_factory):
 
 
 def sweep(model_dir, out, *more):
-    memory_budget.main(
+    call(
         [
-            "--model", str(model_dir), "--budgets", "1200KiB", "4MiB", "--placements", "resident", "host",
+            "memory-budget", "--model", str(model_dir),
+            "--budgets", "1200KiB", "4MiB", "--placements", "resident", "host",
             "--requests", "4", "--context", "64", "--output-tokens", "8", "--max-batch", "4", "--device", "cpu",
             "--max-batched-tokens", "32", "--out", str(out), *more,
         ]
@@ -54,19 +56,32 @@ def test_sweep_resumes_and_explains(model_dir, tmp_path, capsys, monkeypatch):
     with (tmp_path / "points.csv").open() as file:
         lines = file.readlines()
     (tmp_path / "points.csv").write_text("".join(lines[:-1]))
-    run_point, ran = memory_budget.run_point, []
-    monkeypatch.setattr(memory_budget, "run_point", lambda *a: ran.append(a[4:]) or run_point(*a))
+    row, ran = memory_budget.row, []
+    monkeypatch.setattr(memory_budget, "row", lambda *a: ran.append(a[2].placement) or row(*a))
     assert len(sweep(model_dir, tmp_path)) == 4
-    assert len(ran) == 2  # the warm-up and the missing point
+    assert ran == ["host"]
 
-    with pytest.raises(UsageError, match="another"):
-        sweep(model_dir, tmp_path, "--seed", "1")
+    # Other requests: all rows are made anew, the old ones kept.
+    assert len(sweep(model_dir, tmp_path, "--seed", "1")) == 4
+    assert len(ran) == 5
+    assert "4 rows of" in capsys.readouterr().out
+    with (tmp_path / "old_points.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4
+
+
+def test_budgets_that_are_all_too_small_end_with_the_least_that_works(model_dir, tmp_path, capsys):
+    small = ["--requests", "2", "--context", "64", "--output-tokens", "8", "--device", "cpu", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        call(["memory-budget", "--model", str(model_dir), "--budgets", "100KiB", "--placements", "host", *small])
+    assert ended.value.code == 1
+    assert "no budget is large enough; the least that works is" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize("text", ["nowhere", "balanced:x", "balanced:2", "resident:0.5"])
 def test_bad_placements_are_refused_before_anything_runs(text, tmp_path):
     with pytest.raises(ValueError, match=r"placement|alpha"):
-        memory_budget.main(["--preset", "demo", "--placements", text, "--out", str(tmp_path / "out")])
+        call(["memory-budget", "--preset", "demo", "--placements", text, "--out", str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == []
 
 

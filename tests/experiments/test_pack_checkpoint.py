@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from fluxmoe.experiments.commands import pack_checkpoint as script
+from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.experiments.lib.results import UsageError
 from fluxmoe.kernels.formats import compressed_formats
@@ -36,7 +37,7 @@ def tokens_of(directory, placement="packed", **settings) -> list:
 @pytest.mark.parametrize("name", compressed_formats())
 def test_a_packed_checkpoint_is_the_same_model_in_fewer_bytes(model_dir, tmp_path, name, capsys):
     out = tmp_path / "packed"
-    script.main(["--model", str(model_dir), "--format", name, "--out", str(out)])
+    call(["pack-checkpoint", "--model", str(model_dir), "--format", name, "--out", str(out)])
     assert "bits a weight" in capsys.readouterr().out
     original, packed = Checkpoint(model_dir), Checkpoint(out)
     assert packed.packed.header.format == name
@@ -55,13 +56,13 @@ def test_a_packed_checkpoint_is_the_same_model_in_fewer_bytes(model_dir, tmp_pat
 def test_qwen3_next_can_be_packed_too(tmp_path):
     sizes = SIZES | {"layers": 4, "head_dim": 32}
     model = make_checkpoint("qwen3_next", tmp_path / "next", **sizes)
-    script.main(["--model", str(model), "--format", "planar12", "--out", str(tmp_path / "packed")])
+    call(["pack-checkpoint", "--model", str(model), "--format", "planar12", "--out", str(tmp_path / "packed")])
     assert tokens_of(tmp_path / "packed") == tokens_of(model)
 
 
 def test_layers_without_experts_have_no_files(tmp_path):
     model = make_checkpoint("qwen3_moe", tmp_path / "moe", **SIZES, dense_layers=(0,))
-    script.main(["--model", str(model), "--format", "planar12", "--out", str(tmp_path / "packed")])
+    call(["pack-checkpoint", "--model", str(model), "--format", "planar12", "--out", str(tmp_path / "packed")])
     files = {path.name for path in (tmp_path / "packed").glob("*.flux")}
     assert files == {"experts-0000.flux", "experts-0001.flux"}
     assert tokens_of(tmp_path / "packed") == tokens_of(model)
@@ -183,7 +184,8 @@ def test_command_line_error_is_one_line(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "fluxmoe.experiments.commands.pack_checkpoint",
+        "fluxmoe",
+        "pack-checkpoint",
         "--model",
         str(tmp_path),
         "--out",

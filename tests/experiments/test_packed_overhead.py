@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 
 import pytest
+from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.experiments.lib.results import UsageError
-from fluxmoe.experiments.serving import packed_overhead
 
 
 def test_every_way_of_holding_experts_is_compared_with_resident(tmp_path):
@@ -16,8 +16,19 @@ def test_every_way_of_holding_experts_is_compared_with_resident(tmp_path):
         max_positions=64,
     )  # fmt: skip
     small = ["--model", str(model), "--device", "cpu", "--prompt-tokens", "5", "--output-tokens", "4", "--repeats", "2"]
-    packed_overhead.main(
-        [*small, "--batches", "1", "3", "--placements", "packed", "packed+tiered", "--out", str(tmp_path / "out")]
+    call(
+        [
+            "packed-overhead",
+            *small,
+            "--batches",
+            "1",
+            "3",
+            "--placements",
+            "packed",
+            "packed+tiered",
+            "--out",
+            str(tmp_path / "out"),
+        ]
     )
     rows = list(csv.DictReader((tmp_path / "out" / "rows.csv").open()))
     assert [(r["placement"], r["batch"]) for r in rows] == [
@@ -26,4 +37,4 @@ def test_every_way_of_holding_experts_is_compared_with_resident(tmp_path):
     assert all(float(r["over_resident"]) == 1 for r in rows if r["placement"] == "resident")
     assert all(float(r["decode_tokens_per_s"]) > 0 for r in rows)
     with pytest.raises(UsageError, match="at least 1"):
-        packed_overhead.main([*small, "--batches", "0", "--out", str(tmp_path / "none")])
+        call(["packed-overhead", *small, "--batches", "0", "--out", str(tmp_path / "none")])

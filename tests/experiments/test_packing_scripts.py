@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from fluxmoe.experiments.bench import packing as bench_packing
+from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.experiments.lib.results import UsageError
 from fluxmoe.experiments.paper import fig5_exponents
@@ -28,7 +28,7 @@ def test_entropy_of_known_histograms():
 
 
 def test_exponents_are_those_of_trained_weights(model_dir, tmp_path, capsys):
-    fig5_exponents.main(["--model", str(model_dir), "--out", str(tmp_path)])
+    call(["paper", "fig5", "--model", str(model_dir), "--out", str(tmp_path)])
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["experts"] == 8
     assert summary["weights"] == 8 * 3 * 128 * 128
@@ -41,7 +41,9 @@ def test_exponents_are_those_of_trained_weights(model_dir, tmp_path, capsys):
 
 
 def test_formats_are_between_the_bound_and_16_bits(model_dir, tmp_path):
-    bench_packing.main(["--model", str(model_dir), "--experts", "3", "--tokens", "1", "5", "--out", str(tmp_path)])
+    call(
+        ["bench", "packing", "--model", str(model_dir), "--experts", "3", "--tokens", "1", "5", "--out", str(tmp_path)]
+    )
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
     assert {(row["format"], row["tensor"]) for row in rows} == {
         (name, tensor) for name in ("planar12", "tiered", "huffman") for tensor in ("gate_up", "down")
@@ -54,12 +56,12 @@ def test_formats_are_between_the_bound_and_16_bits(model_dir, tmp_path):
     assert all(float(point[c]) > 0 for point in points for c in ("dense_us", "planar12_us", "dense_over_planar12"))
 
 
-@pytest.mark.parametrize("module", [bench_packing, fig5_exponents])
-def test_fp32_checkpoints_are_refused(module, tmp_path):
+@pytest.mark.parametrize("command", ["bench packing", "paper fig5"])
+def test_fp32_checkpoints_are_refused(command, tmp_path):
     model = make_checkpoint(
         arch="mixtral", out=tmp_path / "m", layers=1, experts=2, hidden=32, moe_intermediate=32, heads=2, vocab=300,
         dtype="float32",
     )  # fmt: skip
     with pytest.raises(UsageError, match="bfloat16"):
-        module.main(["--model", str(model), "--out", str(tmp_path / "out")])
+        call([*command.split(), "--model", str(model), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

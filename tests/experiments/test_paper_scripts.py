@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 from dataclasses import replace
 
 import pytest
 from fluxmoe.experiments.commands import plan
-from fluxmoe.experiments.lib import presets
-from fluxmoe.experiments.lib.machines import Machine
-from fluxmoe.experiments.lib.presets import PRESETS, published_source
+from fluxmoe.experiments.commands.main import call
+from fluxmoe.experiments.lib import models
+from fluxmoe.experiments.lib.machines import FigureMachine, Machine
+from fluxmoe.experiments.lib.models import PRESETS, published_source
 from fluxmoe.experiments.lib.results import UsageError
-from fluxmoe.experiments.paper import fig1_memory, fig2_kv_capacity, fig6_knee, table1_models, validate_simulator
-from fluxmoe.experiments.paper import fig7_performance_bound as exp1_performance_bound
-from fluxmoe.experiments.paper import fig8_capacity_bound as exp2_capacity_bound
+from fluxmoe.experiments.paper import (
+    fig2_kv_capacity,
+    fig6_knee,
+    fig7_performance_bound,
+    fig8_capacity_bound,
+    table1_models,
+    validate_simulator,
+)
 from fluxmoe.experiments.paper import sweep as paper_sweep
-from fluxmoe.experiments.paper.sweep import calibrated, equal_room, scaled, speed, sweep
-from fluxmoe.experiments.paper.systems import SYSTEMS, Calibration, Run, calibrate, serve, settings_of
-from fluxmoe.experiments.plots.paper import plot_exp1
+from fluxmoe.experiments.paper.sweep import calibrated, scaled, speed, sweep
+from fluxmoe.experiments.paper.systems import SYSTEMS, Calibration, Run, calibrate, serve_run, settings_of
+from fluxmoe.experiments.plots.paper import plot_fig7
 from fluxmoe.experiments.serving import sensitivity
 from fluxmoe.runtime.hardware import HardwareProfile
 
@@ -27,7 +32,7 @@ CALIBRATION = {"launch_s": 8e-5, "host_link_shared": 34e9, "huffman_bandwidth": 
 OLMOE = published_source("olmoe-1b-7b")
 L40 = HardwareProfile.load("4xL40")
 BENCH = Calibration(**CALIBRATION).bench(L40, OLMOE, 1)
-SWEEPS = (exp1_performance_bound, exp2_capacity_bound, fig2_kv_capacity)
+FIGURES = [module.FIGURE for module in (fig7_performance_bound, fig8_capacity_bound, fig2_kv_capacity)]
 
 
 @pytest.fixture
@@ -42,10 +47,10 @@ def tiny_presets(monkeypatch):
     """Every preset that a script serves on a CPU, small enough for a test."""
     tiny = dict(experts=4, top_k=2, hidden=64, moe_intermediate=32, heads=2, kv_heads=2, head_dim=32, vocab=512)
     for name in ("small", "next", "deep-next", "deep-mixtral"):
-        model = {**PRESETS[name].model, **tiny, "layers": 8}
+        model = replace(PRESETS[name].model, **tiny, layers=8)
         if name == "deep-mixtral":  # so large that compressing it leaves room for a request
-            model |= {"moe_intermediate": 256}
-        monkeypatch.setitem(presets.PRESETS, name, replace(PRESETS[name], model=model))
+            model = replace(model, moe_intermediate=256)
+        monkeypatch.setitem(models.PRESETS, name, replace(PRESETS[name], model=model))
     monkeypatch.setattr(paper_sweep, "MEASURED_SCALE", 32)
 
 
@@ -58,11 +63,11 @@ def test_a_sweep_keeps_what_cannot_start_and_resumes(tmp_path, monkeypatch):
     runs = [("batch", Run(system, 4, 256, alpha=0.875)) for system in SYSTEMS]
     runs += [("context", Run(system, 4, context)) for system in SYSTEMS for context in (64, 256)]
     runs += [("batch", Run("vllm", 8, 256, budget=1 << 30))]
-    rows = sweep(BENCH, runs, tmp_path / "out")
+    rows = sweep("paper fig7", BENCH, runs, tmp_path / "out")
     assert [row["status"] for row in rows] == ["ok"] * 24 + ["too_small"]
     assert "the least that works" in rows[-1]["reason"]
     assert speed(rows, "batch", "ours", Run("ours", 4, 256)) > speed(rows, "batch", "fluxmoe", Run("", 4, 256)) > 0
-    assert plot_exp1(tmp_path / "out").stat().st_size > 5000
+    assert plot_fig7(tmp_path / "out").stat().st_size > 5000
     about = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert about["simulated"] == "4xL40"
     assert about["machine"]["decode_bandwidth"]["huffman"] == 260e9
@@ -70,19 +75,21 @@ def test_a_sweep_keeps_what_cannot_start_and_resumes(tmp_path, monkeypatch):
     lines = (tmp_path / "out" / "points.csv").read_text().splitlines(keepends=True)
     (tmp_path / "out" / "points.csv").write_text("".join(lines[:-2]))
     served = []
-    monkeypatch.setattr(paper_sweep, "serve", lambda run, bench: served.append(run) or serve(run, bench))
-    again = sweep(BENCH, runs, tmp_path / "out")
+    monkeypatch.setattr(paper_sweep, "serve_run", lambda run, bench: served.append(run) or serve_run(run, bench))
+    again = sweep("paper fig7", BENCH, runs, tmp_path / "out")
     assert [(r["system"], r["tokens_per_s"]) for r in again] == [(r["system"], r["tokens_per_s"]) for r in rows]
     assert len(served) == 2
-    with pytest.raises(UsageError, match="points of another model"):
-        sweep(BENCH, runs[:-1], tmp_path / "out")
+    # A slower link: what was made with the other one is never taken for it.
+    slower = replace(BENCH, machine=replace(BENCH.machine, profile=replace(L40, host_bandwidth=1e9)))
+    assert len(sweep("paper fig7", slower, runs[:2], tmp_path / "out")) == 2
+    assert served[2:] == [run for _, run in runs[:2]]
 
 
 def test_a_baseline_at_its_best_is_no_slower():
     model = published_source("qwen3-next-80b-a3b")
     bench = Calibration(**CALIBRATION).bench(L40, model, 4)
     tight = Run("vllm", 256, 1024, budget=42 << 30)
-    as_run, best = serve(tight, bench), serve(replace(tight, system="vllm-best"), bench)
+    as_run, best = serve_run(tight, bench), serve_run(replace(tight, system="vllm-best"), bench)
     assert as_run["max_sequences"] == 256 > best["max_sequences"]
     assert best["tokens_per_s"] > 2 * as_run["tokens_per_s"]
     assert {s.preemption for s in settings_of(replace(tight, system="vllm-best"))} == {"swap", "recompute"}
@@ -95,7 +102,7 @@ def test_calibration_meets_its_three_figures():
     found = calibrate(L40, model, halvings=9)
 
     def at(system):
-        return serve(Run(system, 32, 4096), found.bench(L40, model, 4))["tokens_per_s"]
+        return serve_run(Run(system, 32, 4096), found.bench(L40, model, 4))["tokens_per_s"]
 
     assert at("vllm") == pytest.approx(6 * 54.6, rel=0.1)
     assert at("vllm-o") == pytest.approx(54.6, rel=0.1)
@@ -110,21 +117,21 @@ def test_a_calibration_is_kept(calibration):
     assert found.bench(L40, OLMOE, 2).theirs.eager_launch_s == 8e-5
 
 
-@pytest.mark.parametrize("module", SWEEPS)
-def test_all_figures_are_taken_from_runs_that_are_made(module):
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.experiment)
+def test_all_figures_are_taken_from_runs_that_are_made(figure):
     bench = replace(BENCH, machine=Machine("sim", L40, 4))
     rows = [
         {"panel": panel, "system": run.system, "batch": run.batch, "context": run.context, "tokens_per_s": 2.0}
-        for panel, run in module.runs(bench)
+        for panel, run in figure.runs(bench)
     ]
-    for name, (_, ours) in module.ratios(rows, bench).items():
+    for name, (_, ours) in figure.ratios(rows, bench).items():
         assert ours in (2.0, 1.0, 0.0), name
 
 
-@pytest.mark.parametrize("module", [exp2_capacity_bound, fig2_kv_capacity])
-def test_the_papers_sweeps_for_real(module, tiny_presets, tmp_path, capsys):
+@pytest.mark.parametrize("figure", ["fig8", "fig2"])
+def test_the_papers_sweeps_for_real(figure, tiny_presets, tmp_path, capsys):
     args = ["--device", "cpu", "--checkpoints", str(tmp_path / "models"), "--out", str(tmp_path / "out")]
-    module.main([*args, "--link-bandwidth", "1GB"] if module is not fig2_kv_capacity else args)
+    call(["paper", figure, *args, *(["--link-bandwidth", "1GB"] if figure == "fig8" else [])])
     out = capsys.readouterr().out
     assert "measured" in out
     assert "simulated" not in out
@@ -137,12 +144,13 @@ def test_the_papers_sweeps_for_real(module, tiny_presets, tmp_path, capsys):
 
 
 def test_the_budget_leaves_the_share_that_the_papers_machine_leaves(tiny_presets, tmp_path):
-    args = argparse.Namespace(device="cpu", checkpoints=tmp_path)
-    bench = paper_sweep.bench_of(args, "qwen3-next-80b-a3b", 4, "deep-next")
+    figure = fig7_performance_bound.FIGURE
+    where = FigureMachine(device="cpu", checkpoints=tmp_path, out=tmp_path / "out")
+    bench = figure.bench(paper_sweep.Arguments(where=where))
     largest = Run("vllm", 256, 4096)
-    assert equal_room(BENCH, "qwen3-next-80b-a3b", 4, largest) is None
+    assert figure.equal_room(BENCH, largest) is None
     here = scaled(bench, largest)
-    budget = equal_room(bench, "qwen3-next-80b-a3b", 4, largest)
+    budget = figure.equal_room(bench, largest)
     left = budget - paper_sweep.fixed_bytes(bench, here)
     paper = published_source("qwen3-next-80b-a3b").config
     room = 0.9 * 4 * 48 * 2**30 - paper.expert_bytes_total - paper.non_expert_bytes
@@ -151,12 +159,12 @@ def test_the_budget_leaves_the_share_that_the_papers_machine_leaves(tiny_presets
 
 
 def test_what_memory_holds(tiny_presets, tmp_path, capsys):
-    fig1_memory.main(["--out", str(tmp_path / "fig1")])
+    call(["paper", "fig1", "--out", str(tmp_path / "fig1")])
     rows = read(tmp_path / "fig1" / "points.csv")
     at_256 = next(row for row in rows if (row["batch"], row["context"]) == ("256", "4096"))
     assert int(at_256["kv_cache"]) == 256 * 4096 * 12 * 2 * 2 * 256 * 2
     models = ["--checkpoints", str(tmp_path / "models")]
-    fig1_memory.main(["--device", "cpu", *models, "--out", str(tmp_path / "held")])
+    call(["paper", "fig1", "--device", "cpu", *models, "--out", str(tmp_path / "held")])
     held = read(tmp_path / "held" / "points.csv")
     assert len(held) == len(rows)
     # 8 layers of 4 experts: 3 · 64 · 32 weights of 2 bytes.
@@ -165,8 +173,8 @@ def test_what_memory_holds(tiny_presets, tmp_path, capsys):
     assert kv == sorted(kv)
     assert kv[-1] > kv[0]
 
-    table1_models.main(["--out", str(tmp_path / "table")])
-    table1_models.main(["--device", "cpu", *models, "--out", str(tmp_path / "mine")])
+    call(["paper", "table1", "--out", str(tmp_path / "table")])
+    call(["paper", "table1", "--device", "cpu", *models, "--out", str(tmp_path / "mine")])
     assert "| qwen3-next-80b-a3b | 48 | 512 | 10 | 79.673 |" in capsys.readouterr().out
     mine = read(tmp_path / "mine" / "table.csv")
     assert {row["model"] for row in mine} == set(table1_models.MEASURED)
@@ -179,7 +187,7 @@ def test_knee(device, tiny_presets, tmp_path, capsys, monkeypatch):
     if device == "cpu":
         where = ["--device", "cpu", "--preset", "small", "--checkpoints", str(tmp_path / "models")]
         where += ["--link-bandwidth", "10MB"]
-    fig6_knee.main([*where, "--batches", "1", "4", "--prompt-tokens", "16", "--out", str(tmp_path / "fig6")])
+    call(["paper", "fig6", *where, "--batches", "1", "4", "--prompt-tokens", "16", "--out", str(tmp_path / "fig6")])
     assert capsys.readouterr().out.count("loads hide down to") == 4
     rows = read(tmp_path / "fig6" / "points.csv")
     dense = [float(r["load_s"]) for r in rows if r["host_format"] == "dense" and r["batch"] == "1"]
@@ -192,24 +200,24 @@ def test_knee(device, tiny_presets, tmp_path, capsys, monkeypatch):
 
 def test_plan_says_what_fits_and_what_helps(tmp_path, capsys):
     small = ["--config", "olmoe-1b-7b", "--gpu", "H100-SXM", "--batch", "4", "--context", "256"]
-    plan.main([*small, "--json", str(tmp_path / "plan.json")])
+    call(["plan", *small, "--json", str(tmp_path / "plan.json")])
     out = capsys.readouterr().out
     assert "Simulated." in out
     assert "best: --placement" in out
     saved = json.loads((tmp_path / "plan.json").read_text())
     assert len(saved["rows"]) == len(plan.CANDIDATES)
     assert saved["rows"][0]["tokens_per_s"] == max(row["tokens_per_s"] for row in saved["rows"])
-    plan.main([*small, "--budget", "4GiB"])
+    call(["plan", *small, "--budget", "4GiB"])
     out = capsys.readouterr().out
     assert "resident                 does not fit: needs" in out
-    plan.main([*small, "--budget", "100MiB"])
+    call(["plan", *small, "--budget", "100MiB"])
     assert "nothing fits; the least is" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="--batch must be positive"):
-        plan.main([*small, "--batch", "0"])
+    with pytest.raises(UsageError, match="--batch must be at least 1"):
+        call(["plan", *small, "--batch", "0"])
 
 
 def test_plan_takes_several_of_a_gpu(capsys):
-    plan.main(["--config", "olmoe-1b-7b", "--gpu", "H100-SXM×2", "--batch", "4", "--context", "256"])
+    call(["plan", "--config", "olmoe-1b-7b", "--gpu", "H100-SXM×2", "--batch", "4", "--context", "256"])
     assert "experts; H100-SXM×2; 4 requests" in capsys.readouterr().out
 
 
@@ -221,7 +229,7 @@ def test_sensitivity(tmp_path, monkeypatch, capsys):
     points += [point("link", x, replace(L40, host_bandwidth=x * 1e9), 1024, 3 << 30) for x in (5, 50)]
     points += [point("gpu", name, HardwareProfile.load(name), 1024) for name in ("A100-80GB", "H100-SXM")]
     monkeypatch.setattr(sensitivity, "simulated_points", lambda: iter(points))
-    sensitivity.main(["--out", str(tmp_path)])
+    call(["sensitivity", "--out", str(tmp_path)])
     assert "figure:" in capsys.readouterr().out
     rows = read(tmp_path / "points.csv")
     assert len(rows) == 6 * len(sensitivity.PLACEMENTS)
@@ -234,7 +242,7 @@ def test_sensitivity(tmp_path, monkeypatch, capsys):
 def test_sensitivity_for_real(tiny_presets, tmp_path, monkeypatch):
     monkeypatch.setattr(sensitivity, "MEASURED_CONTEXTS", (64,))
     monkeypatch.setattr(sensitivity, "MEASURED_LINKS", (2e7, 1e9))
-    sensitivity.main(["--device", "cpu", "--checkpoints", str(tmp_path / "models"), "--out", str(tmp_path / "out")])
+    call(["sensitivity", "--device", "cpu", "--checkpoints", str(tmp_path / "models"), "--out", str(tmp_path / "out")])
     rows = read(tmp_path / "out" / "points.csv")
     speed = {(r["panel"], float(r["x"]), r["placement"]): float(r["tokens_per_s"] or 0) for r in rows}
     assert speed["link", 2e7, "host+planar12"] < speed["link", 1e9, "host+planar12"]
@@ -242,7 +250,7 @@ def test_sensitivity_for_real(tiny_presets, tmp_path, monkeypatch):
 
 def test_validation_compares_what_was_measured(tiny_presets, tmp_path):
     models, results = str(tmp_path / "models"), tmp_path / "results" / "cpu"
-    fig2_kv_capacity.main(["--device", "cpu", "--checkpoints", models, "--out", str(results / "fig2_kv_capacity")])
+    call(["paper", "fig2", "--device", "cpu", "--checkpoints", models, "--out", str(results / "fig2_kv_capacity")])
     with pytest.raises(UsageError, match=r"holds no profile\.json"):
         validate_simulator.measured_rows(results, tmp_path / "models")
     profile = replace(HardwareProfile.load("laptop"), name="mine", copy_overlap=0.5)
@@ -255,4 +263,4 @@ def test_validation_compares_what_was_measured(tiny_presets, tmp_path):
     two = [{"source": "a", "stated": 1.0, "simulated": 3.0}, {"source": "a", "stated": 2.0, "simulated": 3.0}]
     assert validate_simulator.ratio_errors(two) == pytest.approx([1.0])
     with pytest.raises(UsageError, match="the simulator is what is validated"):
-        validate_simulator.main(["--device", "cpu", "--out", str(tmp_path)])
+        call(["paper", "validate", "--device", "cpu", "--out", str(tmp_path)])

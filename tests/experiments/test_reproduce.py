@@ -1,63 +1,99 @@
-"""make reproduce leaves alone what is there; make figures draws from results alone; workloads; the ablation."""
+"""reproduce says what came true; figures draws from results alone; workloads; the ablation."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from fluxmoe.experiments.commands import figures, reproduce
-from fluxmoe.experiments.lib.results import Parser, UsageError
+from fluxmoe.experiments.commands.main import arguments, call
+from fluxmoe.experiments.lib.args import parse
+from fluxmoe.experiments.lib.models import published_source as load_published
+from fluxmoe.experiments.lib.results import UsageError, write_csv
 from fluxmoe.experiments.lib.workloads import (
     Lengths,
-    add_workload_arguments,
+    Workload,
     drawn_lengths,
     poisson_arrivals,
     sharegpt_lengths,
-    workload_of,
 )
 from fluxmoe.experiments.serving import ablation
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
-def test_every_experiment_takes_its_arguments():
-    for experiment in reproduce.EXPERIMENTS:
-        module, *arguments = (part.format(out="x", vllm="y") for part in experiment.arguments)
-        script = importlib.import_module(f"fluxmoe.experiments.{module}")
-        if hasattr(script, "parser") and script.parser.__module__ == script.__name__:
-            script.parser().parse_args(arguments)
-    assert len({experiment.name for experiment in reproduce.EXPERIMENTS}) == len(reproduce.EXPERIMENTS)
+def test_every_run_and_step_is_a_command_line_that_is_taken(tmp_path):
+    runs = reproduce.read_runs()
+    for run in runs.values():
+        arguments(run.argv(tmp_path, RESULTS, "cpu-epyc-zen3-2core", "python"))
+    assert len({run.out for run in runs.values() if run.name not in ("profile", "gpu_suite")}) == len(runs) - 2
+    committed = {path.parent.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("provenance.json")}
+    assert committed <= {run.folder("cpu-epyc-zen3-2core") for run in runs.values()}
 
 
-def test_what_is_there_is_not_made_again(tmp_path, capfd):
-    out = tmp_path / "machine"
-    one = reproduce.script("fig1_memory", out=f"{out}/fig1_memory", result="memory.png")
-    broken = reproduce.Experiment("broken", ("fig1_memory", "--model", "none", "--out", "{out}/b"), "{out}/b/none")
-    gpu = reproduce.Experiment("gpu", ("gpu_suite",), "{out}/suite.json", needs_gpu=True)
-    peer = reproduce.script("versus_vllm", "--vllm-python", "{vllm}", result="versus.png")
-    assert reproduce.run_all((gpu, peer, one, broken, one), str(out), gpu=False) == ["broken"]
-    said = capfd.readouterr().out
-    assert "versus_vllm: needs --vllm-python" in said
-    assert "gpu: needs a GPU" in said
-    assert said.count("fig1_memory …") == 1
-    assert "fig1_memory: there already" in said
-    assert reproduce.hardware_folder().startswith("results/")
+@pytest.fixture
+def runs(monkeypatch):
+    made = {
+        "table": reproduce.Run("table", "paper fig1 --out {out}", "simulated/a/fig1_memory"),
+        "broken": reproduce.Run("broken", "paper fig1 --model none --out {out}", "simulated/a/broken"),
+        "gpu": reproduce.Run("gpu", "gpu-suite --out {out}", "measured/{here}", ("gpu",)),
+        "peer": reproduce.Run("peer", "versus --vllm-python {vllm} --out {out}", "measured/{here}/peer", ("vllm",)),
+    }
+    monkeypatch.setattr(reproduce, "read_runs", lambda: made)
+    return made
+
+
+def test_results_are_made_again_and_compared(runs, tmp_path, capfd):
+    where = dict(results=tmp_path / "results", scratch=tmp_path / "scratch")
+    call(["paper", "fig1", "--out", str(tmp_path / "results" / "simulated" / "a" / "fig1_memory")])
+    with pytest.raises(SystemExit):
+        reproduce.run(reproduce.Arguments(**where))
+    said = capfd.readouterr()
+    words = {line.split()[0]: line.split(maxsplit=1)[1] for line in said.out.splitlines() if line.split()[0] in runs}
+    assert words["table"] == "reproduced"
+    assert words["broken"].startswith("failed with exit status 2")
+    assert words["gpu"] == "not possible here: needs a GPU" or torch.cuda.is_available()
+    assert words["peer"] == "not possible here: needs --vllm-python"
+    assert "error: " in said.err
+
+    points = tmp_path / "results" / "simulated" / "a" / "fig1_memory" / "points.csv"
+    text = points.read_text()
+    first = text.splitlines()[1].split(",")[-1]
+    points.write_text(text.replace(f",{first}\n", f",{2 * int(first)}\n", 1))
+    with pytest.raises(SystemExit):
+        reproduce.run(reproduce.Arguments(**where, only=("table",)))
+    assert "differs: kv_cache" in capfd.readouterr().out
+    reproduce.run(reproduce.Arguments(**where, only=("table",), dry_run=True))
+    assert "fluxmoe paper fig1 --out" in capfd.readouterr().out
+    reproduce.run(reproduce.Arguments(**where, list=True))
+    assert "needs --vllm-python" in capfd.readouterr().out
+
+
+def test_two_folders_side_by_side(tmp_path, capsys, error_of):
+    for name, speed in (("a", 10.0), ("b", 20.0)):
+        rows = [{"placement": p, "repeat": r, "tokens_per_s": speed * (r + 1)} for p in ("x", "y") for r in range(3)]
+        write_csv(tmp_path / name / "points.csv", rows)
+    call(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "tokens_per_s 2.000x (2.000 … 2.000, 2 points)" in capsys.readouterr().out
+    call(["compare", str(tmp_path / "a"), str(tmp_path / "a")])
+    assert "the same in all numbers" in capsys.readouterr().out
+    assert "holds no table" in error_of("compare", tmp_path, tmp_path / "a")
 
 
 def test_figures_are_drawn_from_results_alone(tmp_path):
     shutil.copytree(RESULTS, tmp_path / "results")
-    before = {path.with_suffix("") for path in (tmp_path / "results").glob("*/*/*.png")}
-    for path in (tmp_path / "results").glob("*/*/*.p[nd][gf]"):
+    before = {path.with_suffix("") for path in (tmp_path / "results").glob("*/*/*/*.png")}
+    for path in (tmp_path / "results").glob("*/*/*/*.p[nd][gf]"):
         path.unlink()
     drawn = figures.draw_all(tmp_path / "results")
     assert {path.with_suffix("") for path in drawn} == before
     assert all(path.stat().st_size > 5000 and path.with_suffix(".pdf").stat().st_size > 3000 for path in drawn)
     with pytest.raises(UsageError, match="holds no result"):
-        figures.main(["--results", str(tmp_path / "empty")])
+        call(["figures", "--results", str(tmp_path / "empty")])
 
 
 def test_sharegpt_lengths_have_its_means():
@@ -81,17 +117,15 @@ def test_poisson_arrivals():
 
 
 def test_workloads_by_argument(tmp_path):
-    parser = Parser()
-    add_workload_arguments(parser)
-    parser.add_argument("--seed", default=3)
+    model = load_published("mixtral-8x7b").config
 
     def lengths(*arguments):
-        return workload_of(parser.parse_args(arguments), 100)
+        return parse(Workload, ["--context", "100", "--seed", "3", *arguments], "test").lengths(None, model)
 
     assert lengths() == drawn_lengths(64, 100, 64, 3)
     few = ("--requests", "5", "--output-tokens", "10")
     assert lengths("--workload", "fixed", *few) == [Lengths(0.0, 90, 10)] * 5
-    assert lengths("--workload", "sharegpt", *few) == sharegpt_lengths(5, 100, 3)
+    assert lengths("--workload", "sharegpt", "--requests", "5") == sharegpt_lengths(5, 100, 3)
     assert lengths("--arrivals", "2.5", *few) == poisson_arrivals(drawn_lengths(5, 100, 10, 3), 2.5, 3)
     trace = tmp_path / "trace.csv"
     trace.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n1.5,20,4\n2.0,30,200\n")
@@ -108,10 +142,10 @@ def test_ablation_on_the_simulator(tmp_path, capsys):
     small = ["--device", "sim", "--profile", "H100-SXM", "--config", "olmoe-1b-7b", "--budget", "12GiB"]
     small += ["--requests", "8", "--context", "128", "--output-tokens", "16", "--max-batch", "8"]
     small += ["--out", str(tmp_path)]
-    ablation.main(small)
+    call(["ablation", *small])
     out = capsys.readouterr().out
     assert "tokens: identical" in out
     assert out.count("of full") == len(ablation.VARIANTS)
     assert json.loads((tmp_path / "provenance.json").read_text())["simulated"] == "H100-SXM"
     with pytest.raises(UsageError, match="needs --profile"):
-        ablation.main(["--device", "sim", "--config", "olmoe-1b-7b", "--budget", "1GiB", "--out", str(tmp_path)])
+        call(["ablation", "--device", "sim", "--config", "olmoe-1b-7b", "--budget", "1GiB", "--out", str(tmp_path)])

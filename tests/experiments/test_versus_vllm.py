@@ -7,10 +7,10 @@ import json
 import sys
 
 import pytest
+from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.experiments.lib.results import UsageError
 from fluxmoe.experiments.serving import engines as peers
-from fluxmoe.experiments.serving import versus as versus_vllm
 from fluxmoe.models.config import load_config
 
 # As much of vllm's interface as the worker uses; refuses a small KV cache in its own way.
@@ -58,9 +58,9 @@ def test_all_under_a_row_of_budgets(model_dir, tmp_path, capsys):
         "--placements", "resident", "packed", "host+planar12", "--sequences", "4", "--prompt-tokens", "24",
         "--output-tokens", "8", "--rounds", "1", "--vllm-env", f"PYTHONPATH={tmp_path}", "--out", str(tmp_path / "out"),
     ]  # fmt: skip
-    versus_vllm.main([*arguments, "--budgets", budgets[0]])
+    call(["versus", *arguments, "--budgets", budgets[0]])
     capsys.readouterr()
-    versus_vllm.main([*arguments, "--budgets", *budgets])  # the second alone is new
+    call(["versus", *arguments, "--budgets", *budgets])  # the second alone is new
     out = capsys.readouterr().out
     assert out.count("theirs") == 1
     assert "90 % of that from" in out
@@ -83,7 +83,7 @@ def test_all_under_a_row_of_budgets(model_dir, tmp_path, capsys):
 def test_an_engine_that_stops_is_a_row(model_dir, tmp_path, capsys):
     dies = STAND_IN.replace("time.sleep(0.001)", 'raise MemoryError("out of blocks")')
     (tmp_path / "vllm.py").write_text(dies)
-    versus_vllm.main([
+    call(["versus",
         "--vllm-python", sys.executable, "--model", str(model_dir), "--device", "cpu", "--sequences", "2",
         "--prompt-tokens", "8", "--output-tokens", "4", "--rounds", "1", "--vllm-env", f"PYTHONPATH={tmp_path}",
         "--out", str(tmp_path / "out"),
@@ -114,12 +114,12 @@ def test_the_first_error_of_a_log_is_the_reason():
     [
         (["--vllm-env", "x"], "KEY=VALUE"),
         (["--budgets", "all", "1GiB"], "give it alone"),
-        (["--vllm-offload", "1", "--device", "cpu"], "offloads nothing"),
+        (["--vllm-python", "x", "--vllm-offload", "1"], "offloads nothing"),
         (["--sequences", "0"], "at least 1"),
         (["--vllm-python", "/no/python"], "cannot start --vllm-python /no/python"),
     ],
 )
 def test_what_cannot_be_meant(arguments, match, model_dir, tmp_path):
     with pytest.raises(UsageError, match=match):
-        versus_vllm.main(["--model", str(model_dir), "--device", "cpu", *arguments, "--out", str(tmp_path / "out")])
+        call(["versus", "--model", str(model_dir), "--device", "cpu", *arguments, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "rows.csv").exists()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fluxmoe.experiments.commands.generate import parser
+from fluxmoe.experiments.commands.main import arguments
 from fluxmoe.kernels.cpu.experts import CpuExperts
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.formats import (
@@ -110,8 +110,8 @@ def test_a_record_is_all_that_a_format_needs_which_is_decoded_first(backend, ano
     config = EngineConfig(placement="packed", expert_format="another")
     assert config.formats == ExpertFormats("another", "another")
     assert "another: 13.0 bits a weight, made up" in formats_help()
-    args = parser().parse_args(["--model", "x", "--prompt", "x", "--max-new-tokens", "1", "--expert-format", "another"])
-    assert args.expert_format == "another"
+    command = ["generate", "--model", "x", "--prompt", "x", "--max-new-tokens", "1", "--placement", "packed"]
+    assert arguments([*command, "--expert-format", "another"])[1].engine.expert_format == "another"
     parameters = CostParameters()
     dims = replace(DIMS, hidden=1024, intermediate=512)
     assert sum(SimExperts(dims, 1, 1, parameters).expert_bytes("another")) == 3 * 1024 * 512 * 13 // 8

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fluxmoe.experiments.commands import generate
+from fluxmoe.experiments.commands.main import call, main
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
-from fluxmoe.experiments.lib.results import cli_main
 from fluxmoe.runtime.devices import HOST, CpuDevice, CudaDevice, device_of
 from fluxmoe.runtime.experts.pager import ExpertPager
 from fluxmoe.runtime.experts.placement import Tier
@@ -255,25 +254,25 @@ def arguments_of(model_dir, *more) -> list[str]:
     prompts = model_dir.parent / "prompts.json"
     prompts.write_text("[[1, 2, 3]]")
     shape = ["--max-batch", "4", "--max-batched-tokens", "16", "--device", "cpu", "--max-new-tokens", "3"]
-    return ["--model", str(model_dir), "--prompts", str(prompts), *shape, *more]
+    return ["generate", "--model", str(model_dir), "--prompts", str(prompts), *shape, *more]
 
 
 def test_the_command_says_what_is_held(model_dir, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.json"
-    generate.main(arguments_of(model_dir, "--json", str(out)))
+    call(arguments_of(model_dir, "--json", str(out)))
     result = json.loads(out.read_text())
     assert result["memory_check"].keys() == {"ledger_bytes", "held_bytes", "ratio", "warning"}
     assert result["host_memory"].keys() == {"staging"}
     assert "warning" not in capsys.readouterr().err
     taken = iter((0, GIB))
     monkeypatch.setattr(CpuDevice, "taken_bytes", lambda device: next(taken))
-    generate.main(arguments_of(model_dir))
+    call(arguments_of(model_dir))
     assert "warning: 1 GiB of memory are held" in capsys.readouterr().err
 
 
 def test_the_command_refuses_what_does_not_fit(model_dir, free, capsys):
     free(GIB)
     with pytest.raises(SystemExit) as info:
-        cli_main(lambda: generate.main(arguments_of(model_dir, "--budget", "3GiB")))
+        main(arguments_of(model_dir, "--budget", "3GiB"))
     assert info.value.code == 2
     assert capsys.readouterr().err.startswith("error: a budget of 3 GiB is more than the 2 GiB of memory")

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from fluxmoe.experiments.commands.pack_checkpoint import main as pack_checkpoint
-from fluxmoe.experiments.lib.checkpoints import main as make_checkpoint
+from fluxmoe.experiments.commands.main import call
 from fluxmoe.kernels.cpu.experts import CpuExperts
 from fluxmoe.kernels.ops import ExpertDims
 from fluxmoe.models.checkpoint import Checkpoint
@@ -436,12 +435,12 @@ def test_on_a_gpu_nothing_is_streamed_into_slots_yet(monkeypatch, settings, serv
 @pytest.mark.parametrize("settings", [{}, dict(placement="host", host_format="huffman")], ids=str)
 def test_a_packed_checkpoint_brings_its_experts_itself(vllm, tmp_path, settings):
     plain, packed = tmp_path / "plain", tmp_path / "packed"
-    make_checkpoint([
+    call(["make-checkpoint",
         "--arch", "qwen3_moe", "--out", str(plain), "--layers", str(LAYERS), "--experts", str(EXPERTS), "--top-k",
         str(TOP_K), "--hidden", str(HIDDEN), "--moe-intermediate", str(WIDE), "--heads", "2", "--kv-heads", "1",
         "--vocab", "512",
     ])  # fmt: skip
-    pack_checkpoint(["--model", str(plain), "--format", "planar12", "--out", str(packed)])
+    call(["pack-checkpoint", "--model", str(plain), "--format", "planar12", "--out", str(packed)])
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fluxmoe"}
     (packed / "config.json").write_text(json.dumps(config))

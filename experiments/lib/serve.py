@@ -1,0 +1,100 @@
+"""The one way to run: an engine, real or simulated, serves requests and gives a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from fluxmoe.kernels.formats import FORMATS
+from fluxmoe.runtime.experts.placement import Tier, place
+from fluxmoe.runtime.memory.budget import BudgetError
+from fluxmoe.runtime.serving.config import EngineConfig
+from fluxmoe.runtime.serving.engine import Engine
+from fluxmoe.runtime.serving.metrics import StepMetrics, summarise
+from fluxmoe.runtime.serving.request import Request
+from fluxmoe.runtime.sim.cost_model import CostParameters
+from fluxmoe.runtime.sim.simulator import SimEngine
+
+from .machines import Machine
+from .models import Source
+from .results import UsageError, digest
+from .workloads import Lengths, make_requests
+
+Watch = Callable[[Engine | SimEngine, StepMetrics], None]
+
+
+class Served(NamedTuple):
+    """row: what a result file says of the run; steps: its iterations; tokens: of each request."""
+
+    row: dict[str, Any]
+    steps: list[StepMetrics]
+    tokens: list[tuple[int, ...]]
+
+
+def run(engine: Engine | SimEngine, requests: Sequence[Request], watch: Watch | None = None) -> Served:
+    """Serve `requests` on an engine that stays open. watch: called after each iteration."""
+    handles, steps = [engine.add(request) for request in requests], []
+    for step in engine.steps():
+        if watch is not None:
+            watch(engine, step)
+        steps.append(step)
+    outputs, totals = [handle.output for handle in handles], summarise(steps)
+    tokens = [tuple(output.token_ids) for output in outputs]
+    generated, wall = sum(map(len, tokens)), totals["wall_s"]
+    prompts = sum(len(request.prompt_ids) for request in requests)
+    layout = engine.deployment.layout
+    row = {
+        "status": "ok", "reason": "", "tokens_per_s": generated / wall if wall else 0.0,
+        "total_tokens_per_s": (generated + prompts) / wall if wall else 0.0, **totals, "requests": len(requests),
+        "refused": sum(output.finish_reason == "refused" for output in outputs), "generated_tokens": generated,
+        "kv_blocks": engine.scheduler.num_blocks, "max_sequences": engine.deployment.max_sequences,
+        "hidden_share": 1 - totals["stall_s"] / totals["transfer_s"] if totals["transfer_s"] else None,
+        **engine.budget.lines(), "host_bytes": layout.tier_bytes(Tier.HOST), "disk_bytes": layout.tier_bytes(Tier.DISK),
+        "tokens_sha256": digest(tokens),
+    }  # fmt: skip
+    return Served(row, steps, tokens)
+
+
+def serve(
+    machine: Machine, source: Source, settings: EngineConfig, requests: Sequence[Request],
+    costs: CostParameters | None = None, watch: Watch | None = None,
+) -> Served:  # fmt: skip
+    """Serve `requests` once on an engine of their own. BudgetError where it cannot start."""
+    with machine.open(source, settings, costs) as engine:
+        served = run(engine, requests, watch)
+        placed = {"alpha": engine.placement.alpha, "kv_tokens": engine.scheduler.num_blocks * settings.block_size}
+    return served._replace(row=placed | served.row)
+
+
+def row(
+    machine: Machine, source: Source, settings: EngineConfig, lengths: Sequence[Lengths], seed: int = 0,
+    costs: CostParameters | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What `serve` gives for a workload; one that cannot start is a row with the reason and the least that works."""
+    try:
+        requests = make_requests(list(lengths), source.config.vocab_size, seed)
+        return serve(machine, source, settings, requests, costs).row
+    except BudgetError as error:
+        return {"status": "too_small", "reason": str(error), "least_budget": error.least}
+
+
+def placed(text: str) -> dict[str, Any]:
+    """'balanced:0.5+planar12' → the settings placement, alpha and expert_format; checked on a model of one layer."""
+    where, _, expert_format = text.partition("+")
+    name, _, share = where.partition(":")
+    try:
+        alpha = float(share) if share else None
+    except ValueError:
+        raise UsageError(f"placement {text!r}: {share!r} is no share; write for example balanced:0.5") from None
+    if expert_format and expert_format not in FORMATS:
+        raise UsageError(f"placement {text!r}: unknown expert format; these are: {', '.join(FORMATS)}")
+    place(name, 1, 1, alpha=alpha, bandwidths={Tier.RESIDENT: 1.0, Tier.HOST: 1.0})
+    settings: dict[str, Any] = {"placement": name, "alpha": alpha, "expert_format": expert_format or None}
+    EngineConfig(**settings)
+    return settings
+
+
+def placement_name(text: str) -> str:
+    """`text`, which `placed` takes."""
+    placed(text)
+    return text

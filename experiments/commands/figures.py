@@ -13,7 +13,14 @@ from pathlib import Path
 from ..lib.args import option
 from ..lib.results import UsageError
 from ..plots.paper import plot_fig7, plot_fig8, plot_knee, plot_kv_capacity, plot_memory_split, plot_sensitivity
-from ..plots.serving import plot_adaptation, plot_exponents, plot_memory_budget, plot_overhead, plot_versus
+from ..plots.serving import (
+    plot_adaptation,
+    plot_at_a_glance,
+    plot_exponents,
+    plot_memory_budget,
+    plot_overhead,
+    plot_versus,
+)
 
 DRAW: dict[str, Callable[[Path], Path]] = {
     "memory-budget": plot_memory_budget,
@@ -39,9 +46,11 @@ def draw_all(results: Path) -> list[Path]:
     """All figures under `results`, drawn again; returns their paths."""
     drawn = []
     for path in sorted(results.rglob("provenance.json")):
-        draw = DRAW.get(json.loads(path.read_text()).get("experiment", ""))
-        if draw is not None:
-            drawn.append(draw(path.parent))
+        experiment = json.loads(path.read_text()).get("experiment", "")
+        if experiment in DRAW:
+            drawn.append(DRAW[experiment](path.parent))
+        if experiment == "memory-budget" and (glance := plot_at_a_glance(path.parent)):
+            drawn.append(glance)
     return drawn
 
 

@@ -142,6 +142,58 @@ def plot_memory_budget(directory: Path) -> Path:
     return save(figure, path)
 
 
+# Placements of the figure on the first page: what each line says of itself, beside which point, and where from there.
+GLANCE = {
+    "resident": ("resident: all\nexperts as they are", 0, (12, -6), "left"),
+    "packed": ("packed: all experts,\ncompressed, decoded\ninside the GEMM", 1, (-14, 6), "right"),
+    "host+planar12": ("streamed: every expert\ncomes from host memory,\ncompressed", 0, (0, 86), "left"),
+}
+
+
+def plot_at_a_glance(directory: Path) -> Path | None:
+    """at_a_glance.png: three lines of the same points, with where each of them stops; None where one is missing."""
+    points = pd.read_csv(directory / "points.csv")
+    if not set(GLANCE) <= set(points.placement):
+        return None
+    about = json.loads((directory / "provenance.json").read_text())
+    figure, axis = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
+    for placement, (text, beside, offset, side) in GLANCE.items():
+        colour, marker, _ = style_of(placement)
+        rows = points[points.placement == placement]
+        speed = rows[rows.status == "ok"].groupby("budget_bytes").tokens_per_s.median()
+        x = speed.index / MIB
+        axis.plot(x, speed, line_of(about), marker=marker, color=colour, linewidth=1.8, markersize=6)
+        axis.annotate(
+            text,
+            (x[beside], speed.iloc[beside]),
+            offset,
+            textcoords="offset points",
+            fontsize=8.5,
+            color=colour,
+            ha=side,
+        )
+        least = rows.least_budget.dropna()
+        if len(least):
+            edge = least.min() / MIB
+            axis.plot([edge, edge], [0, speed.iloc[0]], ":", color=colour, linewidth=1)
+            axis.text(edge, 0.01 * speed.max(), f" nothing below {edge:.0f} MiB", color=colour, fontsize=7.5, rotation=90,
+                      va="bottom", ha="right")  # fmt: skip
+    axis.set_xscale("log")
+    ticks = sorted({round(b / MIB) for b in points.budget_bytes})
+    axis.set_xticks(ticks, [str(t) for t in ticks], fontsize=8)
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("memory for weights, slots, workspace and KV cache (MiB)")
+    axis.set_ylabel(axis_label("output tokens/s", about))
+    experts = 2 * about["model"]["num_layers"] * about["model"]["num_experts"] * 3
+    experts *= about["model"]["hidden_size"] * about["model"]["moe_intermediate_size"]
+    axis.set_title(
+        f"{experts / 1e6:.0f} MB of experts, {about['workload']['requests']} requests; {where_of(about)}", fontsize=9
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+    return save(figure, directory / "at_a_glance.png")
+
+
 def plot_versus(directory: Path) -> Path:
     """versus.png beside rows.csv of versus: throughput against budget, or against sequences where there is one
     budget; median of rounds, range as a bar. Crosses below the axis: does not start, or stopped."""

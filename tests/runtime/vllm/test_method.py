@@ -21,7 +21,7 @@ from fluxmoe.runtime.experts.config import SettingError
 from fluxmoe.runtime.experts.pager import ExpertPager
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.experts.spill import StoreError
-from fluxmoe.runtime.memory.budget import BudgetError
+from fluxmoe.runtime.memory.budget import BudgetError, format_bytes
 from fluxmoe.runtime.memory.check import FreeMemory
 from fluxmoe.runtime.vllm import metrics
 from fluxmoe.runtime.vllm.features import FeatureError
@@ -255,6 +255,19 @@ def test_a_table_says_where_experts_lie_and_what_that_frees(vllm, caplog):
     assert rows[1] == ["6", "host", "memory", "dense", "576", "KiB"]
     assert rows[2][:2] == ["streaming", "slots"]
     assert rows[3][0] == "workspace"
+    # On a CPU a host tier frees nothing.
+    assert lines[-1].startswith("dense, the experts would take 1.125 MiB of the device's memory; now, with slots")
+    assert lines[-1].endswith("nothing is won, and placement resident is faster")
+
+
+def test_a_table_says_what_a_file_frees(vllm, caplog):
+    caplog.set_level("INFO", logger="vllm.fluxmoe")
+    model = loaded(vllm, fluxmoe=dict(placement="disk", host_format="planar12"), max_num_batched_tokens=1)
+    taken = sum(model.paged.pager.held_bytes().values())
+    assert taken < 1.125 * 2**20
+    assert caplog.messages[0].endswith(
+        f"{format_bytes(taken)} are taken: {format_bytes(int(1.125 * 2**20) - taken)} are free for KV cache"
+    )
 
 
 def test_what_was_served_is_said_once_in_a_while(vllm, caplog, monkeypatch):

@@ -31,11 +31,7 @@ def placement_table(pager: ExpertPager) -> str:
     table.append(
         f"dense, the experts would take {format_bytes(dense)} of the device's memory; now, with slots and workspace, "
         f"{format_bytes(taken)} are taken"
-        + (
-            f": {format_bytes(dense - taken)} are free for KV cache"
-            if taken < dense
-            else "; nothing is won, and placement resident is faster"
-        )
+        + (f": {format_bytes(dense - taken)} are free for KV cache" if taken < dense else ": no more is free than then")
     )
     return "\n".join(table)
 

@@ -301,14 +301,15 @@ def _place_kernel(
 class Router:
     """Routes batches of up to `max_tokens`; all its buffers are made here, none in `__call__`.
 
-    Raises KernelError when top_k exceeds the number of experts or 32.
+    Raises KernelError when top_k exceeds 32 or, from logits, the number of experts: where a host chooses, most of a
+    token's experts may be elsewhere.
     """
 
     def __init__(
         self, max_tokens: int, num_experts: int, top_k: int, renormalise: bool, device: torch.device | str
     ) -> None:
-        if not 1 <= top_k <= min(num_experts, _MAX_TOP_K):
-            raise KernelError(f"top_k must be 1 to min(experts, {_MAX_TOP_K}), got {top_k} of {num_experts} experts")
+        if not 1 <= top_k <= _MAX_TOP_K:
+            raise KernelError(f"top_k must be 1 to {_MAX_TOP_K}, got {top_k}")
         self.num_experts, self.top_k, self.renormalise = num_experts, top_k, renormalise
         rows = max_tokens * top_k
         self._block_t = block_t(num_experts)
@@ -334,6 +335,8 @@ class Router:
         """
         if logits.shape[1:] != (self.num_experts,) or logits.dtype != torch.float32:
             raise KernelError(f"logits must be fp32 [T, {self.num_experts}], got {logits.dtype} {list(logits.shape)}")
+        if self.top_k > self.num_experts:
+            raise KernelError(f"logits of {self.num_experts} experts cannot choose top_k {self.top_k} of them")
         return self._route(logits, None, block_m, num_tokens)
 
     def given(self, topk_ids: Tensor, topk_weights: Tensor, block_m: int, num_tokens: Tensor | None = None) -> Routing:

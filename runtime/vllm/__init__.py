@@ -5,7 +5,7 @@
     settings    PagingConfig from --additional-config and the environment
     method      vLLM's FusedMoEMethodBase: one layer, its weights and its call
     loading     experts, put together from the matrices that a loader brings
-    host        all layers of a model around one ExpertPager
+    paged_model all layers of a model around one ExpertPager
     operation   a layer as one operation, which torch.compile and graphs take as it is
     features    what vLLM can do and we cannot
     report      what a user is told: where experts lie, and what was brought

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from .features import check_features
 
 if TYPE_CHECKING:
-    from .host import Host
+    from .paged_model import PagedModel
 
 
 class FluxMoEConfig(QuantizationConfig):
@@ -52,26 +52,29 @@ class FluxMoEConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             from .method import FluxMoEMethod
 
-            return FluxMoEMethod(layer.moe_config, prefix, host_of(self, vllm_config), vllm_config.model_config.model)
+            return FluxMoEMethod(
+                layer.moe_config, prefix, paged_model_of(self, vllm_config), vllm_config.model_config.model
+            )
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 
-# The host that takes layers, by the configuration of the model that is being made.
-_hosts: WeakKeyDictionary[FluxMoEConfig, Host] = WeakKeyDictionary()
+# What takes layers, by the configuration of the model that is being made.
+_models: WeakKeyDictionary[FluxMoEConfig, PagedModel] = WeakKeyDictionary()
 
 
-def host_of(quant_config: FluxMoEConfig, vllm_config: Any) -> Host:
-    """The host of the model that is being made; a draft model, made later, gets one of its own."""
-    from .host import Host
+def paged_model_of(quant_config: FluxMoEConfig, vllm_config: Any) -> PagedModel:
+    """Of the model that is being made; a draft model, made later, gets one of its own."""
+    from .paged_model import PagedModel
     from .settings import read_settings
 
-    host = _hosts.get(quant_config)
-    if host is None or host.opened:
+    model = _models.get(quant_config)
+    if model is None or model.opened:
         given = vllm_config.additional_config
         settings = read_settings(given.get("fluxmoe", {}) if isinstance(given, dict) else {}, os.environ)
         device = vllm_config.device_config.device
         if device.type == "cpu" and settings.threads is None:
             # Those that vLLM has bound this worker to; the main thread itself may be pinned to one core.
             settings = replace(settings, threads=torch.get_num_threads())
-        host = _hosts[quant_config] = Host(settings, device, vllm_config.scheduler_config.max_num_batched_tokens)
-    return host
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        model = _models[quant_config] = PagedModel(settings, device, tokens)
+    return model

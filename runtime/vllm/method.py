@@ -6,6 +6,7 @@ goes to its tier as soon as it has all three.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,19 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 
 from ..experts.config import SettingError
-from .host import Host
 from .loading import Assembly
 from .operation import handle_of
+from .paged_model import PagedModel
 
 
 class FluxMoEMethod(FusedMoEMethodBase):
-    """moe: vLLM's FusedMoEConfig of the layer; name: of the layer in the model; model: directory or name of the
-    checkpoint. SettingError for experts of another kind than SwiGLU without bias, in bf16 or fp32."""
+    """moe: vLLM's FusedMoEConfig of the layer; name: of the layer in the model; checkpoint: its directory, or
+    name elsewhere. SettingError for experts of another kind than SwiGLU without bias, in bf16 or fp32."""
 
     # Nothing of it has to be brought to the device after loading.
     requires_device_loading = False
 
-    def __init__(self, moe: Any, name: str, host: Host, model: str) -> None:
+    def __init__(self, moe: Any, name: str, model: PagedModel, checkpoint: str) -> None:
         super().__init__(moe)
         extras = [what for what, has in (("biases", moe.has_bias), ("a clamp", moe.swiglu_limit is not None)) if has]
         if moe.activation.value != "silu" or extras:
@@ -39,7 +40,7 @@ class FluxMoEMethod(FusedMoEMethodBase):
                 f"--quantization fluxmoe: {name} has experts with {' and '.join([moe.activation.value, *extras])}; "
                 "only SwiGLU experts (silu) without biases and clamps are served"
             )
-        self.name, self.host, self.model = name, host, Path(model)
+        self.name, self.model, self.checkpoint = name, model, Path(checkpoint)
 
     @property
     def is_monolithic(self) -> bool:
@@ -65,12 +66,11 @@ class FluxMoEMethod(FusedMoEMethodBase):
         self.dims = ExpertDims(
             hidden_size, intermediate_size_per_partition, num_experts, self.moe.experts_per_token, params_dtype
         )
-        self.layer = self.host.add_layer(self.dims)
-        layer.register_buffer("fluxmoe_handle", handle_of(self.host, self.layer), persistent=False)
+        self.layer = self.model.add_layer(self.dims)
+        layer.register_buffer("fluxmoe_handle", handle_of(self.model, self.layer), persistent=False)
         self._local = layer._map_global_expert_id_to_local_expert_id
-        self._assembly = Assembly(
-            self.name, self.dims, lambda *expert: self.host.put(self.layer, *expert), self.moe.tp_rank, self.moe.tp_size
-        )
+        put = partial(self.model.put, self.layer)
+        self._assembly = Assembly(self.name, self.dims, put, self.moe.tp_rank, self.moe.tp_size)
         for name, shape in zip(("w13_weight", "w2_weight"), self.dims.shapes, strict=True):
             weight = torch.empty(num_experts, *shape, dtype=params_dtype, device="meta")
             parameter = torch.nn.Parameter(weight, requires_grad=False)
@@ -88,15 +88,15 @@ class FluxMoEMethod(FusedMoEMethodBase):
         return local != -1 if return_success else None
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if PackedExperts.in_directory(self.model):
+        if PackedExperts.in_directory(self.checkpoint):
             self._load_packed()
         self._assembly.finish()
         del layer.w13_weight, layer.w2_weight
-        self.host.loaded()
+        self.model.loaded()
 
     def _load_packed(self) -> None:
         """The layer of a packed checkpoint, of which vLLM's loader sees all but the experts."""
-        packed, number = PackedExperts(self.model, load_config(self.model)), extract_layer_index(self.name)
+        packed, number = PackedExperts(self.checkpoint, load_config(self.checkpoint)), extract_layer_index(self.name)
         for _, expert, gate_up, down in packed.experts(lambda layer, expert: layer == number):
             gate, up = gate_up.chunk(2)
             for matrix, weight in (("w1", gate), ("w3", up), ("w2", down)):

@@ -1,4 +1,4 @@
-"""`torch.ops.fluxmoe.experts`: a layer of a host as one operation, which dynamo, inductor and graphs take as it is.
+"""`torch.ops.fluxmoe.experts`: a layer of a model as one operation, which dynamo, inductor and graphs take as it is.
 
 Which layer is a tensor, as weights would be: a number in its place would be a constant of the compiled code, which
 vLLM keeps from run to run, and which it makes once for all layers if they do not differ.
@@ -12,23 +12,23 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .host import Host
+from .paged_model import PagedModel
 
 _numbers = count()
-# Weak: a host lives as long as its model.
-_hosts: WeakValueDictionary[int, Host] = WeakValueDictionary()
+# Weak: they go when vLLM's model goes.
+_models: WeakValueDictionary[int, PagedModel] = WeakValueDictionary()
 
 
-def handle_of(host: Host, layer: int) -> Tensor:
+def handle_of(model: PagedModel, layer: int) -> Tensor:
     """What `torch.ops.fluxmoe.experts` knows a layer by: int64 [2], in host memory on any device."""
     number = next(_numbers)
-    _hosts[number] = host
+    _models[number] = model
     return torch.tensor([number, layer], dtype=torch.int64, device="cpu")
 
 
 def _experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, handle: Tensor) -> Tensor:
-    host, layer = handle.tolist()
-    return _hosts[host].experts(layer, x, topk_ids, topk_weights)
+    model, layer = handle.tolist()
+    return _models[model].experts(layer, x, topk_ids, topk_weights)
 
 
 def _experts_meta(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, handle: Tensor) -> Tensor:

@@ -25,14 +25,13 @@ def placement_table(pager: ExpertPager) -> str:
         "  ".join([row[0].rjust(widths[0]), row[1].ljust(widths[1]), row[2].ljust(widths[2]), row[3].rjust(widths[3])])
         for row in rows
     ]
-    sizes = pager.ops.expert_bytes(DENSE)
-    dense, taken = layout.placement.tiers.size * sum(sizes), sum(lines.values())
+    dense, taken = layout.placement.tiers.size * sum(pager.ops.expert_bytes(DENSE)), sum(lines.values())
+    if pager.device.is_host:  # there both tiers are the same memory
+        taken += sum(nbytes for line, nbytes in pager.host_lines().items() if line != "staging")
     table.append(
-        f"dense, the experts would take {format_bytes(dense)} of the device's memory; now {format_bytes(taken)} are "
-        f"taken, and {format_bytes(dense - taken)} more are free for KV cache"
-        if taken <= dense
-        else f"dense, the experts would take {format_bytes(dense)} of the device's memory; now, with slots and "
-        f"workspace, {format_bytes(taken)} are taken: choose placement resident for a model as small as this"
+        f"dense, the experts would take {format_bytes(dense)} of the device's memory; now, with slots and workspace, "
+        f"{format_bytes(taken)} are taken"
+        + (f": {format_bytes(dense - taken)} are free for KV cache" if taken < dense else ": no more is free than then")
     )
     return "\n".join(table)
 

@@ -197,6 +197,7 @@ def test_sizes_count_what_is_stored(tmp_path):
         ("mixtral", {"bos_token_id": "x"}, "bos_token_id"),
         ("mixtral", {"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
         ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ("mixtral", {"quantization_config": "fluxmoe"}, "quantization_config"),
         ("mixtral", {"dtype": "float16"}, "float16 is not supported; convert"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act"),
         ("mixtral", {"model_type": ["mixtral"]}, "these are: mixtral, qwen3_moe, olmoe"),

@@ -103,7 +103,7 @@ def test_block_bound_is_reached_and_never_passed():
 @pytest.mark.parametrize(("experts", "top_k"), [(4, 5), (4, 0), (64, 33)])
 def test_impossible_top_k_is_refused(experts, top_k):
     with pytest.raises(KernelError, match="top_k"):
-        Router(4, experts, top_k, True, DEVICE)
+        Router(4, experts, top_k, True, DEVICE)(torch.zeros(4, experts, device=DEVICE), 16)
 
 
 def test_wrong_logits_are_refused():

@@ -84,7 +84,14 @@ def vllm_config(**changes) -> SimpleNamespace:
         scheduler_config=SimpleNamespace(max_num_batched_tokens=32),
         additional_config={"fluxmoe": changes.pop("fluxmoe", {})},
     )
-    places = (config, config.parallel_config, config.model_config, offload.uva, offload.prefetch)
+    places = (
+        config,
+        config.parallel_config,
+        config.model_config,
+        config.scheduler_config,
+        offload.uva,
+        offload.prefetch,
+    )
     for name, value in changes.items():
         setattr(next(place for place in places if hasattr(place, name)), name, value)
     return config

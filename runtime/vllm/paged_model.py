@@ -1,4 +1,4 @@
-"""Host: the layers with experts of one model in one process of vLLM, around one ExpertPager.
+"""PagedModel: the layers with experts of one model in one process of vLLM, around one ExpertPager.
 
     add_layer   while vLLM makes the model: what a layer needs
     put         while it loads the checkpoint: the first expert opens the pager, so that nothing is allocated before
@@ -36,7 +36,7 @@ _CPU_TOKENS = 1024
 _REPORT_EVERY_S = 60
 
 
-class Host:
+class PagedModel:
     """config: settings; device: of the model; max_tokens: of the largest pass."""
 
     def __init__(self, config: PagingConfig, device: torch.device | str, max_tokens: int) -> None:
@@ -50,7 +50,7 @@ class Host:
 
     @property
     def pager(self) -> ExpertPager:
-        assert self._pager is not None, "a host has a pager once the first expert has come"
+        assert self._pager is not None, "there is a pager once the first expert has come"
         return self._pager
 
     @property

@@ -237,19 +237,22 @@ def compare_layouts(name: str, sequences: int, queries: int, context: int, turns
         expected = run("contiguous", layer)[1].clone()
         if not torch.equal(run("slabs", layer)[1], expected):
             raise WrongError(f"layer {layer} of {name} has other bits in slabs")
-    times = {kind: np.zeros(turns) for kind in caches}
+    times = {kind: np.zeros((turns, layers)) for kind in caches}
     rng = np.random.default_rng(0)
     for turn in range(turns):
         for layer in range(layers):
             for kind in rng.permutation(list(caches)):
-                times[kind][turn] += run(kind, layer)[0]
-    ratios = times["slabs"] / times["contiguous"]
-    low, middle, high = np.percentile(ratios, [25, 50, 75])
-    medians = {f"{kind}_us": float(np.median(each)) * 1e6 for kind, each in times.items()}
+                times[kind][turn, layer] = run(kind, layer)[0]
+    passes = {kind: each.sum(axis=1) for kind, each in times.items()}
+    low, middle, high = np.percentile(passes["slabs"] / passes["contiguous"], [25, 50, 75])
+    medians = {f"{kind}_us": float(np.median(each)) * 1e6 for kind, each in passes.items()}
+    # What others do on the machine only adds time: of each layer its shortest.
+    least = {kind: each.min(axis=0).sum() for kind, each in times.items()}
     return {
         "shape": name, "sequences": sequences, "queries": queries, "context": context, "layers": layers,
         "kv_bytes": sequences * each * layout.block_bytes, "blocks_per_slab": caches["slabs"][0].blocks_per_slab,
         "turns": turns, **medians, "slabs_over_contiguous": middle, "ratio_p25": low, "ratio_p75": high,
+        "ratio_of_shortest": least["slabs"] / least["contiguous"],
     }  # fmt: skip
 
 
@@ -263,8 +266,9 @@ def compare_on_cpu(args: argparse.Namespace) -> None:
     for point in points:
         rows.append(compare_layouts(*point, turns=args.turns))
         print(
-            "{shape:>10} {sequences:>3} x {context:<6} {queries:>5} queries  {contiguous_us:9.0f} us contiguous  "
-            "{slabs_over_contiguous:.4f} in slabs ({ratio_p25:.4f} to {ratio_p75:.4f})".format(**rows[-1]),
+            "{shape:>10} {sequences:>3} x {context:<6} {queries:>5} queries  {contiguous_us:9.0f} us contiguous, "
+            "in slabs {slabs_over_contiguous:.4f} ({ratio_p25:.4f} to {ratio_p75:.4f}; shortest "
+            "{ratio_of_shortest:.4f})".format(**rows[-1]),
             flush=True,
         )
     write_csv(Path(args.out) / "rows.csv", rows)

@@ -7,8 +7,9 @@ On a GPU: decode is one query a sequence, contexts of equal length; limited by t
 prompts; limited by flops (the causal half is counted). torch's scaled_dot_product_attention reads K and V from
 contiguous tensors, with its heads repeated by enable_gqa: it has no pages to follow, which favours it.
 
-On a CPU the caches hold all layers of a model and are read whole, layer by layer, the two layouts in turns. Every other
-slab is another's; a slab is as large as the model's expert in planar12.
+On a CPU the caches hold all layers of a model and are read whole, layer by layer, the two layouts in turns, by one thread
+and in its own CPU time, which hardly changes with what else the machine does. Every other slab is another's; a slab is as
+large as the model's expert in planar12.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ _POINTS: dict[str, dict[str, list]] = {
         "shapes": ["mixtral", "qwen3_30b"], "sequences": [1, 8, 32, 128], "contexts": [512, 4096, 16384],
         "prompts": [512, 2048, 8192],
     },
-    "cpu": {"shapes": ["qwen3_30b", "qwen3_next", "olmoe"], "sequences": [8], "contexts": [1024], "prompts": [512]},
+    "cpu": {"shapes": ["qwen3_30b", "qwen3_next", "olmoe"], "sequences": [4], "contexts": [1024], "prompts": [256]},
 }  # fmt: skip
 
 
@@ -203,7 +204,7 @@ def compare_layouts(name: str, sequences: int, queries: int, context: int, turns
     """A row: attention of all layers over a whole cache, in one slab and in many."""
     (heads, kv_heads, dim), (layers, expert_bytes) = SHAPES[name], CPU_MODELS[name]
     dims = LayerDims(hidden=16, heads=heads, kv_heads=kv_heads, head_dim=dim, experts=1, vocab=16, dtype=torch.bfloat16)
-    ops = CpuOps(dims, Limits(sequences * queries, sequences, context, _CPU_BLOCK_SIZE))
+    ops = CpuOps(dims, Limits(sequences * queries, sequences, context, _CPU_BLOCK_SIZE), threads=1)
     layout = KVLayout.of(ops, layers, _CPU_BLOCK_SIZE, kv_heads, dim, dims.dtype)
     each = -(-context // _CPU_BLOCK_SIZE)
     caches = {kind: cache_of(layout, sequences * each, size)
@@ -229,9 +230,9 @@ def compare_layouts(name: str, sequences: int, queries: int, context: int, turns
 
     def run(kind: str, layer: int) -> tuple[float, Tensor]:
         qkv = rows.clone()
-        begin = time.perf_counter()
+        begin = time.thread_time()
         out = ops.attention(qkv, None, None, rope, batches[kind], *caches[kind][0].layer(layer))
-        return time.perf_counter() - begin, out
+        return time.thread_time() - begin, out
 
     for layer in range(layers):  # kernels compiled, pages touched
         expected = run("contiguous", layer)[1].clone()
@@ -246,7 +247,7 @@ def compare_layouts(name: str, sequences: int, queries: int, context: int, turns
     passes = {kind: each.sum(axis=1) for kind, each in times.items()}
     low, middle, high = np.percentile(passes["slabs"] / passes["contiguous"], [25, 50, 75])
     medians = {f"{kind}_us": float(np.median(each)) * 1e6 for kind, each in passes.items()}
-    # What others do on the machine only adds time: of each layer its shortest.
+    # What disturbs only adds time: of each layer its shortest.
     least = {kind: each.min(axis=0).sum() for kind, each in times.items()}
     return {
         "shape": name, "sequences": sequences, "queries": queries, "context": context, "layers": layers,

@@ -7,9 +7,9 @@ On a GPU: decode is one query a sequence, contexts of equal length; limited by t
 prompts; limited by flops (the causal half is counted). torch's scaled_dot_product_attention reads K and V from
 contiguous tensors, with its heads repeated by enable_gqa: it has no pages to follow, which favours it.
 
-On a CPU the caches hold all layers of a model and are read whole, layer by layer, the two layouts in turns, by one thread
-and in its own CPU time, which hardly changes with what else the machine does. Every other slab is another's; a slab is as
-large as the model's expert in planar12.
+On a CPU the caches hold all layers of a model and are read whole, layer by layer, the two layouts in turns, by one
+thread and in its own CPU time, which hardly changes with what else the machine does. Every other slab is another's; a
+slab is as large as the model's expert in planar12.
 """
 
 from __future__ import annotations

@@ -55,7 +55,6 @@ CPU_MODELS = {
     "qwen3_30b": (48, 3 * 2048 * 768 * 12 // 8), "qwen3_next": (12, 3 * 2048 * 512 * 12 // 8),
     "olmoe": (16, 3 * 2048 * 1024 * 12 // 8), "tiny": (3, 3 * 64 * 64 * 12 // 8),
 }  # fmt: skip
-_CPU_BLOCK_SIZE = 16
 # What is measured unless the command line says otherwise.
 _POINTS: dict[str, dict[str, list]] = {
     "cuda": {
@@ -204,9 +203,9 @@ def compare_layouts(name: str, sequences: int, queries: int, context: int, turns
     """A row: attention of all layers over a whole cache, in one slab and in many."""
     (heads, kv_heads, dim), (layers, expert_bytes) = SHAPES[name], CPU_MODELS[name]
     dims = LayerDims(hidden=16, heads=heads, kv_heads=kv_heads, head_dim=dim, experts=1, vocab=16, dtype=torch.bfloat16)
-    ops = CpuOps(dims, Limits(sequences * queries, sequences, context, _CPU_BLOCK_SIZE), threads=1)
-    layout = KVLayout.of(ops, layers, _CPU_BLOCK_SIZE, kv_heads, dim, dims.dtype)
-    each = -(-context // _CPU_BLOCK_SIZE)
+    ops = CpuOps(dims, Limits(sequences * queries, sequences, context, _BLOCK_SIZE), threads=1)
+    layout = KVLayout.of(ops, layers, _BLOCK_SIZE, kv_heads, dim, dims.dtype)
+    each = -(-context // _BLOCK_SIZE)
     caches = {kind: cache_of(layout, sequences * each, size)
               for kind, size in (("contiguous", None), ("slabs", layout.slab_bytes(expert_bytes)))}  # fmt: skip
     order = torch.randperm(sequences * each, generator=torch.Generator().manual_seed(1)).view(sequences, each)
@@ -219,11 +218,11 @@ def compare_layouts(name: str, sequences: int, queries: int, context: int, turns
 
     def metadata(ids: Tensor) -> AttentionMetadata:
         table = ids[order]
-        slots = table[owner, new // _CPU_BLOCK_SIZE].long() * _CPU_BLOCK_SIZE + new % _CPU_BLOCK_SIZE
+        slots = table[owner, new // _BLOCK_SIZE].long() * _BLOCK_SIZE + new % _BLOCK_SIZE
         return AttentionMetadata(
             query_start=torch.arange(sequences + 1, dtype=torch.int32) * queries,
             context_lens=torch.full((sequences,), context, dtype=torch.int32), block_table=table,
-            positions=new.int(), slot_mapping=slots, block_size=_CPU_BLOCK_SIZE,
+            positions=new.int(), slot_mapping=slots, block_size=_BLOCK_SIZE,
         )  # fmt: skip
 
     batches = {kind: metadata(ids) for kind, (_, ids) in caches.items()}

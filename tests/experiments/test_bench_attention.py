@@ -30,8 +30,8 @@ def test_a_row_for_each_point(tmp_path):
     rows = pd.read_csv(tmp_path / "rows.csv")
     assert rows[["sequences", "queries", "context"]].values.tolist() == [[2, 1, 33], [1, 17, 17]]
     assert (rows.ratio_p25 <= rows.slabs_over_contiguous).all()
-    # Blocks of 16 tokens, 3 layers, K and V of 2 heads of 16 in bf16.
-    assert rows.kv_bytes.tolist() == [6 * 16 * 3 * 2 * 2 * 16 * 2, 2 * 16 * 3 * 2 * 2 * 16 * 2]
+    # Blocks of 32 tokens, 3 layers, K and V of 2 heads of 16 in bf16.
+    assert rows.kv_bytes.tolist() == [4 * 32 * 3 * 2 * 2 * 16 * 2, 32 * 3 * 2 * 2 * 16 * 2]
     assert json.loads((tmp_path / "provenance.json").read_text())["device"]
 
 

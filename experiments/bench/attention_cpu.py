@@ -32,7 +32,7 @@ MODELS = {
     "olmoe": ((16, 16, 128), 16, 3 * 2048 * 1024 * 12 // 8),
     "tiny": ((4, 2, 16), 3, 3 * 64 * 64 * 12 // 8),
 }
-_BLOCK_SIZE = 16
+_BLOCK_SIZE = 32
 
 
 def cache_of(layout: KVLayout, blocks: int, slab_bytes: int | None) -> tuple[PagedKVCache, Tensor]:

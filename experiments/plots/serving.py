@@ -176,7 +176,8 @@ def plot_at_a_glance(directory: Path) -> Path | None:
         if len(least):
             edge = least.min() / MIB
             axis.plot([edge, edge], [0, speed.iloc[0]], ":", color=colour, linewidth=1)
-            axis.text(edge, 0.01 * speed.max(), f" nothing below {edge:.0f} MiB", color=colour, fontsize=7.5, rotation=90,
+            said = f" nothing below {edge:.0f} MiB"
+            axis.text(edge, 0.01 * speed.max(), said, color=colour, fontsize=7.5, rotation=90,
                       va="bottom", ha="right")  # fmt: skip
     axis.set_xscale("log")
     ticks = sorted({round(b / MIB) for b in points.budget_bytes})

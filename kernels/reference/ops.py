@@ -86,9 +86,11 @@ class TorchOps:
             q, k, v = (part.clamp(-d.clip_qkv, d.clip_qkv) for part in (q, k, v))
         cos, sin = (t[metadata.positions.long()][:, None].to(q.dtype) for t in (rope.cos, rope.sin))
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        block, offset = metadata.slot_mapping // metadata.block_size, metadata.slot_mapping % metadata.block_size
-        k_cache[block, offset] = k.to(k_cache.dtype)
-        v_cache[block, offset] = v.to(v_cache.dtype)
+        kept = metadata.slot_mapping >= 0
+        slots = metadata.slot_mapping[kept]
+        block, offset = slots // metadata.block_size, slots % metadata.block_size
+        k_cache[block, offset] = k[kept].to(k_cache.dtype)
+        v_cache[block, offset] = v[kept].to(v_cache.dtype)
         starts = metadata.query_start.tolist()
         contexts = metadata.context_lens.tolist()
         outputs = []

@@ -5,7 +5,8 @@ to p (window 0: from 0):  out = softmax(scale · q · Kᵀ) · V, with fp32 scor
 
     q, out            [T, heads, D]                            bf16, fp16 or fp32; head h reads KV head h // group
     k_cache, v_cache  [num_blocks, kv_heads, block_size, D]    q's dtype, as `rope_and_cache` writes it
-    block_table       [B, max_blocks]  int32                   never read beyond a context, nor below its window
+    block_table       [B, max_blocks]  int32                   never read beyond a context, nor below its window;
+                                                               blocks that it does not name may be anything
     context_lens      [B]              int32                   cached positions, this pass's included; 0: out is 0
     query_start       [B + 1]          int32                   sequence s owns tokens query_start[s] to [s + 1] - 1
 

@@ -49,14 +49,6 @@ class ExpertFormats:
     slot: str = "packed"
     transfer: str = "whole"
 
-    def __post_init__(self) -> None:
-        if self.packed == DENSE:
-            raise LayoutError("the packed tier holds compressed experts: choose a format other than dense")
-        if self.slot not in ("packed", "decoded"):
-            raise LayoutError(f"slots hold experts packed or decoded, got {self.slot!r}")
-        if self.transfer not in ("whole", "on_demand"):
-            raise LayoutError(f"transfer must be whole or on_demand, got {self.transfer!r}")
-
 
 class ExpertLayout:
     """Formats, order and sizes of every tier and slot of one placement.

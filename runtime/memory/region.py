@@ -50,10 +50,6 @@ class BlockPool(ABC):
         """Bytes of the blocks that are handed out: what the ledger is charged."""
         return len(self._taken) * self.block_bytes
 
-    @property
-    def free_blocks(self) -> int:
-        return len(self._free)
-
     def alloc(self) -> int:
         """A block. RegionError when none is left or the system refuses; the pool is then as it was."""
         if not self._free:
@@ -105,10 +101,6 @@ class Region(ABC):
     @property
     def nbytes(self) -> int:
         return self.num_pages * self.pool.block_bytes
-
-    @property
-    def mapped_bytes(self) -> int:
-        return len(self._blocks) * self.pool.block_bytes
 
     def is_mapped(self, page: int) -> bool:
         return page in self._blocks

@@ -59,8 +59,9 @@ class Deployment:
             ops, len(model.attention_layers), config.block_size, model.num_kv_heads, model.head_dim, model.dtype
         )
         self.block_bytes = self.kv_layout.block_bytes
-        # Of experts that move; and what KV takes at a time: blocks and bytes of a slab, or a block alone.
-        self.slab_bytes = self.kv_layout.slab_bytes(experts.layout.slab_bytes) if config.adaptive else 0
+        others = non_expert_bytes(model, ops, self.limits.context) + ops.workspace_bytes + graph_bytes
+        self.slab_bytes = self._choose_slab(total - others) if config.adaptive else 0
+        # What KV takes at a time: blocks and bytes of a slab, or a block alone.
         self._step = max(1, self.slab_bytes // self.block_bytes), self.slab_bytes or self.block_bytes
         lines = {
             "non_expert_weights": non_expert_bytes(model, ops, self.limits.context),
@@ -83,6 +84,16 @@ class Deployment:
         self.budget = MemoryBudget(total)
         for line, nbytes in lines.items():
             self.budget.reserve(line, nbytes)
+
+    def _choose_slab(self, total: int) -> int:
+        """Bytes of a slab: what an expert takes, or more, up to the end of another KV block, whichever leaves room for
+        more blocks in `total` bytes for the pager and KV."""
+
+        def blocks(size: int) -> int:
+            return (total - sum(self._experts.lines(size).values())) // size * (size // self.block_bytes)
+
+        sizes = (self.kv_layout.slab_bytes(self.layout.slab_bytes, whole) for whole in (False, True))
+        return max(sizes, key=blocks)
 
     @property
     def placement(self) -> Placement:

@@ -175,17 +175,15 @@ class KVLayout:
         """Of one block, K and V of all layers, padding included."""
         return 2 * self.num_layers * self.unit_bytes
 
-    def slab_bytes(self, at_least: int) -> int:
-        """Of slabs that hold `at_least` bytes, an expert, and a block; those, or whole blocks, whichever wastes the
-        smaller share of a slab with an expert and of one with KV together.
+    def slab_bytes(self, at_least: int, whole: bool = False) -> int:
+        """Of slabs that hold `at_least` bytes, an expert, and a block; with `whole` blocks up to their end.
 
         An odd number of units: an even one, most of all a power of two, would put the blocks of many slabs into the
         same sets of a cache.
         """
         each = 2 * self.num_layers
-        least = max(-(-at_least // self.unit_bytes), each)
-        units = least | 1, -(-least // each) * each | 1
-        return min(units, key=lambda n: (n - least + n % each) / n) * self.unit_bytes
+        units = max(-(-at_least // self.unit_bytes), each)
+        return ((-(-units // each) * each if whole else units) | 1) * self.unit_bytes
 
     def run(self, slab: int, slab_bytes: int) -> range:
         """The ids of a slab's blocks."""

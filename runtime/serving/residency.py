@@ -1,8 +1,8 @@
 """Residency: experts and KV share one pool of slabs while serving, and a planner moves experts (PAPER §4.3).
 
 KV takes the slabs that experts leave, and the scheduler admits more requests at once. The paper leaves that as future
-work. How experts move is the pager's affair (`experts.mover`); what room they get is decided
-here. All changes happen between iterations, none of which waits for a copy.
+work. How experts move is the pager's affair (`experts.mover`); what room they get is decided here. All changes happen
+between iterations, none of which waits for a copy.
 """
 
 from __future__ import annotations

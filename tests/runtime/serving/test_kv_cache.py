@@ -183,11 +183,14 @@ def test_blocks_are_apart_and_inside_slabs_of_the_cache(layout, blocks):
     assert not cache.pool.memory[[run.start // size for run in others]].any()
 
 
-def test_slabs_hold_what_they_must_and_are_odd():
-    """Of 6 units a block: as few as an expert takes, or, where this wastes less, as many as another block needs."""
-    for wanted, units in ((0, 7), (1, 7), (36, 37), (37, 37), (41, 43), (44, 45), (50, 51), (53, 55)):
-        assert PLAIN.slab_bytes(wanted * PLAIN.unit_bytes) == units * PLAIN.unit_bytes
-    assert PLAIN.slab_bytes(36 * PLAIN.unit_bytes + 1) == 37 * PLAIN.unit_bytes
+@pytest.mark.parametrize(
+    ("wanted", "units", "whole"), [(0, 7, 7), (6, 7, 7), (7, 7, 13), (36, 37, 37), (37, 37, 43), (44, 45, 49)]
+)
+def test_slabs_hold_what_they_must_and_are_odd(wanted, units, whole):
+    """Of 6 units a block."""
+    assert PLAIN.slab_bytes(wanted * PLAIN.unit_bytes) == units * PLAIN.unit_bytes
+    assert PLAIN.slab_bytes(wanted * PLAIN.unit_bytes - 1) == units * PLAIN.unit_bytes
+    assert PLAIN.slab_bytes(wanted * PLAIN.unit_bytes, whole=True) == whole * PLAIN.unit_bytes
 
 
 @pytest.mark.parametrize("slabs", [1, 3])

@@ -74,3 +74,18 @@ def test_bits_do_not_depend_on_where_slabs_lie(backend, window, blocks, passes):
     for contiguous, scattered in zip(*results, strict=True):
         assert contiguous.isfinite().all()
         assert torch.equal(contiguous, scattered)
+
+
+def test_padding_is_kept_out_of_the_arena():
+    """The reference, as Triton's kernels do: a token of slot -1 writes nothing, not even to the last slab."""
+    ops = TorchOps(
+        replace(DIMS, dtype=torch.bfloat16), Limits(tokens=8, sequences=4, context=64, block_size=BLOCK_SIZE)
+    )
+    layout = KVLayout.of(ops, LAYERS, BLOCK_SIZE, DIMS.kv_heads, DIMS.head_dim, torch.bfloat16)
+    cache = cache_in(layout, "cpu", 2 * BLOCKS, 1)
+    meta = metadata_for([(0, 2)], BLOCK_SIZE, torch.tensor([cache.blocks.allocate(4)]))
+    meta = replace(meta, slot_mapping=torch.full((2,), -1))
+    before = cache.pool.memory.clone()
+    rope = RopeTable(*(torch.rand(64, DIMS.head_dim // 2) for _ in range(2)))
+    ops.attention(torch.randn(2, DIMS.qkv_size).to(ops.act_dtype), None, None, rope, meta, *cache.layer(LAYERS - 1))
+    assert torch.equal(cache.pool.memory, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from itertools import pairwise
 
@@ -263,3 +264,23 @@ def test_a_run_of_full_size():
     steps = list(serve(sim, requests(256, 3072, 1024)))
     assert sum(step.finished for step in steps) == 256
     assert sum(step.prefill_tokens for step in steps) >= 256 * 3072
+
+
+def test_simulated_experts_and_kv_take_slabs_like_real_ones():
+    """Whatever moves, forth and back: slabs are conserved, and the ledger is what is held."""
+    sim = engine(placement="packed", adaptive=True, planning=False, budget_bytes=45 << 30, max_batch=256)
+    rng, pool = random.Random(3), sim.kv.pool
+    total = sim.budget.used
+    for count, _ in enumerate(serve(sim, requests(256, 60, 60))):
+        layer, expert = rng.randrange(MODEL.num_layers), rng.randrange(MODEL.num_experts)
+        source = Tier(sim.tiers[layer, expert])
+        sim.request([Move(layer, expert, source, Tier.HOST if source == Tier.PACKED else Tier.PACKED)])
+        pool.check_integrity()
+        assert sim.budget.used == total
+        held = {line: pool.bytes_of(line) for line in ("packed_experts", "kv_cache", "free_slabs")}
+        assert held.items() <= sim.budget.lines().items()
+        assert len(pool.held("packed_experts")) == (sim.tiers == Tier.PACKED).sum()
+        assert sim.kv.num_blocks == sim.scheduler.num_blocks
+        if count > 60:
+            break
+    assert len(pool.held("packed_experts")) < sim.tiers.size

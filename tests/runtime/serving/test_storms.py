@@ -49,7 +49,7 @@ def expected(model_dir):
 def tight_budget(model_dir, **settings) -> int:
     """Little more than the least that a refusal names, with which all experts fit and KV of about two requests."""
     with pytest.raises(BudgetError) as refused:
-        Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=1))
+        Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=1, min_kv_tokens=128))
     return refused.value.least + (256 << 10)
 
 

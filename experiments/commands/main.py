@@ -6,6 +6,7 @@ Finds the command that is asked for and imports it alone: `fluxmoe --help` needs
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -101,6 +102,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     User errors are `ValueError` subclasses that our packages define (UsageError, BudgetError, …) and `OSError`. A bare
     ValueError, like any other exception, is a bug of ours and keeps its traceback.
     """
+    if argv is None:
+        # Whoever is asked to end cleans up as after Ctrl-C.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     argv = list(sys.argv[1:] if argv is None else argv)
     asked = [word for word in argv if word not in ("-h", "--help")]
     if asked in ([], ["paper"], ["bench"]):

@@ -93,10 +93,10 @@ def write_checkpoint(
     config, arch = hf_config(shape), ARCHITECTURES[shape.arch]
     # Before anything is written, a parent directory included.
     model = arch.config_from_hf(config)
+    check_disk(out, model.non_expert_bytes + model.expert_bytes_total)
     roles = arch.tensor_roles(model)
     # The first scheme of each architecture is the one on the Hub.
     names = dict(roles.required) | {n: r for ways in roles.expert_schemes for n, r in ways[0].items()}
-    check_disk(out, sum(model.dtype.itemsize * torch.Size(role.shape).numel() for role in names.values()))
     zero_centred: frozenset[str] = getattr(arch, "ZERO_CENTRED", frozenset())
     with whole_directory(out) as temporary:
         _write_json(temporary / "config.json", config)

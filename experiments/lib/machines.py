@@ -81,6 +81,8 @@ class MachineChoice:
     @property
     def machine(self) -> Machine:
         profile = HardwareProfile.load(self.profile) if self.profile else None
+        if self.devices and profile and self.devices > profile.num_devices:
+            raise UsageError(f"--devices {self.devices}: profile {profile.name} has {profile.num_devices}")
         device = self.device if self.device == SIMULATED else resolve_device(self.device).type
         return Machine(device, profile, self.devices)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from fluxmoe.runtime.sim.simulator import SimEngine
 
 from .machines import Machine
 from .models import Source
-from .results import UsageError, digest
+from .results import UsageError
 from .workloads import Lengths, make_requests
 
 Watch = Callable[[Engine | SimEngine, StepMetrics], None]
@@ -50,7 +52,7 @@ def run(engine: Engine | SimEngine, requests: Sequence[Request], watch: Watch | 
         "kv_blocks": engine.scheduler.num_blocks, "max_sequences": engine.deployment.max_sequences,
         "hidden_share": 1 - totals["stall_s"] / totals["transfer_s"] if totals["transfer_s"] else None,
         **engine.budget.lines(), "host_bytes": layout.tier_bytes(Tier.HOST), "disk_bytes": layout.tier_bytes(Tier.DISK),
-        "tokens_sha256": digest(tokens),
+        "tokens_sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
     }  # fmt: skip
     return Served(row, steps, tokens)
 

@@ -37,7 +37,7 @@ from .launches import Case, Launch, compile_only
 from .ops import KernelError
 from .packing import Codec
 from .sass import MATRIX, SERIALIZED, Loop, instructions, load_bytes, matrix_loops, overwritten_in_flight
-from .triton import delta_net, grouped_gemm, norm, paged_attention, rope_kv, routing
+from .triton import delta_net, gate, gates, grouped_gemm, norm, paged_attention, rope_kv, routing
 from .triton.tiles import shared_limit
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
@@ -99,7 +99,7 @@ class Report:
 
 def _cases() -> Iterator[Case]:
     """Of all modules; inside `compile_only`, whose target decides tiles."""
-    for module in (routing, grouped_gemm, norm, rope_kv, paged_attention, delta_net):
+    for module in (routing, gate, grouped_gemm, norm, gates, rope_kv, paged_attention, delta_net):
         yield from module.audit_cases()
     for name in compressed_formats():
         yield Case(f"packing/{name}", partial(_decode, codec_of(name)))

@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..expert_blocks import ExpertBlocks, Shape
+from ..expert_blocks import Shape
+from ..expert_layer import ExpertLayer
 from ..expert_table import DOWN, GATE_UP
 from ..ops import ExpertDims, KernelError, LayerExperts
 from . import gemm, moe
 
 
-class CpuExperts(ExpertBlocks):
+class CpuExperts(ExpertLayer[moe.Routing]):
     """ExpertOps for batches of up to `max_tokens`; one pager owns one (not thread-safe).
 
     KernelError for weights that are neither bf16 nor fp32.

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,6 +31,7 @@ from ..expert_table import DOWN, GATE_UP, ExpertTable
 from ..formats import DENSE, FORMATS, fused_formats, weight_tile
 from ..launches import Case
 from ..ops import KernelError
+from .norm import normed_row, row_launch
 from .planar12_gemm import planar12_times_rows
 from .portable import cast, dot
 from .routing import Routing
@@ -41,66 +43,77 @@ _LOOPS = ("planar12",)
 TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
+class TableArrays(NamedTuple):
+    """What a kernel is given of an `ExpertTable`; shared: the weight of the expert behind the table's, if there is."""
+
+    addresses: Tensor  # (E, 2) int64
+    formats: Tensor  # (E, 2) uint8
+    shared: Tensor | None
+
+
 @triton.jit
-def weight_times_rows(
-    x_ptr, sources, w_ptr, n, N, K, n0,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP_AB: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """fp32 [BLOCK_M, BLOCK_N]: rows of x (element offsets `sources` int64) times rows `n` of w [N, K], over all K.
+def weight_times_rows(x_ptr, sources, w_ptr, n, n0, N, K, TILE: tl.constexpr, EVEN_K: tl.constexpr):
+    """fp32 [block_m, block_n]: rows of x (element offsets `sources` int64) times rows `n` of w [N, K], over all K.
 
     Nothing here masks rows: callers clamp `sources` and `n` into range and mask what they store.
     """
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    BLOCK_K: tl.constexpr = TILE.block_k
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + sources[:, None] + k[None, :]
     w_ptrs = w_ptr + n[:, None] * K + k[None, :]
-    if TMA:
+    if TILE.tma:
         w_desc = tl.make_tensor_descriptor(w_ptr, shape=[N, K], strides=[K, 1], block_shape=[BLOCK_N, BLOCK_K])
-    acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP_AB else [BLOCK_M, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_M] if TILE.swap_ab else [BLOCK_M, BLOCK_N], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs)
         else:
             x = tl.load(x_ptrs, mask=k[None, :] < K - k0, other=0.0)
-        if TMA:
+        if TILE.tma:
             w = w_desc.load([n0, k0])
         elif EVEN_K:
             w = tl.load(w_ptrs)
         else:
             w = tl.load(w_ptrs, mask=k[None, :] < K - k0, other=0.0)
-        acc = dot(w, x.T, acc) if SWAP_AB else dot(x, w.T, acc)
+        acc = dot(w, x.T, acc) if TILE.swap_ab else dot(x, w.T, acc)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
-    return tl.trans(acc) if SWAP_AB else acc
+    return tl.trans(acc) if TILE.swap_ab else acc
 
 
 @triton.jit
 def _grouped_gemm_kernel(
     x_ptr,  # (T, K) tokens for gate_up, (R, K) sorted positions for down
-    addresses_ptr,  # (E, 2) int64
-    formats_ptr,  # (E, 2) uint8
+    table,  # `TableArrays`
     y_ptr,  # (R, N / 2) by position for gate_up, (R, N) by row for down
-    order_ptr,  # (R,) int32
-    row_weights_ptr,  # (R,) fp32
-    block_map_ptr,  # (B, 4) int32
-    num_blocks_ptr,  # (1,) int32
-    N, K, stride_x, stride_y,
+    routing,  # `RoutingArrays`
+    N,
+    K,
+    stride_x,
+    stride_y,
     TENSOR: tl.constexpr,  # GATE_UP or DOWN
-    TOP_K: tl.constexpr, W_DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SWAP_AB: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, PLANAR12: tl.constexpr,
-):  # fmt: skip
-    """Grid: (programs,), each takes tiles pid, pid + programs, …; tiles = blocks in use x cdiv(N, BLOCK_N)."""
-    num_blocks = tl.load(num_blocks_ptr)
+    TOP_K: tl.constexpr,
+    TILE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PLANAR12: tl.constexpr,
+):
+    """Grid: (programs,), each takes tiles pid, pid + programs, …; tiles = blocks in use x cdiv(N, block_n)."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    GROUP_M: tl.constexpr = TILE.group_m
+    W_DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    num_blocks = tl.load(routing.num_blocks)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_blocks * tiles_n, tl.num_programs(0)):
         # Blocks in groups, so that programs that run together share the weights of a few columns in L2.
         group = tile // (GROUP_M * tiles_n)
         in_group = tl.minimum(num_blocks - group * GROUP_M, GROUP_M)
         within = tile % (GROUP_M * tiles_n)
-        block = block_map_ptr + (group * GROUP_M + within % in_group) * 4
+        block = routing.block_map + (group * GROUP_M + within % in_group) * 4
         n0 = within // in_group * BLOCK_N
-        expert = tl.load(block)
+        entry = tl.load(block) * 2 + TENSOR
         begin = tl.load(block + 1)
         end = tl.load(block + 2)
 
@@ -108,26 +121,31 @@ def _grouped_gemm_kernel(
         mine = positions < end
         positions = tl.minimum(positions, end - 1)
         if TENSOR == 0:
-            rows = tl.load(order_ptr + positions) // TOP_K
+            rows = tl.load(routing.order + positions) // TOP_K
         else:
             rows = positions
+        if table.shared is not None:
+            is_shared = tl.load(block + 3) == 1
+            entry = tl.where(is_shared, 0, entry)
         # 28672 x 4096 elements of a weight fit int32; a pool of experts does not, hence one address each.
-        address = tl.load(addresses_ptr + expert * 2 + TENSOR)
+        address = tl.load(table.addresses + entry)
+        if table.shared is not None:
+            address = tl.where(is_shared, table.shared.to(tl.int64), address)
         n = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1)
         sources = rows.to(tl.int64) * stride_x
         # Without the hints, loads through an address that was loaded are as narrow as one element.
+        w_ptr = tl.multiple_of(address.to(tl.pointer_type(W_DTYPE)), 16)
         if PLANAR12:
-            if tl.load(formats_ptr + expert * 2 + TENSOR) == _PLANAR12:
+            compressed = tl.load(table.formats + entry) == _PLANAR12
+            if table.shared is not None:
+                compressed = compressed & (is_shared == 0)
+            if compressed:
                 block_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
-                acc = planar12_times_rows(x_ptr, sources, block_ptr, n, n0, N, K, BLOCK_M, BLOCK_N, EVEN_K)
+                acc = planar12_times_rows(x_ptr, sources, block_ptr, n, n0, N, K, TILE, EVEN_K)
             else:
-                w_ptr = tl.multiple_of(address.to(tl.pointer_type(W_DTYPE)), 16)
-                acc = weight_times_rows(
-                    x_ptr, sources, w_ptr, n, N, K, n0, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, EVEN_K, TMA
-                )
+                acc = weight_times_rows(x_ptr, sources, w_ptr, n, n0, N, K, TILE, EVEN_K)
         else:
-            w_ptr = tl.multiple_of(address.to(tl.pointer_type(W_DTYPE)), 16)
-            acc = weight_times_rows(x_ptr, sources, w_ptr, n, N, K, n0, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, EVEN_K, TMA)
+            acc = weight_times_rows(x_ptr, sources, w_ptr, n, n0, N, K, TILE, EVEN_K)
         if TENSOR == 0:
             gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
             value = gate / (1.0 + tl.exp(-gate)) * up
@@ -135,8 +153,8 @@ def _grouped_gemm_kernel(
             inside = columns < N // 2
             targets = positions
         else:
-            targets = tl.load(order_ptr + positions)
-            value = acc * tl.load(row_weights_ptr + targets)[:, None]
+            targets = tl.load(routing.order + positions)
+            value = acc * tl.load(routing.weights + targets)[:, None]
             columns = n0 + tl.arange(0, BLOCK_N)
             inside = columns < N
         y_ptrs = y_ptr + targets.to(tl.int64)[:, None] * stride_y + columns[None, :]
@@ -144,27 +162,64 @@ def _grouped_gemm_kernel(
 
 
 @triton.jit
+def _summed_rows(y_ptr, routing, num_tokens_ptr, t, h, H, TOP_K: tl.constexpr, SOME: tl.constexpr):
+    """fp32: the rows of token t (int64) at elements h of them, one after another; SOME: experts may be elsewhere."""
+    # Rows of padding were never written.
+    real = h < H
+    if num_tokens_ptr is not None:
+        real = real & (t < tl.load(num_tokens_ptr))
+    total = tl.zeros_like(h).to(tl.float32)
+    for choice in tl.static_range(TOP_K):
+        # Nor were those of experts that are elsewhere.
+        here = real & (tl.load(routing.experts + t * TOP_K + choice) >= 0) if SOME else real
+        total += tl.load(y_ptr + (t * TOP_K + choice) * H + h, mask=here, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def _combine_kernel(
     y_ptr,  # (T, TOP_K, H) by row
     residual_ptr,  # (T, H)
     out_ptr,  # (T, H), may be residual_ptr
-    num_tokens_ptr,  # (1,) int32
-    experts_ptr,  # (T, TOP_K) int32
-    H, TOP_K: tl.constexpr, PADDED: tl.constexpr, SOME: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+    routing,  # `RoutingArrays`
+    num_tokens_ptr,  # (1,) int32 or None
+    H,
+    TOP_K: tl.constexpr,
+    SOME: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     """Grid: (T, cdiv(H, BLOCK_H))."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    inside = h < H
-    total = tl.load(residual_ptr + t * H + h, mask=inside, other=0.0).to(tl.float32)
-    # Rows of padding were never written.
-    real = inside & (t < tl.load(num_tokens_ptr)) if PADDED else inside
-    experts = tl.zeros([BLOCK_H], tl.float32)
-    for choice in tl.static_range(TOP_K):
-        # Nor were those of experts that are elsewhere.
-        here = real & (tl.load(experts_ptr + t * TOP_K + choice) >= 0) if SOME else real
-        experts += tl.load(y_ptr + (t * TOP_K + choice) * H + h, mask=here, other=0.0).to(tl.float32)
-    tl.store(out_ptr + t * H + h, cast(total + experts, out_ptr.dtype.element_ty), mask=inside)
+    total = tl.load(residual_ptr + t * H + h, mask=h < H, other=0.0).to(tl.float32)
+    total += _summed_rows(y_ptr, routing, num_tokens_ptr, t, h, H, TOP_K, SOME)
+    tl.store(out_ptr + t * H + h, cast(total, out_ptr.dtype.element_ty), mask=h < H)
+
+
+@triton.jit
+def _combine_and_norm_kernel(
+    y_ptr,  # (T, TOP_K, HIDDEN) by row
+    residual_ptr,  # (T, HIDDEN), in and out
+    weight_ptr,  # (HIDDEN,) fp32
+    normed_ptr,  # (T, HIDDEN)
+    routing,  # `RoutingArrays`
+    num_tokens_ptr,  # (1,) int32 or None
+    eps,
+    HIDDEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SOME: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Grid: (T,). The norm sees the sum as it is stored, rounded: bits are those of the two kernels one by one."""
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)
+    at = t * HIDDEN + h
+    total = tl.load(residual_ptr + at, mask=h < HIDDEN, other=0.0).to(tl.float32)
+    total += _summed_rows(y_ptr, routing, num_tokens_ptr, t, h, HIDDEN, TOP_K, SOME)
+    rounded = cast(total, residual_ptr.dtype.element_ty)
+    tl.store(residual_ptr + at, rounded, mask=h < HIDDEN)
+    normed = normed_row(rounded.to(tl.float32), weight_ptr, eps, HIDDEN, BLOCK_H)
+    tl.store(normed_ptr + at, cast(normed, normed_ptr.dtype.element_ty), mask=h < HIDDEN)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -172,18 +227,21 @@ def _linear_kernel(
     x_ptr,  # (T, K)
     w_ptr,  # (N, K)
     y_ptr,  # (T, N)
-    T, N, K, stride_x, stride_y,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr,
-    EVEN_K: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """Grid: (cdiv(T, BLOCK_M), cdiv(N, BLOCK_N)). y = x w^T, or y += x w^T."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n0 = tl.program_id(1) * BLOCK_N
-    columns = n0 + tl.arange(0, BLOCK_N)
-    acc = weight_times_rows(
-        x_ptr, tl.minimum(rows, T - 1).to(tl.int64) * stride_x, w_ptr, tl.minimum(columns, N - 1), N, K, n0,
-        BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, EVEN_K, False,
-    )  # fmt: skip
+    T,
+    N,
+    K,
+    stride_x,
+    stride_y,
+    TILE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Grid: (cdiv(T, block_m), cdiv(N, block_n)). y = x w^T, or y += x w^T."""
+    rows = tl.program_id(0) * TILE.block_m + tl.arange(0, TILE.block_m)
+    n0 = tl.program_id(1) * TILE.block_n
+    columns = n0 + tl.arange(0, TILE.block_n)
+    sources = tl.minimum(rows, T - 1).to(tl.int64) * stride_x
+    acc = weight_times_rows(x_ptr, sources, w_ptr, tl.minimum(columns, N - 1), n0, N, K, TILE, EVEN_K)
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y + columns[None, :]
     mask = (rows[:, None] < T) & (columns[None, :] < N)
     if ADD:
@@ -197,15 +255,7 @@ def programs(tile: Tile, num_blocks: int, n: int, num_sms: int) -> int:
     return min(tiles, num_sms) if tile.persistent else tiles
 
 
-def _constants(tile: Tile, k: int, step: int) -> dict:
-    """step: columns of the weight that the longest step of a tile loop reads."""
-    return dict(
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SWAP_AB=tile.swap_ab,
-        EVEN_K=k % step == 0,
-    )  # fmt: skip
-
-
-def _options(tile: Tile) -> dict:
+def _options(tile: Tile) -> dict[str, int]:
     return dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
@@ -243,11 +293,10 @@ def _launch(
     if tile.tma:
         # Descriptors that a program makes lie in global memory. Set here, since contexts of threads start without.
         triton.set_allocator(_scratch)
+    arrays = TableArrays(table.addresses, table.formats, routing.shared[tensor] if routing.shared else None)
     _grouped_gemm_kernel[(programs(tile, routing.max_blocks, n, num_sms),)](
-        x, table.addresses, table.formats, y, routing.order, routing.weights, routing.block_map, routing.num_blocks,
-        n, k, x.stride(0), y.stride(0), TENSOR=tensor, TOP_K=routing.experts.shape[1], W_DTYPE=TL_DTYPES[w_dtype],
-        GROUP_M=tile.group_m, TMA=tile.tma, PLANAR12="planar12" in table.compressed,
-        **_constants(tile, k, step), **_options(tile),
+        x, arrays, y, routing.arrays, n, k, x.stride(0), y.stride(0), TENSOR=tensor, TOP_K=routing.experts.shape[1],
+        TILE=tile, EVEN_K=k % step == 0, PLANAR12="planar12" in table.compressed, **_options(tile),
     )  # fmt: skip
     return y
 
@@ -271,12 +320,26 @@ def combine(y: Tensor, routing: Routing, residual: Tensor, out: Tensor | None = 
     tokens, hidden = residual.shape
     out = residual if out is None else out
     if tokens:
-        block, padded = min(1024, triton.next_power_of_2(hidden)), routing.num_tokens is not None
+        block = min(1024, triton.next_power_of_2(hidden))
         _combine_kernel[(tokens, triton.cdiv(hidden, block))](
-            y, residual, out, routing.num_tokens if padded else y, routing.experts, hidden,
-            TOP_K=routing.experts.shape[1], PADDED=padded, SOME=routing.some_elsewhere, BLOCK_H=block, num_warps=4,
+            y, residual, out, routing.arrays, routing.num_tokens, hidden, TOP_K=routing.experts.shape[1],
+            SOME=routing.some_elsewhere, BLOCK_H=block, num_warps=4,
         )  # fmt: skip
     return out
+
+
+def combine_and_norm(
+    y: Tensor, routing: Routing, residual: Tensor, weight: Tensor, eps: float, normed: Tensor
+) -> Tensor:
+    """`combine` in place, and the RMSNorm (weight fp32 [H]) of the result in `normed` [T, H], which is returned."""
+    tokens, hidden = residual.shape
+    if tokens:
+        constexprs, num_warps = row_launch(hidden)
+        _combine_and_norm_kernel[(tokens,)](
+            y, residual, weight, normed, routing.arrays, routing.num_tokens, eps, **constexprs,
+            TOP_K=routing.experts.shape[1], SOME=routing.some_elsewhere, num_warps=num_warps,
+        )  # fmt: skip
+    return normed
 
 
 def linear(x: Tensor, w: Tensor, y: Tensor, tile: Tile, add: bool = False) -> Tensor:
@@ -286,18 +349,9 @@ def linear(x: Tensor, w: Tensor, y: Tensor, tile: Tile, add: bool = False) -> Te
         raise KernelError(f"a weight of {n} x {k} elements exceeds the 2^31 that a tile can index")
     if tokens:
         _linear_kernel[(triton.cdiv(tokens, tile.block_m), triton.cdiv(n, tile.block_n))](
-            x,
-            w,
-            y,
-            tokens,
-            n,
-            k,
-            x.stride(0),
-            y.stride(0),
-            ADD=add,
-            **_constants(tile, k, tile.block_k),
+            x, w, y, tokens, n, k, x.stride(0), y.stride(0), TILE=tile, EVEN_K=k % tile.block_k == 0, ADD=add,
             **_options(tile),
-        )
+        )  # fmt: skip
     return y
 
 
@@ -376,3 +430,6 @@ def audit_cases() -> Iterator[Case]:
     logits = empty(tokens, len(vocabulary), dtype=torch.float32)
     yield Case("linear", partial(linear, x, vocabulary, logits, tiles["invariant"]), (_linear_kernel,))
     yield Case("combine", partial(combine, y, routing_of(16), x), (_combine_kernel,))
+    norm = empty(hidden, dtype=torch.float32)
+    launch = partial(combine_and_norm, y, routing_of(16), x, norm, 1e-6, torch.empty_like(x))
+    yield Case("combine_and_norm", launch, (_combine_and_norm_kernel,))

@@ -28,6 +28,14 @@ MAX_HIDDEN = 32768
 
 
 @triton.jit
+def normed_row(x, weight_ptr, eps, HIDDEN: tl.constexpr, BLOCK_H: tl.constexpr):
+    """fp32 [BLOCK_H]: the norm of a row x, fp32 and 0 beyond HIDDEN."""
+    h = tl.arange(0, BLOCK_H)
+    weight = tl.load(weight_ptr + h, mask=h < HIDDEN, other=0.0)
+    return x * (1.0 / tl.sqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)) * weight
+
+
+@triton.jit
 def _rms_norm_kernel(
     x_ptr,  # (T, HIDDEN)
     weight_ptr,  # (HIDDEN,) fp32
@@ -42,12 +50,11 @@ def _rms_norm_kernel(
     h = tl.arange(0, BLOCK_H)
     mask = h < HIDDEN
     x = tl.load(x_ptr + row + h, mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + h, mask=mask, other=0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)
-    tl.store(out_ptr + row + h, portable.cast(x * scale * weight, out_ptr.dtype.element_ty), mask=mask)
+    normed = normed_row(x, weight_ptr, eps, HIDDEN, BLOCK_H)
+    tl.store(out_ptr + row + h, portable.cast(normed, out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(hidden: int) -> tuple[dict, int]:
+def row_launch(hidden: int) -> tuple[dict, int]:
     """(constexprs, warps): 8 elements a thread make one 16-byte load of bf16; more than 8 warps only add barriers."""
     block = triton.next_power_of_2(hidden)
     return {"HIDDEN": hidden, "BLOCK_H": block}, min(max(block // (32 * 8), 1), 8 if block <= 8192 else 16)
@@ -70,7 +77,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     elif out.shape != x.shape or out.dtype != x.dtype or not out.is_contiguous():
         raise KernelError(f"out must be contiguous {tuple(x.shape)} {x.dtype}, got {tuple(out.shape)} {out.dtype}")
     if tokens:
-        constexprs, num_warps = _launch(hidden)
+        constexprs, num_warps = row_launch(hidden)
         _rms_norm_kernel[(tokens,)](x, weight, out, eps, **constexprs, num_warps=num_warps)
     return out
 

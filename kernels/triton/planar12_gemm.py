@@ -51,14 +51,13 @@ def _fence(acc):
 
 
 @triton.jit
-def planar12_times_rows(
-    x_ptr, sources, block_ptr, n, n0, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
-    """`grouped_gemm.weight_times_rows` for a planar12 block, uint8 pointer; BLOCK_N must be 64, a tile's rows.
+def planar12_times_rows(x_ptr, sources, block_ptr, n, n0, N, K, TILE: tl.constexpr, EVEN_K: tl.constexpr):
+    """`grouped_gemm.weight_times_rows` for a planar12 block, uint8 pointer; the tile must have a format tile's 64 rows.
 
     The sum runs over K in steps of 64, as that of a dense tile with BLOCK_K = 64.
     """
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
     tl.static_assert(BLOCK_N == 64, "a tile of planar12 has 64 rows")
     tiles_k = tl.cdiv(K, 128)
     padded = tiles_k * 128

@@ -20,7 +20,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from fluxmoe.kernels.ops import ExpertDims, ExpertOps
+from fluxmoe.kernels.ops import ExpertDims, ExpertOps, MoeBlock
 from torch import Tensor
 
 from ..devices import device_of
@@ -191,6 +191,21 @@ class ExpertPager:
             routing = self.ops.route(logits, num_tokens)
             out = self.ops.moe_add(x, routing, page, residual)
             self._count(layer, routing)
+        return out
+
+    def mixture(
+        self, layer: int, hidden: Tensor, block: MoeBlock, num_tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A layer from attention to the next one's norm: hidden [T, H] with the experts' outputs added, and its norm.
+
+        May write to `hidden`. As `add`, from the residual stream in place of x and logits.
+        """
+        self._check(hidden)
+        with self.timeline.span("compute", f"router {layer}"):
+            gated = self.ops.gate(hidden, block, num_tokens)
+        with self.streamer.layer(layer) as page, self.timeline.span("compute", f"experts {layer}"):
+            out = self.ops.mix(gated, block, page)
+            self._count(layer, gated.routing)
         return out
 
     @torch.no_grad()

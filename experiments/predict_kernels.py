@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from fluxmoe.kernels.audit import Report, audit, cases_of
 from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats, weight_tile
-from fluxmoe.kernels.triton.tiles import ROW_BOUNDS, Tile, default_tile, fused_tile
+from fluxmoe.kernels.triton.tiles import FUSED_BOUNDS, ROW_BOUNDS, Tile, default_tile, fused_tile
 
 from .common import provenance, write_csv, write_json
 from .gpu import Roofs, Timing
@@ -37,7 +37,8 @@ def audited(arch: str) -> dict[tuple[str, Tile], Report]:
     capability = int(arch.removeprefix("sm_"))
     tiles = {f"{bound:.0f} rows": default_tile(bound, capability, 2) for bound in ROW_BOUNDS}
     for name in fused_formats("triton"):
-        tiles |= {f"{name}, {rows} rows": fused_tile(weight_tile(name), rows, capability) for rows in (16, 32, 64)}
+        fused = [fused_tile(weight_tile(name), bound, capability) for bound in FUSED_BOUNDS]
+        tiles |= {f"{name}, {tile.block_m} rows": tile for tile in fused}
     wanted = {f"grouped_gemm {name}, {label}": (name, tile) for label, tile in tiles.items() for name in GEMMS}
     return {wanted[case.name]: audit(case, arch)[0] for case in cases_of(arch) if case.name in wanted}
 

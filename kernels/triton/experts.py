@@ -5,7 +5,6 @@ Where it runs and what it promises is as in `ops`. Weights are row-major, gate a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 import torch
@@ -19,7 +18,15 @@ from . import grouped_gemm
 from .gate import GateWeights, norm_and_route
 from .ops import check_backend
 from .routing import Router, Routing
-from .tiles import Tiles, capability_of, choose_tiles, fused_tile, invariant_tile, num_sms_of
+from .tiles import (
+    Tiles,
+    capability_of,
+    choose_tiles,
+    fused_invariant_tile,
+    fused_tile,
+    invariant_tile,
+    num_sms_of,
+)
 
 
 class TritonExperts(ExpertLayer[Routing]):
@@ -128,10 +135,10 @@ class TritonExperts(ExpertLayer[Routing]):
         d, itemsize, rows = self.dims, self.dims.dtype.itemsize, tokens * self.dims.top_k
         rows_per_expert = rows / max(1, min(rows, d.experts))
         if self._weight_tile is not None:
-            # Batch-invariant: whatever the batch, the tile of the largest.
-            tile = fused_tile(
-                self._weight_tile, math.inf if self.batch_invariant else rows_per_expert, self._capability
-            )
+            if self.batch_invariant:
+                tile = fused_invariant_tile(self._weight_tile, self._capability)
+            else:
+                tile = fused_tile(self._weight_tile, rows_per_expert, self._capability)
             return Tiles(tile, tile)
         if self.batch_invariant:
             tile = invariant_tile(self._capability, itemsize)

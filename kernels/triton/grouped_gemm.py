@@ -35,7 +35,7 @@ from .norm import normed_row, row_launch
 from .planar12_gemm import planar12_times_rows
 from .portable import cast, dot
 from .routing import Routing
-from .tiles import ROW_BOUNDS, Tile, capability_of, default_tile, fused_tile, invariant_tile
+from .tiles import FUSED_BOUNDS, ROW_BOUNDS, Tile, capability_of, default_tile, fused_tile, invariant_tile
 
 _PLANAR12 = tl.constexpr(FORMATS["planar12"].number)
 # Compressed formats that the kernel below has a tile loop for.
@@ -84,6 +84,87 @@ def weight_times_rows(x_ptr, sources, w_ptr, n, n0, N, K, TILE: tl.constexpr, EV
 
 
 @triton.jit
+def _tile_of_expert(
+    x_ptr,
+    table,
+    y_ptr,
+    routing,
+    tile,
+    num_blocks,
+    N,
+    K,
+    stride_x,
+    stride_y,
+    TENSOR: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TILE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PLANAR12: tl.constexpr,
+):
+    """One tile of `_grouped_gemm_kernel`."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    GROUP_M: tl.constexpr = TILE.group_m
+    W_DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    # Blocks in groups, so that programs that run together share the weights of a few columns in L2.
+    group = tile // (GROUP_M * tiles_n)
+    in_group = tl.minimum(num_blocks - group * GROUP_M, GROUP_M)
+    within = tile % (GROUP_M * tiles_n)
+    block = routing.block_map + (group * GROUP_M + within % in_group) * 4
+    n0 = within // in_group * BLOCK_N
+    entry = tl.load(block) * 2 + TENSOR
+    begin = tl.load(block + 1)
+    end = tl.load(block + 2)
+
+    positions = tl.minimum(begin + tl.arange(0, BLOCK_M), end - 1)
+    if TENSOR == 0:
+        rows = tl.load(routing.order + positions) // TOP_K
+    else:
+        rows = positions
+    if table.shared is not None:
+        is_shared = tl.load(block + 3) == 1
+        entry = tl.where(is_shared, 0, entry)
+    # 28672 x 4096 elements of a weight fit int32; a pool of experts does not, hence one address each.
+    address = tl.load(table.addresses + entry)
+    if table.shared is not None:
+        address = tl.where(is_shared, table.shared.to(tl.int64), address)
+    n = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1)
+    sources = rows.to(tl.int64) * stride_x
+    # Without the hints, loads through an address that was loaded are as narrow as one element.
+    w_ptr = tl.multiple_of(address.to(tl.pointer_type(W_DTYPE)), 16)
+    if PLANAR12:
+        compressed = tl.load(table.formats + entry) == _PLANAR12
+        if table.shared is not None:
+            compressed = compressed & (is_shared == 0)
+        if compressed:
+            block_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+            acc = planar12_times_rows(x_ptr, sources, block_ptr, n, n0, N, K, TILE, EVEN_K)
+        else:
+            acc = weight_times_rows(x_ptr, sources, w_ptr, n, n0, N, K, TILE, EVEN_K)
+    else:
+        acc = weight_times_rows(x_ptr, sources, w_ptr, n, n0, N, K, TILE, EVEN_K)
+    # Found again: else they would keep registers while the sum is made.
+    end = tl.load(block + 2, volatile=True)
+    positions = tl.load(block + 1, volatile=True) + tl.arange(0, BLOCK_M)
+    mine = positions < end
+    positions = tl.minimum(positions, end - 1)
+    if TENSOR == 0:
+        gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
+        value = gate / (1.0 + tl.exp(-gate)) * up
+        columns = n0 // 2 + tl.arange(0, BLOCK_N // 2)
+        inside = columns < N // 2
+        targets = positions
+    else:
+        targets = tl.load(routing.order + positions)
+        value = acc * tl.load(routing.weights + targets)[:, None]
+        columns = n0 + tl.arange(0, BLOCK_N)
+        inside = columns < N
+    y_ptrs = y_ptr + targets.to(tl.int64)[:, None] * stride_y + columns[None, :]
+    tl.store(y_ptrs, cast(value, y_ptr.dtype.element_ty), mask=mine[:, None] & inside[None, :])
+
+
+@triton.jit
 def _grouped_gemm_kernel(
     x_ptr,  # (T, K) tokens for gate_up, (R, K) sorted positions for down
     table,  # `TableArrays`
@@ -99,66 +180,22 @@ def _grouped_gemm_kernel(
     EVEN_K: tl.constexpr,
     PLANAR12: tl.constexpr,
 ):
-    """Grid: (programs,), each takes tiles pid, pid + programs, …; tiles = blocks in use x cdiv(N, block_n)."""
-    BLOCK_M: tl.constexpr = TILE.block_m
-    BLOCK_N: tl.constexpr = TILE.block_n
-    GROUP_M: tl.constexpr = TILE.group_m
-    W_DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    """Grid: (programs,), each takes tile pid, and if persistent pid + programs, …; tiles = blocks in use x
+    cdiv(N, block_n)."""
     num_blocks = tl.load(routing.num_blocks)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), num_blocks * tiles_n, tl.num_programs(0)):
-        # Blocks in groups, so that programs that run together share the weights of a few columns in L2.
-        group = tile // (GROUP_M * tiles_n)
-        in_group = tl.minimum(num_blocks - group * GROUP_M, GROUP_M)
-        within = tile % (GROUP_M * tiles_n)
-        block = routing.block_map + (group * GROUP_M + within % in_group) * 4
-        n0 = within // in_group * BLOCK_N
-        entry = tl.load(block) * 2 + TENSOR
-        begin = tl.load(block + 1)
-        end = tl.load(block + 2)
-
-        positions = begin + tl.arange(0, BLOCK_M)
-        mine = positions < end
-        positions = tl.minimum(positions, end - 1)
-        if TENSOR == 0:
-            rows = tl.load(routing.order + positions) // TOP_K
-        else:
-            rows = positions
-        if table.shared is not None:
-            is_shared = tl.load(block + 3) == 1
-            entry = tl.where(is_shared, 0, entry)
-        # 28672 x 4096 elements of a weight fit int32; a pool of experts does not, hence one address each.
-        address = tl.load(table.addresses + entry)
-        if table.shared is not None:
-            address = tl.where(is_shared, table.shared.to(tl.int64), address)
-        n = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1)
-        sources = rows.to(tl.int64) * stride_x
-        # Without the hints, loads through an address that was loaded are as narrow as one element.
-        w_ptr = tl.multiple_of(address.to(tl.pointer_type(W_DTYPE)), 16)
-        if PLANAR12:
-            compressed = tl.load(table.formats + entry) == _PLANAR12
-            if table.shared is not None:
-                compressed = compressed & (is_shared == 0)
-            if compressed:
-                block_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
-                acc = planar12_times_rows(x_ptr, sources, block_ptr, n, n0, N, K, TILE, EVEN_K)
-            else:
-                acc = weight_times_rows(x_ptr, sources, w_ptr, n, n0, N, K, TILE, EVEN_K)
-        else:
-            acc = weight_times_rows(x_ptr, sources, w_ptr, n, n0, N, K, TILE, EVEN_K)
-        if TENSOR == 0:
-            gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
-            value = gate / (1.0 + tl.exp(-gate)) * up
-            columns = n0 // 2 + tl.arange(0, BLOCK_N // 2)
-            inside = columns < N // 2
-            targets = positions
-        else:
-            targets = tl.load(routing.order + positions)
-            value = acc * tl.load(routing.weights + targets)[:, None]
-            columns = n0 + tl.arange(0, BLOCK_N)
-            inside = columns < N
-        y_ptrs = y_ptr + targets.to(tl.int64)[:, None] * stride_y + columns[None, :]
-        tl.store(y_ptrs, cast(value, y_ptr.dtype.element_ty), mask=mine[:, None] & inside[None, :])
+    tiles = num_blocks * tl.cdiv(N, TILE.block_n)
+    if TILE.persistent:
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+            _tile_of_expert(
+                x_ptr, table, y_ptr, routing, tile, num_blocks, N, K, stride_x, stride_y, TENSOR, TOP_K, TILE, EVEN_K,
+                PLANAR12,
+            )  # fmt: skip
+    elif tl.program_id(0) < tiles:
+        # What a loop would carry from tile to tile takes registers.
+        _tile_of_expert(
+            x_ptr, table, y_ptr, routing, tl.program_id(0), num_blocks, N, K, stride_x, stride_y, TENSOR, TOP_K, TILE,
+            EVEN_K, PLANAR12,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -286,9 +323,9 @@ def _launch(
             raise KernelError(f"this GEMM has no tile loop for format {name}; it has {', '.join(_LOOPS)} and dense")
         rows, columns = weight_tile(name)
         step = max(step, columns)
-        if w_dtype != torch.bfloat16 or tile.block_n != rows or not tile.swap_ab:
+        if w_dtype != torch.bfloat16 or tile.block_n % rows:
             raise KernelError(
-                f"{name} experts need bf16 and a tile of {rows} swapped weight rows, got {w_dtype} and {tile}"
+                f"{name} experts need bf16 and a tile of a multiple of {rows} weight rows, got {w_dtype} and {tile}"
             )
     if tile.tma:
         # Descriptors that a program makes lie in global memory. Set here, since contexts of threads start without.
@@ -397,9 +434,10 @@ def audit_cases() -> Iterator[Case]:
     largest = tiles["inf rows"]
     formats: dict[str, str] = {}
     for name in sorted(fused_formats("triton")):
-        for rows in (16, 32, 64):
-            tiles[f"{name}, {rows} rows"] = fused_tile(weight_tile(name), rows, capability)
-            formats[f"{name}, {rows} rows"] = name
+        for bound in FUSED_BOUNDS:
+            tile = fused_tile(weight_tile(name), bound, capability)
+            tiles[f"{name}, {tile.block_m} rows"] = tile
+            formats[f"{name}, {tile.block_m} rows"] = name
     tiles["persistent"] = replace(largest, persistent=True)
     tiles["tma"] = replace(largest, tma=True)
     tokens, block = 64, torch.zeros(16, dtype=torch.uint8)  # kernels see the table's addresses alone

@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test thorough compat audit figures reproduce lint format clean
+.PHONY: demo test thorough compat audit figures reproduce lint format clean vllm-test vllm-demo
 
 $(STAMP): requirements.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -13,7 +13,7 @@ $(STAMP): requirements.txt pyproject.toml
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(PY) -m fluxmoe.experiments.demo
+	$(PY) -m fluxmoe.experiments.commands.demo
 
 test: $(STAMP)
 	$(PY) -m pytest
@@ -37,13 +37,28 @@ compat: $(COMPAT)/.installed
 	$(COMPAT)/bin/python -m fluxmoe.kernels.audit --arch sm_90
 	$(COMPAT)/bin/python -m pytest tests/kernels
 
+# With vLLM itself, its build for the CPU, in an environment of its own: the plug-in's tests, and a server that fits its
+# experts into memory in which vLLM alone does not start.
+VLLM := .venv-vllm
+
+$(VLLM)/.installed: tests_vllm/install.py pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python tests_vllm/install.py
+	touch $@
+
+vllm-test: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest --override-ini addopts=-q tests_vllm
+
+vllm-demo: $(VLLM)/.installed
+	$(VLLM)/bin/python -m tests_vllm.demo
+
 # Every figure again, from the committed results alone.
 figures: $(STAMP)
-	$(PY) -m fluxmoe.experiments.figures
+	$(PY) -m fluxmoe.experiments.commands.figures
 
 # Everything that this machine can run, hours on two cores; what is there already is not made again.
 reproduce: $(STAMP)
-	$(PY) -m fluxmoe.experiments.reproduce
+	$(PY) -m fluxmoe.experiments.commands.reproduce
 
 # The machine code of every kernel on four architectures; `make test` compiles a part of it.
 audit: $(STAMP)
@@ -59,4 +74,4 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(COMPAT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(COMPAT) $(VLLM) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .expert_table import DOWN, GATE_UP
 from .formats import DENSE, compressed_blocks, fused_formats
-from .ops import ExpertDims, Recipes
+from .ops import ExpertDims, KernelError, Recipes
 from .packing import Packed
 from .packing.blocks import Blocks
 
@@ -26,7 +26,9 @@ class ExpertBlocks(ABC):
     """
 
     backend: str
-    dims: ExpertDims
+
+    def __init__(self, dims: ExpertDims) -> None:
+        self.dims = dims
 
     @property
     def fused_formats(self) -> frozenset[str]:
@@ -57,6 +59,15 @@ class ExpertBlocks(ABC):
         """A compressed block → the dense block of the same weights; see ExpertOps."""
         self._blocks(expert_format).decode(block, recipe, self._matrix(out, tensor_type), parallel=False)
 
+    def weights_of(self, expert_format: str, blocks: tuple[Tensor, Tensor], recipes: Recipes) -> tuple[Tensor, Tensor]:
+        """Inverse of `encode_expert`: gate_up [2I, H], down [H, I]."""
+        if expert_format == DENSE:
+            return self.restore_expert(blocks)
+        dense = [torch.empty(nbytes, dtype=torch.uint8, device=blocks[0].device) for nbytes in self.expert_bytes()]
+        for d, (block, out) in enumerate(zip(blocks, dense, strict=True)):
+            self.decode_expert(expert_format, d, block, out, recipes[d])
+        return self.restore_expert((dense[0], dense[1]))
+
     @abstractmethod
     def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Dense blocks → gate_up [2I, H], down [H, I]."""
@@ -83,3 +94,21 @@ class ExpertBlocks(ABC):
 
     def _matrix(self, block: Tensor, tensor_type: int) -> Tensor:
         return block.view(self.dims.dtype).view(self._matrices[tensor_type])
+
+
+def blocks_of(backend: str, dims: ExpertDims) -> ExpertBlocks:
+    """Blocks of a backend's experts without its kernels. KernelError for a backend that does not exist."""
+    match backend:
+        case "cpu":
+            from .cpu.experts import CpuBlocks
+
+            return CpuBlocks(dims)
+        case "triton":
+            from .triton.experts import TritonBlocks
+
+            return TritonBlocks(dims)
+        case "torch":
+            from .reference.experts import TorchBlocks
+
+            return TorchBlocks(dims)
+    raise KernelError(f"unknown kernels {backend!r}; choose cpu, triton or torch")

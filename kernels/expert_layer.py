@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Generic
 
 from torch import Tensor
 
-from .expert_blocks import ExpertBlocks
 from .ops import Gated, LayerExperts, MoeBlock, R
 
 
-class ExpertLayer(ExpertBlocks, Generic[R]):
+class ExpertLayer(ABC, Generic[R]):
     """The part of ExpertOps that is the same for every backend."""
 
     @abstractmethod

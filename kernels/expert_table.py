@@ -84,6 +84,12 @@ class ExpertTable:
         self.blocks = tuple(blocks)
         self.compressed = frozenset(names) - {DENSE}
 
+    def replace(self, expert: int, pair: Pair) -> None:
+        """Other blocks of one expert, of the same format; in host memory."""
+        for d, block in enumerate(pair):
+            self.addresses[expert, d] = block.data_ptr()
+        self.blocks = (*self.blocks[:expert], pair, *self.blocks[expert + 1 :])
+
     @property
     def num_experts(self) -> int:
         return len(self.blocks)

@@ -14,9 +14,11 @@ the workspace: every buffer is made in the constructor for the limits given, wit
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -188,11 +190,18 @@ class DenseMlp:
 
 
 class LayerExperts(Protocol):
-    """Experts of the layer that runs now; `wait(d)` returns (or orders the stream) once tensor type d is loaded."""
+    """Experts of the layer that runs now.
+
+    wait(d) returns (or orders the stream) once all of tensor type d is loaded. Kernels of a host that knows what it has
+    routed call `need` first, with the ids of all experts that have rows, and then `ready`, which gives the experts in
+    the order in which they are there: masks uint8 [E], or None for all of them. Only so come experts on demand.
+    """
 
     table: ExpertTable
 
     def wait(self, tensor_type: int) -> None: ...
+    def need(self, experts: np.ndarray) -> None: ...
+    def ready(self, tensor_type: int) -> Iterable[Tensor | None]: ...
 
 
 R = TypeVar("R")
@@ -243,10 +252,14 @@ class ExpertOps(ExpertSizes, Protocol[R]):
     of them. It runs on the block's device, on the current stream or the calling thread alone, so that it can work
     beside a forward pass.
 
+    `backend` is the name under which formats and files know the arrangement of blocks.
+
     A routing is valid until the next one is made: by `route` from router logits, by `route_to` from experts that a host
     has chosen, or by `gate` from the residual stream. `gate` and `mix` are a layer from attention to the next one's
     norm; they may write to the stream, and their results are valid until they run again.
     """
+
+    backend: str
 
     def encode_expert(
         self, gate_up: Tensor, down: Tensor, out: tuple[Tensor, Tensor], expert_format: str = ...
@@ -255,6 +268,9 @@ class ExpertOps(ExpertSizes, Protocol[R]):
         self, expert_format: str, tensor_type: int, block: Tensor, out: Tensor, recipe: Packed | None
     ) -> None: ...
     def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]: ...
+    def weights_of(
+        self, expert_format: str, blocks: tuple[Tensor, Tensor], recipes: Recipes
+    ) -> tuple[Tensor, Tensor]: ...
     def route(self, logits: Tensor, num_tokens: Tensor | None = None) -> R: ...
     def route_to(self, topk_ids: Tensor, topk_weights: Tensor, num_tokens: Tensor | None = None) -> R: ...
     def moe_add(self, x: Tensor, routing: R, experts: LayerExperts, residual: Tensor) -> Tensor: ...

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import ARCHITECTURES
 from .config import ConfigError, ModelConfig, load_config
 from .naming import Role
-from .packed import CheckpointError, PackedExperts
+from .packed import CheckpointError, PackedExperts, Wanted
 
 _DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 _DTYPE_BYTES = {"BF16": 2, "F32": 4}
@@ -139,6 +142,19 @@ class Checkpoint:
             self._roles.setdefault(path, {})[name] = role
         self.pending = 0  # tensors that wait for a partner, while `experts` runs
 
+    @cached_property
+    def content(self) -> str:
+        """Digest that tells models apart: of config, headers, and samples of 4 KiB from every MiB of the shards."""
+        if self.packed:
+            return self.packed.header.content
+        digest = xxhash.xxh3_128((self.directory / "config.json").read_bytes())
+        for path in self._shards():
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                for begin in range(0, size, 1 << 20):
+                    digest.update(os.pread(file.fileno(), 4096, begin))
+        return digest.hexdigest()
+
     def _shards(self) -> list[Path]:
         index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
         if not index.exists():
@@ -211,11 +227,11 @@ class Checkpoint:
                     for name in wanted:
                         yield name, file.get_tensor(name)
 
-    def experts(self, layers: Collection[int] | None = None) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """(layer, expert, gate_up [2I, H], down [H, I]) of every expert, as soon as its parts have been read; layers:
-        only of these. Layers are numbered as in the decoder, those without experts too."""
+    def experts(self, wanted: Wanted = lambda layer, expert: True) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """(layer, expert, gate_up [2I, H], down [H, I]) of every expert that is wanted, as soon as its parts have been
+        read. Layers are numbered as in the decoder, those without experts too."""
         if self.packed:
-            yield from self.packed.experts(layers)
+            yield from self.packed.experts(wanted)
             return
         parts: dict[tuple[int, int], dict[str, Tensor]] = defaultdict(dict)
         self.pending = 0  # an earlier pass may have been given up half-way
@@ -233,19 +249,22 @@ class Checkpoint:
                 yield layer, expert, have["gate_up"], have["down"]
 
         for path, roles in self._roles.items():
-            wanted = {n: r for n, r in roles.items() if r.is_expert and (layers is None or r.layer in layers)}
-            if not wanted:
-                continue
             # By expert, so that partners meet early whatever the order of the file.
-            ordered = sorted(wanted.items(), key=lambda item: (item[1].layer, item[1].expert or 0))
+            ordered = sorted(
+                ((name, role) for name, role in roles.items() if role.is_expert),
+                key=lambda item: (item[1].layer, item[1].expert or 0),
+            )
+            if not ordered:
+                continue
             with self._open(path) as file:
                 for name, role in ordered:
                     assert role.layer is not None, "every expert belongs to a layer"
                     if role.expert is not None:
-                        yield from add(role.layer, role.expert, role.kind, file.get_tensor(name))
+                        if wanted(role.layer, role.expert):
+                            yield from add(role.layer, role.expert, role.kind, file.get_tensor(name))
                         continue
                     fused = file.get_slice(name)
-                    for expert in range(self.config.num_experts):
+                    for expert in filter(partial(wanted, role.layer), range(self.config.num_experts)):
                         yield from add(role.layer, expert, role.kind.removeprefix("fused_"), fused[expert])
         assert not parts, f"experts without all their parts: {sorted(parts)[:3]}"
 

@@ -267,7 +267,9 @@ def common_fields(hf: Mapping[str, Any], partial_rotary: bool = False) -> dict[s
     Where transformers' defaults differ between architectures, `hf` must already hold them. partial_rotary: whether
     partial_rotary_factor is known to the architecture.
     """
-    if hf.get("quantization_config"):
+    quantization = hf.get("quantization_config")
+    # By fluxmoe's name vLLM knows a packed checkpoint; all of its weights are as they were.
+    if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") == "fluxmoe"):
         raise ConfigError("quantization_config is not supported; give the unquantized bfloat16 or float32 checkpoint")
     if hf.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ConfigError(f"hidden_act {hf['hidden_act']!r} is not supported; experts must use silu")

@@ -1,48 +1,55 @@
-"""Packed checkpoints: a Hugging Face checkpoint whose experts are compressed, losslessly, once and for all.
+"""Packed checkpoints: a Hugging Face checkpoint whose experts lie in files as the kernels of one backend read them.
 
-    config.json, tokenizer …            as in the original
-    model*.safetensors (+ index)        every tensor but the experts
-    layer-0007.gate_up.fluxpack         gate and up of all experts of layer 7, one `packing.Packed` [E, 2I, H]
-    layer-0007.down.fluxpack            [E, H, I]
-    fluxmoe.packed.json                 format, names and sizes of those files; written last
+    config.json, tokenizer …       as in the original
+    model*.safetensors (+ index)   every tensor but the experts
+    experts-0007.flux              all experts of one layer, layers without experts not counted
+    fluxmoe.packed.json            what all those files hold; written last
 
-Layers are numbered as in the decoder; those without experts have no files. The index is what makes a directory a packed
-checkpoint, so one that was interrupted is never taken for whole.
-`python -m fluxmoe.experiments.pack_checkpoint` writes them.
+The files are `kernels.packing.expert_file`: a disk tier reads them in place, and loading copies bytes. Other backends
+can read them too, at the price of decoding and arranging each expert anew.
+
+The index is what makes a directory a packed checkpoint, so one that was interrupted is never taken for whole.
+`pack_checkpoint` writes them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
-from fluxmoe.kernels.formats import codec_of, compressed_formats
-from fluxmoe.kernels.packing import Packed, PackingError
+import torch
+from fluxmoe.kernels.expert_blocks import ExpertBlocks, blocks_of
+from fluxmoe.kernels.formats import FORMATS
+from fluxmoe.kernels.ops import KernelError
+from fluxmoe.kernels.packing import PackingError
+from fluxmoe.kernels.packing.expert_file import ExpertFile, ExpertFileHeader, expert_file_name
 from torch import Tensor
 
 from .config import ModelConfig
+from .decoder import expert_dims
 
 INDEX = "fluxmoe.packed.json"
 # What pack_checkpoint keeps beside files that are not all there yet.
 UNFINISHED = "fluxmoe.packing.json"
-VERSION = 1
-TENSORS = ("gate_up", "down")
+VERSION = 2
+
+# (layer, expert) → whether it is wanted; layers are numbered as in the decoder.
+Wanted = Callable[[int, int], bool]
 
 
 class CheckpointError(ValueError):
     """A checkpoint whose files are missing, damaged or not what its config says."""
 
 
-def expert_file(layer: int, tensor: str) -> str:
-    return f"layer-{layer:04d}.{tensor}.fluxpack"
-
-
-def expert_shape(config: ModelConfig, tensor: str) -> tuple[int, int, int]:
-    """Shape of one layer's gate_up or down weights."""
-    hidden, intermediate = config.hidden_size, config.moe_intermediate_size
-    rows, cols = (2 * intermediate, hidden) if tensor == "gate_up" else (hidden, intermediate)
-    return config.num_experts, rows, cols
+def header_of(config: ModelConfig, backend: str, expert_format: str, content: str) -> ExpertFileHeader:
+    """Of the files that hold a model's experts for a backend. KernelError where the backend cannot hold them so."""
+    dims = expert_dims(config)
+    sizes = blocks_of(backend, dims).expert_bytes(expert_format)
+    dtype = str(config.dtype).removeprefix("torch.")
+    return ExpertFileHeader(backend, expert_format, dtype, dims.hidden, dims.intermediate, dims.experts, sizes, content)
 
 
 class PackedExperts:
@@ -53,26 +60,30 @@ class PackedExperts:
         path = directory / INDEX
         try:
             index = json.loads(path.read_text())
-            version, self.format, sizes = index["version"], index["format"], dict(index["files"])
-        except (ValueError, KeyError, TypeError):
+            version = index["version"]
+            if version == VERSION:
+                fields = index["experts"]
+                self.header = ExpertFileHeader(**{**fields, "sizes": tuple(fields["sizes"])})
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise CheckpointError(f"{path} is damaged; make the packed checkpoint again") from None
-        formats = compressed_formats()
-        if version != VERSION or self.format not in formats:
+        if version != VERSION:
             raise CheckpointError(
-                f"{path} is of version {version}, format {self.format!r}; this program reads version {VERSION}, "
-                f"formats {', '.join(formats)}"
+                f"{path} is of version {version}, this program reads version {VERSION}; pack the checkpoint again"
             )
-        self._codec = codec_of(self.format)
+        header = self.header
+        try:
+            if header.format not in FORMATS:
+                raise KernelError(f"unknown expert format {header.format!r}")
+            expected = header_of(config, header.backend, header.format, header.content)
+        except KernelError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        if expected != header:
+            raise CheckpointError(f"{path} is not of the model that config.json describes; pack the checkpoint again")
+        self._files: dict[int, ExpertFile] = {}
         for layer in config.moe_layers:
-            for tensor in TENSORS:
-                name = expert_file(layer, tensor)
-                file = directory / name
-                if name not in sizes or not file.exists():
-                    raise CheckpointError(f"{file} is missing; make the packed checkpoint again")
-                if file.stat().st_size != sizes[name]:
-                    raise CheckpointError(
-                        f"{file} is truncated or damaged: {file.stat().st_size} bytes, {INDEX} says {sizes[name]}"
-                    )
+            with self.file(layer) as file:
+                if not file.is_whole:
+                    raise CheckpointError(f"{file.path} lacks experts; make the packed checkpoint again")
 
     @staticmethod
     def in_directory(directory: Path) -> bool:
@@ -85,27 +96,39 @@ class PackedExperts:
             )
         return False
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """gate_up [E, 2I, H] and down [E, H, I] of a layer, decoded, once their sums have been checked."""
-        weights = []
-        for tensor in TENSORS:
-            path = self.directory / expert_file(layer, tensor)
-            try:
-                packed = Packed.load(path, mmap=True)
-                if packed.format != self.format or packed.shape != expert_shape(self.config, tensor):
-                    raise PackingError(
-                        f"{path}: {packed.format} of shape {list(packed.shape)}, config.json and {INDEX} ask for "
-                        f"{self.format} of {list(expert_shape(self.config, tensor))}"
-                    )
-                weights.append(self._codec.decode(packed))
-            except (PackingError, OSError) as error:
-                raise CheckpointError(f"{error}; make the packed checkpoint again") from None
-        return weights[0], weights[1]
+    def file(self, layer: int) -> ExpertFile:
+        """A layer's file, open; the caller closes it. CheckpointError."""
+        path = self.directory / expert_file_name(self.config.moe_layers.index(layer))
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing; make the packed checkpoint again")
+        try:
+            return ExpertFile(path, self.header)
+        except PackingError as error:
+            raise CheckpointError(str(error)) from None
 
-    def experts(self, layers: Collection[int] | None = None) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """As `Checkpoint.experts`; holds one layer at a time."""
+    @cached_property
+    def _blocks(self) -> ExpertBlocks:
+        return blocks_of(self.header.backend, expert_dims(self.config))
+
+    def experts(self, wanted: Wanted) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """As `Checkpoint.experts`: weights, decoded, once their sums have been checked."""
+        blocks = tuple(torch.empty(nbytes, dtype=torch.uint8, device="cpu") for nbytes in self.header.sizes)
         for layer in self.config.moe_layers:
-            if layers is None or layer in layers:
-                gate_up, down = self.layer(layer)
+            with self.file(layer) as file:
                 for expert in range(self.config.num_experts):
-                    yield layer, expert, gate_up[expert], down[expert]
+                    if not wanted(layer, expert):
+                        continue
+                    try:
+                        for d in (0, 1):
+                            file.read(expert, d, blocks[d])
+                        recipes = file.recipe(expert, 0), file.recipe(expert, 1)
+                    except PackingError as error:
+                        raise CheckpointError(str(error)) from None
+                    yield layer, expert, *self._blocks.weights_of(self.header.format, (blocks[0], blocks[1]), recipes)
+
+
+def write_index(directory: Path, header: ExpertFileHeader) -> None:
+    """All files are there: `directory` is a packed checkpoint from now on."""
+    temporary = directory / f"{INDEX}.tmp"
+    temporary.write_text(json.dumps({"version": VERSION, "experts": asdict(header)}, indent=1))
+    temporary.replace(directory / INDEX)

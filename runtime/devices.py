@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 from fluxmoe.kernels.ops import ExpertDims, ExpertOps, LayerDims, Limits, Ops
 from torch import Tensor
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .experts.streamer import Streamer
     from .experts.streamer_cpu import ThreadStreamer
     from .memory.region import BlockPool
+    from .memory.slabs import SlabPool
     from .timeline import Timeline
 
 # Direct reads want offsets, lengths and addresses in multiples of the logical block size; 4096 suits all devices.
@@ -82,12 +84,25 @@ class Device(ABC):
         """uint8 [nbytes] on the device; on the host it starts at a page boundary, as direct reads need."""
 
     @abstractmethod
+    def zeros(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes] of zeros, otherwise like `empty`; in the host pages take memory once they are written."""
+
+    @abstractmethod
     def make_pool(self, max_bytes: int) -> BlockPool:
         """A pool of physical blocks. RegionError where the platform lacks what it needs."""
 
-    @abstractmethod
-    def pool_block_bytes(self, max_bytes: int) -> int:
-        """The block size that a pool of so many bytes will have, for the ledger."""
+    def make_slabs(self, num_slabs: int, slab_bytes: int, poison: bool = False) -> SlabPool:
+        """A pool of slabs, all of them zeros. SlabError where there is no memory for it."""
+        from .memory.slabs import SlabError, SlabPool
+
+        try:
+            memory = self.zeros(num_slabs * slab_bytes)
+        except (RuntimeError, MemoryError):
+            raise SlabError(
+                f"cannot allocate {num_slabs} slabs of {slab_bytes} bytes of {self.kind} memory for experts and KV; "
+                "lower the budget"
+            ) from None
+        return SlabPool(memory.view(num_slabs, slab_bytes), poison)
 
     # Order of work.
 
@@ -174,19 +189,21 @@ class CpuDevice(Device):
         return machine.touched_bytes()
 
     def empty(self, nbytes: int) -> Tensor:
-        raw = torch.empty(nbytes + PAGE, dtype=torch.uint8, device="cpu")
+        return self._from_page(torch.empty(nbytes + PAGE, dtype=torch.uint8, device="cpu"), nbytes)
+
+    def zeros(self, nbytes: int) -> Tensor:
+        # numpy asks the system for zeros, which come page by page; torch writes them all.
+        return self._from_page(torch.from_numpy(np.zeros(nbytes + PAGE, dtype=np.uint8)), nbytes)
+
+    @staticmethod
+    def _from_page(raw: Tensor, nbytes: int) -> Tensor:
         skip = -raw.data_ptr() % PAGE
         return raw[skip : skip + nbytes]
 
     def make_pool(self, max_bytes: int) -> BlockPool:
         from .memory.region import MemfdPool
 
-        return MemfdPool(max_bytes, self.pool_block_bytes(max_bytes))
-
-    def pool_block_bytes(self, max_bytes: int) -> int:
-        from .memory.region import MemfdPool
-
-        return MemfdPool.block_bytes_for(max_bytes)
+        return MemfdPool(max_bytes)
 
     def synchronize(self) -> None:
         pass
@@ -234,13 +251,13 @@ class CudaDevice(Device):
     def empty(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.torch)
 
+    def zeros(self, nbytes: int) -> Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8, device=self.torch)
+
     def make_pool(self, max_bytes: int) -> BlockPool:
         from .memory.region_cuda import VmmPool
 
         return VmmPool(max_bytes, self.torch)
-
-    def pool_block_bytes(self, max_bytes: int) -> int:
-        return 2 << 20  # the granularity of all GPUs of today
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch)

@@ -1,7 +1,7 @@
 """HardwareProfile: what a machine can move and compute, as placements, planner and simulator need it.
 
-A profile is a JSON file, measured (`python -m fluxmoe.experiments.profile_hardware`) or put together from datasheets;
-`sources` says of every number which. Rates are bytes/s and FLOP/s of one device, GB = 1e9.
+A profile is a JSON file, measured (`python -m fluxmoe.experiments.commands.profile_hardware`) or put together from
+datasheets; `sources` says of every number which. Rates are bytes/s and FLOP/s of one device, GB = 1e9.
 """
 
 from __future__ import annotations

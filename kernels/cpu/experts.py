@@ -5,38 +5,26 @@ Activations are fp32, as in `cpu.ops`; blocks are panels (see `moe`), dense or c
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..expert_blocks import Shape
+from ..expert_blocks import ExpertBlocks, Shape
 from ..expert_layer import ExpertLayer
 from ..expert_table import DOWN, GATE_UP
 from ..ops import ExpertDims, KernelError, LayerExperts
 from . import gemm, moe
 
 
-class CpuExperts(ExpertLayer[moe.Routing]):
-    """ExpertOps for batches of up to `max_tokens`; one pager owns one (not thread-safe).
-
-    KernelError for weights that are neither bf16 nor fp32.
-    """
+class CpuBlocks(ExpertBlocks):
+    """Experts in panels. KernelError for weights that are neither bf16 nor fp32."""
 
     backend = "cpu"
-    device = torch.device("cpu")
-    act_dtype = torch.float32
 
-    def __init__(self, dims: ExpertDims, max_tokens: int, threads: int | None = None) -> None:
+    def __init__(self, dims: ExpertDims) -> None:
         if dims.dtype not in (torch.bfloat16, torch.float32):
             raise KernelError(f"CPU kernels take bfloat16 or float32 weights, got {dims.dtype}")
-        self.dims = dims
-        self.threads = gemm.use_threads(threads)
-        self._scratch = gemm.Scratch(max_tokens * dims.top_k, self.threads)
-        self._buffers = moe.MoeBuffers(
-            max_tokens, dims.hidden, dims.intermediate, dims.experts, dims.top_k, self.threads
-        )
-        self.workspace_bytes = self._scratch.nbytes + self._buffers.nbytes
-
-    # Blocks.
+        super().__init__(dims)
 
     def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         d = self.dims
@@ -62,7 +50,24 @@ class CpuExperts(ExpertLayer[moe.Routing]):
             panels = out.view(len(out), -1, gemm.LANES)[-halves:]
             panels[:, :, -spare:] = panels[:, :, :1]
 
-    # The layer.
+
+class CpuExperts(ExpertLayer[moe.Routing], CpuBlocks):
+    """ExpertOps for batches of up to `max_tokens`; one pager owns one (not thread-safe).
+
+    KernelError for weights that are neither bf16 nor fp32.
+    """
+
+    device = torch.device("cpu")
+    act_dtype = torch.float32
+
+    def __init__(self, dims: ExpertDims, max_tokens: int, threads: int | None = None) -> None:
+        super().__init__(dims)
+        self.threads = gemm.use_threads(threads)
+        self._scratch = gemm.Scratch(max_tokens * dims.top_k, self.threads)
+        self._buffers = moe.MoeBuffers(
+            max_tokens, dims.hidden, dims.intermediate, dims.experts, dims.top_k, self.threads
+        )
+        self.workspace_bytes = self._scratch.nbytes + self._buffers.nbytes
 
     def route(self, logits: Tensor, num_tokens: Tensor | None = None) -> moe.Routing:
         """fp32 logits [T, E]: softmax, the best top_k, rows sorted by expert."""
@@ -77,10 +82,11 @@ class CpuExperts(ExpertLayer[moe.Routing]):
     def moe_add(self, x: Tensor, routing: moe.Routing, experts: LayerExperts, residual: Tensor) -> Tensor:
         """residual fp32 [T, H] += mixture of experts of x fp32 [T, H]; returns residual."""
         d = self.dims
-        experts.wait(GATE_UP)
-        moe.gate_up(x, experts.table, d.intermediate, d.dtype, routing, self._buffers, self._scratch)
-        experts.wait(DOWN)
-        moe.down(experts.table, d.intermediate, d.dtype, routing, self._buffers, self._scratch)
+        experts.need(np.flatnonzero(np.diff(routing.expert_start.numpy())))
+        for chosen in experts.ready(GATE_UP):
+            moe.gate_up(x, experts.table, d.intermediate, d.dtype, routing, self._buffers, self._scratch, chosen)
+        for chosen in experts.ready(DOWN):
+            moe.down(experts.table, d.intermediate, d.dtype, routing, self._buffers, self._scratch, chosen)
         return moe.combine(residual, residual, routing, self._buffers)
 
     def count_routed(self, routing: moe.Routing, counts: Tensor) -> None:

@@ -142,8 +142,8 @@ def _expert_panel(block, planar, panel, panels, panel_bytes, bf16, x_rows, rows,
 
 @njit(parallel=True, nogil=True, cache=True)
 def _gate_up(
-    table, formats, bf16, hidden, panels, x, x_stride, row_token, expert_start, activation, row_table, tiles, counter,
-    task_bytes, threads,
+    table, formats, chosen, bf16, hidden, panels, x, x_stride, row_token, expert_start, activation, row_table, tiles,
+    counter, task_bytes, threads,
 ):  # fmt: skip
     experts = expert_start.shape[0] - 1
     for r in range(expert_start[experts]):
@@ -163,7 +163,7 @@ def _gate_up(
                 break
             expert = task // groups
             first, last = expert_start[expert], expert_start[expert + 1]
-            if first == last:
+            if first == last or not chosen[expert]:
                 continue
             group = task % groups
             planar = formats[expert, 0] == _PLANAR12
@@ -187,8 +187,8 @@ def _gate_up(
 
 @njit(parallel=True, nogil=True, cache=True)
 def _down(
-    table, formats, bf16, depth, panels, activation, act_stride, expert_start, out, out_stride, row_table, counter,
-    task_bytes, threads,
+    table, formats, chosen, bf16, depth, panels, activation, act_stride, expert_start, out, out_stride, row_table,
+    counter, task_bytes, threads,
 ):  # fmt: skip
     experts = expert_start.shape[0] - 1
     fill_rows(row_table, activation, act_stride, expert_start[experts])
@@ -205,7 +205,7 @@ def _down(
                 break
             expert = task // groups
             first, last = expert_start[expert], expert_start[expert + 1]
-            if first == last:
+            if first == last or not chosen[expert]:
                 continue
             group = task % groups
             planar = formats[expert, 1] == _PLANAR12
@@ -243,6 +243,7 @@ class MoeBuffers:
         self.activation = zeros(rows, padded(intermediate))
         self.expert_out = zeros(rows, padded(hidden))
         self.tiles = zeros(threads, 2, _CHUNK_ROWS, LANES)
+        self.all = torch.ones(experts, dtype=torch.uint8, device="cpu")
 
     @property
     def nbytes(self) -> int:
@@ -283,12 +284,15 @@ def _sorted(ids: Tensor, weights: Tensor, buffers: MoeBuffers) -> Routing:
 
 
 def gate_up(
-    x: Tensor, table: ExpertTable, intermediate: int, dtype: torch.dtype, routing: Routing, b: MoeBuffers, s: Scratch
-) -> None:
-    """activation[r] = silu(x[token of r] @ gate^T) * (x[token of r] @ up^T); x fp32 [T, H]."""
+    x: Tensor, table: ExpertTable, intermediate: int, dtype: torch.dtype, routing: Routing, b: MoeBuffers, s: Scratch,
+    chosen: Tensor | None = None,
+) -> None:  # fmt: skip
+    """activation[r] = silu(x[token of r] @ gate^T) * (x[token of r] @ up^T); x fp32 [T, H]. chosen uint8 [E]: rows of
+    these experts alone."""
     _gate_up(
         table.addresses.numpy(),
         table.formats.numpy(),
+        (b.all if chosen is None else chosen).numpy(),
         dtype == torch.bfloat16,
         x.shape[1],
         padded(intermediate) // LANES,
@@ -306,12 +310,14 @@ def gate_up(
 
 
 def down(
-    table: ExpertTable, intermediate: int, dtype: torch.dtype, routing: Routing, b: MoeBuffers, s: Scratch
-) -> None:
-    """expert_out[r] = activation[r, :I] @ down^T."""
+    table: ExpertTable, intermediate: int, dtype: torch.dtype, routing: Routing, b: MoeBuffers, s: Scratch,
+    chosen: Tensor | None = None,
+) -> None:  # fmt: skip
+    """expert_out[r] = activation[r, :I] @ down^T. chosen uint8 [E]: rows of these experts alone."""
     _down(
         table.addresses.numpy(),
         table.formats.numpy(),
+        (b.all if chosen is None else chosen).numpy(),
         dtype == torch.bfloat16,
         intermediate,
         b.expert_out.shape[1] // LANES,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..expert_blocks import ExpertBlocks
 from ..expert_layer import ExpertLayer
 from ..expert_table import DOWN, GATE_UP
 from ..ops import ExpertDims, LayerExperts
@@ -23,13 +24,23 @@ class Choice(NamedTuple):
     weights: Tensor
 
 
-class TorchExperts(ExpertLayer[Choice]):
+class TorchBlocks(ExpertBlocks):
+    """Experts as checkpoints have them."""
+
+    backend = "torch"
+
+    def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self._matrix(blocks[GATE_UP], GATE_UP), self._matrix(blocks[DOWN], DOWN)
+
+    def _arrange(self, tensor_type: int, weight: Tensor, out: Tensor) -> None:
+        out.copy_(weight)
+
+
+class TorchExperts(ExpertLayer[Choice], TorchBlocks):
     """ExpertOps; `act_dtype` defaults to fp32 on the CPU and to the weights' dtype elsewhere.
 
     torch allocates its temporaries itself: `workspace_bytes` is an upper bound on those of one layer of `max_tokens`.
     """
-
-    backend = "torch"
 
     def __init__(
         self,
@@ -38,16 +49,11 @@ class TorchExperts(ExpertLayer[Choice]):
         device: torch.device | str = "cpu",
         act_dtype: torch.dtype | None = None,
     ) -> None:
-        self.dims, self.device = dims, torch.device(device)
+        super().__init__(dims)
+        self.device = torch.device(device)
         self.act_dtype = act_dtype or (torch.float32 if self.device.type == "cpu" else dims.dtype)
         rows = max_tokens * dims.top_k
         self.workspace_bytes = 4 * (3 * max_tokens * dims.experts + rows * (3 * dims.intermediate + 2 * dims.hidden))
-
-    def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return self._matrix(blocks[GATE_UP], GATE_UP), self._matrix(blocks[DOWN], DOWN)
-
-    def _arrange(self, tensor_type: int, weight: Tensor, out: Tensor) -> None:
-        out.copy_(weight)
 
     def route(self, logits: Tensor, num_tokens: Tensor | None = None) -> Choice:
         assert num_tokens is None, "padding is for captured graphs, and this path cannot be captured"
@@ -61,8 +67,11 @@ class TorchExperts(ExpertLayer[Choice]):
         return Choice(topk_ids.long(), topk_weights)
 
     def moe_add(self, x: Tensor, routing: Choice, experts: LayerExperts, residual: Tensor) -> Tensor:
-        experts.wait(GATE_UP)
-        experts.wait(DOWN)
+        here = (routing.ids >= 0) & (routing.ids < self.dims.experts)
+        experts.need(routing.ids[here].unique().cpu().numpy())
+        for d in (GATE_UP, DOWN):
+            for _ in experts.ready(d):
+                pass  # all of them, before the first is used
         out = residual.clone()
         for expert in range(self.dims.experts):
             token, choice = torch.where(routing.ids == expert)

@@ -89,9 +89,9 @@ class TorchOps:
             q, k, v = (part.clamp(-d.clip_qkv, d.clip_qkv) for part in (q, k, v))
         cos, sin = (t[metadata.positions.long()][:, None].to(q.dtype) for t in (rope.cos, rope.sin))
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        slots = metadata.slot_mapping
-        k_cache.view(-1, d.kv_heads, d.head_dim)[slots] = k.to(k_cache.dtype)
-        v_cache.view(-1, d.kv_heads, d.head_dim)[slots] = v.to(v_cache.dtype)
+        block, offset = metadata.slot_mapping // metadata.block_size, metadata.slot_mapping % metadata.block_size
+        k_cache[block, offset] = k.to(k_cache.dtype)
+        v_cache[block, offset] = v.to(v_cache.dtype)
         starts = metadata.query_start.tolist()
         contexts = metadata.context_lens.tolist()
         outputs = []

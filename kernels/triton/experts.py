@@ -10,6 +10,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from ..expert_blocks import ExpertBlocks
 from ..expert_layer import ExpertLayer
 from ..expert_table import DOWN, GATE_UP
 from ..formats import FORMATS
@@ -29,7 +30,23 @@ from .tiles import (
 )
 
 
-class TritonExperts(ExpertLayer[Routing]):
+class TritonBlocks(ExpertBlocks):
+    """Experts row-major, gate and up rows in turns."""
+
+    backend = "triton"
+
+    def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        mixed, down = (self._matrix(block, d) for d, block in enumerate(blocks))
+        return grouped_gemm.deinterleave(mixed), down
+
+    def _arrange(self, tensor_type: int, weight: Tensor, out: Tensor) -> None:
+        if tensor_type == GATE_UP:
+            grouped_gemm.interleave(weight, out)
+        else:
+            out.copy_(weight)
+
+
+class TritonExperts(ExpertLayer[Routing], TritonBlocks):
     """ExpertOps for batches of up to `max_tokens`; one pager owns one (not thread-safe).
 
     formats: in which experts may be stored. Launches that may meet a fused one use its tiles, whatever the format of
@@ -38,13 +55,12 @@ class TritonExperts(ExpertLayer[Routing]):
     interpreter.
     """
 
-    backend = "triton"
-
     def __init__(
         self, dims: ExpertDims, max_tokens: int, device: torch.device | str, *, batch_invariant: bool = False,
         formats: Collection[str] = (),
     ) -> None:  # fmt: skip
-        self.dims, self.device, self.act_dtype = dims, torch.device(device), dims.dtype
+        super().__init__(dims)
+        self.device, self.act_dtype = torch.device(device), dims.dtype
         self.batch_invariant, self._weight_tile = batch_invariant, self._choose_weight_tile(formats)
         check_backend(self.device, dims.dtype)
         self._capability, self._num_sms = capability_of(self.device), num_sms_of(self.device)
@@ -62,20 +78,6 @@ class TritonExperts(ExpertLayer[Routing]):
         if len(set(tiles.values())) > 1:
             raise KernelError(f"formats {' and '.join(tiles)} need different tiles; choose one of them for all experts")
         return next(iter(tiles.values()), None)
-
-    # Blocks.
-
-    def restore_expert(self, blocks: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        mixed, down = (self._matrix(block, d) for d, block in enumerate(blocks))
-        return grouped_gemm.deinterleave(mixed), down
-
-    def _arrange(self, tensor_type: int, weight: Tensor, out: Tensor) -> None:
-        if tensor_type == GATE_UP:
-            grouped_gemm.interleave(weight, out)
-        else:
-            out.copy_(weight)
-
-    # The layer.
 
     def route(self, logits: Tensor, num_tokens: Tensor | None = None) -> Routing:
         """fp32 logits [T, E]; num_tokens int32 [1] on the device: later rows are padding, and reach no expert."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, FORMATS, compressed_formats
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, FORMATS, compressed_formats, fused_formats
 
 from ..hardware import HardwareProfile
+from .cache_policies import POLICIES
 from .layout import ExpertFormats
 from .placement import COMPRESSING
 
@@ -29,9 +29,12 @@ class PagingConfig:
                         which None means DEFAULT_COMPRESSED (for the others: dense)
     host_format         format in host memory and files, so of what crosses PCIe; None: expert_format
     slot_format         packed: the GEMM reads compressed experts in their slots, where it can | decoded
-    transfer            whole: the host's share of each layer is copied ahead of time | on_demand: kernels read the
-                        experts that were routed to in host memory | auto, with adaptive: whichever the planner expects
-                        to cost less
+    transfer            whole: the share of each layer that is not on the device is copied ahead of time | on_demand:
+                        kernels read the experts that were routed to in host memory; from files only these come, into a
+                        cache | auto, with adaptive: whichever the planner expects to cost less | None: on_demand from
+                        files, where the kernels can, else whole
+    cache_bytes         of the cache of experts that come on demand from files; None: what a host has left
+    cache_policy        which experts leave it: a name of cache_policies.POLICIES
     profile             the machine's rates, for balanced without alpha and transfer auto; None: measured in a fraction
                         of a second
     slots               streaming slots, S ≥ 2
@@ -39,7 +42,8 @@ class PagingConfig:
     planning            with adaptive: how often experts are routed to is counted, and a planner decides; False: only
                         `request` moves experts
     least_alpha         with adaptive: the least share of each layer on the device (sizes the slots)
-    disk_dir            where the disk tier spills; None: the system's temporary directory
+    disk_dir            where the disk tier's files are kept; None: beside a checkpoint, or in the system's temporary
+                        directory where a host has no folder for them
     kernels             auto (Triton on CUDA, numba on the CPU) | triton | torch (the slow reference)
     batch_invariant     Triton: a token's result does not depend on who shares its batch; on the CPU always so
     threads             CPU threads; None: all
@@ -54,12 +58,14 @@ class PagingConfig:
     expert_format: str | None = None
     host_format: str | None = None
     slot_format: str = "packed"
-    transfer: str = "whole"
+    transfer: str | None = None
     profile: HardwareProfile | None = None
     slots: int = 2
     adaptive: bool = False
     planning: bool = True
     least_alpha: float = 0.5
+    cache_bytes: int | None = None
+    cache_policy: str = "next_use"
     disk_dir: Path | None = None
     kernels: str = "auto"
     batch_invariant: bool = False
@@ -86,15 +92,14 @@ class PagingConfig:
             raise SettingError(f"placement {self.placement} holds compressed experts: choose {choices}")
         if self.slot_format not in ("packed", "decoded"):
             raise SettingError(f"slot_format must be packed or decoded, got {self.slot_format!r}")
-        if self.transfer not in ("whole", "on_demand", "auto"):
+        if self.transfer not in (None, "whole", "on_demand", "auto"):
             raise SettingError(f"transfer must be whole, on_demand or auto, got {self.transfer!r}")
         if self.transfer == "auto" and not self.counts_routing:
             raise SettingError("transfer auto is the planner's choice: it needs adaptive")
-
-    @property
-    def spill_dir(self) -> Path:
-        """Where the disk tier's file goes."""
-        return Path(self.disk_dir or tempfile.gettempdir())
+        if self.cache_policy not in POLICIES:
+            raise SettingError(f"cache_policy must be one of {', '.join(POLICIES)}, got {self.cache_policy!r}")
+        if self.cache_bytes is not None and (self.placement != "disk" or self.formats.transfer == "whole"):
+            raise SettingError("cache_bytes is of experts that come on demand: it needs placement disk")
 
     @property
     def device_format(self) -> str:
@@ -105,8 +110,13 @@ class PagingConfig:
     def formats(self) -> ExpertFormats:
         """Formats of all tiers."""
         packed = DEFAULT_COMPRESSED if self.device_format == DENSE else self.device_format  # no policy will use it
+        host = self.host_format or self.device_format
         transfer = "whole" if self.transfer == "auto" else self.transfer
-        return ExpertFormats(packed, self.host_format or self.device_format, self.slot_format, transfer)
+        if transfer is None:
+            readable = {DENSE, *fused_formats("torch" if self.kernels == "torch" else "cpu")}
+            on_demand = self.placement == "disk" and self.kernels != "triton" and host in readable
+            transfer = "on_demand" if on_demand else "whole"
+        return ExpertFormats(packed, host, self.slot_format, transfer)
 
     @property
     def formats_met(self) -> set[str]:

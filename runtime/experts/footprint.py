@@ -14,12 +14,13 @@ from fluxmoe.kernels.formats import DENSE
 from fluxmoe.kernels.ops import ExpertSizes
 
 from ..devices import device_of
-from ..memory.machine import lies_in_memory
-from ..memory.region import BlockPool
+from ..memory.slabs import FREE
+from .cache import ExpertCache
 from .config import PagingConfig
+from .disk import StoreError
 from .layout import ExpertLayout
 from .placement import Tier, place
-from .spill import StoreError, spill_offsets
+from .slots import SlotSchedule
 
 EXPERT_LINES = {Tier.RESIDENT: "resident_experts", Tier.PACKED: "packed_experts"}
 
@@ -48,11 +49,19 @@ def lay_out(
     return ExpertLayout(placement, {name: ops.expert_bytes(name) for name in used}, formats, ops.fused_formats)
 
 
-def slots_used(layout: ExpertLayout, slots: int) -> int:
-    """Slots that a layout needs: no more than it has streamed layers."""
+def slot_schedule(layout: ExpertLayout, slots: int, moves: bool) -> tuple[list[int], SlotSchedule]:
+    """Layers that have their turns of the slots, and the schedule of these. StoreError on less than 2 slots.
+
+    moves: experts change tier while serving, so any layer may come to stream.
+    """
     if slots < 2:
         raise StoreError(f"streaming needs at least 2 slots (one loads while one is read), got {slots} slots")
-    return min(slots, len(layout.streamed_layers))
+    if moves:
+        return list(range(layout.num_layers)), SlotSchedule(layout.num_layers, slots)
+    order = layout.streamed_layers
+    # No more slots than layers; with one each, they are loaded once.
+    used = min(slots, max(1, len(order)))
+    return order, SlotSchedule(len(order), used, keeps_all=len(order) <= used)
 
 
 class Footprint:
@@ -62,26 +71,47 @@ class Footprint:
         self.layout, self.config = layout, config
         self._ops_bytes, self._staged = ops.workspace_bytes, device_of(ops.device).streamer.staged
 
-    def lines(self, pool: BlockPool | None = None) -> dict[str, int]:
-        """Device bytes by line: experts that lie there, slots, workspace. pool: that experts which move will be in,
-        and to whose blocks their lines are rounded up."""
-        experts = {line: self.layout.tier_bytes(tier) for tier, line in EXPERT_LINES.items()}
-        if pool is not None:
-            experts = {line: pool.pages(nbytes) * pool.block_bytes for line, nbytes in experts.items()}
-        return {**experts, "slots": self.slot_bytes, "workspace": self._ops_bytes + self.count_bytes}
+    def lines(self, slab_bytes: int = 0) -> dict[str, int]:
+        """Device bytes by line: experts that lie there, slots, workspace. slab_bytes: of the host's pool that experts
+        which move will be in, in whole slabs; 0: they are in one of the pager's own."""
+        layout = self.layout
+        if self.config.adaptive:
+            size = slab_bytes or layout.slab_bytes
+            experts = {line: size * layout.tier_slabs(tier, size) for tier, line in EXPERT_LINES.items()}
+            if not slab_bytes:
+                experts[FREE] = size * self.most_slabs(size) - sum(experts.values())
+        else:
+            experts = {line: layout.tier_bytes(tier) for tier, line in EXPERT_LINES.items()}
+        lines = {**experts, "slots": self.slot_bytes, "workspace": self._ops_bytes + self.count_bytes}
+        return lines | ({"expert_cache": self.cache_bytes()} if layout.cached else {})
+
+    def cache_places(self, room: int | None = None) -> int:
+        """Experts that a cache holds in `room` bytes (None: config.cache_bytes, or as few as work), at most all that
+        may come: never less than `slots` layers' worth, of which one runs while the next are read."""
+        layout = self.layout
+        room = self.config.cache_bytes if room is None else room
+        least = ExpertCache.least_places(layout, self.config.slots)
+        each = layout.expert_bytes(layout.stored(Tier.DISK))
+        return max(least, min(layout.cached, (room or 0) // each))
+
+    def cache_bytes(self, room: int | None = None) -> int:
+        """Bytes of so many places."""
+        return self.cache_places(room) * self.layout.expert_bytes(self.layout.stored(Tier.DISK))
+
+    def most_slabs(self, slab_bytes: int, dense: bool = False) -> int:
+        """Slabs that hold all experts: those that are dense now, or with `dense` all of them, as dense ones."""
+        layout, tiers = self.layout, self.layout.placement.tiers
+        as_dense = tiers.size if dense else int((tiers == Tier.RESIDENT).sum())
+        counts = (Tier.RESIDENT, as_dense), (layout.moving_tiers[-1], tiers.size - as_dense)
+        return sum(count * layout.slabs_each(tier, slab_bytes) for tier, count in counts)
 
     def host_lines(self) -> dict[str, int]:
-        """Host bytes by line: experts that lie there, a spill file that takes memory, what `put` passes through."""
+        """Host bytes by line: experts that lie there, what `put` passes through."""
         layout = self.layout
         host = layout.tier_bytes(Tier.HOST)
         if self.config.adaptive:  # a copy of every expert
             host = layout.placement.tiers.size * layout.expert_bytes(layout.stored(Tier.HOST))
-        spill = spill_offsets(layout)[1]
-        lines = {
-            "host_experts": host,
-            "spill": spill if spill and lies_in_memory(self.config.spill_dir) else 0,
-            "staging": sum(sum(sizes) for sizes in layout.sizes.values()),
-        }
+        lines = {"host_experts": host, "staging": sum(sum(sizes) for sizes in layout.sizes.values())}
         return {line: nbytes for line, nbytes in lines.items() if nbytes}
 
     @property
@@ -97,13 +127,14 @@ class Footprint:
         layout, slots = self.layout, self.config.slots
         if self.config.adaptive:
             return slots * self.most_streamed * layout.expert_bytes(layout.stored(Tier.HOST))
-        used = slots_used(layout, slots)
+        used = slot_schedule(layout, slots, moves=False)[1].slots
         return sum(used * layout.slot_bytes(d) + layout.staging_bytes(d, self._staged) for d in (GATE_UP, DOWN))
 
     @property
     def counts_reads(self) -> bool:
         """Whether kernels may read experts in host memory, which the pager counts."""
-        return self.config.adaptive or self.layout.formats.transfer == "on_demand"
+        on_demand = self.layout.formats.transfer == "on_demand"
+        return self.config.adaptive or (on_demand and bool((self.layout.placement.tiers == Tier.HOST).any()))
 
     @property
     def count_bytes(self) -> int:

@@ -7,10 +7,11 @@ Each tier stores experts in one format; a kernel reads them in place, or from a 
     PACKED    formats.packed    in place where the GEMM can decode it, else decoded into a slot (the paper's way)
     HOST      formats.host      in a slot: as it is where the GEMM can decode it and formats.slot says so, else dense;
                                 with formats.transfer on_demand in place, through the link
-    DISK      formats.host      in a slot
+    DISK      formats.host      in a slot; with formats.transfer on_demand in a place of the cache
 
 A slot holds a layer's streamed experts, PACKED before HOST before DISK, ids ascending, one buffer a tensor type.
-Blocks begin every `stride` bytes, a multiple of 64; the ledger counts strides.
+Blocks begin every `stride` bytes, a multiple of 64, or of pages where experts are read from a disk; the ledger counts
+strides.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE
+from fluxmoe.kernels.packing.expert_file import PAGE
 
 from .placement import Placement, Tier
 
@@ -70,10 +73,12 @@ class ExpertLayout:
     ) -> None:
         self.placement, self.formats, self.sizes, self.fused = placement, formats, dict(sizes), fused
         self.num_layers, self.num_experts = placement.tiers.shape
-        on_demand = formats.transfer == "on_demand" and (placement.tiers == Tier.HOST).any()
+        # What is read past the page cache comes in whole pages.
+        self._alignment = PAGE if (placement.tiers == Tier.DISK).any() else _ALIGNMENT
+        on_demand = formats.transfer == "on_demand" and np.isin(placement.tiers, (Tier.HOST, Tier.DISK)).any()
         if on_demand and formats.host not in (DENSE, *fused):
             raise LayoutError(
-                f"these kernels cannot read format {formats.host} in host memory; transfer it whole, or choose "
+                f"these kernels cannot read format {formats.host} as it is; transfer it whole, or choose "
                 f"{' or '.join((DENSE, *sorted(fused)))}"
             )
 
@@ -85,9 +90,9 @@ class ExpertLayout:
 
     def streams(self, tier: Tier) -> bool:
         """Whether kernels read a tier's experts from a slot."""
-        if tier is Tier.HOST:
+        if tier in (Tier.HOST, Tier.DISK):
             return self.formats.transfer == "whole"
-        return tier is Tier.DISK or (tier is Tier.PACKED and self.stored(tier) not in self.fused)
+        return tier is Tier.PACKED and self.stored(tier) not in self.fused
 
     def read(self, tier: Tier) -> str:
         """The format in which kernels meet a tier's experts."""
@@ -102,11 +107,34 @@ class ExpertLayout:
 
     def stride(self, expert_format: str, tensor_type: int) -> int:
         """Distance of blocks in bytes."""
-        return -(-self.sizes[expert_format][tensor_type] // _ALIGNMENT) * _ALIGNMENT
+        return -(-self.sizes[expert_format][tensor_type] // self._alignment) * self._alignment
 
     def expert_bytes(self, expert_format: str) -> int:
         """Bytes of one expert, both tensor types, as the ledger counts them."""
         return self.stride(expert_format, GATE_UP) + self.stride(expert_format, DOWN)
+
+    # Experts that move lie in slabs of a pool, one or two each.
+
+    @property
+    def moving_tiers(self) -> tuple[Tier, ...]:
+        """Device tiers that experts which move may be in."""
+        return (Tier.RESIDENT,) if self.stored(Tier.HOST) == DENSE else (Tier.RESIDENT, Tier.PACKED)
+
+    @property
+    def slab_bytes(self) -> int:
+        """The least that a slab must have: for an expert in the format in which it moves, or for any one block."""
+        blocks = (self.stride(name, d) for name in self.sizes for d in (GATE_UP, DOWN))
+        return max(self.expert_bytes(self.stored(Tier.HOST)), *blocks)
+
+    def slabs_each(self, tier: Tier, slab_bytes: int) -> int:
+        """Slabs of an expert: 1, or 2, a block in each, where both do not fit: a dense one beside packed ones, which
+        takes two thirds of its slabs."""
+        return 1 if self.expert_bytes(self.stored(tier)) <= slab_bytes else 2
+
+    def tier_slabs(self, tier: Tier, slab_bytes: int) -> int:
+        """Slabs of all experts of a device tier."""
+        experts = int((self.placement.tiers == tier).sum())
+        return experts * self.slabs_each(tier, slab_bytes) if experts else 0
 
     def streamed(self, layer: int) -> list[tuple[int, Tier]]:
         """Experts of a layer that pass through a slot, with their tiers, in the order of the slot."""
@@ -121,6 +149,11 @@ class ExpertLayout:
             places[expert] = (begin, begin + self.sizes[expert_format][tensor_type])
             begin += self.stride(expert_format, tensor_type)
         return places
+
+    @cached_property
+    def cached(self) -> int:
+        """Experts that come on demand from files, into a cache."""
+        return 0 if self.streams(Tier.DISK) else int((self.placement.tiers == Tier.DISK).sum())
 
     @cached_property
     def streamed_layers(self) -> list[int]:

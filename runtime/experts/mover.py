@@ -1,10 +1,10 @@
 """Mover: experts change tier between passes, none of which waits for a copy (PAPER §4.3).
 
     to HOST       a change of the layer's plan, since every expert has a copy in host memory
-    to PACKED     a unit in the heap, a copy from host memory in the background, then the change of plan
+    to PACKED     a slab of the pool, a copy from host memory in the background, then the change of plan
     to RESIDENT   likewise; in a compressed store decoded from the packed block on the device
 
-A move that cannot be made (no memory, a slot that is full, a copy that fails) leaves the old state, and says why in
+A move that cannot be made (no slab, a slot that is full, a copy that fails) leaves the old state, and says why in
 `refused`.
 """
 
@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from ..memory.region import RegionError
+from ..memory.slabs import SlabError
 from .courier import Courier
-from .moving_store import Copy, MovingStore
+from .moving_store import Copy, MovingStore, Slabs
 from .placement import Tier
 from .planner import Move
 from .store import Where
@@ -27,10 +27,10 @@ MakeRoom = Callable[[int], None]
 
 @dataclass
 class _Arrival:
-    """A move whose bytes are on their way into `unit`."""
+    """A move whose bytes are on their way into `slabs`."""
 
     move: Move
-    unit: int
+    slabs: Slabs
     error: Exception | None = None
 
     @property
@@ -74,24 +74,24 @@ class Mover:
     def apply(self, make_room: MakeRoom | None = None) -> None:
         """Between passes: what has arrived is read from the next pass on, what was requested begins. Never waits.
 
-        make_room: gives the pool so many free bytes, or raises RegionError; None: it has what it has.
+        make_room: gives the pool so many free slabs, or raises SlabError; None: it has what it has.
         """
         if self._arrivals and self.courier.arrived:
             self._land()
-        if not self._arrivals:  # heaps must not move while a copy writes into them
+        if not self._arrivals:  # one batch at a time
             self._begin(make_room)
 
     def _land(self) -> None:
         arrivals, self._arrivals = self._arrivals, []
-        well = [arrival for arrival in arrivals if arrival.error is None]
-        failed = [arrival for arrival in arrivals if arrival.error is not None]
-        self.copied_bytes += sum(self.store.fetched_bytes(arrival.move.target) for arrival in well)
-        self.store.land(
-            [(arrival.where, arrival.move.target, arrival.unit) for arrival in well],
-            [(arrival.move.target, arrival.unit) for arrival in failed],
-        )
-        self.applied.update(f"to {Tier(arrival.move.target).name}" for arrival in well)
-        self.refused += [f"{_name(a.move)} stays {_tier(a.move.source)}: {a.error}" for a in failed]
+        for arrival in arrivals:
+            move = arrival.move
+            if arrival.error is None:
+                self.copied_bytes += self.store.fetched_bytes(move.target)
+                self.store.land(arrival.where, move.target, arrival.slabs)
+                self.applied[f"to {Tier(move.target).name}"] += 1
+            else:
+                self.store.give(arrival.slabs)
+                self.refused.append(f"{_name(move)} stays {_tier(move.source)}: {arrival.error}")
 
     def _begin(self, make_room: MakeRoom | None) -> None:
         moves, self._requested = self._requested, []
@@ -103,7 +103,7 @@ class Mover:
                 self.refused.append(f"{_name(move)} is {_tier(tier)}, or on its way")
             elif move.target == Tier.HOST:
                 self._leave(move)
-            elif move.target not in self.store.heaps or self._skips(move):
+            elif move.target not in self.store.layout.moving_tiers or self._skips(move):
                 self.refused.append(f"{_name(move)} cannot become {_tier(move.target)} from {_tier(tier)}")
             else:
                 arrivals += self._reserve(move, make_room)
@@ -113,7 +113,9 @@ class Mover:
 
     def _skips(self, move: Move) -> bool:
         """Compressed experts in host memory become dense by way of the packed tier."""
-        return move.source == Tier.HOST and move.target == Tier.RESIDENT and Tier.PACKED in self.store.heaps
+        return (
+            move.source == Tier.HOST and move.target == Tier.RESIDENT and Tier.PACKED in self.store.layout.moving_tiers
+        )
 
     def _leave(self, move: Move) -> None:
         streamed = len(self.store.layout.placement.members(move.layer, Tier.HOST))
@@ -124,12 +126,11 @@ class Mover:
         self.applied["to HOST"] += 1
 
     def _reserve(self, move: Move, make_room: MakeRoom | None) -> list[_Arrival]:
-        heap = self.store.heaps[move.target]
         try:
             if make_room is not None:
-                make_room(heap.unit_bytes)
-            return [_Arrival(move, heap.reserve())]
-        except RegionError as error:
+                make_room(self.store.layout.slabs_each(move.target, self.store.pool.slab_bytes))
+            return [_Arrival(move, self.store.reserve(move.target))]
+        except SlabError as error:
             if move.source == Tier.RESIDENT:
                 # No room for both of its forms; its copy in host memory is there already. Not now: units are reserved.
                 self._requested.append(move._replace(target=Tier.HOST))
@@ -139,7 +140,7 @@ class Mover:
 
     def _bring(self, arrival: _Arrival) -> None:
         try:
-            self.store.fetch(arrival.where, arrival.move.target, arrival.unit, self.copy)
+            self.store.fetch(arrival.where, arrival.move.target, arrival.slabs, self.copy)
         except Exception as error:
             arrival.error = error
 

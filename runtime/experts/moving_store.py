@@ -1,8 +1,8 @@
-"""MovingStore: experts that change tier while serving. A heap for each device tier, and a copy of all in host memory.
+"""MovingStore: experts that change tier while serving. Slabs of a pool on the device, and a copy of all in host memory.
 
     HOST      every expert, in the format that the GEMM reads; page-locked on CUDA
-    PACKED    a heap of such blocks on the device         (absent where the host's format is dense)
-    RESIDENT  a heap of dense blocks on the device
+    PACKED    such blocks on the device, a slab an expert             (absent where the host's format is dense)
+    RESIDENT  dense blocks on the device, a slab an expert; beside packed ones, whose slabs are smaller, two
 
 What changes is a layer's plan and its table, never a block that a kernel may be reading.
 
@@ -22,28 +22,29 @@ from fluxmoe.kernels.ops import Recipes
 from torch import Tensor
 
 from ..devices import Device
-from ..memory.region import BlockPool
-from .heap import ExpertHeap
+from ..memory.slabs import SlabError, SlabPool
+from .disk import StoreError
+from .footprint import EXPERT_LINES
 from .layout import ExpertLayout
 from .placement import DEVICE_TIERS, Placement, Tier
-from .spill import StoreError
 from .store import Block, DecodeExpert, ExpertStore, LayerPlan, Where
 
 Copy = Callable[[Tensor, Tensor], object]
+Slabs = tuple[int, ...]
 
 
 class MovingStore(ExpertStore):
     """Experts move between the device and host memory, where each has a copy.
 
     layout: its HOST format is dense, or one that kernels read in place and that the PACKED tier has too. pool: gives
-    the device tiers their memory. most_streamed: experts of a layer that a slot holds. decode: packed experts become
-    dense with it.
+    experts their slabs, of `layout.slab_bytes` or more. most_streamed: experts of a layer that a slot holds. decode:
+    packed experts become dense with it.
     """
 
     moves = True
 
     def __init__(
-        self, layout: ExpertLayout, device: Device, pool: BlockPool, most_streamed: int,
+        self, layout: ExpertLayout, device: Device, pool: SlabPool, most_streamed: int,
         decode: DecodeExpert | None = None,
     ) -> None:  # fmt: skip
         tiers, stored = layout.placement.tiers, layout.stored(Tier.HOST)
@@ -56,25 +57,20 @@ class MovingStore(ExpertStore):
         if tiers.size and (tiers == Tier.HOST).sum(axis=1).max() > most_streamed:
             raise StoreError(f"more than {most_streamed} experts of a layer lie in host memory; give slots more room")
         super().__init__(layout, device, decode)
-        self.most_streamed, self.format = most_streamed, stored
-        self.device_tiers = (Tier.RESIDENT,) if stored == DENSE else (Tier.RESIDENT, Tier.PACKED)
-        self._strides = self._both(stored)
-        self.heaps: dict[Tier, ExpertHeap] = {}
+        assert pool.slab_bytes >= layout.slab_bytes, f"slabs of {pool.slab_bytes} bytes are too small for an expert"
+        self.pool, self.most_streamed, self.format = pool, most_streamed, stored
+        self._strides = layout.stride(stored, GATE_UP), layout.stride(stored, DOWN)
+        # Of experts on the device.
+        self._slabs: dict[Where, Slabs] = {}
         try:
             self._host = [
                 tuple(self._memory.empty(layout.num_experts * stride) for stride in self._strides)
                 for _ in range(layout.num_layers)
             ]
-            for tier in self.device_tiers:
-                sizes, strides = layout.sizes[layout.stored(tier)], self._both(layout.stored(tier))
-                self.heaps[tier] = ExpertHeap(pool, sizes, strides, most=tiers.size)
         except BaseException:
             self.close()
             raise
         self.plans = [self._plan(i) for i in range(layout.num_layers)]
-
-    def _both(self, expert_format: str) -> tuple[int, int]:
-        return self.layout.stride(expert_format, GATE_UP), self.layout.stride(expert_format, DOWN)
 
     def _plan(self, layer: int) -> LayerPlan:
         places = (self.layout.slot_places(layer, GATE_UP), self.layout.slot_places(layer, DOWN))
@@ -91,7 +87,7 @@ class MovingStore(ExpertStore):
     def tier_bytes(self, tier: Tier) -> int:
         if tier is Tier.HOST:
             return sum(arena.nbytes for pair in self._host for arena in pair)
-        return self.heaps[tier].nbytes if tier in self.heaps else 0
+        return self.pool.bytes_of(EXPERT_LINES[tier]) if tier in EXPERT_LINES else 0
 
     def stored(self, layer: int, expert: int) -> str:
         return self.format
@@ -101,15 +97,13 @@ class MovingStore(ExpertStore):
         for target, block in zip(host, blocks, strict=True):
             target.copy_(block)
         self._recipes[where] = recipes
-        if tier in self.heaps:
-            heap = self.heaps[tier]
-            unit = heap.reserve()
-            for d, (target, source) in enumerate(zip(heap.pair(unit), host, strict=True)):
+        if tier in DEVICE_TIERS:
+            slabs = self._slabs[where] = self.reserve(tier)
+            for d, (target, source) in enumerate(zip(self._pair(tier, slabs), host, strict=True)):
                 if self.layout.stored(tier) == self.format:
                     target.copy_(source)
                 else:
                     self.decode(self.format, d, source.to(self.device.torch), target, recipes[d])
-            heap.settle(unit, where)
 
     def _host_pair(self, where: Where) -> tuple[Tensor, Tensor]:
         layer, expert = where
@@ -121,32 +115,46 @@ class MovingStore(ExpertStore):
         )
         return gate_up, down
 
+    def _pair(self, tier: Tier, slabs: Slabs) -> tuple[Tensor, Tensor]:
+        """The (gate/up, down) blocks of an expert of a device tier in its slabs."""
+        stored = self.layout.stored(tier)
+        gate_up, down = self.layout.sizes[stored]
+        at = self.layout.stride(stored, GATE_UP) if len(slabs) == 1 else 0
+        return self.pool.memory[slabs[0]][:gate_up], self.pool.memory[slabs[-1]][at : at + down]
+
     def blocks_in_place(self, layer: int) -> dict[int, Block]:
         blocks = {}
         for expert in range(self.layout.num_experts):
             where, tier = (layer, expert), self.tier_of(layer, expert)
-            pair = self.heaps[tier].pair_of(where) if tier in self.heaps else self._host_pair(where)
+            pair = self._pair(tier, self._slabs[where]) if tier in DEVICE_TIERS else self._host_pair(where)
             blocks[expert] = Block(pair, self.layout.stored(tier))
         return blocks
 
-    def close(self) -> None:
-        for heap in self.heaps.values():
-            heap.close()
-        super().close()
-
     # Moves, between iterations only.
 
-    def fetch(self, where: Where, target: Tier, unit: int, copy: Copy) -> None:
-        """Bring an expert's bytes into a reserved unit of tier `target`; for the thread that copies.
+    def reserve(self, tier: Tier) -> Slabs:
+        """Slabs for an expert that comes into a device tier. SlabError, and none is taken, if too few are free."""
+        wanted = self.layout.slabs_each(tier, self.pool.slab_bytes)
+        if wanted > self.pool.num_free:
+            raise SlabError(f"it needs {wanted} free slabs, there are {self.pool.num_free}")
+        return tuple(self.pool.take(EXPERT_LINES[tier]) for _ in range(wanted))
+
+    def give(self, slabs: Slabs) -> None:
+        """Free slabs that were reserved."""
+        for slab in slabs:
+            self.pool.give(slab)
+
+    def fetch(self, where: Where, target: Tier, slabs: Slabs, copy: Copy) -> None:
+        """Bring an expert's bytes into slabs that were reserved for tier `target`; for the thread that copies.
 
         A dense expert of a compressed store is decoded from its compressed block on the device, so it must be PACKED.
         """
-        blocks = self.heaps[target].pair(unit)
+        blocks = self._pair(target, slabs)
         if self.layout.stored(target) == self.format:
             for block, source in zip(blocks, self._host_pair(where), strict=True):
                 copy(block, source)
             return
-        packed = self.heaps[Tier.PACKED].pair_of(where)
+        packed = self._pair(Tier.PACKED, self._slabs[where])
         for d in (GATE_UP, DOWN):
             self.decode(self.format, d, packed[d], blocks[d], self._recipes[where][d])
 
@@ -154,37 +162,26 @@ class MovingStore(ExpertStore):
         """Bytes that `fetch` into a tier brings from host memory."""
         return sum(self.layout.sizes[self.format]) if self.layout.stored(target) == self.format else 0
 
-    def land(self, arrived: Iterable[tuple[Where, Tier, int]], failed: Iterable[tuple[Tier, int]] = ()) -> None:
-        """The bytes of experts are in the units that were reserved for them in a tier: kernels read them there from the
-        next table on, and what they had before is freed. `failed` units are given up."""
-        arrived = list(arrived)
-        for where, target, unit in arrived:
-            self.heaps[target].settle(unit, where)
-        # From the end, so that closing one gap does not move another reserved unit; the same goes for what is freed.
-        for tier, unit in sorted(failed, key=lambda entry: -entry[1]):
-            self._moved(self.heaps[tier].cancel(unit))
-        for where, target, _ in arrived:
-            self._set(where, target)
+    def land(self, where: Where, target: Tier, slabs: Slabs) -> None:
+        """An expert's bytes are in the slabs that were reserved for it in a tier: kernels read them there from the next
+        table on, and what it had before is freed."""
+        self._set(where, target, slabs)
 
     def leave(self, where: Where) -> None:
-        """The expert streams from the next load of its layer on; its unit is freed."""
-        self._set(where, Tier.HOST)
+        """The expert streams from the next load of its layer on; its slabs are freed."""
+        self._set(where, Tier.HOST, ())
 
-    def _set(self, where: Where, tier: Tier) -> None:
+    def _set(self, where: Where, tier: Tier, slabs: Slabs) -> None:
         layer, old = where[0], self.layout
-        source = Tier(old.placement.tiers[where])
         tiers = old.placement.tiers.copy()
         tiers[where] = tier
         tiers.setflags(write=False)
         self.layout = ExpertLayout(Placement(old.placement.name, tiers), old.sizes, old.formats, old.fused)
         self.plans[layer] = self._plan(layer)
         self.epochs[layer] += 1
-        if source in self.heaps:
-            self._moved(self.heaps[source].remove(where))
-
-    def _moved(self, where: Where | None) -> None:
-        if where is not None:
-            self.epochs[where[0]] += 1
+        self.give(self._slabs.pop(where, ()))
+        if slabs:
+            self._slabs[where] = slabs
 
     def set_transfer(self, transfer: str) -> None:
         """How HOST experts reach kernels: whole | on_demand, see ExpertFormats."""
@@ -196,11 +193,15 @@ class MovingStore(ExpertStore):
             self.epochs[layer] += 1
 
     def check_integrity(self) -> None:
-        """AssertionError unless every expert is where the placement says, and no heap has a gap."""
+        """AssertionError unless every expert is where the placement says, in slabs of its own."""
         tiers = self.layout.placement.tiers
-        for tier, heap in self.heaps.items():
-            heap.check_integrity({(int(i), int(e)) for i, e in np.argwhere(tiers == tier)})
         assert np.isin(tiers, (Tier.HOST, *DEVICE_TIERS)).all()
+        assert self._slabs.keys() == {(int(i), int(e)) for i, e in np.argwhere(tiers != Tier.HOST)}
+        for tier, line in EXPERT_LINES.items():
+            taken = [slab for where, slabs in self._slabs.items() if tiers[where] == tier for slab in slabs]
+            assert len(taken) == len(set(taken)), "two experts have one slab"
+            assert set(taken) <= set(self.pool.held(line)), "an expert lies in a slab of others"
+        self.pool.check_integrity()
 
 
 def _runs(experts: Iterable[int]) -> list[tuple[int, int]]:

@@ -14,26 +14,32 @@ A host is a serving engine, or a test. The pager knows no scheduler, no attentio
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from fluxmoe.kernels.ops import ExpertDims, ExpertOps, MoeBlock
+from fluxmoe.kernels.packing import PackingError
+from fluxmoe.kernels.packing.expert_file import ExpertFile, ExpertFileHeader
 from torch import Tensor
 
 from ..devices import device_of
 from ..hardware import measure_bandwidths
-from ..memory.region import BlockPool
+from ..memory.slabs import FREE, SlabPool
 from ..timeline import Timeline
+from .cache import ExpertCache
+from .cache_policies import POLICIES
 from .config import PagingConfig
+from .disk import DiskTier, StoreError
 from .footprint import EXPERT_LINES, Footprint, lay_out
 from .mover import MakeRoom, Mover
 from .moving_store import MovingStore
 from .placement import Placement, Tier
 from .planner import Move
-from .spill import StoreError
 from .static_store import StaticStore
 from .store import ExpertStore
 from .streamer import Counters, Streamer
@@ -45,8 +51,8 @@ class PagerError(ValueError):
 
 
 class ExpertPager:
-    """Experts of `num_layers` layers of `dims`, for passes of up to `max_tokens` tokens. Not thread-safe; use as a
-    context manager, or call `close`.
+    """Experts of `num_layers` layers of `dims`; kernels take up to `max_tokens` tokens at a time. Not thread-safe; use
+    as a context manager, or call `close`.
 
     ops: kernels; None: those that config and device ask for. measure: bandwidths of the tiers, asked for only where
     they decide. Raises PlacementError, LayoutError, StoreError, KernelError and DeviceError for settings that cannot
@@ -74,6 +80,7 @@ class ExpertPager:
         self._store: ExpertStore | None = None
         self._streamer: Streamer | None = None
         self._mover: Mover | None = None
+        self._own_pool: SlabPool | None = None
         # fp32 on the device: [L, E] how many tokens each expert was routed; of those in host memory that kernels read
         # there, in how many passes; [E] scratch.
         self.popularity: Tensor | None = None
@@ -99,9 +106,9 @@ class ExpertPager:
 
     # What it takes.
 
-    def lines(self, pool: BlockPool | None = None) -> dict[str, int]:
+    def lines(self, slab_bytes: int = 0) -> dict[str, int]:
         """Device bytes by line of the ledger; before anything is allocated, too. See `Footprint.lines`."""
-        return self.footprint.lines(pool)
+        return self.footprint.lines(slab_bytes)
 
     def host_lines(self) -> dict[str, int]:
         """Host bytes by line of the ledger; before anything is allocated, too."""
@@ -110,39 +117,72 @@ class ExpertPager:
     def held_bytes(self) -> dict[str, int]:
         """What is really held on the device, by the same lines."""
         counts = (self.popularity, self._reads, self._scratch) if self._reads is not None else (self.popularity,)
+        cache = self.store.cache
         return {
+            **({"expert_cache": cache.nbytes} if cache is not None else {}),
             **{line: self.store.tier_bytes(tier) for tier, line in EXPERT_LINES.items()},
+            **({} if self._own_pool is None else {FREE: self._own_pool.bytes_of(FREE)}),
             "slots": self.streamer.slot_bytes,
             "workspace": self.ops.workspace_bytes + sum(count.nbytes for count in counts if count is not None),
         }
 
     # Filling.
 
-    def open(self, pool: BlockPool | None = None) -> None:
+    def open(
+        self,
+        pool: SlabPool | None = None,
+        folder: Path | None = None,
+        content: str = "",
+        cache_bytes: int | None = None,
+    ) -> None:
         """Allocate the tiers. pool: where experts that move lie on the device; None: one of the pager's own, which
-        holds all of them. StoreError, HostMemoryError or RegionError, which leave nothing behind."""
+        holds all of them. folder: where experts of the disk tier are kept, those of a model with digest `content`, and
+        found again; None: in nameless files of `config.disk_dir`. cache_bytes: see Footprint.cache_places. StoreError,
+        HostMemoryError or SlabError, which leave nothing behind."""
         assert self._store is None, "a pager is opened once"
         layout, config, decode = self.footprint.layout, self.config, self.ops.decode_expert
         with ExitStack() as undo:
             if config.adaptive:
                 if pool is None:
-                    pool = self.device.make_pool(self._most_bytes())
-                    undo.callback(pool.close)
+                    size = layout.slab_bytes
+                    pool = self._own_pool = self.device.make_slabs(self.footprint.most_slabs(size), size, config.poison)
                 self._store = MovingStore(layout, self.device, pool, self.footprint.most_streamed, decode)
             else:
-                self._store = StaticStore(layout, self.device, decode, config.spill_dir)
+                disk = self._open_disk(folder, content)
+                self._store = StaticStore(layout, self.device, decode, disk)
             undo.callback(self.store.close)
+            if layout.cached:
+                self._store.cache = self._make_cache(self.footprint.cache_places(cache_bytes))
             self._resources = undo.pop_all()
         # One expert at a time passes through here, arranged and compressed.
         self._staging = {
             name: (_host_bytes(gate_up), _host_bytes(down)) for name, (gate_up, down) in layout.sizes.items()
         }
 
-    def _most_bytes(self) -> int:
-        """Of all experts on the device in their largest format, and of what rounding to blocks takes."""
-        layout = self.footprint.layout
-        most = layout.placement.tiers.size * max(layout.expert_bytes(name) for name in layout.sizes)
-        return most + most // 64 + (16 << 20)
+    def _make_cache(self, places: int) -> ExpertCache:
+        config = self.config
+        if self.ops.backend == "triton":
+            raise StoreError("the Triton kernels do not tell which experts they need; use --transfer whole")
+        return ExpertCache(
+            self.footprint.layout, self.device, self.store.on_disk, places, POLICIES[config.cache_policy],
+            config.link_bandwidth, config.load_delay,
+        )  # fmt: skip
+
+    def _open_disk(self, folder: Path | None, content: str) -> DiskTier | None:
+        layout, dims = self.footprint.layout, self.ops.dims
+        members = {i: layout.placement.members(i, Tier.DISK) for i in range(layout.num_layers)}
+        members = {layer: experts for layer, experts in members.items() if experts}
+        if not members:
+            return None
+        if not self.device.reads_disk:
+            raise StoreError("the disk tier needs --device cpu for now; use placement host or balanced on CUDA")
+        expert_format = layout.stored(Tier.DISK)
+        sizes, dtype = layout.sizes[expert_format], str(dims.dtype).removeprefix("torch.")
+        header = ExpertFileHeader(
+            self.ops.backend, expert_format, dtype, dims.hidden, dims.intermediate, dims.experts, sizes, content
+        )
+        spill_dir = Path(self.config.disk_dir or tempfile.gettempdir())
+        return DiskTier(header, members, folder, spill_dir)
 
     def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
         """Arrange, compress and store one expert: gate_up [2I, H], down [H, I] in the dtype of `dims`, copied.
@@ -160,6 +200,30 @@ class ExpertPager:
         stored = self.store.stored(layer, expert)
         recipes = self.ops.encode_expert(gate_up, down, self._staging[stored], stored)
         self.store.put(layer, expert, self._staging[stored], recipes)
+
+    def wants(self, layer: int, expert: int) -> bool:
+        """Whether an expert is still to be put: those that a folder has are here already."""
+        return self.store.wants(layer, expert)
+
+    def put_from(self, layer: int, expert: int, file: ExpertFile) -> None:
+        """As `put`, from a file of blocks that these kernels read: copied where they are stored so, else decoded.
+        StoreError also where the file is damaged."""
+        stored, found = self.store.stored(layer, expert), file.header.format
+        assert file.header.backend == self.ops.backend, "blocks are of these kernels"
+        if found not in self._staging:
+            gate_up, down = file.header.sizes
+            self._staging[found] = _host_bytes(gate_up), _host_bytes(down)
+        blocks = self._staging[found]
+        try:
+            for d, block in enumerate(blocks):
+                file.read(expert, d, block)
+            recipes = file.recipe(expert, 0), file.recipe(expert, 1)
+        except PackingError as error:
+            raise StoreError(str(error)) from None
+        if stored == found:
+            self.store.put(layer, expert, blocks, recipes)
+        else:
+            self.put(layer, expert, *self.ops.weights_of(found, blocks, recipes))
 
     def seal(self) -> None:
         """All experts are here; loads begin. StoreError where one is missing."""
@@ -208,24 +272,26 @@ class ExpertPager:
             self._count(layer, gated.routing)
         return out
 
+    def _check(self, x: Tensor) -> None:
+        if len(x) > self.max_tokens:
+            raise PagerError(f"a pass of {len(x)} tokens; this pager was made for at most {self.max_tokens}")
+
     @torch.no_grad()
     def experts(self, layer: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """y [T, H] = Σ topk_weights · expert(x), for a host that routes itself; in the dtype of x, any float.
 
         topk_ids int32 or int64 [T, top_k], a token's all different, those outside 0 … E - 1 another rank's;
-        topk_weights [T, top_k]. A pass calls it for each layer, in order, and may be given up at any.
+        topk_weights [T, top_k]. More than `max_tokens` go through the layer one part after the other. A pass calls it
+        for each layer, in order, and may be given up at any.
         """
-        self._check(x)
-        inner = x.to(self.ops.act_dtype).contiguous()
+        inner, most, out = x.to(self.ops.act_dtype).contiguous(), self.max_tokens, []
+        parts = inner.split(most), topk_ids.contiguous().split(most), topk_weights.contiguous().split(most)
         with self.streamer.layer(layer) as page, self.timeline.span("compute", f"experts {layer}"):
-            routing = self.ops.route_to(topk_ids.contiguous(), topk_weights.contiguous())
-            out = self.ops.moe_add(inner, routing, page, torch.zeros_like(inner))
-            self._count(layer, routing)
-        return out.to(x.dtype)
-
-    def _check(self, x: Tensor) -> None:
-        if len(x) > self.max_tokens:
-            raise PagerError(f"a pass of {len(x)} tokens; this pager was made for at most {self.max_tokens}")
+            for part, ids, weights in zip(*parts, strict=True):
+                routing = self.ops.route_to(ids, weights)
+                out.append(self.ops.moe_add(part, routing, page, torch.zeros_like(part)))
+                self._count(layer, routing)
+        return (out[0] if len(out) == 1 else torch.cat(out)).to(x.dtype)
 
     def _count(self, layer: int, routing: object) -> None:
         if self.popularity is not None:
@@ -238,7 +304,16 @@ class ExpertPager:
         """Totals so far. On CUDA, with reads in host memory, waits for the device."""
         self._settle_reads()
         moved = self._mover.copied_bytes if self._mover else 0
-        return self.streamer.counters()._replace(on_demand_bytes=self._on_demand_bytes, moved_bytes=moved)
+        counted = self.streamer.counters()._replace(on_demand_bytes=self._on_demand_bytes, moved_bytes=moved)
+        if (cache := self.store.cache) is None:
+            return counted
+        return counted._replace(
+            disk_bytes=counted.disk_bytes + cache.read_bytes,
+            stall_ns=counted.stall_ns + cache.stall_ns,
+            transfer_ns=counted.transfer_ns + self.store.on_disk.busy_ns,
+            cache_hits=cache.hits,
+            cache_misses=cache.misses,
+        )
 
     def _settle_reads(self) -> None:
         """Turn counted reads into bytes, before any expert changes tier."""

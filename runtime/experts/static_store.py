@@ -3,14 +3,12 @@
 RESIDENT  one device arena a layer and tensor type; kernels read it in place
 PACKED    likewise, compressed
 HOST      one host arena a layer and tensor type (page-locked for CUDA): a layer's load is one copy a type
-DISK      the spill file: a layer's load is one read a type
+DISK      a file a layer: a load reads several experts at a time
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from fluxmoe.kernels.ops import Recipes
 from torch import Tensor
@@ -18,14 +16,14 @@ from torch import Tensor
 from ..devices import Device
 from ..memory.budget import format_bytes
 from ..memory.host_memory import HostMemoryError
+from .disk import DiskTier, StoreError
 from .layout import ExpertLayout
 from .placement import DEVICE_TIERS, Tier
-from .spill import SpillFile, StoreError, spill_offsets
 from .store import Block, DecodeExpert, ExpertStore, LayerPlan, Where
 
 
 class StaticStore(ExpertStore):
-    """disk_dir: where the spill file of the DISK tier goes (default: the system's temporary directory)."""
+    """disk: the files of the DISK tier, if there are experts in it; the store closes them."""
 
     moves = False
 
@@ -34,17 +32,20 @@ class StaticStore(ExpertStore):
         layout: ExpertLayout,
         device: Device,
         decode: DecodeExpert | None = None,
-        disk_dir: Path | str | None = None,
+        disk: DiskTier | None = None,
     ) -> None:
         super().__init__(layout, device, decode)
         layers = range(layout.num_layers)
         self._members = {tier: [layout.placement.members(i, tier) for i in layers] for tier in Tier}
-        self._offsets, disk_bytes = spill_offsets(layout)
-        if disk_bytes and not device.reads_disk:
-            raise StoreError("the disk tier needs --device cpu for now; use placement host or balanced on CUDA")
+        self.disk = disk
+        on_disk = {(i, expert) for i in layers for expert in self._members[Tier.DISK][i]}
+        assert disk is not None or not on_disk, "experts on disk need files"
+        if disk is not None:
+            here = {where for where in on_disk if disk.has(*where)}
+            self._missing -= here
+            if layout.decodes(Tier.DISK):
+                self._recipes |= {where: disk.recipes(*where) for where in here}
         try:
-            if disk_bytes:
-                self.spill = SpillFile(Path(disk_dir or tempfile.gettempdir()), disk_bytes)
             self._arenas = {tier: [self._arena(i, tier) for i in layers] for tier in (*DEVICE_TIERS, Tier.HOST)}
         except BaseException:
             self.close()
@@ -54,15 +55,12 @@ class StaticStore(ExpertStore):
     def _plan(self, layer: int) -> LayerPlan:
         places = (self.layout.slot_places(layer, 0), self.layout.slot_places(layer, 1))
         host_runs: tuple[list, list] = ([], [])
-        disk_run: list = [None, None]
         for d in (0, 1):
             if self.layout.streams(Tier.HOST) and (members := self._members[Tier.HOST][layer]):
                 host_runs[d].append((self._arenas[Tier.HOST][layer][d], places[d][members[0]][0]))
-            if members := self._members[Tier.DISK][layer]:
-                nbytes = self._payload_bytes(layer, Tier.DISK, d)
-                disk_run[d] = self._offsets[layer][d], nbytes, places[d][members[0]][0]
         streamed = tuple(self.layout.streamed(layer))
-        return LayerPlan(layer, streamed, places, host_runs, tuple(disk_run), self._arenas[Tier.PACKED][layer])
+        disk = tuple(expert for expert, tier in streamed if tier is Tier.DISK)
+        return LayerPlan(layer, streamed, places, host_runs, disk, self._arenas[Tier.PACKED][layer])
 
     def _stride(self, tier: Tier, tensor_type: int) -> int:
         return self.layout.stride(self.layout.stored(tier), tensor_type)
@@ -91,20 +89,20 @@ class StaticStore(ExpertStore):
 
     def _put(self, where: Where, blocks: Sequence[Tensor], recipes: Recipes) -> None:
         (layer, expert), tier = where, self.tier_of(*where)
-        place = self._members[tier][layer].index(expert)
-        for d, block in enumerate(blocks):
-            begin = place * self._stride(tier, d)
-            if tier is Tier.DISK:
-                self._spill_file.write(block, self._offsets[layer][d] + begin)
-            else:
+        if tier is Tier.DISK:
+            self.on_disk.put(layer, expert, blocks, recipes)
+        else:
+            place = self._members[tier][layer].index(expert)
+            for d, block in enumerate(blocks):
+                begin = place * self._stride(tier, d)
                 self._arenas[tier][layer][d][begin : begin + block.numel()].copy_(block)
         if self.layout.decodes(tier):
             self._recipes[where] = recipes
 
     def seal(self) -> None:
         super().seal()
-        if self.spill is not None:
-            self.spill.flush()
+        if self.disk is not None:
+            self.disk.flush()
 
     def slot_bytes(self, tensor_type: int) -> int:
         return self.layout.slot_bytes(tensor_type)
@@ -124,4 +122,8 @@ class StaticStore(ExpertStore):
                 read = self.layout.read(tier)
                 for expert, gate_up, down in zip(members, *arenas, strict=True):
                     blocks[expert] = Block((gate_up, down), read)
+        if self.cache is not None:
+            # Until they come, when the cache says where to.
+            anywhere = Block(self.cache.pair(0), self.layout.read(Tier.DISK))
+            blocks |= dict.fromkeys(self._members[Tier.DISK][layer], anywhere)
         return blocks

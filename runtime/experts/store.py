@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ..devices import Device
 from ..memory.host_memory import HostMemory
+from .cache import ExpertCache
+from .disk import DiskTier, StoreError
 from .layout import ExpertLayout
 from .placement import Tier
-from .spill import SpillFile, StoreError
 
 TENSOR_NAMES = ("gate_up", "down")
 # Between chunks a load can be given up. 32 MiB are 2 ms of memory and 20 ms of a fast disk: quick enough to close,
@@ -53,16 +54,15 @@ class LayerPlan(NamedTuple):
     """What a load of one layer brings, and where: fixed when the load begins, whatever moves meanwhile.
 
     streamed: experts with their tiers, in the order of the slot; places: begin and end of each in the two buffers.
-    By tensor type: host_runs (source, begin in the buffer) of every contiguous copy from host memory; disk_run (begin
-    in the spill file, bytes, begin in the buffer) of the read from disk, if any; packed: the compressed experts on the
-    device that are decoded, if any.
+    disk: those that are read from files. By tensor type: host_runs (source, begin in the buffer) of every contiguous
+    copy from host memory; packed: the compressed experts on the device that are decoded, if any.
     """
 
     layer: int
     streamed: tuple[tuple[int, Tier], ...]
     places: tuple[dict[int, tuple[int, int]], dict[int, tuple[int, int]]]
     host_runs: tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]
-    disk_run: tuple[tuple[int, int, int] | None, tuple[int, int, int] | None] = (None, None)
+    disk: tuple[int, ...] = ()
     packed: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def host_bytes(self, tensor_type: int) -> int:
@@ -86,7 +86,8 @@ class ExpertStore(ABC):
 
     def __init__(self, layout: ExpertLayout, device: Device, decode: DecodeExpert | None) -> None:
         self.layout, self.device, self.decode = layout, device, decode or _no_decode
-        self.spill: SpillFile | None = None
+        self.disk: DiskTier | None = None
+        self.cache: ExpertCache | None = None  # of the experts on disk that come on demand
         self._memory = HostMemory(device.asynchronous)
         self._recipes: dict[Where, Recipes] = {}
         self._missing = {(i, e) for i in range(layout.num_layers) for e in range(layout.num_experts)}
@@ -104,6 +105,10 @@ class ExpertStore(ABC):
         return self.layout.formats.transfer == "on_demand"
 
     # Filling.
+
+    def wants(self, layer: int, expert: int) -> bool:
+        """Whether an expert is still to be put: one that a file has is here already."""
+        return (layer, expert) in self._missing
 
     def put(self, layer: int, expert: int, blocks: Sequence[Tensor], recipes: Recipes = (None, None)) -> None:
         """Store one expert: its (gate/up, down) uint8 blocks, in host memory, in the format that `stored` says; they
@@ -143,14 +148,9 @@ class ExpertStore(ABC):
         """Bytes that a tier in memory holds now."""
 
     @property
-    def _spill_file(self) -> SpillFile:
-        assert self.spill is not None, "a store with experts on disk has a spill file"
-        return self.spill
-
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes of the spill file."""
-        return 0 if self.spill is None else self.spill.nbytes
+    def on_disk(self) -> DiskTier:
+        assert self.disk is not None, "a store with experts on disk has files"
+        return self.disk
 
     # Reading.
 
@@ -219,16 +219,16 @@ class ExpertStore(ABC):
                 stream_copy(slot[at + begin : at + end], host[begin:end])
                 copied += end - begin
         read = 0
-        if (run := plan.disk_run[tensor_type]) is not None:
-            offset, nbytes, at = run
+        if plan.disk:
+            stride = self.layout.stride(self.layout.stored(Tier.DISK), tensor_type)
             if self.layout.decodes(Tier.DISK):
                 assert staging is not None, "compressed experts on disk are read into a staging buffer"
-                target = staging[:nbytes]
+                lie[Tier.DISK] = target = staging
+                begins = [place * stride for place in range(len(plan.disk))]
             else:
-                target = slot[at : at + nbytes]
-            what = f"{TENSOR_NAMES[tensor_type]} experts of layer {plan.layer}"
-            read = self._spill_file.read(target, offset, what, _CHUNK, cancelled)
-            lie[Tier.DISK] = target
+                target, begins = slot, [plan.places[tensor_type][expert][0] for expert in plan.disk]
+            targets = [target[begin : begin + stride] for begin in begins]
+            read = self.on_disk.read(plan.layer, tensor_type, list(zip(plan.disk, targets, strict=True)), cancelled)
         for step in self.decodes(plan, tensor_type, lie):
             if cancelled():
                 break
@@ -238,8 +238,10 @@ class ExpertStore(ABC):
     def close(self) -> None:
         """Give files and page-locked memory back; nothing in the store may be used any more. Idempotent."""
         self._memory.close()
-        if self.spill is not None:
-            self.spill.close()
+        if self.cache is not None:
+            self.cache.close()
+        if self.disk is not None:
+            self.disk.close()
 
     def __enter__(self) -> ExpertStore:
         return self

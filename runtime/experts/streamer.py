@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP, ExpertTable
 from torch import Tensor
 
-from .footprint import slots_used
+from .cache import CachedExperts
+from .footprint import slot_schedule
 from .placement import Tier
-from .slots import SlotSchedule
 from .store import ExpertStore, LayerPlan
 
 # NaN in bf16 and in fp32.
@@ -30,7 +31,8 @@ _POISON = 0xFF
 class Counters(NamedTuple):
     """Totals since `seal`: bytes that crossed to the device, whole from the host's and the disk's tier, on demand (of
     experts that kernels read in host memory, each once a pass), and with moves; ns that passes waited for loads, and
-    that loads took (0 on CUDA, where both happen on the device); loads, two a layer."""
+    that loads took (0 on CUDA, where both happen on the device); loads, two a layer; experts that came on demand from
+    files and were in the cache, and those that were not."""
 
     host_bytes: int = 0
     disk_bytes: int = 0
@@ -39,6 +41,8 @@ class Counters(NamedTuple):
     stall_ns: int = 0
     transfer_ns: int = 0
     loads: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
 
     @property
     def streamed_bytes(self) -> int:
@@ -49,8 +53,22 @@ class Counters(NamedTuple):
 class LayerPage:
     """The experts of the layer that runs now (kernels.ops.LayerExperts)."""
 
-    def __init__(self, table: ExpertTable, wait: Callable[[int], None]) -> None:
-        self.table, self.wait = table, wait
+    def __init__(
+        self, table: ExpertTable, wait: Callable[[int], None], find: Callable[[np.ndarray], CachedExperts] | None = None
+    ) -> None:
+        self.table, self.wait, self._find = table, wait, find
+        self._cached: CachedExperts | None = None
+
+    def need(self, experts: np.ndarray) -> None:
+        if self._find is not None:
+            self._cached = self._find(experts)
+
+    def ready(self, tensor_type: int) -> Iterable[Tensor | None]:
+        self.wait(tensor_type)
+        if self._find is None:
+            return (None,)
+        assert self._cached is not None, "experts that come on demand are asked for before they are used"
+        return self._cached.ready(tensor_type)
 
 
 class _Known(NamedTuple):
@@ -70,11 +88,8 @@ class Streamer(ABC):
     def __init__(self, store: ExpertStore, slots: int, poison: bool = False) -> None:
         self.store, self.poison = store, poison
         layout = store.layout
-        # Where experts move, any layer may come to stream.
-        self.order = list(range(layout.num_layers)) if store.moves else layout.streamed_layers
-        self.num_slots = slots if store.moves else slots_used(layout, slots)
-        keeps_all = not store.moves and len(self.order) == self.num_slots
-        self.schedule = SlotSchedule(len(self.order), max(1, self.num_slots), keeps_all)
+        self.order, self.schedule = slot_schedule(layout, slots, store.moves)
+        self.num_slots = self.schedule.slots if self.order else 0
         self._slots = [
             (store.device.empty(store.slot_bytes(GATE_UP)), store.device.empty(store.slot_bytes(DOWN)))
             for _ in range(self.num_slots)
@@ -159,18 +174,31 @@ class Streamer(ABC):
     def layer(self, index: int) -> Iterator[LayerPage]:
         """Experts of layer `index`; leaving the context lets its slot be recycled."""
         if index not in self._rank:
-            yield LayerPage(self._table(self.store.plans[index]), _no_wait)
+            table = self._table(self.store.plans[index])
+            yield LayerPage(table, _no_wait, self._find(index, table))
             return
         visit = self._visit_of(index)
         self._begin(visit)
         try:
-            yield LayerPage(self._table(self._plan_of(visit)), lambda d: self._wait(visit, d))
+            table = self._table(self._plan_of(visit))
+            yield LayerPage(table, lambda d: self._wait(visit, d), self._find(index, table))
         finally:
-            if self.poison and not self.keeps_all:
+            if self.poison and not self.keeps_all and self._is_loaded(visit):
                 self._spoil(self._slot_of(visit))
             self._finish(visit)
             self._forget(visit)
             self._next_visit = visit + 1
+
+    def _find(self, layer: int, table: ExpertTable) -> Callable[[np.ndarray], CachedExperts] | None:
+        """What brings the layer's experts on demand, if any come so."""
+        cache = self.store.cache
+        if cache is None or layer not in cache.layers:
+            return None
+        return lambda experts: cache.need(layer, experts, table)
+
+    def _is_loaded(self, visit: int) -> bool:
+        """Whether nothing writes to the slot of a visit, which may have been left before its loads were done."""
+        return True
 
     @abstractmethod
     def _begin(self, visit: int) -> None:

@@ -11,8 +11,8 @@ from fluxmoe.kernels.expert_table import DOWN, GATE_UP
 
 from ..timeline import Timeline
 from .config import Delay
+from .disk import StoreError
 from .placement import Tier
-from .spill import StoreError
 from .store import TENSOR_NAMES, ExpertStore
 from .streamer import Counters, Streamer
 
@@ -116,6 +116,9 @@ class ThreadStreamer(Streamer):
         if isinstance(self._error, StoreError):
             raise self._error
         raise StoreError(f"loading layer {self._layer_of(visit)} failed: {self._error}") from self._error
+
+    def _is_loaded(self, visit: int) -> bool:
+        return min(self._loaded) > visit
 
     def _finish(self, visit: int) -> None:
         with self._changed:

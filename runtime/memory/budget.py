@@ -80,6 +80,12 @@ class MemoryBudget:
             )
         self._lines[line] = self._lines.get(line, 0) + nbytes
 
+    def settle(self, held: Mapping[str, int]) -> None:
+        """Lines are what is held now. BudgetError, and nothing is changed, if all lines together are too much."""
+        lines = {**self._lines, **held}
+        require(self.total, lines)
+        self._lines = lines
+
     def release(self, line: str, nbytes: int) -> None:
         held = self._lines.get(line, 0)
         assert 0 <= nbytes <= held, f"{line} holds {held} bytes, cannot release {nbytes}"

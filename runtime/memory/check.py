@@ -64,7 +64,6 @@ class FreeMemory(NamedTuple):
         """BudgetError unless what the device and the host will hold at most is free."""
         host = sum(host_lines.values())
         hint = "; --preemption recompute needs no swap space" if "swapped_kv" in host_lines else ""
-        hint += "; put the spill file on a disk (TMPDIR), not in memory" if "spill" in host_lines else ""
         if self.shared and self.host_bytes is not None and device_bytes + host > self.host_bytes:
             beside = f" and {format_bytes(host)} beside it ({by_line(host_lines)})" if host else ""
             raise BudgetError(

@@ -37,12 +37,7 @@ class RegionError(ValueError):
 
 
 class BlockPool(ABC):
-    """At most `max_blocks` blocks of `block_bytes`, handed out by number. Every block is free or under one page.
-
-    zeroed: a new block holds zeros.
-    """
-
-    zeroed: bool
+    """At most `max_blocks` blocks of `block_bytes`, handed out by number. Every block is free or under one page."""
 
     def __init__(self, block_bytes: int, max_blocks: int) -> None:
         self.block_bytes, self.max_blocks = block_bytes, max_blocks
@@ -151,18 +146,6 @@ class Region(ABC):
             self.pool.free(block)
         return block
 
-    def map_range(self, pages: Sequence[int]) -> None:
-        """Map new blocks under all of `pages`, or, when one cannot be had, under none."""
-        done: list[int] = []
-        try:
-            for page in pages:
-                self.map(page)
-                done.append(page)
-        except BaseException:
-            for page in done:
-                self.unmap(page)
-            raise
-
     def check(self, begin: int, nbytes: int) -> None:
         """RegionError unless every page of the bytes is mapped: what lies there may be read and written."""
         if begin < 0 or begin + nbytes > self.nbytes:
@@ -215,23 +198,6 @@ class Region(ABC):
             raise RegionError(f"page {page} lies outside a region of {self.num_pages}")
 
 
-class GrowableRegion:
-    """The front of a region, which grows and shrinks at its end: addresses and content of what stays do not change."""
-
-    def __init__(self, region: Region) -> None:
-        self.region = region
-        self.nbytes = 0
-
-    def resize(self, nbytes: int) -> None:
-        """Hold at least `nbytes`, in whole pages. RegionError when growing fails: then as before."""
-        wanted, held = self.region.pool.pages(nbytes), self.region.pool.pages(self.nbytes)
-        if wanted > held:
-            self.region.map_range(range(held, wanted))
-        for page in range(held - 1, wanted - 1, -1):
-            self.region.unmap(page)
-        self.nbytes = wanted * self.region.pool.block_bytes
-
-
 # The CPU's kind.
 
 _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
@@ -251,25 +217,19 @@ def _libc() -> ctypes.CDLL:
 class MemfdPool(BlockPool):
     """Blocks are parts of one anonymous file in memory. Linux only."""
 
-    zeroed = True
-
-    def __init__(self, max_bytes: int, block_bytes: int = BLOCK_BYTES) -> None:
+    def __init__(self, max_bytes: int, block_bytes: int | None = None) -> None:
         if not hasattr(os, "memfd_create"):
-            raise RegionError("regions on a CPU need Linux (memfd_create); run without dynamic residency")
+            raise RegionError("regions on a CPU need Linux (memfd_create); page through tables of addresses")
+        if block_bytes is None:
+            block_bytes = BLOCK_BYTES
+            while max_bytes // block_bytes > _MOST_BLOCKS:
+                block_bytes *= 2
         if block_bytes % mmap.PAGESIZE:
             raise RegionError(f"a block must be a multiple of {mmap.PAGESIZE} bytes, got {block_bytes}")
         super().__init__(block_bytes, max_bytes // block_bytes)
         self._libc = _libc()
         self.file = os.memfd_create("fluxmoe")
         os.ftruncate(self.file, self.max_blocks * block_bytes)
-
-    @staticmethod
-    def block_bytes_for(max_bytes: int) -> int:
-        """Blocks as small as so many bytes allow."""
-        block_bytes = BLOCK_BYTES
-        while max_bytes // block_bytes > _MOST_BLOCKS:
-            block_bytes *= 2
-        return block_bytes
 
     def reserve(self, nbytes: int) -> Region:
         pages = self.pages(nbytes)

@@ -20,9 +20,7 @@ def _driver() -> Any:
     try:
         from cuda.bindings import driver
     except ImportError:
-        raise RegionError(
-            "dynamic residency on a GPU needs the package cuda-bindings (pip install cuda-bindings)"
-        ) from None
+        raise RegionError("regions on a GPU need the package cuda-bindings (pip install cuda-bindings)") from None
     return driver
 
 
@@ -32,8 +30,6 @@ class VmmPool(BlockPool):
     driver, synchronize: cuda.bindings.driver and torch.cuda.synchronize, or stand-ins in tests, whose tensors are on
     `device` all the same.
     """
-
-    zeroed = False
 
     def __init__(
         self, max_bytes: int, device: torch.device | None = None, driver: Any = None,

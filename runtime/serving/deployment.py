@@ -2,12 +2,11 @@
 
 Pure arithmetic over sizes, so that the engine and the simulator decide alike. Bytes are charged to a MemoryBudget in
 this order: non-expert weights, experts on the device, slots, workspace, graphs, recurrent states; what is left is KV
-cache. What the host holds beside it has a ledger of its own (the pager's `host_lines`, `swap_lines`).
+cache. Experts that move and KV are counted in slabs of one pool; a KV cache that never changes is one slab. What the
+host holds beside it has a ledger of its own (the pager's `host_lines`, `swap_lines`).
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import torch
 from fluxmoe.kernels.formats import DENSE
@@ -16,11 +15,12 @@ from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import non_expert_bytes
 
 from ..experts.footprint import EXPERT_LINES, Footprint
-from ..experts.placement import Placement, Tier
+from ..experts.placement import Placement
 from ..experts.planner import Planner, PlannerConfig
 from ..memory.budget import MemoryBudget, format_bytes, require
+from ..memory.slabs import FREE
 from .config import EngineConfig
-from .kv_cache import GrowableKVCache, PagedKVCache
+from .kv_cache import KV_LINE, KVLayout
 from .state_cache import StateCache
 
 
@@ -39,40 +39,32 @@ def require_workspace(model: ModelConfig, limits: Limits, memory: int) -> None:
     require(memory, {"workspace at least": rows * model.dtype.itemsize + logits}, hint)
 
 
-def make_planner(
-    config: EngineConfig, expert_bytes: Mapping[Tier, int], budget_bytes: int, reserve_bytes: int
-) -> Planner:
-    """The planner that the settings ask for; see PlannerConfig."""
-    return Planner(
-        PlannerConfig(
-            expert_bytes, budget_bytes, theta=config.theta, spread=config.spread, eager=config.eager,
-            densify=config.densify, reserve_bytes=reserve_bytes, least_alpha=config.least_alpha,
-        )
-    )  # fmt: skip
-
-
 class Deployment:
     """One model under one budget of `total` bytes; `budget` holds all but the KV cache. experts: what they take.
 
     graph_bytes: of captured graphs, which also take a state slot for their padding. shares: devices that hold equal
     parts of the model; all sizes are those of one. swap_inside: swap space comes out of `total` too, so KV takes no
-    more than leaves room for it. page_bytes: if given, experts that move and KV share memory in pages of so many bytes.
+    more than leaves room for it.
     BudgetError if the budget cannot hold the model and `min_kv_tokens` of KV.
     """
 
     def __init__(
         self, model: ModelConfig, config: EngineConfig, ops: OpSizes, experts: Footprint, total: int,
-        graph_bytes: int = 0, shares: int = 1, swap_inside: bool = False, page_bytes: int = 0,
+        graph_bytes: int = 0, shares: int = 1, swap_inside: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.config, self.ops, self.layout = model, config, ops, experts.layout
+        self.model, self.config, self.ops, self.layout, self._experts = model, config, ops, experts.layout, experts
         self.limits = limits_of(model, config)
         self._spare_states = 1 if graph_bytes else 0
-        self.block_bytes = PagedKVCache.bytes_per_block(
+        self.kv_layout = KVLayout.of(
             ops, len(model.attention_layers), config.block_size, model.num_kv_heads, model.head_dim, model.dtype
         )
+        self.block_bytes = self.kv_layout.block_bytes
+        # Of experts that move; and what KV takes at a time: blocks and bytes of a slab, or a block alone.
+        self.slab_bytes = self.kv_layout.slab_bytes(experts.layout.slab_bytes) if config.adaptive else 0
+        self._step = max(1, self.slab_bytes // self.block_bytes), self.slab_bytes or self.block_bytes
         lines = {
             "non_expert_weights": non_expert_bytes(model, ops, self.limits.context),
-            **experts.lines(),
+            **experts.lines(self.slab_bytes),
         }
         lines["workspace"] += ops.workspace_bytes
         if graph_bytes:
@@ -84,17 +76,10 @@ class Deployment:
             self.max_sequences = self._sequences(total - sum(lines.values()) - self._spare_states * each, each)
             lines["states"] = (self.max_sequences + self._spare_states) * each
             self._state_bytes = each
-        self._quantum = 1  # KV blocks that are mapped at a time
-        if page_bytes:
-            for line in EXPERT_LINES.values():
-                lines[line] = -(-lines[line] // page_bytes) * page_bytes
-            self._quantum = GrowableKVCache.quantum_for(
-                ops, config.block_size, model.num_kv_heads, model.head_dim, model.dtype, page_bytes
-            )
-        least = self._whole_quanta(-(-config.min_kv_tokens // config.block_size)) * self.block_bytes
+        least = self._steps(-(-config.min_kv_tokens // config.block_size)) * self._step[1]
         self._swap_inside = swap_inside and config.preemption == "swap"
         swap = {"swap_space": least + self.max_sequences * self._state_bytes} if self._swap_inside else {}
-        require(total, {**lines, "kv_cache": least, **swap}, hint=self._hint())
+        require(total, {**lines, KV_LINE: least, **swap}, hint=self._hint())
         self.budget = MemoryBudget(total)
         for line, nbytes in lines.items():
             self.budget.reserve(line, nbytes)
@@ -106,10 +91,16 @@ class Deployment:
     @property
     def useful_blocks(self) -> int:
         """More KV blocks than a full batch at full context can never be used."""
-        return self._whole_quanta(self.config.max_batch * -(-self.limits.context // self.config.block_size))
+        return self.config.max_batch * -(-self.limits.context // self.config.block_size)
 
-    def _whole_quanta(self, blocks: int) -> int:
-        return -(-blocks // self._quantum) * self._quantum
+    def kv_slabs(self, now: int) -> tuple[int, int]:
+        """The least and the most slabs of a KV cache that shares with experts, and has `now`: for one request of full
+        context, as far as it has them, and, unless it may not grow, for all requests."""
+        one = self._steps(-(-self.limits.context // self.config.block_size))
+        return min(now, one), self._steps(self.useful_blocks) if self.config.grow_kv else now
+
+    def _steps(self, blocks: int) -> int:
+        return -(-blocks // self._step[0])
 
     @property
     def kv_room(self) -> int:
@@ -126,10 +117,55 @@ class Deployment:
         return {line: nbytes for line, nbytes in lines.items() if nbytes}
 
     def reserve_kv(self) -> int:
-        """Charge the KV cache with what is left, as far as it is of use; returns the number of its blocks."""
-        blocks = min(self.kv_room // self.block_bytes, self.useful_blocks) // self._quantum * self._quantum
-        self.budget.reserve("kv_cache", blocks * self.block_bytes)
-        return blocks
+        """Charge the KV cache with what is left, as far as it is of use, and where experts move, free slabs with what
+        these may still need; returns the number of KV blocks."""
+        blocks, size = self._step
+        room = self.kv_room // size
+        if self._shares_with_cache:
+            # Half each, unless KV must have more or can use less.
+            room = max(room // 2, self._steps(-(-self.config.min_kv_tokens // self.config.block_size)))
+        steps = min(room, self._steps(self.useful_blocks))
+        self.budget.reserve(KV_LINE, steps * size)
+        if self.config.adaptive:
+            held = sum(self.budget.lines()[line] for line in EXPERT_LINES.values()) // size
+            most = self._experts.most_slabs(size, self.config.densify)
+            self.budget.reserve(FREE, min(room - steps, max(0, most - held)) * size)
+        return steps * blocks
+
+    @property
+    def pool_shape(self) -> tuple[int, int]:
+        """Slabs of the pool and their bytes, once KV is reserved."""
+        lines = self.budget.lines()
+        if not self.config.adaptive:
+            return 1, lines[KV_LINE]
+        return sum(lines[line] for line in (*EXPERT_LINES.values(), KV_LINE, FREE)) // self.slab_bytes, self.slab_bytes
+
+    def make_planner(self) -> Planner:
+        """The planner that the settings of a run whose experts move ask for; see PlannerConfig."""
+        config, size = self.config, self.slab_bytes
+        each = {tier: size * self.layout.slabs_each(tier, size) for tier in self.layout.moving_tiers}
+        return Planner(
+            PlannerConfig(
+                each, size * self.pool_shape[0], theta=config.theta, spread=config.spread, eager=config.eager,
+                densify=config.densify, reserve_bytes=size, least_alpha=config.least_alpha,
+            )
+        )  # fmt: skip
+
+    @property
+    def _shares_with_cache(self) -> bool:
+        """Whether a cache of experts takes what KV leaves."""
+        return bool(self.layout.cached) and self.config.cache_bytes is None
+
+    def reserve_cache(self) -> int | None:
+        """Charge a cache of experts with what is left, as far as it is of use; returns its bytes, None without one."""
+        if not self.layout.cached:
+            return None
+        held = self.budget.lines()["expert_cache"]
+        if not self._shares_with_cache:
+            return held
+        nbytes = self._experts.cache_bytes(held + self.budget.free)
+        self.budget.reserve("expert_cache", nbytes - held)
+        return nbytes
 
     @property
     def state_sizes(self) -> tuple[int, int, torch.dtype]:

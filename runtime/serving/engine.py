@@ -11,34 +11,33 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from fluxmoe.kernels.ops import AttentionMetadata, Limits
+from fluxmoe.kernels.ops import AttentionMetadata
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.decoder import Decoder, expert_dims, layer_dims
 from torch import Tensor
 from tqdm import tqdm
 
 from ..devices import device_of, resolve_device
-from ..experts.footprint import EXPERT_LINES
-from ..experts.moving_store import MovingStore
 from ..experts.pager import ExpertPager
+from ..experts.placement import Tier
 from ..experts.planner import Links
 from ..experts.streamer import Counters
 from ..hardware import measure_links
-from ..memory.budget import BudgetError, format_bytes
 from ..memory.check import FreeMemory, MemoryCheck
-from ..memory.region import BlockPool
+from ..memory.slabs import FREE
 from ..timeline import Timeline
 from .batch import build_batch
 from .config import EngineConfig
-from .deployment import Deployment, limits_of, make_planner, require_workspace
+from .deployment import Deployment, limits_of, require_workspace
 from .graphs import DecodeGraphs
-from .kv_cache import GrowableKVCache, PagedKVCache
+from .kv_cache import KV_LINE, PagedKVCache
 from .loop import Executed, ServingLoop
 from .request import Request
-from .residency import ComputeProfile, Residency, Seen
+from .residency import ComputeProfile, Residency, Seen, Sharing
 from .sampling import sample
 from .scheduler import Scheduler, Step
 from .state_cache import StateCache
@@ -82,7 +81,6 @@ class Engine(ServingLoop):
         # An estimate: see `pool_bytes`.
         pool_bytes = DecodeGraphs.pool_bytes(config.max_batch, model.hidden_size, self.ops.act_dtype.itemsize)
         self._graph_bytes = buffers + pool_bytes if graphs else 0
-        self.pool: BlockPool | None = None
         self.residency: Residency | None = None
         self._links: Links | None = None
         self._compute = ComputeProfile()
@@ -92,21 +90,27 @@ class Engine(ServingLoop):
         if shared:
             total = free.beside(total, in_host)
         self.deployment = Deployment(
-            model, config, self.ops, self.pager.footprint, total, self._graph_bytes, swap_inside=shared,
-            page_bytes=kind.pool_block_bytes(total) if config.adaptive else 0,
-        )  # fmt: skip
+            model, config, self.ops, self.pager.footprint, total, self._graph_bytes, swap_inside=shared
+        )
         self.placement, self.budget = self.deployment.placement, self.deployment.budget
-        if config.adaptive:
-            self.pool = self._open_pool()
-            resources.callback(self.pool.close)
         num_blocks = self.deployment.reserve_kv()
         in_host |= self.deployment.swap_lines(num_blocks)
-        self.host_budget = free.host_budget(self._most_bytes, in_host)
+        self.host_budget = free.host_budget(self.budget.used, in_host)
+        self.pool = kind.make_slabs(*self.deployment.pool_shape, poison=config.poison)
         resources.callback(self.pager.close)
-        self.pager.open(self.pool)
-        self.kv = self._make_cache(num_blocks)
+        pool = self.pool if config.adaptive else None
+        self.pager.open(pool, *self._disk_folder(checkpoint), self.deployment.reserve_cache())
+        host_blocks = num_blocks if config.preemption == "swap" else 0
+        self.kv = PagedKVCache(
+            self.deployment.kv_layout, self.pool, host_blocks, pin=host_blocks > 0 and kind.asynchronous
+        )
         resources.callback(self.kv.close)
-        self.scheduler = self._make_scheduler(limits)
+        while self.kv.num_blocks < num_blocks:
+            self.kv.grow()
+        self.scheduler = Scheduler(
+            self.kv.blocks, config.block_size, self.deployment.max_sequences, limits.tokens, config.preemption,
+            limits.context, eos_token_ids=model.eos_token_ids, host_blocks=host_blocks,
+        )  # fmt: skip
         self.decoder = self._load(checkpoint, limits.context)
         self.states: StateCache | None = None
         if model.delta is not None:
@@ -115,104 +119,62 @@ class Engine(ServingLoop):
         if graphs:
             spare = self.deployment.max_sequences
             self.graphs = DecodeGraphs(self._forward, self.pager, *per_graph, self.device, spare)
-        if self.pool is not None:
-            self.residency = self._make_residency(self.pool)
+        if config.adaptive:
+            self.residency = self._make_residency()
         self._counted = Counters()
 
-    @property
-    def _most_bytes(self) -> int:
-        """Device bytes that the engine may ever hold."""
-        if self.pool is None:
-            return self.budget.used
-        lines = self.budget.lines()
-        pooled = sum(lines[line] for line in (*EXPERT_LINES.values(), "kv_cache"))
-        return self.budget.used - pooled + self.pool.max_blocks * self.pool.block_bytes
-
-    def _make_cache(self, num_blocks: int) -> PagedKVCache:
-        config, model = self.config, self.model
-        host_blocks = num_blocks if config.preemption == "swap" else 0
-        kv_layers = len(model.attention_layers)
-        sizes = (config.block_size, model.num_kv_heads, model.head_dim, model.dtype, self.device)
-        pin = host_blocks > 0 and device_of(self.device).asynchronous
-        if self.pool is None:
-            return PagedKVCache(self.ops, kv_layers, num_blocks, *sizes, host_blocks=host_blocks, pin=pin)
-        most = self.deployment.useful_blocks
-        cache = GrowableKVCache(self.ops, kv_layers, most, *sizes, pool=self.pool, host_blocks=host_blocks, pin=pin)
-        try:
-            # The pool has no more beside the experts, whose lines are rounded up to its blocks by now.
-            lines = self.budget.lines()
-            room = self.pool.max_blocks * self.pool.block_bytes - sum(lines[line] for line in EXPERT_LINES.values())
-            num_blocks = min(num_blocks, room // self.deployment.block_bytes) // cache.quantum * cache.quantum
-            if not num_blocks:
-                raise BudgetError(
-                    f"a budget of {format_bytes(self.budget.total)} leaves less than "
-                    f"{format_bytes(cache.quantum_bytes)} for KV, the least that can be mapped at a time; give more"
-                )
-            cache.resize(num_blocks)
-        except BaseException:
-            cache.close()
-            raise
-        self.budget.release("kv_cache", self.budget.lines()["kv_cache"] - cache.nbytes)
-        return cache
-
-    def _make_scheduler(self, limits: Limits) -> Scheduler:
-        config, sequences = self.config, self.deployment.max_sequences
-        return Scheduler(
-            self.kv.num_blocks, config.block_size, sequences, limits.tokens, config.preemption, limits.context,
-            eos_token_ids=self.model.eos_token_ids, host_blocks=self.kv.host_blocks,
-        )  # fmt: skip
-
-    # Experts that move.
-
-    def _open_pool(self) -> BlockPool:
-        """One pool of physical blocks for experts and KV; what its rounding costs experts is charged to them."""
-        deployment, lines = self.deployment, self.budget.lines()
-        largest = max(deployment.layout.expert_bytes(name) for name in deployment.layout.sizes)
-        # All experts and all KV that can be used, and whole blocks of both: more would only make blocks larger.
-        useful = self.placement.tiers.size * largest + deployment.useful_blocks * deployment.block_bytes
-        held = sum(lines[line] for line in EXPERT_LINES.values())
-        pool = device_of(self.device).make_pool(min(deployment.kv_room + held, useful + useful // 64 + (16 << 20)))
-        for line, nbytes in self.pager.lines(pool).items():
-            if line in EXPERT_LINES.values():
-                self.budget.reserve(line, max(0, nbytes - lines[line]))
-                self.budget.release(line, max(0, lines[line] - nbytes))
-        return pool
-
-    def _make_residency(self, pool: BlockPool) -> Residency:
-        config, kv, store, planner = self.config, self.kv, self.pager.store, None
-        assert isinstance(kv, GrowableKVCache), "KV shares the pool"
-        assert isinstance(store, MovingStore), "experts move"
-        if config.planning:
-            each = {tier: heap.unit_bytes for tier, heap in store.heaps.items()}
-            planner = make_planner(config, each, pool.max_blocks * pool.block_bytes, kv.quantum_bytes)
-            if config.transfer == "auto" or device_of(self.device).asynchronous:
-                self._links = measure_links(self.device) if config.profile is None else config.profile.links
+    def _make_residency(self) -> Residency:
+        config, planner = self.config, self.deployment.make_planner() if self.config.planning else None
+        if planner is not None and (config.transfer == "auto" or device_of(self.device).asynchronous):
+            self._links = measure_links(self.device) if config.profile is None else config.profile.links
+        kv_slabs = self.deployment.kv_slabs(self.kv.num_slabs)
         return Residency(
             self.pager,
-            kv,
-            self.scheduler,
-            self.budget,
-            pool,
+            Sharing(self.kv, self.scheduler, self.budget, kv_slabs),
             planner=planner,
             every=config.plan_every,
-            grow_kv=config.grow_kv,
             links=self._links if config.transfer == "auto" else None,
         )
+
+    def _disk_folder(self, checkpoint: Checkpoint) -> tuple[Path | None, str]:
+        """Where the disk tier's experts are kept for the next start, and the digest of the model: the packed checkpoint
+        itself where its blocks are those that are stored, else a folder beside it or in `disk_dir`."""
+        layout = self.pager.footprint.layout
+        if not (layout.placement.tiers == Tier.DISK).any():
+            return None, ""
+        packed, content, backend = checkpoint.packed, checkpoint.content, self.pager.ops.backend
+        expert_format = layout.stored(Tier.DISK)
+        if packed is not None and (packed.header.backend, packed.header.format) == (backend, expert_format):
+            return packed.directory, content
+        name = f"fluxmoe-{backend}-{expert_format}-{content[:12]}"
+        return (self.config.disk_dir or checkpoint.directory) / name, content
 
     def _load(self, checkpoint: Checkpoint, context: int) -> Decoder:
         """Stream the checkpoint into decoder and pager, one tensor at a time."""
         decoder = Decoder(self.model, self.ops, context)
         for role, layer, weight in checkpoint.dense_tensors():
             decoder.load(role, layer, weight)
-        moe_layers = self.model.moe_layers
-        total = len(moe_layers) * self.model.num_experts
-        experts = tqdm(
-            checkpoint.experts(), "experts", total, disable=not self.config.progress, leave=False, unit="expert"
-        )
-        for layer, expert, gate_up, down in experts:
-            self.pager.put(moe_layers.index(layer), expert, gate_up, down)
+        self._load_experts(checkpoint)
         self.pager.seal()
         return decoder
+
+    def _load_experts(self, checkpoint: Checkpoint) -> None:
+        pager, rank = self.pager, {layer: i for i, layer in enumerate(self.model.moe_layers)}
+        wanted = [(i, e) for i in range(len(rank)) for e in range(self.model.num_experts) if pager.wants(i, e)]
+        progress = tqdm(total=len(wanted), desc="experts", disable=not self.config.progress, leave=False, unit="expert")
+        with progress:
+            if checkpoint.packed is not None and checkpoint.packed.header.backend == pager.ops.backend:
+                for layer, i in rank.items():
+                    with checkpoint.packed.file(layer) as file:
+                        for expert in filter(partial(pager.wants, i), range(self.model.num_experts)):
+                            pager.put_from(i, expert, file)
+                            progress.update()
+                return
+            for layer, expert, gate_up, down in checkpoint.experts(
+                lambda layer, expert: pager.wants(rank[layer], expert)
+            ):
+                pager.put(rank[layer], expert, gate_up, down)
+                progress.update()
 
     # Serving: what the loop asks for.
 
@@ -278,7 +240,8 @@ class Engine(ServingLoop):
         optional |= {"graphs": self._graph_bytes} if self._graph_bytes else {}
         held = self.pager.held_bytes()
         held["workspace"] += self.ops.workspace_bytes
-        return optional | held | {"non_expert_weights": self.decoder.nbytes, "kv_cache": self.kv.nbytes}
+        held |= {FREE: self.pool.bytes_of(FREE)} if self.config.adaptive else {}
+        return optional | held | {"non_expert_weights": self.decoder.nbytes, KV_LINE: self.kv.nbytes}
 
     def memory_check(self) -> MemoryCheck:
         """The ledgers beside what is really held, to be asked after warm-up.
@@ -286,14 +249,14 @@ class Engine(ServingLoop):
         On CUDA: the device's ledger, and by how much more is taken on the GPU than before the engine was made, kernels'
         code and what other processes do included. More than 2 % above the ledger is a warning.
 
-        On a CPU: both ledgers, but for a spill file, and by how much more memory this process has touched. Less is
+        On a CPU: both ledgers, and by how much more memory this process has touched. Less is
         usual: a workspace is touched as far as it was needed, and malloc may have kept what others gave back. Compiled
         kernels, threads and what malloc keeps are in no ledger: only above 2 % and 256 MiB it is a warning.
         """
         ledger = self.budget.used
         kind = device_of(self.device)
         if kind.is_host:
-            ledger += self.host_budget.used - self.host_budget.lines().get("spill", 0)
+            ledger += self.host_budget.used
         now = kind.taken_bytes()
         held = None if now is None or self._taken_before is None else now - self._taken_before
         return MemoryCheck.of(kind, ledger, held)

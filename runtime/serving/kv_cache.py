@@ -1,19 +1,28 @@
-"""Paged KV cache: who owns which block (BlockAllocator), and the memory of the blocks (PagedKVCache).
+"""Paged KV cache: who owns which block (BlockAllocator), how blocks lie (KVLayout), their memory (PagedKVCache).
 
-A block holds `block_size` tokens of one sequence in every layer, K and V (PagedAttention, arXiv 2309.06180 §4).
-The layout inside one layer's share of a block belongs to the backend: `ops.kv_block_shape`.
+A block holds `block_size` tokens of one sequence in every layer, K and V (PagedAttention, arXiv 2309.06180 §4). Blocks
+lie in the slabs of a pool. A slab is a row of units, a unit is one layer's K, or V, of one block; with n blocks a slab:
 
-    k       [L, num_blocks, *k_shape]    device; k[layer] is what an attention kernel reads
-    v       [L, num_blocks, *v_shape]    device
-    host_k  [host_blocks, L, *k_shape]   swap pool; block-major, so that a block crosses the link as one copy
-    host_v  [host_blocks, L, *v_shape]
+    slab    K of layer 0: n units | V of layer 0 | K of layer 1 | …         what is left over at its end is wasted
+
+The id of a block, in block tables and slot mappings, is the number of its first unit in the whole arena. Seen from
+2·layer·n units on, the arena is therefore a K cache [ids, *k_shape] to any kernel, from (2·layer + 1)·n on a V cache,
+wherever slabs lie: attention multiplies ids by one stride, as ever. A cache that never grows is one slab: its ids are
+0 … n - 1, and a layer's K is contiguous.
+
+Example: 2 layers, 3 blocks a slab of 13 units: slab 1 has blocks 13, 14, 15; V of layer 1 of block 14 is unit 14 + 9.
+
+What lies inside a unit belongs to the backend: `ops.kv_block_shape`.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable
-from heapq import heapify, heappop, heappush
-from math import gcd, lcm, prod
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from math import prod
+from operator import attrgetter
 
 import torch
 from fluxmoe.kernels.ops import OpSizes
@@ -21,144 +30,240 @@ from torch import Tensor
 
 from ..devices import device_of
 from ..memory.host_memory import HostMemory
-from ..memory.region import BlockPool, GrowableRegion, RegionError
+from ..memory.slabs import SlabPool
+
+# The holder of slabs, and its line in the ledger.
+KV_LINE = "kv_cache"
+# Of units and slabs: what blocks of experts, which lie in slabs too, need.
+_ALIGNMENT = 64
+
+_start = attrgetter("start")
 
 
 class BlockAllocator:
-    """Hands out block numbers 0 … num_blocks - 1, lowest first.
+    """Hands out numbers of blocks, which come and go in runs: ranges, the blocks of a slab.
 
-    Lowest first keeps a lightly used cache at the start of its range, and makes runs repeat exactly.
+    Runs with blocks in use are used up first, so that others stay whole and can be taken away; the lowest run, and in
+    it the lowest block first, so that runs of a program repeat exactly. A run with one block in use stays.
     Handing out too many, freeing twice and freeing a foreign block are bugs of the caller: AssertionError.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int = 0) -> None:
         if num_blocks < 0:
             raise ValueError(f"a pool cannot have {num_blocks} blocks; give 0 or more")
-        self._free = list(range(num_blocks))
-        self._owned = bytearray(num_blocks)
+        self._run_of: dict[int, range] = {}
+        self._owned: set[int] = set()
+        # Free blocks by run, heaps; runs that are wholly free, and that are so in part, ascending.
+        self._free: dict[range, list[int]] = {}
+        self._whole: list[range] = []
+        self._part: list[range] = []
+        if num_blocks:
+            self.add(range(num_blocks))
 
     @property
     def num_blocks(self) -> int:
+        return len(self._run_of)
+
+    @property
+    def num_used(self) -> int:
         return len(self._owned)
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._run_of) - len(self._owned)
 
     @property
-    def num_used(self) -> int:
-        return len(self._owned) - len(self._free)
+    def runs_used(self) -> int:
+        """Runs of which a block is in use."""
+        return len(self._free) - len(self._whole)
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._run_of
+
+    def add(self, run: range) -> None:
+        """More free blocks; the memory behind them must exist by then."""
+        assert not any(block in self._run_of for block in run), f"blocks of {run} are there already"
+        self._free[run] = list(run)
+        self._run_of |= dict.fromkeys(run, run)
+        insort(self._whole, run, key=_start)
+
+    def remove(self) -> range | None:
+        """Drop the last of the runs that are wholly free; None if there is none."""
+        if not self._whole:
+            return None
+        run = self._whole.pop()
+        del self._free[run]
+        for block in run:
+            del self._run_of[block]
+        return run
 
     def allocate(self, n: int) -> list[int]:
-        """The `n` lowest free blocks, ascending."""
-        assert 0 <= n <= len(self._free), f"asked for {n} blocks, {len(self._free)} are free"
-        blocks = [heappop(self._free) for _ in range(n)]
-        for block in blocks:
-            self._owned[block] = 1
+        assert 0 <= n <= self.num_free, f"asked for {n} blocks, {self.num_free} are free"
+        blocks: list[int] = []
+        while len(blocks) < n:
+            run = (self._part or self._whole)[0]
+            before, free = self._shelf(run), self._free[run]
+            blocks += [heappop(free) for _ in range(min(n - len(blocks), len(free)))]
+            self._put_away(run, before)
+        self._owned.update(blocks)
         return blocks
 
     def free(self, blocks: Iterable[int]) -> None:
         for block in blocks:
-            assert 0 <= block < len(self._owned), f"block {block} is none of the {len(self._owned)} of this pool"
-            assert self._owned[block], f"block {block} is already free"
-            self._owned[block] = 0
-            heappush(self._free, block)
+            assert block in self._run_of, f"block {block} is none of the {self.num_blocks} of this pool"
+            assert block in self._owned, f"block {block} is already free"
+            run = self._run_of[block]
+            before = self._shelf(run)
+            self._owned.remove(block)
+            heappush(self._free[run], block)
+            self._put_away(run, before)
 
-    def grow(self, n: int) -> None:
-        """Add `n` free blocks at the end of the range; the memory behind them must exist by then."""
-        assert n >= 0, f"cannot grow by {n} blocks"
-        # Larger than every number in the heap, hence still a heap when appended in order.
-        self._free.extend(range(len(self._owned), len(self._owned) + n))
-        self._owned.extend(bytes(n))
+    def free_all(self) -> None:
+        self.free(list(self._owned))
 
-    def shrink(self, n: int) -> bool:
-        """Drop the `n` last blocks, if all of them are free; whether it did."""
-        assert 0 <= n <= len(self._owned), f"cannot shrink {len(self._owned)} blocks by {n}"
-        left = len(self._owned) - n
-        if any(self._owned[left:]):
-            return False
-        self._free = [block for block in self._free if block < left]
-        heapify(self._free)
-        del self._owned[left:]
-        return True
+    def _shelf(self, run: range) -> list[range] | None:
+        """The list that a run belongs to."""
+        free = len(self._free[run])
+        return self._whole if free == len(run) else self._part if free else None
+
+    def _put_away(self, run: range, before: list[range] | None) -> None:
+        after = self._shelf(run)
+        if after is before:
+            return
+        if before is not None:
+            del before[bisect_left(before, run.start, key=_start)]
+        if after is not None:
+            insort(after, run, key=_start)
 
     def check_integrity(self, owned: Iterable[int]) -> None:
         """AssertionError unless `owned` and the free blocks are exactly all blocks, each once."""
         owned = list(owned)
-        seen = sorted(owned + self._free)
-        assert seen == list(range(len(self._owned))), (
-            f"{len(owned)} owned and {len(self._free)} free blocks are not {len(self._owned)} distinct ones"
+        free = [block for blocks in self._free.values() for block in blocks]
+        assert sorted(owned + free) == sorted(self._run_of), (
+            f"{len(owned)} owned and {len(free)} free blocks are not {self.num_blocks} distinct ones"
         )
-        assert all(self._owned[block] for block in owned), "a block in use is marked free"
-        assert sum(self._owned) == len(owned), "a free block is marked as owned"
+        assert self._owned == set(owned), "a block in use is marked free, or a free one as owned"
+        for shelf in (self._whole, self._part):
+            assert shelf == sorted((run for run in self._free if self._shelf(run) is shelf), key=_start)
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """How the blocks of a cache lie in slabs. k_shape, v_shape: one layer's K and V of a block."""
+
+    num_layers: int
+    k_shape: tuple[int, ...]
+    v_shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, ops: OpSizes, num_layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> KVLayout:
+        if num_layers < 1:
+            raise ValueError(f"a KV cache needs num_layers of at least 1, got {num_layers}")
+        return cls(num_layers, *ops.kv_block_shape(block_size, kv_heads, head_dim), dtype)
+
+    @property
+    def unit_bytes(self) -> int:
+        """Of the larger of K and V, aligned."""
+        largest = max(prod(self.k_shape), prod(self.v_shape)) * self.dtype.itemsize
+        return -(-largest // _ALIGNMENT) * _ALIGNMENT
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block, K and V of all layers, padding included."""
+        return 2 * self.num_layers * self.unit_bytes
+
+    def slab_bytes(self, at_least: int) -> int:
+        """Of slabs that hold `at_least` bytes, an expert, and a block; those, or whole blocks, whichever wastes the
+        smaller share of a slab with an expert and of one with KV together.
+
+        An odd number of units: an even one, most of all a power of two, would put the blocks of many slabs into the
+        same sets of a cache.
+        """
+        each = 2 * self.num_layers
+        least = max(-(-at_least // self.unit_bytes), each)
+        units = least | 1, -(-least // each) * each | 1
+        return min(units, key=lambda n: (n - least + n % each) / n) * self.unit_bytes
+
+    def run(self, slab: int, slab_bytes: int) -> range:
+        """The ids of a slab's blocks."""
+        first = slab * (slab_bytes // self.unit_bytes)
+        return range(first, first + slab_bytes // self.block_bytes)
 
 
 class PagedKVCache:
-    """Memory of the KV blocks on the device, and of the swap pool on the host.
+    """KV blocks on the device, in slabs that are taken from a pool one by one, and a swap pool on the host.
 
-    Both start as zeros: a kernel may read positions of a block that were never written, at weight 0, and 0 · NaN
+    All start as zeros: a kernel may read positions of a block that were never written, at weight 0, and 0 · NaN
     would be NaN. `pin` page-locks the swap pool (needs CUDA), without which its copies block the host.
-    Raises ValueError on sizes that make no cache.
+    blocks: the allocator of what is there. Raises ValueError on sizes that make no cache.
+
+    A slab is given back once none of its blocks is in use; one block in use keeps its whole slab.
     """
 
-    def __init__(
-        self,
-        ops: OpSizes,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        host_blocks: int = 0,
-        pin: bool = False,
-    ) -> None:
-        for name, value, least in (
-            ("num_layers", num_layers, 1),
-            ("num_blocks", num_blocks, 1),
-            ("host_blocks", host_blocks, 0),
-        ):
-            if value < least:
-                raise ValueError(f"a KV cache needs {name} of at least {least}, got {value}")
-        self.device = torch.device(device)
-        if pin and not device_of(self.device).asynchronous:
-            raise ValueError(f"a pinned swap pool needs a CUDA device, got {self.device}; leave pin off")
-        self.num_layers, self.num_blocks, self.host_blocks = num_layers, num_blocks, host_blocks
-        self.block_size = block_size
-        self._non_blocking = pin
-        k_shape, v_shape = ops.kv_block_shape(block_size, kv_heads, head_dim)
-        self.k = torch.zeros((num_layers, num_blocks, *k_shape), dtype=dtype, device=self.device)
-        self.v = torch.zeros((num_layers, num_blocks, *v_shape), dtype=dtype, device=self.device)
+    def __init__(self, layout: KVLayout, pool: SlabPool, host_blocks: int = 0, pin: bool = False) -> None:
+        if host_blocks < 0:
+            raise ValueError(f"a KV cache needs host_blocks of at least 0, got {host_blocks}")
+        device = pool.memory.device
+        if pin and not device_of(device).asynchronous:
+            raise ValueError(f"a pinned swap pool needs a CUDA device, got {device}; leave pin off")
+        assert not pool.slab_bytes % layout.unit_bytes, f"slabs of {pool.slab_bytes} bytes are no whole units"
+        self.layout, self.pool, self.host_blocks, self._pin = layout, pool, host_blocks, pin
+        self.blocks = BlockAllocator()
+        self.blocks_per_slab = pool.slab_bytes // layout.block_bytes
+        self._layers = [(self._view(2 * i, layout.k_shape), self._view(2 * i + 1, layout.v_shape))
+                        for i in range(layout.num_layers)]  # fmt: skip
         self._memory = HostMemory(pin)
+        shape = (host_blocks, 2 * layout.num_layers, layout.unit_bytes)
         try:
-            self.host_k, self.host_v = (
-                self._memory.empty(prod(shape) * dtype.itemsize).zero_().view(dtype).view(shape)
-                for shape in ((host_blocks, num_layers, *k_shape), (host_blocks, num_layers, *v_shape))
-            )
+            self.host = self._memory.empty(prod(shape)).zero_().view(shape)
         except BaseException:
             self.close()
             raise
 
-    @staticmethod
-    def bytes_per_block(
-        ops: OpSizes, num_layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> int:
-        """Bytes of one block, K and V of all layers, padding of the backend's layout included."""
-        k_shape, v_shape = ops.kv_block_shape(block_size, kv_heads, head_dim)
-        return num_layers * (prod(k_shape) + prod(v_shape)) * dtype.itemsize
+    def _view(self, part: int, shape: tuple[int, ...]) -> Tensor:
+        """[ids, *shape]: the arena from the units of a layer's K or V on."""
+        flat = self.pool.memory.view(-1).view(self.layout.dtype)
+        stride = self.layout.unit_bytes // self.layout.dtype.itemsize
+        # Beyond these there is no room for the last part of a block.
+        ids = len(flat) // stride - (2 * self.layout.num_layers - 1) * self.blocks_per_slab
+        inner = torch.empty(shape, device="meta").stride()
+        return flat[part * self.blocks_per_slab * stride :].as_strided((ids, *shape), (stride, *inner))
+
+    @property
+    def num_blocks(self) -> int:
+        return self.blocks.num_blocks
+
+    @property
+    def num_slabs(self) -> int:
+        return self.num_blocks // self.blocks_per_slab
 
     @property
     def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        """Of the slabs that the cache holds."""
+        return self.pool.bytes_of(KV_LINE)
 
     @property
     def host_nbytes(self) -> int:
-        return self.host_k.nbytes + self.host_v.nbytes
+        return self.host.nbytes
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """(k [num_blocks, *k_shape], v [num_blocks, *v_shape]) of one layer, as views."""
-        return self.k[layer], self.v[layer]
+        """(k [ids, *k_shape], v [ids, *v_shape]) of one layer, as views of the arena, to be read at ids of blocks."""
+        return self._layers[layer]
+
+    def grow(self) -> None:
+        """Take a slab. SlabError, and nothing is changed, if none is free."""
+        self.blocks.add(self.layout.run(self.pool.take(KV_LINE, zeroed=True), self.pool.slab_bytes))
+
+    def shrink(self) -> bool:
+        """Give a slab back; False if each has a block in use."""
+        run = self.blocks.remove()
+        if run is None:
+            return False
+        self.pool.give(run.start * self.layout.unit_bytes // self.pool.slab_bytes)
+        return True
 
     def swap_out(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy device block → host block for every (device, host) pair.
@@ -167,100 +272,24 @@ class PagedKVCache:
         stream that computes, and what reuses the device block afterwards is ordered behind them.
         """
         for device_block, host_block in pairs:
-            self._check(device_block, host_block)
-            self.host_k[host_block].copy_(self.k[:, device_block], non_blocking=self._non_blocking)
-            self.host_v[host_block].copy_(self.v[:, device_block], non_blocking=self._non_blocking)
+            block, host = self._pair(device_block, host_block)
+            host.copy_(block, non_blocking=self._pin)
 
     def swap_in(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy host block → device block for every (host, device) pair; ordering as in `swap_out`."""
         for host_block, device_block in pairs:
-            self._check(device_block, host_block)
-            self.k[:, device_block].copy_(self.host_k[host_block], non_blocking=self._non_blocking)
-            self.v[:, device_block].copy_(self.host_v[host_block], non_blocking=self._non_blocking)
+            block, host = self._pair(device_block, host_block)
+            block.copy_(host, non_blocking=self._pin)
+
+    def _pair(self, device_block: int, host_block: int) -> tuple[Tensor, Tensor]:
+        """uint8 [2 · layers, unit_bytes] each: the units of a block, n apart in its slab, and its place in the host."""
+        # A negative number would silently count from the end.
+        assert device_block in self.blocks, f"no device block {device_block}"
+        assert 0 <= host_block < self.host_blocks, f"no host block {host_block} of {self.host_blocks}"
+        units = self.pool.memory.view(-1, self.layout.unit_bytes)
+        last = device_block + 2 * self.layout.num_layers * self.blocks_per_slab
+        return units[device_block : last : self.blocks_per_slab], self.host[host_block]
 
     def close(self) -> None:
         """Give a page-locked swap pool back; the cache cannot be used any more. Idempotent."""
         self._memory.close()
-
-    def _check(self, device_block: int, host_block: int) -> None:
-        # A negative number would silently count from the end.
-        assert 0 <= device_block < self.num_blocks, f"no device block {device_block} of {self.num_blocks}"
-        assert 0 <= host_block < self.host_blocks, f"no host block {host_block} of {self.host_blocks}"
-
-
-class GrowableKVCache(PagedKVCache):
-    """A PagedKVCache of at most `most_blocks`, whose memory is mapped from a pool, `quantum` blocks at a time."""
-
-    def __init__(
-        self, ops: OpSizes, num_layers: int, most_blocks: int, block_size: int, kv_heads: int, head_dim: int,
-        dtype: torch.dtype, device: torch.device, pool: BlockPool, host_blocks: int = 0, pin: bool = False,
-    ) -> None:  # fmt: skip
-        self._layers: list[tuple[GrowableRegion, int]] = []
-        super().__init__(ops, num_layers, 1, block_size, kv_heads, head_dim, dtype, device, host_blocks, pin)
-        sizes = [t[0, 0].numel() * dtype.itemsize for t in (self.k, self.v)]
-        shapes = [tuple(t.shape[2:]) for t in (self.k, self.v)]
-        self.quantum = self.quantum_for(ops, block_size, kv_heads, head_dim, dtype, pool.block_bytes)
-        self.most_blocks = -(-most_blocks // self.quantum) * self.quantum
-        tensors = []
-        for size, shape in zip(sizes, shapes, strict=True):
-            region = [pool.reserve(self.most_blocks * size) for _ in range(num_layers)]
-            self._layers += [(GrowableRegion(each), size) for each in region]
-            tensors.append([each.tensor(0, (self.most_blocks, *shape), dtype) for each in region])
-        # Of the block that the parent has made, only the shape was of use.
-        del self.k, self.v
-        self._k_layers, self._v_layers = tensors
-        self.num_blocks, self._zeroed = 0, pool.zeroed
-        self.quantum_bytes = self.quantum * num_layers * sum(sizes)
-
-    @staticmethod
-    def quantum_for(
-        ops: OpSizes, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, page_bytes: int
-    ) -> int:
-        """The fewest blocks whose K and whose V fill whole pages."""
-        sizes = [prod(shape) * dtype.itemsize for shape in ops.kv_block_shape(block_size, kv_heads, head_dim)]
-        return lcm(*(page_bytes // gcd(page_bytes, size) for size in sizes))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(region.nbytes for region, _ in self._layers)
-
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self._k_layers[layer], self._v_layers[layer]
-
-    def resize(self, num_blocks: int) -> None:
-        """Hold `num_blocks`, whole quanta. RegionError when memory runs out; the cache is then as it was."""
-        assert num_blocks % self.quantum == 0, f"{num_blocks} blocks are not whole quanta of {self.quantum}"
-        done: list[tuple[GrowableRegion, int]] = []
-        try:
-            for region, size in self._layers:
-                before = region.nbytes
-                region.resize(num_blocks * size)
-                done.append((region, before))
-        except RegionError:
-            for region, before in done:
-                region.resize(before)
-            raise
-        if not self._zeroed and num_blocks > self.num_blocks:
-            for tensors in (self._k_layers, self._v_layers):
-                for tensor in tensors:
-                    tensor[self.num_blocks : num_blocks].zero_()
-        self.num_blocks = num_blocks
-
-    def swap_out(self, pairs) -> None:
-        for device_block, host_block in pairs:
-            self._check(device_block, host_block)
-            for layer in range(self.num_layers):
-                self.host_k[host_block, layer].copy_(self._k_layers[layer][device_block])
-                self.host_v[host_block, layer].copy_(self._v_layers[layer][device_block])
-
-    def swap_in(self, pairs) -> None:
-        for host_block, device_block in pairs:
-            self._check(device_block, host_block)
-            for layer in range(self.num_layers):
-                self._k_layers[layer][device_block].copy_(self.host_k[host_block, layer])
-                self._v_layers[layer][device_block].copy_(self.host_v[host_block, layer])
-
-    def close(self) -> None:
-        super().close()
-        for region, _ in self._layers:
-            region.region.close()

@@ -1,7 +1,7 @@
-"""Residency: experts and KV share one pool of memory while serving, and a planner moves experts (PAPER §4.3).
+"""Residency: experts and KV share one pool of slabs while serving, and a planner moves experts (PAPER §4.3).
 
-What experts leave is mapped at the end of the KV cache, and the scheduler admits more requests at once. The paper
-leaves that as future work. How experts move is the pager's affair (`experts.mover`); what room they get is decided
+KV takes the slabs that experts leave, and the scheduler admits more requests at once. The paper leaves that as future
+work. How experts move is the pager's affair (`experts.mover`); what room they get is decided
 here. All changes happen between iterations, none of which waits for a copy.
 """
 
@@ -16,8 +16,8 @@ from ..experts.pager import ExpertPager
 from ..experts.placement import Tier
 from ..experts.planner import Links, Observation, Planner, PlannerError, choose_transfer, transfer_costs
 from ..memory.budget import MemoryBudget
-from ..memory.region import BlockPool, RegionError
-from .kv_cache import GrowableKVCache
+from ..memory.slabs import FREE, SlabError
+from .kv_cache import KV_LINE, PagedKVCache
 from .scheduler import Scheduler
 
 # How much an expert's use in the window before counts beside the newest.
@@ -48,24 +48,56 @@ class ComputeProfile:
         return self._least[size]
 
 
+class Sharing:
+    """Experts and KV take slabs of one pool, and the ledger says who holds what. The simulator's too.
+
+    kv_slabs: of what KV holds, the least that it keeps, so that requests which have yet to come can be accepted, and
+    the most that it may take.
+    """
+
+    def __init__(
+        self, kv: PagedKVCache, scheduler: Scheduler, budget: MemoryBudget, kv_slabs: tuple[int, int]
+    ) -> None:  # fmt: skip
+        self.pool, self.kv, self.scheduler, self.budget = kv.pool, kv, scheduler, budget
+        self.least_kv, self.most_kv = kv_slabs
+
+    def make_room(self, slabs: int) -> None:
+        """Have so many slabs free: KV gives those that hold nothing. SlabError where too many have a block in use."""
+        while self.pool.num_free < slabs:
+            spare = self.kv.num_slabs > self.least_kv and self.scheduler.can_spare(self.kv.blocks_per_slab)
+            if not spare or not self.kv.shrink():
+                raise SlabError("KV has blocks in use in all of its slabs, or no more slabs than one request may need")
+
+    def share_out(self, grow: bool = True) -> None:
+        """Free slabs go to KV, if it may `grow`; then the ledger follows."""
+        while grow and self.pool.num_free and self.kv.num_slabs < self.most_kv:
+            self.kv.grow()
+        self.budget.settle({line: self.pool.bytes_of(line) for line in (*EXPERT_LINES.values(), KV_LINE, FREE)})
+
+    def kv_bytes(self) -> tuple[int, int]:
+        """Bytes of slabs that KV keeps, most of all those with a block in use, and of those that waiting requests
+        want."""
+        used = max(self.least_kv, self.kv.blocks.runs_used)
+        wanted = -(-self.scheduler.blocks_wanted // self.kv.blocks_per_slab)
+        return used * self.pool.slab_bytes, wanted * self.pool.slab_bytes
+
+
 class Residency:
-    """Shares the pool out between the pager's experts and KV, and lets the planner move experts.
+    """Lets the planner move the pager's experts, in slabs that they share with KV.
 
     planner: decides every `every` iterations from the median of what they saw; None: only `pager.request` moves
     experts. links: if given, the planner also chooses between whole and on-demand transfer.
     """
 
     def __init__(
-        self, pager: ExpertPager, kv: GrowableKVCache, scheduler: Scheduler, budget: MemoryBudget, pool: BlockPool,
-        planner: Planner | None = None, every: int = 8, grow_kv: bool = True, links: Links | None = None,
+        self, pager: ExpertPager, sharing: Sharing, planner: Planner | None = None, every: int = 8,
+        links: Links | None = None,
     ) -> None:  # fmt: skip
-        self.pager, self.kv, self.scheduler, self.budget, self.pool = pager, kv, scheduler, budget, pool
+        self.pager, self.sharing = pager, sharing
         assert pager.mover is not None, "experts of an adaptive pager move"
         assert pager.store is not None, "the pager is open"
         self._mover, self._store = pager.mover, pager.store
         self.planner, self.every, self.links = planner, every, links
-        # What KV may take: all that it can use, or no more than it gave to experts that came.
-        self._most_kv = kv.most_blocks if grow_kv else kv.num_blocks
         self._window: list[Seen] = []
         # Tokens since the last plan; then how often each expert was used, and by how many tokens, older plans less.
         self._routed = 0
@@ -80,37 +112,8 @@ class Residency:
         """
         if self.planner is not None and seen is not None:
             self._plan(seen)
-        self.pager.apply_moves(self._make_room)
-        self._share_out()
-
-    def _make_room(self, nbytes: int) -> None:
-        """Take KV quanta that hold nothing until the pool has `nbytes`. RegionError if they are in use."""
-        while self.pool.free_blocks * self.pool.block_bytes < nbytes:
-            if not self.kv.num_blocks or not self.scheduler.shrink(self.kv.quantum):
-                raise RegionError("the KV blocks at the end of the cache are in use")
-            self.kv.resize(self.kv.num_blocks - self.kv.quantum)
-
-    def _share_out(self) -> None:
-        """What experts left goes to KV, in whole quanta; then the ledger says who holds what."""
-        spare = self.pool.free_blocks * self.pool.block_bytes
-        # Units of experts on their way in are mapped already.
-        quanta = min(spare // self.kv.quantum_bytes, (self._most_kv - self.kv.num_blocks) // self.kv.quantum)
-        if quanta > 0 and not self._mover.waits:
-            more = quanta * self.kv.quantum
-            try:
-                self.kv.resize(self.kv.num_blocks + more)
-                self.scheduler.grow(more)
-            except RegionError as error:
-                self._mover.refused.append(f"the KV cache does not grow: {error}")
-        held = {line: self._store.tier_bytes(tier) for tier, line in EXPERT_LINES.items()}
-        held["kv_cache"] = self.kv.nbytes
-        lines = self.budget.lines()
-        for line, nbytes in held.items():
-            if nbytes < lines.get(line, 0):
-                self.budget.release(line, lines[line] - nbytes)
-        for line, nbytes in held.items():
-            if nbytes > lines.get(line, 0):
-                self.budget.reserve(line, nbytes - lines.get(line, 0))
+        self.pager.apply_moves(self.sharing.make_room)
+        self.sharing.share_out(grow=not self._mover.waits)
 
     # Planning.
 
@@ -127,13 +130,11 @@ class Residency:
         self._window = []
         if self.links is not None:
             compute_s, load_s = self._choose_transfer(self.links, compute_s, load_s, tokens)
-        per_block = self.kv.quantum_bytes // self.kv.quantum
-        used, waiting = self.scheduler.blocks_used * per_block, self.scheduler.blocks_wanted * per_block
         assert self.planner is not None, "plans are asked of a planner"
         try:
             plan = self.planner.decide(
                 self.pager.tiers,
-                Observation(compute_s, load_s, used, waiting),
+                Observation(compute_s, load_s, *self.sharing.kv_bytes()),
                 self._used if self._tokens else None,
             )
         except PlannerError as error:

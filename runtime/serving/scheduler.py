@@ -99,7 +99,7 @@ class Scheduler:
 
     def __init__(
         self,
-        num_blocks: int,
+        blocks: BlockAllocator,
         block_size: int,
         max_batch: int,
         max_batched_tokens: int,
@@ -110,7 +110,7 @@ class Scheduler:
         watermark_blocks: int = 0,
     ) -> None:
         for name, value, least in (
-            ("num_blocks", num_blocks, 1),
+            ("num_blocks", blocks.num_blocks, 1),
             ("block_size", block_size, 1),
             ("max_batch", max_batch, 1),
             ("max_batched_tokens", max_batched_tokens, 1),
@@ -125,7 +125,7 @@ class Scheduler:
         self.block_size, self.max_batch, self.max_batched_tokens = block_size, max_batch, max_batched_tokens
         self.preemption, self.max_model_len, self.watermark_blocks = preemption, max_model_len, watermark_blocks
         self._eos = frozenset(eos_token_ids)
-        self._device = BlockAllocator(num_blocks)
+        self._device = blocks
         self._host = BlockAllocator(host_blocks)
         self._states = BlockAllocator(max_batch)
         self._num_added = 0
@@ -145,9 +145,8 @@ class Scheduler:
         for sequence in live:
             sequence.block_ids, sequence.host_block_ids, sequence.state_slot = [], [], -1
             sequence.end("aborted")
-        self._device = BlockAllocator(self._device.num_blocks)
-        self._host = BlockAllocator(self._host.num_blocks)
-        self._states = BlockAllocator(self._states.num_blocks)
+        for allocator in (self._device, self._host, self._states):
+            allocator.free_all()
         self._drop_all()
         return live
 
@@ -184,20 +183,11 @@ class Scheduler:
     def host_blocks_used(self) -> int:
         return self._host.num_used
 
-    def grow(self, num_blocks: int) -> None:
-        """Add device blocks at the end of the cache; the next step may use them."""
-        self._device.grow(num_blocks)
-
-    def shrink(self, num_blocks: int) -> bool:
-        """Drop the last device blocks of the cache; False, and nothing is done, if one of them is in use, or if what is
-        left would not hold the longest of the accepted requests."""
-        left = self._device.num_blocks - num_blocks
-        return left >= self._longest() and self._device.shrink(num_blocks)
-
-    def _longest(self) -> int:
-        """Blocks of the accepted request that needs most."""
+    def can_spare(self, num_blocks: int) -> bool:
+        """Whether the cache without so many device blocks would hold the longest of the accepted requests."""
         live = (*self._running, *self._swapped, *self._waiting)
-        return max((self._blocks(s.prompt_len + s.request.params.max_new_tokens - 1) for s in live), default=1)
+        longest = max((self._blocks(s.prompt_len + s.request.params.max_new_tokens - 1) for s in live), default=1)
+        return self._device.num_blocks - num_blocks >= longest
 
     @property
     def blocks_wanted(self) -> int:

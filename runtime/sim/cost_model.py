@@ -130,9 +130,12 @@ class CostModel:
         self._kv_bytes = 2 * kv_heads * model.head_dim * item
         self._launch_s = parameters.eager_launch_s if parameters.eager else profile.launch_s
 
-    def bind(self, layout: ExpertLayout) -> None:
-        """Take a layout: bytes that all experts of each layer have for the GEMM, near and far, and what loads move."""
+    def bind(self, layout: ExpertLayout, cache_places: int = 0) -> None:
+        """Take a layout: bytes that all experts of each layer have for the GEMM, near and far, and what loads move.
+        cache_places: for experts that come on demand from files."""
         layers = range(layout.num_layers)
+        # A cache that forgets has its share of all under uniform routing.
+        self._missed = 1 - cache_places / layout.cached if layout.cached else 0.0
         self._reads = [(*self._expert_reads(layer, layout), self._load_traffic(layer, layout)) for layer in layers]
 
     def pass_costs(self, step: Step) -> tuple[list[LayerCost], float]:
@@ -171,9 +174,11 @@ class CostModel:
             before, moved = before + seconds, moved + nbytes
             if dense:
                 continue
-            near, far, traffic = self._reads[len(costs)]
+            near, far, deep, traffic = self._reads[len(costs)]
             seconds = max(share * near / (self.parameters.expert_share * bandwidth), work_s) + half_layer
             seconds += share * far / profile.kernel_host_bandwidth
+            if deep:
+                seconds += share * deep * self._missed / (profile.disk_bandwidth / n)
             # Loads and decoders take what bandwidth the kernels leave; beyond it, they make the layer longer.
             busy = (moved + share * near + traffic) / bandwidth
             costs.append(LayerCost(before, max(seconds, busy - before)))
@@ -186,16 +191,18 @@ class CostModel:
         payload = tokens * self.model.hidden_size * self.model.dtype.itemsize
         return self.profile.link_latency_s + payload / self.profile.link_bandwidth
 
-    def _expert_reads(self, layer: int, layout: ExpertLayout) -> tuple[int, int]:
-        """Bytes of a layer's experts as the GEMM reads them: in device memory, and in the host's."""
-        near = far = 0
+    def _expert_reads(self, layer: int, layout: ExpertLayout) -> tuple[int, int, int]:
+        """Bytes of a layer's experts as the GEMM reads them: in device memory, in the host's, in files on demand."""
+        near = far = deep = 0
         for tier, count in self._counts(layer, layout):
             nbytes = count * layout.expert_bytes(layout.read(tier))
             if tier is Tier.HOST and not layout.streams(tier):
                 far += nbytes
-            else:
-                near += nbytes
-        return near, far
+                continue
+            near += nbytes
+            if tier is Tier.DISK and not layout.streams(tier):
+                deep += nbytes
+        return near, far, deep
 
     def _counts(self, layer: int, layout: ExpertLayout) -> list[tuple[Tier, int]]:
         counts = [(tier, int((layout.placement.tiers[layer] == tier).sum())) for tier in Tier]

@@ -1,55 +1,42 @@
 """The engine on a virtual clock, for machines and models that are not there.
 
 Scheduler, deployment (ledger, layout, placement) and planner are the runtime's own code; a CostModel stands in for
-kernels and copies, and a model of Algorithm 1 for the streamer. Deterministic: the same requests give the same steps.
+kernels and copies, and a VirtualStreamer for the streamer. Deterministic: the same requests give the same steps.
 
-Within a pass, layer after layer of those with experts, with t the compute stream's time and one link and one decoder
-that never idle while a slot is free:
+Within a pass, layer after layer of those with experts, with t the compute stream's time:
 
-    load j     begins once the link is free and job j - S was computed; done after the longer of link and decode
-    layer      t += what runs before its experts;  t = max(t, load j done);  t += experts;  its slot is free at t
+    t += what runs before the layer's experts;  t = max(t, its load done);  t += experts;  its slot is free at t
 
-Loads run ahead over the end of a pass, as in the engine. Swapped KV crosses the link before its pass, and stalls it.
-Where copies take compute from the kernels (`copy_overlap` below 1), a layer with a load is longer by that share of the
-shorter of its compute and its copy.
+Swapped KV crosses the link before its pass, and stalls it. Where copies take compute from the kernels (`copy_overlap`
+below 1), a layer with a load is longer by that share of the shorter of its compute and its copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-from fluxmoe.kernels.formats import DENSE
+import torch
 from fluxmoe.models.config import ModelConfig
 
 from ..experts.footprint import EXPERT_LINES, Footprint, lay_out
 from ..experts.layout import ExpertLayout
-from ..experts.placement import DEVICE_TIERS, Placement, Tier
-from ..experts.planner import Move, Observation, Planner, PlannerError
+from ..experts.placement import Placement
+from ..experts.planner import Move, Observation, PlannerError
 from ..hardware import HardwareProfile, ProfileError
+from ..memory.slabs import SlabError, SlabPool
 from ..serving.config import EngineConfig
-from ..serving.deployment import Deployment, limits_of, make_planner, require_workspace
+from ..serving.deployment import Deployment, limits_of, require_workspace
+from ..serving.kv_cache import PagedKVCache
 from ..serving.loop import Executed, ServingLoop
+from ..serving.residency import Sharing
 from ..serving.scheduler import Scheduler, Step
 from .cost_model import CostModel, CostParameters, SimOps
+from .streamer import Load, VirtualStreamer
 
 # Share of a device's memory that a run may use when no budget is given: vLLM's default.
 _USABLE = 0.9
-
-
-@dataclass
-class _Pipeline:
-    """Where the loads are: times on the virtual clock, jobs counted as in the streamer."""
-
-    slots: int
-    link_free: float = 0.0
-    decode_free: float = 0.0
-    jobs: int = 0
-
-    def __post_init__(self) -> None:
-        self.computed = [0.0] * self.slots
-        self.done: dict[int, float] = {}
 
 
 class SimEngine(ServingLoop):
@@ -83,30 +70,33 @@ class SimEngine(ServingLoop):
         self._copy_rate = copy_rate
         blocks = self.deployment.reserve_kv()
         host_blocks = 4 * max(blocks, self.deployment.useful_blocks) if config.preemption == "swap" else 0
+        pool = SlabPool(torch.empty(self.deployment.pool_shape, dtype=torch.uint8, device="meta"))
+        self.kv = PagedKVCache(self.deployment.kv_layout, pool)
+        while self.kv.num_blocks < blocks:
+            self.kv.grow()
         self.scheduler = Scheduler(
-            blocks, config.block_size, self.deployment.max_sequences, limits.tokens, config.preemption, limits.context,
-            host_blocks=host_blocks,
+            self.kv.blocks, config.block_size, self.deployment.max_sequences, limits.tokens, config.preemption,
+            limits.context, host_blocks=host_blocks,
         )  # fmt: skip
-        self._adopt(layout)
+        cache_bytes = self.deployment.reserve_cache()
+        self._cache_places = 0 if cache_bytes is None else experts.cache_places(cache_bytes)
         self._clock = 0.0
-        self._pipeline = _Pipeline(config.slots)
-        self._planner = self._make_planner() if config.adaptive and config.planning else None
+        self._streamer = VirtualStreamer(layout, config.slots, config.adaptive, self._adopt(layout))
+        self._planner = self.deployment.make_planner() if config.adaptive and config.planning else None
+        if config.adaptive:
+            kv_slabs = self.deployment.kv_slabs(self.kv.num_slabs)
+            self._sharing = Sharing(self.kv, self.scheduler, self.budget, kv_slabs)
+            self._hold(layout)
         self._window: list[tuple[float, float]] = []
         self._moves: list[Move] = []
         self.last_reason = ""
 
-    def _adopt(self, layout: ExpertLayout) -> None:
-        """Take a layout into use; what loads of its layers take."""
+    def _adopt(self, layout: ExpertLayout) -> list[Load]:
+        """Take a layout into use; returns the loads of its layers."""
         self.layout = layout
-        self.costs.bind(layout)
-        self._loads = [self.costs.load_seconds(layer, layout) for layer in range(layout.num_layers)]
-        # Where experts move, every layer has its turn of the slots, as in the streamer: loads run so many layers ahead.
-        turns = [self.config.adaptive or any(times) for times in self._loads]
-        self._streamed = [layer for layer, turn in enumerate(turns) if turn]
-        self._load_bytes = [self.costs.host_bytes(layer, layout) for layer in range(layout.num_layers)]
-        # Waiting for a slow link costs no compute; copying and decoding do.
-        work = zip(self._load_bytes, self._loads, strict=True)
-        self._copying = [max(nbytes / self._copy_rate, decode_s) for nbytes, (_, decode_s) in work]
+        self.costs.bind(layout, self._cache_places)
+        layers = range(layout.num_layers)
+        return [Load(*self.costs.load_seconds(i, layout), self.costs.host_bytes(i, layout)) for i in layers]
 
     def __enter__(self) -> SimEngine:
         return self
@@ -132,54 +122,26 @@ class SimEngine(ServingLoop):
     def _pass(self, step: Step, now: float) -> tuple[float, float, int]:
         """Run a pass from `now` on; moves the clock; returns seconds of waiting and of loads, bytes that crossed."""
         costs, outside = self.costs.pass_costs(step)
-        pipe, streamed = self._pipeline, set(self._streamed)
-        keeps_all = len(streamed) <= pipe.slots and not self.config.adaptive
         stall, load, crossed = 0.0, 0.0, 0
         for layer, cost in enumerate(costs):
             now += cost.before
-            if layer in streamed and not (keeps_all and pipe.jobs >= len(streamed)):
-                job = pipe.jobs
-                ready = self._loaded(job, layer)
-                stall += max(0.0, ready - now)
-                contended = min(self._copying[layer], cost.before + cost.experts)
-                now = max(now, ready) + cost.experts + (1 - self.profile.copy_overlap) * contended
-                pipe.computed[job % pipe.slots] = now
-                pipe.jobs += 1
-                pipe.done.pop(job, None)
-                load += max(self._loads[layer])
-                crossed += self._load_bytes[layer]
-                # The next load into this slot may begin; its order on the link is that of the layers.
-                if not keeps_all:
-                    self._begin(job + pipe.slots, self._layer_after(layer, pipe.slots))
-            else:
+            if layer not in self._streamer:
                 now += cost.experts
+                continue
+            ready, brought = self._streamer.begin(layer)
+            stall += max(0.0, ready - now)
+            now = max(now, ready) + cost.experts
+            if brought is not None:
+                # Waiting for a slow link costs no compute; copying and decoding do.
+                copying = max(brought.nbytes / self._copy_rate, brought.decode_s)
+                now += (1 - self.profile.copy_overlap) * min(copying, cost.before + cost.experts)
+                load += max(brought.link_s, brought.decode_s)
+                crossed += brought.nbytes
+            self._streamer.finish(layer, now)
         self._clock = now + outside
         return stall, load, crossed
 
-    def _layer_after(self, layer: int, count: int) -> int:
-        order = self._streamed
-        return order[(order.index(layer) + count) % len(order)]
-
-    def _loaded(self, job: int, layer: int) -> float:
-        if job not in self._pipeline.done:
-            self._begin(job, layer)
-        return self._pipeline.done[job]
-
-    def _begin(self, job: int, layer: int) -> None:
-        pipe, (link_s, decode_s) = self._pipeline, self._loads[layer]
-        free = pipe.computed[job % pipe.slots]
-        pipe.link_free = max(pipe.link_free, free) + link_s
-        pipe.decode_free = max(pipe.decode_free, free) + decode_s
-        pipe.done[job] = max(pipe.link_free if link_s else free, pipe.decode_free if decode_s else free)
-
     # Experts that move. A move takes effect at once; what it copies is charged to nobody, for it is a few bytes.
-
-    def _make_planner(self) -> Planner:
-        tier = Tier.RESIDENT if self.config.device_format == DENSE else Tier.PACKED
-        lines = self.budget.lines()
-        pool = self.budget.free + lines["kv_cache"] + sum(lines[line] for line in EXPERT_LINES.values())
-        each = {tier: self.layout.expert_bytes(self.layout.stored(tier))}
-        return make_planner(self.config, each, pool, self.deployment.block_bytes)
 
     @property
     def tiers(self) -> np.ndarray:
@@ -201,10 +163,9 @@ class SimEngine(ServingLoop):
         assert self._planner is not None, "the window is filled for a planner"
         compute_s, load_s = (float(np.median(values)) for values in zip(*self._window, strict=True))
         self._window = []
-        block = self.deployment.block_bytes
-        used, waiting = self.scheduler.blocks_used * block, self.scheduler.blocks_wanted * block
+        seen = Observation(compute_s, load_s, *self._sharing.kv_bytes())
         try:
-            plan = self._planner.decide(self.placement.tiers, Observation(compute_s, load_s, used, waiting))
+            plan = self._planner.decide(self.placement.tiers, seen)
         except PlannerError as error:
             self.last_reason = str(error)
             return
@@ -212,27 +173,31 @@ class SimEngine(ServingLoop):
         self.request(plan.moves)
 
     def _apply(self) -> None:
-        """Make the moves, as far as free KV blocks allow, and give what they free to the KV cache."""
+        """Make the moves, if KV has slabs to spare for them, and give what they free to the KV cache."""
         moves, self._moves = self._moves, []
         tiers, old = self.placement.tiers.copy(), self.layout
         for move in moves:
             tiers[move.layer, move.expert] = move.target
         layout = ExpertLayout(Placement(self.placement.name, tiers), old.sizes, old.formats, old.fused)
-        freed = sum(old.tier_bytes(tier) - layout.tier_bytes(tier) for tier in DEVICE_TIERS)
-        block = self.deployment.block_bytes
-        spare = self.budget.free + freed
-        if spare < 0 and not self.scheduler.shrink(-(spare // block)):
-            return  # the blocks are in use: the old state stays
-        kv_before = self.scheduler.num_blocks
-        if spare > 0 and self.config.grow_kv:
-            most = max(0, self.deployment.useful_blocks - kv_before)
-            self.scheduler.grow(min(spare // block, most))
-        held = {line: layout.tier_bytes(tier) for tier, line in EXPERT_LINES.items()}
-        held["kv_cache"] = self.scheduler.num_blocks * block
-        ledger = self.budget.lines()
-        for line, nbytes in held.items():
-            self.budget.release(line, max(0, ledger[line] - nbytes))
-        for line, nbytes in held.items():
-            self.budget.reserve(line, max(0, nbytes - ledger[line]))
-        self.placement = layout.placement
-        self._adopt(layout)
+        if self._hold(layout):
+            self.placement = layout.placement
+            self._streamer.loads = self._adopt(layout)
+        self._sharing.share_out()
+
+    def _hold(self, layout: ExpertLayout) -> bool:
+        """Experts hold the slabs of a layout; False, and they hold what they held, if KV cannot spare enough."""
+        pool = self.kv.pool
+        more = {
+            line: layout.tier_slabs(tier, pool.slab_bytes) - len(pool.held(line)) for tier, line in EXPERT_LINES.items()
+        }
+        try:
+            self._sharing.make_room(max(0, sum(more.values())))
+        except SlabError:
+            return False
+        for line, count in more.items():
+            for slab in pool.held(line)[: max(0, -count)]:
+                pool.give(slab)
+        for line, count in more.items():
+            for _ in range(count):
+                pool.take(line)
+        return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fluxmoe.experiments import bench_cpu_moe
+from fluxmoe.experiments.bench import cpu_moe as bench_cpu_moe
 
 
 @pytest.mark.parametrize("peers", [False, True])

@@ -6,9 +6,9 @@ import csv
 
 import numpy as np
 import pytest
-from fluxmoe.experiments import exp3_adaptation
-from fluxmoe.experiments.common import UsageError
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
+from fluxmoe.experiments.lib.results import UsageError
+from fluxmoe.experiments.paper import fig9_adaptation as exp3_adaptation
 from fluxmoe.runtime.experts.placement import Tier, place
 
 

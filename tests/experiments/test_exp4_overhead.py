@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 
 import pytest
-from fluxmoe.experiments import exp4_overhead
-from fluxmoe.experiments.common import UsageError
+from fluxmoe.experiments.lib.results import UsageError
+from fluxmoe.experiments.paper import fig10_overhead as exp4_overhead
 
 SMALL = [
     "--device",

@@ -10,9 +10,9 @@ import subprocess
 import sys
 
 import pytest
-from fluxmoe.experiments.common import cli_main
-from fluxmoe.experiments.generate import main
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.commands.generate import main
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
+from fluxmoe.experiments.lib.results import cli_main
 from fluxmoe.runtime.hardware import HardwareProfile
 
 
@@ -169,7 +169,7 @@ def test_damaged_checkpoints(model_dir, tmp_path, capsys, damage, expected):
 
 
 def test_module_runs_as_a_command(model_dir, tmp_path):
-    command = [sys.executable, "-m", "fluxmoe.experiments.generate", "--model", str(tmp_path / "none")]
+    command = [sys.executable, "-m", "fluxmoe.experiments.commands.generate", "--model", str(tmp_path / "none")]
     done = subprocess.run(
         [*command, "--prompt", "x", "--max-new-tokens", "1"], capture_output=True, text=True, timeout=120
     )

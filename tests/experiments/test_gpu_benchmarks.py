@@ -11,25 +11,19 @@ from functools import partial
 
 import pytest
 import torch
-from fluxmoe.experiments import (
-    bench_attention,
-    bench_delta_net,
-    bench_grouped_gemm,
-    bit_equality,
-    check_engine,
-    compile_kernels,
-    gpu,
-    gpu_suite,
-    gpu_tests,
-    gpu_tools,
-    predict_other_kernels,
-    tune_grouped_gemm,
-)
-from fluxmoe.experiments.common import UsageError, write_csv
-from fluxmoe.experiments.gpu import EXIT_AGAIN, AbsentError, ResultRows, Roofs, Timing, WrongError
-from fluxmoe.experiments.moe_peers import PEERS
-from fluxmoe.experiments.moe_shapes import SHAPES, Shape
-from fluxmoe.experiments.predict_kernels import expected_blocks
+from fluxmoe.experiments.bench import attention as bench_attention
+from fluxmoe.experiments.bench import bit_equality, check_engine, compile_kernels, gpu_tests, gpu_tools
+from fluxmoe.experiments.bench import delta_net as bench_delta_net
+from fluxmoe.experiments.bench import moe as bench_grouped_gemm
+from fluxmoe.experiments.bench import predict_others as predict_other_kernels
+from fluxmoe.experiments.bench import timing as gpu
+from fluxmoe.experiments.bench import tune as tune_grouped_gemm
+from fluxmoe.experiments.bench.peers import PEERS
+from fluxmoe.experiments.bench.predict import expected_blocks
+from fluxmoe.experiments.bench.shapes import SHAPES, Shape
+from fluxmoe.experiments.bench.timing import EXIT_AGAIN, AbsentError, ResultRows, Roofs, Timing, WrongError
+from fluxmoe.experiments.commands import gpu_suite
+from fluxmoe.experiments.lib.results import UsageError, write_csv
 from fluxmoe.kernels.audit import Report
 from fluxmoe.kernels.triton.tiles import Tile, read_tuned, tuned_tiles
 
@@ -299,7 +293,7 @@ def test_tests_on_a_gpu_are_rows_and_go_on(tmp_path):
         "import pytest\npytestmark = pytest.mark.gpu\n"
         "def test_good(): pass\ndef test_bad(): assert 1 == 2\ndef test_skipped(): pytest.skip('no')\n"
     )
-    command = [sys.executable, "-m", "fluxmoe.experiments.gpu_tests", str(tests), "--workers", "1", "--rehearse"]
+    command = [sys.executable, "-m", "fluxmoe.experiments.bench.gpu_tests", str(tests), "--workers", "1", "--rehearse"]
     out = tmp_path / "out"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)  # of the pytest that runs this test

@@ -15,11 +15,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from fluxmoe.experiments import gpu_archive, gpu_suite
-from fluxmoe.experiments.common import UsageError
-from fluxmoe.experiments.gpu_archive import pack, unpack, unpack_wheels
-from fluxmoe.experiments.gpu_steps import STEPS, Step
-from fluxmoe.experiments.gpu_suite import Suite, run_process
+from fluxmoe.experiments.commands import gpu_suite
+from fluxmoe.experiments.commands.gpu_steps import STEPS, Step
+from fluxmoe.experiments.commands.gpu_suite import Suite, run_process
+from fluxmoe.experiments.lib import archive as gpu_archive
+from fluxmoe.experiments.lib.archive import pack, unpack, unpack_wheels
+from fluxmoe.experiments.lib.results import UsageError
 
 
 class Pretended(Step):
@@ -299,7 +300,14 @@ def test_results_are_not_overwritten_by_an_archive(tmp_path, monkeypatch):
 def test_every_step_can_be_rehearsed(tmp_path):
     """Every script, argument and import of the real run, in processes of their own, as a person would."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTEST_XDIST_WORKER"}
-    command = [sys.executable, "-m", "fluxmoe.experiments.gpu_suite", "--rehearse", "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "fluxmoe.experiments.commands.gpu_suite",
+        "--rehearse",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines()]

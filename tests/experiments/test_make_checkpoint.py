@@ -8,9 +8,9 @@ import stat
 
 import pytest
 import torch
-from fluxmoe.experiments import make_checkpoint as module
-from fluxmoe.experiments.common import UsageError
-from fluxmoe.experiments.make_checkpoint import main, make_checkpoint
+from fluxmoe.experiments.lib import checkpoints as module
+from fluxmoe.experiments.lib.checkpoints import main, make_checkpoint
+from fluxmoe.experiments.lib.results import UsageError
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.config import ConfigError
 from safetensors import SafetensorError

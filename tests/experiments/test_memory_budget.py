@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 
 import pytest
-from fluxmoe.experiments import memory_budget
-from fluxmoe.experiments.common import UsageError
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
-from fluxmoe.experiments.workloads import drawn_lengths, make_requests, trace_lengths
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
+from fluxmoe.experiments.lib.results import UsageError
+from fluxmoe.experiments.lib.workloads import drawn_lengths, make_requests, trace_lengths
+from fluxmoe.experiments.serving import memory_budget
 
 
 @pytest.fixture(scope="module")

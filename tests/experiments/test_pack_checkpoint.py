@@ -8,12 +8,13 @@ import sys
 
 import pytest
 import torch
-from fluxmoe.experiments import pack_checkpoint as script
-from fluxmoe.experiments.common import UsageError
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.commands import pack_checkpoint as script
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
+from fluxmoe.experiments.lib.results import UsageError
 from fluxmoe.kernels.formats import compressed_formats
 from fluxmoe.models.checkpoint import Checkpoint, CheckpointError
-from fluxmoe.models.packed import INDEX
+from fluxmoe.models.packed import INDEX, UNFINISHED
+from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.serving.engine import Engine, EngineConfig
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 
@@ -25,8 +26,8 @@ def model_dir(tmp_path_factory):
     return make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("models") / "moe", shard_bytes=400_000, **SIZES)
 
 
-def tokens_of(directory) -> list:
-    config = EngineConfig(device="cpu", placement="packed", max_context=64, max_batched_tokens=16)
+def tokens_of(directory, placement="packed", **settings) -> list:
+    config = EngineConfig(device="cpu", placement=placement, max_context=64, max_batched_tokens=16, **settings)
     with Engine(directory, config) as engine:
         work = [Request(tuple(range(9)), SamplingParams(max_new_tokens=5, ignore_eos=True))]
         return [output.token_ids for output in engine.generate(work)]
@@ -38,7 +39,7 @@ def test_a_packed_checkpoint_is_the_same_model_in_fewer_bytes(model_dir, tmp_pat
     script.main(["--model", str(model_dir), "--format", name, "--out", str(out)])
     assert "bits a weight" in capsys.readouterr().out
     original, packed = Checkpoint(model_dir), Checkpoint(out)
-    assert packed.packed.format == name
+    assert packed.packed.header.format == name
     key = lambda item: item[:2]  # noqa: E731
     for got, expected in zip(packed.experts(), sorted(original.experts(), key=key), strict=True):
         assert got[:2] == expected[:2]
@@ -46,7 +47,7 @@ def test_a_packed_checkpoint_is_the_same_model_in_fewer_bytes(model_dir, tmp_pat
             assert torch.equal(a.view(torch.int16), b.view(torch.int16))
     dense = [sorted((r, l or -1, t.sum().item()) for r, l, t in c.dense_tensors()) for c in (original, packed)]  # noqa: E741
     assert dense[0] == dense[1]
-    assert sum(f.stat().st_size for f in out.iterdir()) < 0.9 * sum(f.stat().st_size for f in model_dir.iterdir())
+    assert sum(f.stat().st_size for f in out.iterdir()) < 0.95 * sum(f.stat().st_size for f in model_dir.iterdir())
     assert (out / "tokenizer.json").read_bytes() == (model_dir / "tokenizer.json").read_bytes()
     assert tokens_of(out) == tokens_of(model_dir)
 
@@ -61,31 +62,47 @@ def test_qwen3_next_can_be_packed_too(tmp_path):
 def test_layers_without_experts_have_no_files(tmp_path):
     model = make_checkpoint("qwen3_moe", tmp_path / "moe", **SIZES, dense_layers=(0,))
     script.main(["--model", str(model), "--format", "planar12", "--out", str(tmp_path / "packed")])
-    files = {path.name for path in (tmp_path / "packed").glob("*.fluxpack")}
-    assert files == {f"layer-000{layer}.{tensor}.fluxpack" for layer in (1, 2) for tensor in ("gate_up", "down")}
+    files = {path.name for path in (tmp_path / "packed").glob("*.flux")}
+    assert files == {"experts-0000.flux", "experts-0001.flux"}
     assert tokens_of(tmp_path / "packed") == tokens_of(model)
 
 
 def test_interrupted_it_is_refused_and_resumes(model_dir, tmp_path, monkeypatch):
-    out, real, power = tmp_path / "packed", script.pack_layer, [False]
+    out, real, packed = tmp_path / "packed", script._pack_expert, []
 
-    def stop_at_the_second(checkpoint, layer, name, directory):
-        if layer == 1 and not power[0]:
+    def stop_at_the_seventh(file, blocks, expert, weights, room):
+        if len(packed) == 6:
             raise KeyboardInterrupt
-        real(checkpoint, layer, name, directory)
+        packed.append(expert)
+        real(file, blocks, expert, weights, room)
 
-    monkeypatch.setattr(script, "pack_layer", stop_at_the_second)
+    monkeypatch.setattr(script, "_pack_expert", stop_at_the_seventh)
     with pytest.raises(KeyboardInterrupt):
         script.pack_checkpoint(model_dir, "planar12", out)
+    assert {path.name for path in out.iterdir()} == {UNFINISHED, "experts-0000.flux", "experts-0001.flux"}
     with pytest.raises(CheckpointError, match=r"unfinished.*run pack_checkpoint again"):
         Checkpoint(out)
-    first = (out / "layer-0000.down.fluxpack").stat().st_mtime_ns
-    with pytest.raises(UsageError, match="another model or format"):
-        script.pack_checkpoint(model_dir, "huffman", out)
-    power[0] = True
+    for other in (dict(name="huffman"), dict(name="planar12", backend="torch")):
+        with pytest.raises(UsageError, match="another model, format or backend"):
+            script.pack_checkpoint(model_dir, other.pop("name"), out, **other)
+    again: list[int] = []
+    monkeypatch.setattr(script, "_pack_expert", lambda *a: again.append(a[2]) or real(*a))
     script.pack_checkpoint(model_dir, "planar12", out)
-    assert (out / "layer-0000.down.fluxpack").stat().st_mtime_ns == first
+    assert len(again) == 8, "the first layer was whole"
     assert len(list(Checkpoint(out).experts())) == 12
+    assert not (out / UNFINISHED).exists()
+    weights = [*out.glob("*.flux"), *out.glob("*.safetensors")]
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in weights), "others may read them"
+
+
+def test_another_models_directory_is_not_finished(model_dir, tmp_path, monkeypatch):
+    """Of the same sizes and the same file names, with other weights."""
+    monkeypatch.setattr(script, "copy_dense", lambda *arguments: pytest.fail("stopped"))
+    with pytest.raises(pytest.fail.Exception):
+        script.pack_checkpoint(model_dir, "planar12", tmp_path / "packed")
+    other = make_checkpoint("qwen3_moe", tmp_path / "other", shard_bytes=400_000, **SIZES, seed=7)
+    with pytest.raises(UsageError, match="was begun with another model"):
+        script.pack_checkpoint(other, "planar12", tmp_path / "packed")
 
 
 @pytest.fixture
@@ -95,32 +112,55 @@ def packed_dir(model_dir, tmp_path):
 
 
 def test_damaged_files_are_named(packed_dir):
-    victim = packed_dir / "layer-0001.gate_up.fluxpack"
+    victim = packed_dir / "experts-0001.flux"
     whole = victim.read_bytes()
     flipped = bytearray(whole)
-    flipped[5000] ^= 1
+    flipped[-5000] ^= 1
     victim.write_bytes(flipped)
-    with pytest.raises(CheckpointError, match=r"layer-0001.gate_up.fluxpack: corrupt plane"):
+    with pytest.raises(CheckpointError, match=r"experts-0001.flux: .* of expert 3 is corrupt"):
         list(Checkpoint(packed_dir).experts())
+    for placement in ("packed", "host", "disk"):
+        with pytest.raises(StoreError, match=r"experts-0001.flux: .* of expert 3 is corrupt"):
+            tokens_of(packed_dir, placement=placement, expert_format="tiered")
     victim.write_bytes(whole[:-10])
-    with pytest.raises(CheckpointError, match=r"layer-0001.gate_up.fluxpack is truncated"):
+    with pytest.raises(CheckpointError, match=r"experts-0001.flux is truncated"):
         Checkpoint(packed_dir)
     victim.unlink()
-    with pytest.raises(CheckpointError, match=r"layer-0001.gate_up.fluxpack is missing"):
+    with pytest.raises(CheckpointError, match=r"experts-0001.flux is missing"):
         Checkpoint(packed_dir)
-    (packed_dir / INDEX).write_text("{")
-    with pytest.raises(CheckpointError, match="damaged"):
+    for text, match in (
+        ("{", "damaged"), ('{"version": 1}', "version 1, this program reads version 2"), ('{"version": 2}', "damaged"),
+    ):  # fmt: skip
+        (packed_dir / INDEX).write_text(text)
+        with pytest.raises(CheckpointError, match=match):
+            Checkpoint(packed_dir)
+
+
+def test_a_layer_of_another_model_is_refused(packed_dir, model_dir, tmp_path):
+    script.pack_checkpoint(model_dir, "planar12", tmp_path / "other")
+    (packed_dir / "experts-0000.flux").write_bytes((tmp_path / "other" / "experts-0000.flux").read_bytes())
+    with pytest.raises(CheckpointError, match="holds other experts: format is planar12, not tiered"):
+        Checkpoint(packed_dir)
+    config = json.loads((packed_dir / "config.json").read_text())
+    (packed_dir / "config.json").write_text(json.dumps({**config, "moe_intermediate_size": 64}))
+    with pytest.raises(CheckpointError, match=r"not of the model that config.json describes"):
         Checkpoint(packed_dir)
 
 
-def test_a_layer_of_another_model_is_refused(packed_dir):
-    first, second = (packed_dir / f"layer-0000.{t}.fluxpack" for t in ("gate_up", "down"))
-    index = json.loads((packed_dir / INDEX).read_text())
-    first.write_bytes(second.read_bytes())
-    index["files"][first.name] = first.stat().st_size
-    (packed_dir / INDEX).write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"shape \[4, 128, 128\].*ask for tiered of \[4, 256, 128\]"):
-        list(Checkpoint(packed_dir).experts())
+@pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
+@pytest.mark.parametrize("placement", ["resident", "packed", "host", "disk", "balanced"])
+def test_same_tokens_from_files_of_any_kernels(model_dir, tmp_path, backend, placement):
+    out = tmp_path / "packed"
+    script.pack_checkpoint(model_dir, "planar12", out, backend)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.flux")}
+    expected = tokens_of(model_dir)
+    settings = dict(placement=placement, expert_format=None if placement in ("resident", "packed") else "planar12")
+    assert tokens_of(out, **settings) == expected
+    # The disk tier of these kernels is the packed checkpoint itself; for others it is made once beside it.
+    made = [path for path in out.iterdir() if path.is_dir()]
+    assert len(made) == (placement == "disk" and backend != "cpu")
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.flux")} == before
+    assert tokens_of(out, **settings) == expected
 
 
 def test_what_cannot_be_packed_is_one_sentence(model_dir, packed_dir, tmp_path):
@@ -134,13 +174,21 @@ def test_what_cannot_be_packed_is_one_sentence(model_dir, packed_dir, tmp_path):
     with pytest.raises(UsageError, match="not empty"):
         script.pack_checkpoint(model_dir, "tiered", full)
     fp32 = make_checkpoint("qwen3_moe", tmp_path / "fp32", dtype="float32", **SIZES)
-    with pytest.raises(UsageError, match="bfloat16"):
+    with pytest.raises(UsageError, match="compresses bfloat16 weights"):
         script.pack_checkpoint(fp32, "tiered", tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
 def test_command_line_error_is_one_line(tmp_path):
-    command = [sys.executable, "-m", "fluxmoe.experiments.pack_checkpoint", "--model", str(tmp_path), "--out", "x"]
+    command = [
+        sys.executable,
+        "-m",
+        "fluxmoe.experiments.commands.pack_checkpoint",
+        "--model",
+        str(tmp_path),
+        "--out",
+        "x",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error:")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 
 import pytest
-from fluxmoe.experiments import packed_overhead
-from fluxmoe.experiments.common import UsageError
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
+from fluxmoe.experiments.lib.results import UsageError
+from fluxmoe.experiments.serving import packed_overhead
 
 
 def test_every_way_of_holding_experts_is_compared_with_resident(tmp_path):

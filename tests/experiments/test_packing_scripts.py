@@ -7,9 +7,10 @@ import json
 
 import numpy as np
 import pytest
-from fluxmoe.experiments import bench_packing, fig5_exponents
-from fluxmoe.experiments.common import UsageError
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.bench import packing as bench_packing
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
+from fluxmoe.experiments.lib.results import UsageError
+from fluxmoe.experiments.paper import fig5_exponents
 
 
 @pytest.fixture(scope="module")

@@ -8,25 +8,19 @@ import json
 from dataclasses import replace
 
 import pytest
-from fluxmoe.experiments import (
-    exp1_performance_bound,
-    exp2_capacity_bound,
-    fig1_memory,
-    fig2_kv_capacity,
-    fig6_knee,
-    paper_sweep,
-    plan,
-    presets,
-    sensitivity,
-    table1_models,
-    validate_simulator,
-)
-from fluxmoe.experiments.common import UsageError
-from fluxmoe.experiments.machines import Machine
-from fluxmoe.experiments.paper_plots import plot_exp1
-from fluxmoe.experiments.paper_sweep import calibrated, equal_room, scaled, speed, sweep
-from fluxmoe.experiments.paper_systems import SYSTEMS, Calibration, Run, calibrate, serve, settings_of
-from fluxmoe.experiments.presets import PRESETS, published_source
+from fluxmoe.experiments.commands import plan
+from fluxmoe.experiments.lib import presets
+from fluxmoe.experiments.lib.machines import Machine
+from fluxmoe.experiments.lib.presets import PRESETS, published_source
+from fluxmoe.experiments.lib.results import UsageError
+from fluxmoe.experiments.paper import fig1_memory, fig2_kv_capacity, fig6_knee, table1_models, validate_simulator
+from fluxmoe.experiments.paper import fig7_performance_bound as exp1_performance_bound
+from fluxmoe.experiments.paper import fig8_capacity_bound as exp2_capacity_bound
+from fluxmoe.experiments.paper import sweep as paper_sweep
+from fluxmoe.experiments.paper.sweep import calibrated, equal_room, scaled, speed, sweep
+from fluxmoe.experiments.paper.systems import SYSTEMS, Calibration, Run, calibrate, serve, settings_of
+from fluxmoe.experiments.plots.paper import plot_exp1
+from fluxmoe.experiments.serving import sensitivity
 from fluxmoe.runtime.hardware import HardwareProfile
 
 CALIBRATION = {"launch_s": 8e-5, "host_link_shared": 34e9, "huffman_bandwidth": 260e9}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxmoe.experiments import profile_hardware
+from fluxmoe.experiments.commands import profile_hardware
 from fluxmoe.runtime.hardware import HardwareProfile
 
 

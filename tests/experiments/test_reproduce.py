@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fluxmoe.experiments import ablation, figures, reproduce
-from fluxmoe.experiments.common import Parser, UsageError
-from fluxmoe.experiments.workloads import (
+from fluxmoe.experiments.commands import figures, reproduce
+from fluxmoe.experiments.lib.results import Parser, UsageError
+from fluxmoe.experiments.lib.workloads import (
     Lengths,
     add_workload_arguments,
     drawn_lengths,
@@ -19,6 +19,7 @@ from fluxmoe.experiments.workloads import (
     sharegpt_lengths,
     workload_of,
 )
+from fluxmoe.experiments.serving import ablation
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 

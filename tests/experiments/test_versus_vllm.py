@@ -7,9 +7,10 @@ import json
 import sys
 
 import pytest
-from fluxmoe.experiments import peers, versus_vllm
-from fluxmoe.experiments.common import UsageError
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
+from fluxmoe.experiments.lib.results import UsageError
+from fluxmoe.experiments.serving import engines as peers
+from fluxmoe.experiments.serving import versus as versus_vllm
 from fluxmoe.models.config import load_config
 
 # As much of vllm's interface as the worker uses; refuses a small KV cache in its own way.

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fluxmoe.experiments.generate import parser
+from fluxmoe.experiments.commands.generate import parser
 from fluxmoe.kernels.cpu.experts import CpuExperts
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.formats import (

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fluxmoe.kernels.packing import Packed
+from fluxmoe.kernels.packing.expert_file import ExpertFileHeader
 from fluxmoe.runtime.devices import HOST, PAGE
+from fluxmoe.runtime.experts import disk as disk_module
 from fluxmoe.runtime.experts import store as store_module
+from fluxmoe.runtime.experts.disk import DiskTier, StoreError
 from fluxmoe.runtime.experts.layout import ExpertFormats, ExpertLayout
 from fluxmoe.runtime.experts.placement import Placement, Tier, place
-from fluxmoe.runtime.experts.spill import StoreError
 from fluxmoe.runtime.experts.static_store import StaticStore
 from fluxmoe.runtime.experts.store import ExpertStore
 
@@ -23,6 +28,7 @@ SIZES = {"dense": (1000, 516), "tiered": (500, 258), "planar12": (500, 258)}
 FUSED = frozenset({"planar12"})
 CPU = torch.device("cpu")
 DENSE_HOST = ExpertFormats("planar12", "dense")
+RECIPES = Packed("tiered", (0,), {}), Packed("tiered", (1,), {})
 
 
 def block_of(layer: int, expert: int, d: int, expert_format: str = "dense") -> torch.Tensor:
@@ -32,7 +38,7 @@ def block_of(layer: int, expert: int, d: int, expert_format: str = "dense") -> t
 
 
 def decode(expert_format, tensor_type, block, out, recipe) -> None:
-    assert recipe == f"recipe {tensor_type}"
+    assert recipe.shape == (tensor_type,)
     out[0::2], out[1::2] = block & 15, block >> 4
 
 
@@ -52,13 +58,22 @@ def layout_of(placement: Placement, formats: ExpertFormats = DENSE_HOST) -> Expe
     return ExpertLayout(placement, SIZES, formats, FUSED)
 
 
-def filled(placement: Placement, formats: ExpertFormats = DENSE_HOST, **settings) -> StaticStore:
+def disk_of(layout: ExpertLayout, directory: Path, folder: Path | None = None) -> DiskTier | None:
+    members = {i: experts for i in range(layout.num_layers) if (experts := layout.placement.members(i, Tier.DISK))}
+    if not members:
+        return None
+    name = layout.stored(Tier.DISK)
+    header = ExpertFileHeader("cpu", name, "bfloat16", 8, 8, layout.num_experts, layout.sizes[name], "content")
+    return DiskTier(header, members, folder, directory)
+
+
+def filled(placement: Placement, formats: ExpertFormats = DENSE_HOST, disk_dir: Path | None = None) -> StaticStore:
     layout = layout_of(placement, formats)
-    store = StaticStore(layout, HOST, decode, **settings)
+    store = StaticStore(layout, HOST, decode, disk_of(layout, disk_dir or Path(tempfile.gettempdir())))
     for layer, row in enumerate(placement.tiers):
         for expert, tier in enumerate(row):
             blocks = [block_of(layer, expert, d, layout.stored(Tier(tier))) for d in (0, 1)]
-            store.put(layer, expert, blocks, ("recipe 0", "recipe 1"))
+            store.put(layer, expert, blocks, RECIPES)
     store.seal()
     return store
 
@@ -66,6 +81,14 @@ def filled(placement: Placement, formats: ExpertFormats = DENSE_HOST, **settings
 def mixed(layers=3, experts=9) -> Placement:
     tiers = np.random.default_rng(0).integers(0, 4, size=(layers, experts)).astype(np.int8)
     return Placement("mixed", tiers)
+
+
+def met_by(formats: ExpertFormats, placement: Placement) -> Placement:
+    """Experts that come on demand from files are the cache's affair: here they lie in host memory."""
+    if formats.transfer == "whole":
+        return placement
+    tiers = np.where(placement.tiers == Tier.DISK, Tier.HOST, placement.tiers).astype(np.int8)
+    return Placement(placement.name, tiers)
 
 
 FORMATS = {
@@ -90,15 +113,16 @@ PLACEMENTS = [
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda p: p.name)
 def test_reads_back_what_was_put(placement, formats, tmp_path):
+    placement = met_by(formats, placement)
     with filled(placement, formats, disk_dir=tmp_path) as store:
         layout = store.layout
         for layer in range(3):
-            tiers = [tier for tier in (Tier.HOST, Tier.DISK) if layout.streams(tier)]
-            payload = sum(len(placement.members(layer, tier)) for tier in tiers)
             slot = []
             for d in (0, 1):
                 copied, buffer = read_all(store, layer, d)
-                assert copied == payload * layout.stride(formats.host, d)
+                size, stride = layout.sizes.get(formats.host, (0, 0))[d], layout.stride(formats.host, d)
+                copies = len(placement.members(layer, Tier.HOST)) if layout.streams(Tier.HOST) else 0
+                assert copied == copies * stride + len(placement.members(layer, Tier.DISK)) * size
                 slot.append(buffer)
             blocks = store.blocks_in_place(layer) | store.slot_blocks(store.plans[layer], tuple(slot))
             assert sorted(blocks) == list(range(placement.tiers.shape[1]))
@@ -120,16 +144,59 @@ def test_nothing_is_left_on_disk_even_without_close(tmp_path):
     store.close()
 
 
-def test_truncated_spill_file_is_named(tmp_path):
+def test_a_truncated_file_is_named(tmp_path):
     with filled(place("disk", 2, 3), disk_dir=tmp_path) as store:
-        os.ftruncate(store.spill._file, 100)
-        with pytest.raises(StoreError, match=r"down experts of layer 1 from .*fluxmoe-experts.*early"):
+        os.ftruncate(store.on_disk._files[1]._file, 100)
+        with pytest.raises(StoreError, match=rf"layer 1: reading down of expert . from {tmp_path} failed.*early"):
             read_all(store, 1, 1)
 
 
 def test_directory_that_does_not_exist(tmp_path):
+    layout = layout_of(place("disk", 1, 1))
     with pytest.raises(StoreError, match="nowhere"):
-        StaticStore(layout_of(place("disk", 1, 1)), HOST, disk_dir=tmp_path / "nowhere")
+        disk_of(layout, tmp_path / "nowhere")
+
+
+def test_a_folder_keeps_its_experts_for_the_next_store(tmp_path):
+    """What is there need not be put; files that have all are read by several, and added to by one."""
+    half, whole = place("disk", 2, 4, alpha=0.5), place("disk", 2, 4)
+    folder = tmp_path / "kept"
+    with StaticStore(layout_of(half), HOST, decode, disk_of(layout_of(half), tmp_path, folder)) as store:
+        for layer, expert in np.argwhere(half.tiers == Tier.RESIDENT).tolist():
+            assert store.wants(layer, expert)
+            store.put(layer, expert, [block_of(layer, expert, d) for d in (0, 1)], RECIPES)
+        with pytest.raises(StoreError, match="by another process"):
+            disk_of(layout_of(half), tmp_path, folder)
+        for layer, expert in np.argwhere(half.tiers == Tier.DISK).tolist():
+            store.put(layer, expert, [block_of(layer, expert, d) for d in (0, 1)], RECIPES)
+        store.seal()
+        again = StaticStore(layout_of(half), HOST, decode, disk_of(layout_of(half), tmp_path, folder))
+        assert not any(again.wants(*where) for where in np.argwhere(half.tiers == Tier.DISK))
+        again.close()
+    with StaticStore(layout_of(whole), HOST, decode, disk_of(layout_of(whole), tmp_path, folder)) as store:
+        wanted = [(i, e) for i in range(2) for e in range(4) if store.wants(i, e)]
+        assert wanted == [tuple(where) for where in np.argwhere(half.tiers == Tier.RESIDENT)]
+        for layer, expert in wanted:
+            store.put(layer, expert, [block_of(layer, expert, d) for d in (0, 1)], RECIPES)
+        store.seal()
+        _, slot = read_all(store, 1, 0)
+        for expert, block in store.slot_blocks(store.plans[1], (slot, slot)).items():
+            assert torch.equal(block.pair[0], block_of(1, expert, 0))
+    os.chmod(folder, 0o555)
+    disk_of(layout_of(half), tmp_path, folder).close()
+    layout = ExpertLayout(half, {**SIZES, "dense": (1001, 516)}, DENSE_HOST, FUSED)
+    with pytest.raises(StoreError, match=r"holds other experts: sizes is \(1000, 516\), not \(1001, 516\)"):
+        disk_of(layout, tmp_path, folder)
+
+
+def test_folders_in_memory_or_too_small_are_refused(tmp_path, monkeypatch):
+    layout = layout_of(place("disk", 1, 2))
+    monkeypatch.setattr(disk_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
+    with pytest.raises(StoreError, match=r"16 KiB of experts do not fit .* where 9 B are free.*--disk-dir"):
+        disk_of(layout, tmp_path)
+    monkeypatch.setattr(disk_module, "lies_in_memory", lambda path: True)
+    with pytest.raises(StoreError, match="lies in memory, not on a disk"):
+        disk_of(layout, tmp_path)
 
 
 def test_missing_and_doubled_experts():
@@ -141,16 +208,15 @@ def test_missing_and_doubled_experts():
         store.seal()
 
 
-@pytest.mark.parametrize("policy", ["host", "disk"])
 @pytest.mark.usefixtures("small_chunks")
-def test_a_cancelled_load_stops_at_the_next_chunk(policy, tmp_path):
+def test_a_cancelled_load_stops_at_the_next_chunk():
     asked = []
 
     def cancelled():
         asked.append(True)
         return len(asked) > 2
 
-    with filled(place(policy, 1, 20), disk_dir=tmp_path) as store:
+    with filled(place("host", 1, 20)) as store:
         copied, slot = read_all(store, 0, 0, cancelled=cancelled)
         assert copied == 2 * PAGE
         assert (slot[copied:] == 0xFF).all()
@@ -160,26 +226,38 @@ def test_a_cancelled_load_stops_at_the_next_chunk(policy, tmp_path):
             assert torch.equal(block.pair[0], block_of(0, expert, 0))
 
 
-@pytest.mark.usefixtures("small_chunks")
+def test_a_cancelled_load_reads_no_more_experts_from_disk(tmp_path):
+    asked = []
+
+    def cancelled():
+        asked.append(True)
+        return len(asked) > 5
+
+    with filled(place("disk", 1, 20), disk_dir=tmp_path) as store:
+        copied, _ = read_all(store, 0, 0, cancelled=cancelled)
+        assert copied == 5 * SIZES["dense"][0]
+
+
 def test_a_file_system_that_refuses_direct_reads_is_read_buffered(tmp_path, monkeypatch):
     real = os.preadv
 
     with filled(place("disk", 1, 20), disk_dir=tmp_path) as store:
-        if not store.spill.direct_io:
+        file = store.on_disk._files[0]
+        if not file.direct_io:
             pytest.skip("the temporary directory has no direct reads to refuse")
 
         def preadv(handle, buffers, offset):
-            if handle == store.spill._direct:
+            if handle == file._direct:
                 raise OSError(errno.EINVAL, "Invalid argument")
             return real(handle, buffers, offset)
 
         monkeypatch.setattr(os, "preadv", preadv)
         _, slot = read_all(store, 0, 0)
-        assert not store.spill.direct_io
+        assert not file.direct_io
         assert torch.equal(store.slot_blocks(store.plans[0], (slot, slot))[19].pair[0], block_of(0, 19, 0))
 
 
-@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
+@pytest.mark.parametrize("call", ["ftruncate", "pwrite", "fdatasync"])
 def test_a_full_disk_is_one_error_and_leaves_nothing(call, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -188,12 +266,6 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(call, tmp_path, monkeypatch
     with pytest.raises(StoreError, match="No space left"):
         filled(place("disk", 1, 2), disk_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_spill_file_goes_to_the_temporary_directory_by_default(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with filled(place("disk", 1, 2)) as store:
-        assert store.spill.name.startswith(str(tmp_path))
 
 
 def test_host_memory_that_cannot_be_had_is_one_sentence():

@@ -13,14 +13,14 @@ import pytest
 import torch
 from fluxmoe.runtime.experts import store as store_module
 from fluxmoe.runtime.experts.config import PagingConfig
-from fluxmoe.runtime.experts.footprint import Footprint, slots_used
+from fluxmoe.runtime.experts.disk import StoreError
+from fluxmoe.runtime.experts.footprint import Footprint, slot_schedule
 from fluxmoe.runtime.experts.placement import Placement, Tier, place
-from fluxmoe.runtime.experts.spill import StoreError
 from fluxmoe.runtime.experts.streamer_cpu import ThreadStreamer
 from fluxmoe.runtime.experts.streamer_cuda import CudaStreamer
 from fluxmoe.runtime.timeline import Timeline
 
-from .test_store import CPU, FORMATS, block_of, filled, layout_of, mixed
+from .test_store import CPU, FORMATS, block_of, filled, layout_of, met_by, mixed
 
 KERNELS = SimpleNamespace(device=CPU, workspace_bytes=0)
 PLACEMENTS = [
@@ -47,6 +47,7 @@ def check_layer(page, layer: int) -> None:
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda p: p.name)
 def test_reader_sees_every_layer(placement, formats, slots):
+    placement = met_by(formats, placement)
     rng = random.Random(0)
     delay = lambda layer, d: rng.choice([0, 0, 0.001])  # noqa: E731
     with filled(placement, formats) as store:
@@ -108,7 +109,8 @@ def test_error_in_the_copy_thread_reaches_the_reader():
         streamer = ThreadStreamer(store, 2)
         with streamer.layer(0) as page:
             check_layer(page, 0)
-        os.ftruncate(store.spill._file, 10)
+        for file in store.on_disk._files.values():
+            os.ftruncate(file._file, 10)
 
         def visit_the_rest():
             for _ in range(2):
@@ -235,7 +237,7 @@ def test_all_resident_starts_no_thread():
 
 def test_one_slot_is_refused():
     with pytest.raises(StoreError, match="at least 2"):
-        slots_used(layout_of(place("host", 4, 2)), 1)
+        slot_schedule(layout_of(place("host", 4, 2)), 1, moves=False)
 
 
 def test_tables_are_made_once():

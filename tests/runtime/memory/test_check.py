@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fluxmoe.experiments import generate
-from fluxmoe.experiments.common import cli_main
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.commands import generate
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
+from fluxmoe.experiments.lib.results import cli_main
 from fluxmoe.runtime.devices import HOST, CpuDevice, CudaDevice, device_of
-from fluxmoe.runtime.experts import footprint
 from fluxmoe.runtime.experts.pager import ExpertPager
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.memory import machine
@@ -61,7 +60,6 @@ def lines_of(model_dir, **settings):
         (CPU, 9 * GIB, {}, "takes 9 GiB, and only 8 GiB of memory are free; lower the budget"),
         (CPU, 5 * GIB, {"host_experts": 4 * GIB}, r"takes 5 GiB and 4 GiB beside it \(host_experts 4 GiB\), and only"),
         (CPU, 5 * GIB, {"swapped_kv": 4 * GIB}, "--preemption recompute needs no swap space"),
-        (CPU, 5 * GIB, {"spill": 4 * GIB}, "on a disk"),
         (CUDA, 81 * GIB, {}, "takes 81 GiB, and only 80 GiB of the GPU's memory are free"),
         (CUDA, GIB, {"host_experts": 9 * GIB}, r"host memory takes 9 GiB \(host_experts 9 GiB\), and only 8 GiB"),
         (CUDA, 80 * GIB, {"host_experts": 8 * GIB}, None),
@@ -116,13 +114,11 @@ def test_a_budget_beyond_the_machine_is_refused(model_dir, free):
         (dict(placement="host"), "host_experts"),
         (dict(placement="packed", adaptive=True, planning=False), "host_experts"),
         (dict(preemption="swap"), "swapped_kv"),
-        (dict(placement="disk"), "spill"),
     ],
 )
 def test_host_and_device_together_are_refused_before_anything_is_loaded(model_dir, free, monkeypatch, settings, line):
-    monkeypatch.setattr(footprint, "lies_in_memory", lambda directory: True)
     with Engine(model_dir, EngineConfig(**COMMON, **settings)) as engine:
-        device, host = engine._most_bytes, engine.host_budget.lines()
+        device, host = engine.budget.used, engine.host_budget.lines()
         budget = engine.budget.used
     assert host[line] > 0
     if "adaptive" not in settings:
@@ -130,7 +126,7 @@ def test_host_and_device_together_are_refused_before_anything_is_loaded(model_di
         free(device + sum(host.values()))
         Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=budget)).close()
     with Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=device)) as engine:
-        needed = engine._most_bytes + sum(engine.host_budget.lines().values())
+        needed = engine.budget.used + sum(engine.host_budget.lines().values())
     free(needed - 1)
     monkeypatch.setattr(ExpertPager, "open", lambda *arguments: pytest.fail("experts are stored"))
     monkeypatch.setattr(Engine, "_load", lambda *arguments: pytest.fail("a checkpoint is loaded"))
@@ -154,7 +150,7 @@ def test_all_leaves_room_for_what_the_host_holds(model_dir, free, settings):
     given = int(share / 0.8) + 1
     free(given)
     with Engine(model_dir, EngineConfig(**COMMON, **settings)) as engine:
-        together = engine._most_bytes + engine.host_budget.used
+        together = engine.budget.used + engine.host_budget.used
         assert together <= 0.8 * given
         assert engine.kv.nbytes < roomy["kv_cache"]
         if "adaptive" not in settings:  # whose memory comes in larger parts
@@ -168,18 +164,15 @@ def test_all_where_the_host_alone_is_too_much(model_dir, free):
         Engine(model_dir, EngineConfig(**COMMON, placement="host"))
 
 
-def test_the_host_ledger_is_what_is_held(model_dir, monkeypatch, tmp_path):
-    monkeypatch.setattr(footprint, "lies_in_memory", lambda directory: directory == tmp_path)
+def test_the_host_ledger_is_what_is_held(model_dir):
     for settings in (
         dict(placement="offload", alpha=0.5, preemption="swap"),
         dict(placement="packed", adaptive=True, planning=False),
-        dict(placement="disk", disk_dir=tmp_path),
     ):
         with Engine(model_dir, EngineConfig(**COMMON, **settings)) as engine:
             lines = engine.host_budget.lines()
             assert lines.get("host_experts", 0) == engine.pager.store.tier_bytes(Tier.HOST)
             assert lines.get("swapped_kv", 0) == engine.kv.host_nbytes
-            assert lines.get("spill", 0) == engine.pager.store.disk_bytes
 
 
 def test_workspace_is_not_charged_twice(model_dir, monkeypatch):

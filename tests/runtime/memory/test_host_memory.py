@@ -8,14 +8,14 @@ import pytest
 import torch
 from fluxmoe.runtime.devices import PAGE
 from fluxmoe.runtime.experts import store
+from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.placement import Tier, place
-from fluxmoe.runtime.experts.spill import StoreError
 from fluxmoe.runtime.memory.host_memory import HostMemory, HostMemoryError
 from fluxmoe.runtime.serving import kv_cache
-from fluxmoe.runtime.serving.kv_cache import PagedKVCache
+from fluxmoe.runtime.serving.kv_cache import KVLayout
 
-from ..experts.test_store import CPU, block_of, filled
-from ..serving.test_kv_cache import PlainLayout
+from ..experts.test_store import block_of, filled
+from ..serving.test_kv_cache import PlainLayout, cache_of
 from ..serving.test_residency import moving_store as filled_moving
 
 
@@ -145,12 +145,13 @@ def test_experts_that_move_have_locked_copies(fake):
 
 
 def test_the_swap_pool_is_locked(fake):
-    cache = PagedKVCache(PlainLayout(), 3, 6, 4, 2, 8, torch.bfloat16, CPU, host_blocks=4)
+    cache = cache_of(KVLayout.of(PlainLayout(), 3, 4, 2, 8, torch.bfloat16), host_blocks=4)
     assert sum(fake.registered.values()) - cache.host_nbytes < 2 * PAGE
-    cache.k[:, 1] = 3
+    k, _ = cache.layer(1)
+    k[1] = 3
     cache.swap_out([(1, 2)])
     cache.swap_in([(2, 5)])
-    assert (cache.k[:, 5] == 3).all()
+    assert (k[5] == 3).all()
     cache.close()
     cache.close()
     assert fake.registered == {}

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fluxmoe.runtime.devices import HOST, device_of
-from fluxmoe.runtime.memory.region import BLOCK_BYTES, GrowableRegion, MemfdPool, RegionError
+from fluxmoe.runtime.memory.region import BLOCK_BYTES, MemfdPool, RegionError
 from fluxmoe.runtime.memory.region_cuda import VmmPool
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -205,21 +205,6 @@ def test_any_order_of_maps_and_unmaps(kind, steps):
         region.close()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_growing_is_all_or_nothing(kind):
-    with pool_of(kind, 6) as pool:
-        region = GrowableRegion(pool.reserve(9 * pool.block_bytes))
-        region.resize(3 * pool.block_bytes - 5)
-        assert region.nbytes == 3 * pool.block_bytes
-        with pytest.raises(RegionError):
-            region.resize(8 * pool.block_bytes)
-        assert region.nbytes == region.region.mapped_bytes == 3 * pool.block_bytes
-        region.resize(pool.block_bytes)
-        assert pool.free_blocks == 5
-        region.resize(0)
-        region.region.close()
-
-
 def test_refused_by_the_driver_nothing_changes():
     with pool_of("vmm") as pool:
         region = pool.reserve(2 * pool.block_bytes)
@@ -254,19 +239,20 @@ def test_tensors_over_addresses_where_nothing_is_mapped(monkeypatch):
 def test_nothing_is_unmapped_or_freed_under_a_kernel():
     with pool_of("vmm") as pool:
         driver = pool.driver
-        region = GrowableRegion(pool.reserve(4 * pool.block_bytes))
-        region.resize(4 * pool.block_bytes)
+        region = pool.reserve(4 * pool.block_bytes)
+        for page in range(4):
+            region.map(page)
         driver.launch()
-        region.resize(3 * pool.block_bytes)
+        region.unmap(3)
         driver.launch()
-        region.region.unmap(2)
+        region.unmap(2)
         driver.launch()
         with pytest.raises(AssertionError, match="unmapped under a kernel"):
-            region.region.unmap(1, idle=True)  # it was not
+            region.unmap(1, idle=True)  # it was not
         driver.launch()
         empty = pool.reserve(pool.block_bytes)
         empty.close()
-        region.region.close()
+        region.close()
         assert not driver.handles | driver.ranges.keys()
 
 
@@ -278,7 +264,7 @@ def test_content_follows_the_block(kind):
     with pool_of(kind) as pool:
         region = pool.reserve(4 * pool.block_bytes)
         size = pool.block_bytes
-        region.map_range([0, 1])
+        region.map(0), region.map(1)
         first = region.tensor(0, (size // 4,), torch.int32)
         first.copy_(torch.arange(size // 4))
         block = region.unmap(0, keep=True)
@@ -295,7 +281,7 @@ def test_content_follows_the_block(kind):
 def test_strided_views_share_the_memory(kind):
     with pool_of(kind) as pool:
         region = pool.reserve(2 * pool.block_bytes)
-        region.map_range([0, 1])
+        region.map(0), region.map(1)
         per_page = pool.block_bytes // 2
         view = region.tensor(0, (2, 3, 5), torch.bfloat16, (per_page, 5, 1))
         view.copy_(torch.arange(30).view(2, 3, 5))
@@ -311,17 +297,19 @@ def resident_kib() -> int:
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc to see resident memory")
 def test_freed_memory_returns_to_the_system():
     with MemfdPool(64 * MIB) as pool:
-        region = GrowableRegion(pool.reserve(64 * MIB))
-        before = resident_kib()
-        region.resize(64 * MIB)
-        region.region.tensor(0, (64 * MIB,), torch.uint8).fill_(7)
+        region = pool.reserve(64 * MIB)
+        before, kept = resident_kib(), pool.pages(16 * MIB)
+        for page in range(region.num_pages):
+            region.map(page)
+        region.tensor(0, (64 * MIB,), torch.uint8).fill_(7)
         full, held = resident_kib(), os.fstat(pool.file).st_blocks
-        region.resize(16 * MIB)
+        for page in range(kept, region.num_pages):
+            region.unmap(page)
         assert full - before > 60 * 1024
         assert full - resident_kib() > 44 * 1024
         assert os.fstat(pool.file).st_blocks * 512 == 16 * MIB < held * 512
-        assert int(region.region.tensor(0, (16 * MIB,), torch.uint8).min()) == 7
-        region.region.close()
+        assert int(region.tensor(0, (16 * MIB,), torch.uint8).min()) == 7
+        region.close()
 
 
 def test_a_touched_unmapped_page_is_no_silent_read(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.runtime.devices import DeviceError
 from fluxmoe.runtime.experts.pager import ExpertPager
 from fluxmoe.runtime.memory.budget import BudgetError
@@ -223,6 +223,7 @@ FORMAT_CASES = {
     "on demand": dict(placement="host", expert_format="planar12", transfer="on_demand"),
     "on demand, dense": dict(placement="balanced", alpha=0.4, transfer="on_demand"),
     "disk": dict(placement="disk", expert_format="planar12"),
+    "disk, whole": dict(placement="disk", alpha=0.4, expert_format="planar12", transfer="whole"),
     "disk, not fused": dict(placement="disk", alpha=0.4, expert_format="huffman"),
 }
 
@@ -246,7 +247,7 @@ def test_compressed_experts_give_the_same_tokens_from_fewer_bytes(wide_model_dir
     assert engine.held_bytes() == engine.budget.lines()
     plain = {key: settings[key] for key in ("placement", "alpha") if key in settings}
     plain["placement"] = {"packed": "resident", "hybrid": "offload"}.get(plain["placement"], plain["placement"])
-    _, dense_steps, dense = serve(model_dir, work, **plain)
+    _, dense_steps, dense = serve(model_dir, work, transfer="whole", **plain)
     moved = sum(s.streamed_bytes for s in steps)
     if settings.get("host_format") == "dense":
         assert moved > 0
@@ -326,7 +327,7 @@ def test_formats_that_cannot_be_meant(settings, match):
 
 def test_kernels_that_cannot_read_a_format_do_not_read_it_on_demand(wide_model_dir):
     settings = dict(device="cpu", placement="host", expert_format="huffman", transfer="on_demand", max_context=64)
-    with pytest.raises(ValueError, match="cannot read format huffman in host memory"):
+    with pytest.raises(ValueError, match="cannot read format huffman as it is"):
         Engine(wide_model_dir, EngineConfig(**settings))
 
 
@@ -345,7 +346,7 @@ def held_by_process() -> tuple:
     [
         ("_load", dict(placement="disk")),
         ("_load", dict(placement="packed", adaptive=True)),
-        ("_make_scheduler", dict(placement="disk")),
+        ("Scheduler", dict(placement="disk")),
         ("seal", dict(placement="packed", adaptive=True)),
         ("Counters", dict(placement="disk")),
         ("Residency", dict(placement="packed", adaptive=True)),
@@ -364,7 +365,7 @@ def test_a_refused_start_leaves_nothing_open(wide_model_dir, monkeypatch, part, 
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc to see open files")
-def test_a_budget_that_maps_no_kv_leaves_nothing_open(wide_model_dir):
+def test_a_budget_without_a_slab_for_kv_leaves_nothing_open(wide_model_dir):
     settings = dict(device="cpu", max_context=64, placement="packed", adaptive=True)
     with Engine(wide_model_dir, EngineConfig(**settings)) as engine:
         lines = engine.budget.lines()

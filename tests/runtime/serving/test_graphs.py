@@ -14,13 +14,11 @@ from fluxmoe.kernels.formats import FORMATS
 from fluxmoe.kernels.ops import AttentionMetadata
 from fluxmoe.runtime.experts.placement import Tier, place
 from fluxmoe.runtime.experts.streamer_cuda import CudaStreamer
-from fluxmoe.runtime.memory.region import MemfdPool
 from fluxmoe.runtime.serving.batch import Batch
 from fluxmoe.runtime.serving.graphs import DecodeGraphs, StepBuffers, batch_sizes, capture_cuda
 
 from ..experts.test_store import block_of, filled
 from ..experts.test_streamer import Logged, Recorder, arenas_of, check_order
-from ..memory.test_region import pool_of
 from .test_residency import EXPERTS, LAYERS, check_pass, moving_store
 
 CPU = torch.device("cpu")
@@ -325,7 +323,7 @@ def test_a_pass_that_raises_inside_a_capture_is_joined_so_that_it_can_end():
 
 
 def moving_streamer(cuda, placement="packed"):
-    store = moving_store(place(placement, LAYERS, EXPERTS), pool=MemfdPool(8 << 20))
+    store = moving_store(place(placement, LAYERS, EXPERTS))
     return store, CudaStreamer(store, 2, cuda=cuda)
 
 
@@ -351,9 +349,9 @@ def test_experts_that_move_change_their_tables_in_place_and_graphs_only_with_wha
     memory = [(t.addresses.data_ptr(), t.formats.data_ptr()) for t in tables.values()]
 
     def becomes(where, tier):
-        unit = store.heaps[tier].reserve()
-        store.fetch(where, tier, unit, lambda to, block: to.copy_(block))
-        store.land([(where, tier, unit)])
+        slabs = store.reserve(tier)
+        store.fetch(where, tier, slabs, lambda to, block: to.copy_(block))
+        store.land(where, tier, slabs)
 
     def prepared():
         check_pass(streamer)
@@ -387,9 +385,9 @@ def test_a_load_under_way_when_an_expert_leaves_counts_as_changed_at_once():
     store, streamer = moving_streamer(Recorder(), "host")
     check_pass(streamer)
     known = streamer.prepare()
-    unit = store.heaps[Tier.PACKED].reserve()
-    store.fetch((0, 0), Tier.PACKED, unit, lambda to, block: to.copy_(block))
-    store.land([((0, 0), Tier.PACKED, unit)])
+    slabs = store.reserve(Tier.PACKED)
+    store.fetch((0, 0), Tier.PACKED, slabs, lambda to, block: to.copy_(block))
+    store.land((0, 0), Tier.PACKED, slabs)
     assert streamer.prepare() > known
     store.close()
 
@@ -454,15 +452,13 @@ class Launched(NamedTuple):
 
 
 @pytest.mark.parametrize("slots", [2, 3])
-@pytest.mark.parametrize("pool", ["memfd", "vmm"])
-def test_graphs_read_the_right_experts_whatever_moves_between_steps(slots, pool):
+def test_graphs_read_the_right_experts_whatever_moves_between_steps(slots):
     """Kernels read addresses and formats when they run, as on a GPU, and keep what the host chose at their capture.
 
     On 5 layers, which neither number of slots divides. Graphs outlive moves that change addresses alone.
     """
     rng = random.Random(slots)
-    blocks = MemfdPool(8 << 20) if pool == "memfd" else pool_of("vmm")
-    store = moving_store(place("packed", LAYERS, EXPERTS), pool=blocks)
+    store = moving_store(place("packed", LAYERS, EXPERTS))
     streamer = Deferred(store, slots, cuda=Recorder())
     names, passes = {each.number: name for name, each in FORMATS.items()}, []
 
@@ -505,9 +501,9 @@ def test_graphs_read_the_right_experts_whatever_moves_between_steps(slots, pool)
             if target is Tier.HOST:
                 store.leave(where)
             else:
-                unit = store.heaps[target].reserve()
-                store.fetch(where, target, unit, lambda to, block: to.copy_(block))
-                store.land([(where, target, unit)])
+                slabs = store.reserve(target)
+                store.fetch(where, target, slabs, lambda to, block: to.copy_(block))
+                store.land(where, target, slabs)
     assert len(passes) == 80 * LAYERS * 2
     assert 15 < graphs.replays < 78
     store.close()

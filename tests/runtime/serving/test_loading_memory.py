@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 
 SHARD = 8 << 20
 SCRIPT = """

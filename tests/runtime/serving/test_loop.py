@@ -6,9 +6,9 @@ import gc
 
 import numpy as np
 import pytest
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.runtime import Engine, EngineConfig, Request, SamplingParams
-from fluxmoe.runtime.experts.spill import StoreError
+from fluxmoe.runtime.experts.disk import StoreError
 
 COMMON = dict(device="cpu", max_batch=6, max_batched_tokens=48, max_context=160)
 
@@ -129,9 +129,11 @@ def test_an_exception_in_a_step_leaves_an_engine_that_goes_on(engine, expected, 
     assert [handle.output.token_ids for handle in handles] == expected
 
 
-def test_an_engine_goes_on_when_a_disk_that_failed_comes_back(model_dir, expected):
-    with Engine(model_dir, EngineConfig(**COMMON, placement="disk")) as engine:
-        read, calls, broken = engine.pager.store.read_into, [], [True]
+@pytest.mark.parametrize("transfer", ["whole", "on_demand"])
+def test_an_engine_goes_on_when_a_disk_that_failed_comes_back(model_dir, expected, transfer):
+    with Engine(model_dir, EngineConfig(**COMMON, placement="disk", transfer=transfer)) as engine:
+        disk = engine.pager.store.on_disk
+        read, calls, broken = disk._read, [], [True]
 
         def failing(*arguments, **keywords):
             calls.append(1)
@@ -139,7 +141,7 @@ def test_an_engine_goes_on_when_a_disk_that_failed_comes_back(model_dir, expecte
                 raise StoreError("the disk is gone")
             return read(*arguments, **keywords)
 
-        engine.pager.store.read_into = failing
+        disk._read = failing
         for _ in range(2):
             with pytest.raises(StoreError, match="the disk is gone"):
                 engine.generate(requests())

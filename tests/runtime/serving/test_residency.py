@@ -9,37 +9,42 @@ import time
 import numpy as np
 import pytest
 import torch
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.kernels.formats import FORMATS
 from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.experts.courier import StreamCourier
+from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.layout import ExpertFormats, ExpertLayout
 from fluxmoe.runtime.experts.moving_store import MovingStore
 from fluxmoe.runtime.experts.placement import Tier, place
 from fluxmoe.runtime.experts.planner import Move, Plan
-from fluxmoe.runtime.experts.spill import StoreError
 from fluxmoe.runtime.experts.streamer_cpu import ThreadStreamer
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.memory.budget import BudgetError
-from fluxmoe.runtime.memory.region import MemfdPool, RegionError
+from fluxmoe.runtime.memory.slabs import SlabError, SlabPool
 from fluxmoe.runtime.serving.engine import Engine, EngineConfig
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 from fluxmoe.runtime.serving.residency import ComputeProfile
 
-from ..experts.test_store import FUSED, SIZES, block_of, decode
+from ..experts.test_store import FUSED, RECIPES, SIZES, block_of, decode
 from ..experts.test_streamer import Recorder
 
 LAYERS, EXPERTS = 5, 6
 PACKED = ExpertFormats("planar12", "planar12")
 
 
-def moving_store(placement, most_streamed=EXPERTS, pool=None, formats=PACKED) -> MovingStore:
+def slabs_for(layout: ExpertLayout) -> SlabPool:
+    """Twice the slabs of all experts, dense: nobody waits for room."""
+    return HOST.make_slabs(4 * layout.placement.tiers.size, layout.slab_bytes, poison=True)
+
+
+def moving_store(placement, most_streamed=EXPERTS, formats=PACKED) -> MovingStore:
     layout = ExpertLayout(placement, SIZES, formats, FUSED)
-    store = MovingStore(layout, HOST, pool or MemfdPool(8 << 20), most_streamed, decode)
+    store = MovingStore(layout, HOST, slabs_for(layout), most_streamed, decode)
     for layer in range(len(placement.tiers)):
         for expert in range(placement.tiers.shape[1]):
             blocks = [block_of(layer, expert, d, store.stored(layer, expert)) for d in (0, 1)]
-            store.put(layer, expert, blocks, ("recipe 0", "recipe 1"))
+            store.put(layer, expert, blocks, RECIPES)
     store.seal()
     return store
 
@@ -72,16 +77,16 @@ def test_kernels_find_every_expert_after_any_moves(slots, formats):
         for _ in range(rng.randrange(5)):
             where = rng.randrange(LAYERS), rng.randrange(EXPERTS)
             source = Tier(store.layout.placement.tiers[where])
-            target = rng.choice([tier for tier in (Tier.HOST, *store.device_tiers) if tier != source])
+            target = rng.choice([tier for tier in (Tier.HOST, *store.layout.moving_tiers) if tier != source])
             if target is Tier.HOST:
                 store.leave(where)
             elif target is Tier.PACKED or source is Tier.PACKED or formats is not PACKED:
-                unit = store.heaps[target].reserve()
+                slabs = store.reserve(target)
                 if rng.random() < 0.3:
-                    store.land([], [(target, unit)])
+                    store.give(slabs)
                     continue
-                store.fetch(where, target, unit, lambda to, block: to.copy_(block))
-                store.land([(where, target, unit)])
+                store.fetch(where, target, slabs, lambda to, block: to.copy_(block))
+                store.land(where, target, slabs)
             seen.add((source, target))
         store.check_integrity()
     assert len(seen) == (6 if formats is PACKED else 2)
@@ -98,7 +103,7 @@ def test_stores_that_cannot_move_are_refused():
         moving_store(place("host", 2, 4), most_streamed=3)
     layout = ExpertLayout(place("packed", 2, 3), SIZES, ExpertFormats("tiered", "tiered"), FUSED)
     with pytest.raises(StoreError, match="one format that the GEMM reads"):
-        MovingStore(layout, HOST, MemfdPool(1 << 20), 3)
+        MovingStore(layout, HOST, slabs_for(layout), 3)
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +132,9 @@ COMMON = dict(device="cpu", max_batch=8, max_batched_tokens=48, max_context=192,
 def tight_budget(model_dir, extra=0, **settings) -> int:
     """Room for the experts on the device and KV of about two requests."""
     with Engine(model_dir, EngineConfig(**COMMON, adaptive=True, planning=False, **settings)) as engine:
-        lines, quantum = engine.budget.lines(), engine.kv.quantum_bytes
-        per_block = quantum // engine.kv.quantum
-    blocks = max(engine.kv.quantum, 10)
-    return sum(v for k, v in lines.items() if k != "kv_cache") + blocks * per_block + (1 << 16) + extra
+        lines, slab, blocks = engine.budget.lines(), engine.pool.slab_bytes, engine.kv.blocks_per_slab
+    fixed = sum(v for k, v in lines.items() if k not in ("kv_cache", "free_slabs"))
+    return fixed + -(-10 // blocks) * slab + extra
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +150,7 @@ def serve(engine, each_step=lambda engine, step: None) -> tuple[list, list]:
         assert engine.held_bytes() == engine.budget.lines()
         assert sum(engine.held_bytes().values()) <= engine.budget.total
         assert engine.kv.num_blocks == engine.scheduler.num_blocks
+        engine.pool.check_integrity()
         engine.scheduler.check_integrity()
         each_step(engine, step)
     return [handle.output.token_ids for handle in handles], steps
@@ -220,6 +225,7 @@ def test_thousands_of_random_moves_under_load_with_failures(model_dir, expected)
             store.set_transfer(rng.choice(["whole", "on_demand"]))
         engine.pager.request(moves)
         store.check_integrity()
+        sizes.append(engine.kv.num_blocks)
 
     def flaky(target, source):
         time.sleep(rng.choice([0, 0, 0.002]))
@@ -228,6 +234,7 @@ def test_thousands_of_random_moves_under_load_with_failures(model_dir, expected)
         target.copy_(source)
 
     requested = done = 0
+    sizes: list[int] = []
     for seed in range(3):
         shape = dict(placement="packed", least_alpha=0.0, slots=2 + seed % 2)
         config = EngineConfig(
@@ -244,6 +251,8 @@ def test_thousands_of_random_moves_under_load_with_failures(model_dir, expected)
             assert any("injected" in reason for reason in engine.pager.mover.refused)
             assert {"to HOST", "to PACKED", "to RESIDENT"} <= engine.pager.mover.applied.keys()
     assert requested > done > 200
+    changes = np.diff(sizes)
+    assert min((changes > 0).sum(), (changes < 0).sum()) > 20
 
 
 def test_the_planner_gives_memory_to_kv_and_takes_it_back(model_dir, expected):
@@ -350,23 +359,40 @@ def test_moves_that_cannot_be_made_leave_the_state(model_dir):
         # Memory that the pool refuses: an expert that left stays away.
         serve(engine)
         assert not mover.busy
-        engine.pool.alloc = lambda: (_ for _ in ()).throw(RegionError("no memory today"))
+        engine.pager.store.reserve = lambda tier: (_ for _ in ()).throw(SlabError("no memory today"))
         mover.request([Move(1, 0, Tier.HOST, Tier.PACKED)])
         residency.between_iterations()
         assert "stays in host memory: no memory today" in mover.refused[-1]
         engine.pager.store.check_integrity()
 
 
+def test_kv_keeps_room_for_a_request_that_has_yet_to_come(model_dir):
+    """While nobody asks for anything, experts come, and leave KV enough for one request of full context."""
+    budget = tight_budget(model_dir, placement="host", expert_format="planar12", extra=1 << 20)
+    config = EngineConfig(
+        **COMMON, placement="host", expert_format="planar12", budget_bytes=budget, adaptive=True, planning=False
+    )
+    with Engine(model_dir, config) as engine:
+        mover, before = engine.pager.mover, engine.kv.num_blocks
+        mover.request([Move(layer, e, Tier.HOST, Tier.PACKED) for layer in range(LAYERS) for e in range(EXPERTS)])
+        while mover.busy:
+            engine.residency.between_iterations()
+        assert engine.kv.num_blocks < before
+        assert "no more slabs than one request may need" in mover.refused[-1]
+        long = Request((1,), SamplingParams(max_new_tokens=COMMON["max_context"] - 1, ignore_eos=True))
+        assert len(engine.generate([long])[0].token_ids) == COMMON["max_context"] - 1
+
+
 def test_a_budget_without_room_for_kv_is_one_sentence(model_dir):
     with Engine(model_dir, EngineConfig(**COMMON, placement="packed", adaptive=True)) as engine:
         lines = engine.budget.lines()
-    least = sum(v for k, v in lines.items() if k != "kv_cache")
+    least = sum(v for k, v in lines.items() if k not in ("kv_cache", "free_slabs"))
     with pytest.raises(BudgetError, match=r"for KV|too small"):
         Engine(model_dir, EngineConfig(**COMMON, placement="packed", adaptive=True, budget_bytes=least + 1000))
 
 
 def test_closing_gives_up_experts_that_are_on_their_way(model_dir):
-    """Memory is unmapped once the copy under way is done, which nobody cuts off; those behind it never begin."""
+    """Closed once the copy under way is done, which nobody cuts off; those behind it never begin."""
     config = EngineConfig(**COMMON, placement="host", expert_format="planar12", adaptive=True, planning=False)
     entered, release, copied, closed = threading.Event(), threading.Event(), [], threading.Event()
 

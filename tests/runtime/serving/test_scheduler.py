@@ -8,6 +8,7 @@ import itertools
 from dataclasses import dataclass
 
 import pytest
+from fluxmoe.runtime.serving.kv_cache import BlockAllocator
 from fluxmoe.runtime.serving.request import Request, SamplingParams, Sequence, SequenceState
 from fluxmoe.runtime.serving.scheduler import Scheduler
 from hypothesis import given, settings
@@ -172,8 +173,9 @@ def test_tokens_do_not_depend_on_limits(
     largest = max(len(r.prompt_ids) + r.params.max_new_tokens for r in requests)
     num_blocks = max(1, (largest - 1) // block_size + spare_blocks)
     scheduler = Scheduler(
-        num_blocks, block_size, max_batch, max_batched_tokens, preemption, 18, host_blocks, (EOS,), watermark
-    )
+        BlockAllocator(num_blocks), block_size, max_batch, max_batched_tokens, preemption, 18, host_blocks, (EOS,),
+        watermark,
+    )  # fmt: skip
     outputs, _ = drive(scheduler, requests, host_blocks, arrivals)
     assert outputs.keys() == {r.request_id for r in requests}
     for r in requests:
@@ -195,7 +197,7 @@ def crowd(count=6, prompt=7, new=9):
 def test_preemption_happens_and_changes_no_token(preemption, host_blocks):
     requests = crowd()
     # 4 sequences are admitted at 2 blocks each; each ends at 4 blocks.
-    scheduler = Scheduler(8, 4, 6, 64, preemption, 100, host_blocks)
+    scheduler = Scheduler(BlockAllocator(8), 4, 6, 64, preemption, 100, host_blocks)
     outputs, steps = drive(scheduler, requests, host_blocks)
     assert {i: o.token_ids for i, o in outputs.items()} == {r.request_id: reference(r)[0] for r in requests}
     preempted = sum(s.num_preempted for s in steps)
@@ -216,7 +218,7 @@ def test_preemption_happens_and_changes_no_token(preemption, host_blocks):
 
 
 def test_blocks_freed_by_swap_out_are_used_in_the_same_step():
-    scheduler = Scheduler(4, 2, 2, 64, "swap", 100, 4)
+    scheduler = Scheduler(BlockAllocator(4), 2, 2, 64, "swap", 100, 4)
     a, b = request("a", [1, 2, 3], 6, ignore_eos=True), request("b", [4, 5, 6], 6, ignore_eos=True)
     outputs, steps = drive(scheduler, [a, b], host_blocks=4)
     assert [len(s.swap_out) for s in steps if s.swap_out] == [2]
@@ -225,7 +227,7 @@ def test_blocks_freed_by_swap_out_are_used_in_the_same_step():
 
 
 def test_swap_keeps_a_block_that_is_filled_in_part():
-    scheduler = Scheduler(5, 4, 2, 64, "swap", 100, 4)
+    scheduler = Scheduler(BlockAllocator(5), 4, 2, 64, "swap", 100, 4)
     a, b = request("a", [1] * 8, 8, ignore_eos=True), request("b", [2] * 5, 8, ignore_eos=True)
     outputs, steps = drive(scheduler, [a, b], host_blocks=4)
     # "b" has 6 … 8 tokens in two blocks when "a" needs its block.
@@ -235,7 +237,7 @@ def test_swap_keeps_a_block_that_is_filled_in_part():
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_the_latest_arrival_is_preempted_and_returns_before_newcomers(preemption):
-    scheduler = Scheduler(6, 2, 3, 64, preemption, 100, 100)
+    scheduler = Scheduler(BlockAllocator(6), 2, 3, 64, preemption, 100, 100)
     for name in "abc":
         added(scheduler, request(name, [1, 2, 3, 4], 5, ignore_eos=True))
     added(scheduler, request("d", [1], 2, ignore_eos=True))
@@ -252,7 +254,7 @@ def test_the_latest_arrival_is_preempted_and_returns_before_newcomers(preemption
 
 
 def test_a_step_that_preempts_admits_and_resumes_nobody():
-    scheduler = Scheduler(6, 2, 4, 64, "swap", 100, 1)
+    scheduler = Scheduler(BlockAllocator(6), 2, 4, 64, "swap", 100, 1)
     for name, length in (("a", 3), ("b", 5), ("c", 1)):
         added(scheduler, request(name, [1] * length, 6, ignore_eos=True))
     executor, plan = FakeExecutor(scheduler, 1), []
@@ -267,7 +269,7 @@ def test_a_step_that_preempts_admits_and_resumes_nobody():
 
 
 def test_prefill_is_chunked_by_what_decodes_leave():
-    scheduler = Scheduler(100, 4, 4, 8, "recompute", 100)
+    scheduler = Scheduler(BlockAllocator(100), 4, 4, 8, "recompute", 100)
     added(scheduler, request("a", [1] * 4, 10, ignore_eos=True))
     added(scheduler, request("b", [2] * 18, 2, ignore_eos=True))
     executor, plan = FakeExecutor(scheduler, 0), []
@@ -286,7 +288,7 @@ def test_prefill_is_chunked_by_what_decodes_leave():
 
 
 def test_the_last_token_of_a_prompt_alone_is_prefill():
-    scheduler = Scheduler(9, 4, 1, 4, "recompute", 100)
+    scheduler = Scheduler(BlockAllocator(9), 4, 1, 4, "recompute", 100)
     added(scheduler, request("a", [1] * 5, 3, ignore_eos=True))
     counts = []
     while scheduler.has_work:
@@ -297,7 +299,7 @@ def test_the_last_token_of_a_prompt_alone_is_prefill():
 
 
 def test_admission_waits_for_the_blocks_of_the_whole_prompt():
-    scheduler = Scheduler(5, 4, 4, 4, "recompute", 100)
+    scheduler = Scheduler(BlockAllocator(5), 4, 4, 4, "recompute", 100)
     added(scheduler, request("a", [1] * 12, 1, ignore_eos=True))
     added(scheduler, request("b", [1] * 12, 1, ignore_eos=True))
     added(scheduler, request("c", [1] * 4, 1, ignore_eos=True))
@@ -309,8 +311,8 @@ def test_admission_waits_for_the_blocks_of_the_whole_prompt():
 
 
 def test_watermark_keeps_room_only_beside_others():
-    free = Scheduler(5, 4, 4, 64, "recompute", 100)
-    careful = Scheduler(5, 4, 4, 64, "recompute", 100, watermark_blocks=2)
+    free = Scheduler(BlockAllocator(5), 4, 4, 64, "recompute", 100)
+    careful = Scheduler(BlockAllocator(5), 4, 4, 64, "recompute", 100, watermark_blocks=2)
     for scheduler in (free, careful):
         added(scheduler, request("a", [1] * 12, 1))
         added(scheduler, request("b", [1] * 4, 1))
@@ -318,14 +320,15 @@ def test_watermark_keeps_room_only_beside_others():
     assert (free.num_running, careful.num_running) == (2, 1)
 
 
-def test_grow_lets_more_in():
-    scheduler = Scheduler(2, 4, 4, 64, "recompute", 100)
+def test_more_blocks_let_more_in():
+    blocks = BlockAllocator(2)
+    scheduler = Scheduler(blocks, 4, 4, 64, "recompute", 100)
     big = request("big", [1] * 9, 1)
     assert "needs 3 KV blocks of 4 tokens, the cache has 2" in scheduler.add(Sequence(big))
     added(scheduler, request("a", [1] * 8, 1))
     added(scheduler, request("b", [2] * 8, 1))
     scheduler.commit(scheduler.schedule(), [0])
-    scheduler.grow(3)
+    blocks.add(range(7, 10))
     added(scheduler, big)
     scheduler.check_integrity()
     step = scheduler.schedule()
@@ -350,13 +353,13 @@ EDGES = {
 @pytest.mark.parametrize(("limits", "lengths"), EDGES.values(), ids=EDGES.keys())
 def test_edges(limits, lengths, preemption):
     requests = crowd(5, *lengths)
-    outputs, _ = drive(Scheduler(*limits, preemption, sum(lengths), 3), requests, 3)
+    outputs, _ = drive(Scheduler(BlockAllocator(limits[0]), *limits[1:], preemption, sum(lengths), 3), requests, 3)
     for r in requests:
         assert (outputs[r.request_id].token_ids, outputs[r.request_id].finish_reason) == reference(r)
 
 
 def test_refusals_say_why_and_stop_nobody():
-    scheduler = Scheduler(4, 4, 4, 64, "recompute", 20)
+    scheduler = Scheduler(BlockAllocator(4), 4, 4, 64, "recompute", 20)
     good = request("good", [1, 2, 3], 4, ignore_eos=True)
     refused = {
         "empty": ([], 1, "the prompt is empty"),
@@ -384,7 +387,7 @@ def test_refusals_say_why_and_stop_nobody():
     ids=["eos", "eos ignored", "stop id that is eos", "stop id", "stop on the last token"],
 )
 def test_stop_conditions(params, eos, expected):
-    scheduler = Scheduler(8, 4, 1, 64, "recompute", 100, eos_token_ids=eos)
+    scheduler = Scheduler(BlockAllocator(8), 4, 1, 64, "recompute", 100, eos_token_ids=eos)
     sequence, stream, finished = added(scheduler, request("a", [1], 4, **params)), iter([9, 4, 7, 5]), []
     while not finished:
         finished = scheduler.commit(scheduler.schedule(), [next(stream)])
@@ -394,7 +397,7 @@ def test_stop_conditions(params, eos, expected):
 
 
 def test_schedule_and_commit_alternate():
-    scheduler = Scheduler(8, 4, 1, 64, "recompute", 100)
+    scheduler = Scheduler(BlockAllocator(8), 4, 1, 64, "recompute", 100)
     with pytest.raises(AssertionError, match="nothing to schedule"):
         scheduler.schedule()
     sequence = added(scheduler, request("a", [1], 4))
@@ -412,7 +415,7 @@ def test_schedule_and_commit_alternate():
 
 @pytest.mark.parametrize("damage", ["leak", "share", "uncovered", "state", "lost"])
 def test_integrity_can_fail(damage):
-    scheduler = Scheduler(8, 4, 4, 64, "recompute", 100)
+    scheduler = Scheduler(BlockAllocator(8), 4, 4, 64, "recompute", 100)
     a, b = added(scheduler, request("a", [1] * 5, 4)), added(scheduler, request("b", [1] * 5, 4))
     scheduler.commit(scheduler.schedule(), [0, 0])
     scheduler.check_integrity()
@@ -435,7 +438,7 @@ def test_integrity_can_fail(damage):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
+        ({"blocks": BlockAllocator(0)}, "num_blocks must be at least 1, got 0"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"max_batch": 0}, "max_batch must be at least 1"),
         ({"max_batched_tokens": 0}, "max_batched_tokens must be at least 1"),
@@ -445,7 +448,7 @@ def test_integrity_can_fail(damage):
 )
 def test_refuses_impossible_limits(change, message):
     limits = {
-        "num_blocks": 1,
+        "blocks": BlockAllocator(1),
         "block_size": 1,
         "max_batch": 1,
         "max_batched_tokens": 1,
@@ -463,7 +466,7 @@ def test_refuses_impossible_limits(change, message):
 def test_steps_that_fail_change_no_token(preemption, reset, fails):
     """Whatever a failed step has written, it is computed again; or, after a reset, whoever asks again gets answers."""
     requests = crowd()
-    scheduler = Scheduler(8, 4, 6, 64, preemption, 100, 5)
+    scheduler = Scheduler(BlockAllocator(8), 4, 6, 64, preemption, 100, 5)
     executor = FakeExecutor(scheduler, 5)
     sequences, count = [added(scheduler, r) for r in requests], 0
     while scheduler.has_work:
@@ -489,7 +492,7 @@ def test_steps_that_fail_change_no_token(preemption, reset, fails):
 def test_aborts_free_what_is_held_and_leave_the_others_alone(preemption):
     requests = crowd()
     for victim, when in itertools.product(range(6), range(14)):
-        scheduler = Scheduler(8, 4, 6, 64, preemption, 100, 5)
+        scheduler = Scheduler(BlockAllocator(8), 4, 6, 64, preemption, 100, 5)
         executor = FakeExecutor(scheduler, 5)
         sequences, count = [added(scheduler, r) for r in requests], 0
         while scheduler.has_work:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fluxmoe.experiments.make_checkpoint import make_checkpoint
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.kernels.ops import DeltaNetDims
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.serving.engine import Engine, EngineConfig

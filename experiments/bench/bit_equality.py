@@ -1,0 +1,127 @@
+"""Packed experts against dense ones, bit for bit, many times over.
+
+    python -m fluxmoe.experiments.bench.bit_equality --out results/<gpu>/bit_equality
+
+One tile of 16, 32 and 64 rows, gate_up and down: the same GEMM on an expert that is dense and on the same expert
+compressed, in launches that may meet both, as serving's. Output is compared on the device after every launch, so a race
+that goes wrong once in a thousand shows; a row counts the launches that differed, and those that differed from their
+own first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+import torch
+from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, FORMATS, weight_tile
+from fluxmoe.kernels.triton import grouped_gemm
+from fluxmoe.kernels.triton.routing import Router
+from fluxmoe.kernels.triton.tiles import capability_of, fused_tile, num_sms_of
+from torch import Tensor
+
+from ..lib.results import Parser, UsageError, cli_main
+from .timing import ResultRows, WrongError, require_gpu
+
+FUSED = DEFAULT_COMPRESSED
+ROWS = (16, 32, 64)
+TENSORS = ("gate_up", "down")
+# Qwen3-30B-A3B's expert, and for rehearsals the smallest that the format takes.
+SIZES, _TINY = (2048, 768), (128, 128)
+
+
+class Twins:
+    """One expert, dense in one table and packed in the other; both tables hold a packed one beside it."""
+
+    def __init__(self, hidden: int, intermediate: int, device: torch.device) -> None:
+        self.sizes, self.device = (hidden, intermediate), device
+        gate_up = grouped_gemm.interleave((torch.randn(2 * intermediate, hidden) * hidden**-0.5).bfloat16())
+        down = (torch.randn(hidden, intermediate) * intermediate**-0.5).bfloat16()
+        dense = _bytes(gate_up).to(device), _bytes(down).to(device)
+        packed = _packed(gate_up).to(device), _packed(down).to(device)
+        formats = (DENSE, FUSED)
+        # With a packed expert in each, both launch the same kernel.
+        where = torch.device("cpu") if device.type == "meta" else device
+        self.tables = [ExpertTable.from_blocks([first, packed], where, [f, FUSED])
+                       for first, f in zip((dense, packed), formats, strict=True)]  # fmt: skip
+
+    def outputs(self, tensor: str, rows: int):
+        """A function each, dense and packed, that runs the GEMM and returns its output."""
+        hidden, intermediate = self.sizes
+        tile = fused_tile(weight_tile(FUSED), rows, capability_of(self.device))
+        logits = torch.tensor([[1.0, 0.0]], device=self.device).repeat(rows, 1)
+        routing = Router(rows, 2, 1, True, self.device)(logits, tile.block_m)
+        width, n = (hidden, intermediate) if tensor == "gate_up" else (intermediate, hidden)
+        x = torch.randn(rows, width, dtype=torch.bfloat16, device=self.device)
+        gemm = getattr(grouped_gemm, tensor)
+
+        def run(table: ExpertTable, out: Tensor) -> Tensor:
+            return gemm(x, table, routing, out.fill_(torch.nan), torch.bfloat16, tile, num_sms_of(self.device))
+
+        return [
+            partial(run, table, torch.empty(rows, n, dtype=torch.bfloat16, device=self.device)) for table in self.tables
+        ]
+
+
+def _bytes(weight: Tensor) -> Tensor:
+    return weight.reshape(-1).view(torch.uint8)
+
+
+def _packed(weight: Tensor) -> Tensor:
+    blocks = FORMATS[FUSED].blocks("triton")
+    block = torch.empty(blocks.nbytes(*weight.shape), dtype=torch.uint8)
+    blocks.encode(weight, block)
+    return block
+
+
+def count_mismatches(dense, packed, repeats: int) -> dict[str, int]:
+    """Launches of `repeats` that differed; nothing is read back before the end."""
+    first = dense().clone()
+    counts = torch.zeros(3, dtype=torch.int64, device=first.device)
+    for _ in range(repeats):
+        outputs = dense(), packed()
+        same = [torch.eq(_bits(o), _bits(first)).all() for o in outputs]
+        same.append(torch.eq(_bits(outputs[0]), _bits(outputs[1])).all())
+        counts += ~torch.stack(same)
+    names = ("dense_differs_from_its_first", "packed_differs_from_it", "packed_differs_from_dense")
+    return dict(zip(names, counts.tolist(), strict=True))
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int16)
+
+
+def compare(twins: Twins, tensor: str, rows: int, repeats: int) -> dict:
+    dense, packed = twins.outputs(tensor, rows)
+    counts = count_mismatches(dense, packed, repeats)
+    if any(counts.values()):
+        raise WrongError(f"of {repeats} launches {counts}")
+    assert not torch.isnan(dense()).any(), "rows were left unwritten"
+    return {"repeats": repeats, **counts}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="fluxmoe.experiments.bench.bit_equality", description=__doc__.splitlines()[0])
+    p.add_argument("--repeats", type=int, default=1000, help="launches of each")
+    p.add_argument("--rehearse", action="store_true", help="no GPU: a small expert, interpreted on the CPU")
+    p.add_argument("--out", required=True, metavar="DIR")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if args.repeats < 1:
+        raise UsageError("--repeats must be at least 1")
+    device = require_gpu(args.rehearse)
+    torch.manual_seed(0)
+    twins = Twins(*(_TINY if args.rehearse else SIZES), device)
+    results = ResultRows(args.out, device.type, kind="rehearsed" if args.rehearse else "measured")
+    for rows in ROWS[:1] if args.rehearse else ROWS:
+        for tensor in TENSORS:
+            results.measure(partial(compare, twins, tensor, rows, args.repeats), rows=rows, tensor=tensor)
+    results.finish()
+
+
+if __name__ == "__main__":
+    cli_main(main)

@@ -1,0 +1,176 @@
+"""The CPU's grouped expert GEMM against its floor and against torch's own matmul.
+
+    python -m fluxmoe.experiments.bench.cpu_moe --out results/<hardware>/bench_cpu_moe
+
+One MoE layer (gate/up, SwiGLU, down) with the same number of rows for every expert, uncompressed and in planar12.
+Weights are cold: the layers that are rotated through exceed every cache. The floor is the larger of weight bytes over
+the read bandwidth and flops over the FMA rate, both measured in this run; torch loops over experts with bf16 and with
+fp32 weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fluxmoe.kernels.cpu import gemm, moe, planar
+from fluxmoe.kernels.cpu.gemm import default_threads
+from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.runtime.experts.placement import Tier
+from fluxmoe.runtime.hardware import measure_bandwidths
+
+from ..lib.results import Parser, cli_main, provenance, write_csv, write_json
+
+# (hidden, intermediate, experts): the demo's shape, a layer of OLMoE-1B-7B, two of Qwen3-30B-A3B's width.
+SHAPES = {"small": (512, 512, 32), "olmoe": (2048, 1024, 16), "qwen3_30b": (2048, 768, 32)}
+_COLD_BYTES = 192 << 20
+_SECONDS = 0.4
+
+
+@dataclass
+class Layer:
+    """One layer's experts: arranged for us, dense and compressed, and as they are for torch."""
+
+    table: ExpertTable
+    planar: ExpertTable
+    bf16: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def make_layer(hidden: int, intermediate: int, experts: int) -> Layer:
+    weights = [
+        (torch.randn(2 * intermediate, hidden).bfloat16(), torch.randn(hidden, intermediate).bfloat16())
+        for _ in range(experts)
+    ]
+    blocks, compressed = [], []
+    for gate_up, down in weights:
+        sizes = (
+            moe.gate_up_bytes(intermediate, hidden, torch.bfloat16),
+            gemm.arranged_bytes(hidden, intermediate, torch.bfloat16),
+        )
+        first, second = (torch.empty(n, dtype=torch.uint8) for n in sizes)
+        moe.arrange_gate_up(gate_up, first)
+        gemm.arrange(down, second)
+        blocks.append((first, second))
+        panels = [
+            block.view(torch.bfloat16).view(-1, depth, gemm.LANES)
+            for block, depth in zip((first, second), (hidden, intermediate), strict=True)
+        ]
+        first, second = (torch.empty(planar.block_bytes(*p.shape[:2]), dtype=torch.uint8) for p in panels)
+        for source, target in zip(panels, (first, second), strict=True):
+            planar.encode(source, target)
+        compressed.append((first, second))
+    return Layer(
+        ExpertTable.from_blocks(blocks, "cpu"), ExpertTable.from_blocks(compressed, "cpu", "planar12"), weights
+    )
+
+
+def median_seconds(work: Callable[[int], object], layers: int) -> tuple[float, float]:
+    """Median and interquartile range of one call over at least `_SECONDS`; work(i) runs on layer i mod layers."""
+    work(0)
+    times, begin, i = [], time.perf_counter(), 0
+    while time.perf_counter() - begin < _SECONDS or i < layers:
+        start = time.perf_counter()
+        work(i % layers)
+        times.append(time.perf_counter() - start)
+        i += 1
+    return float(np.median(times)), float(np.subtract(*np.percentile(times, [75, 25])))
+
+
+def peak_flops(threads: int) -> float:
+    """FMA rate of the tile on a product that is far from memory-bound, flop/s."""
+    n, k, rows = 2048, 512, 256
+    block = torch.empty(gemm.arranged_bytes(n, k, torch.bfloat16), dtype=torch.uint8)
+    gemm.arrange(torch.randn(n, k).bfloat16(), block)
+    x, y, scratch = torch.randn(rows, k), torch.empty(rows, n), gemm.Scratch(rows, threads)
+    seconds, _ = median_seconds(lambda i: gemm.linear(x, block, n, torch.bfloat16, y, scratch), 1)
+    return 2 * n * k * rows / seconds
+
+
+def bench(shape: str, rows: list[int], bandwidth: float, flops_rate: float, peers: bool) -> list[dict]:
+    hidden, intermediate, experts = SHAPES[shape]
+    layer_bytes = 6 * hidden * intermediate * experts
+    layers = [make_layer(hidden, intermediate, experts) for _ in range(max(2, -(-_COLD_BYTES // layer_bytes)))]
+    fp32 = [[(a.float(), b.float()) for a, b in layer.bf16] for layer in layers[: max(1, len(layers) // 2)]]
+    threads, results = default_threads(), []
+    for count in rows:
+        tokens = count * experts
+        x = torch.randn(tokens, hidden)
+        buffers = moe.MoeBuffers(tokens, hidden, intermediate, experts, 1, threads)
+        scratch = gemm.Scratch(tokens, threads)
+        # Token t goes to expert t mod E: every expert gets `count` rows, gathered from all over x.
+        logits = F.one_hot(torch.arange(tokens) % experts, experts).float()
+        routing = moe.route(logits, 1, True, buffers)
+
+        def run(table: ExpertTable) -> None:
+            moe.gate_up(x, table, intermediate, torch.bfloat16, routing, buffers, scratch)  # noqa: B023
+            moe.down(table, intermediate, torch.bfloat16, routing, buffers, scratch)  # noqa: B023
+
+        def torch_loop(weights, inputs) -> None:
+            for expert, (gate_up, down) in enumerate(weights):
+                gate, up = F.linear(inputs[expert::experts], gate_up).chunk(2, dim=-1)
+                F.linear(F.silu(gate) * up, down)
+
+        seconds, spread = median_seconds(lambda i: run(layers[i].table), len(layers))
+        packed, packed_spread = median_seconds(lambda i: run(layers[i].planar), len(layers))
+        flops = 6 * hidden * intermediate * tokens
+        floor = max(layer_bytes / bandwidth, flops / flops_rate)
+        row = {
+            "shape": shape,
+            "rows_per_expert": count,
+            "time_us": seconds * 1e6,
+            "iqr_us": spread * 1e6,
+            "planar12_us": packed * 1e6,
+            "planar12_iqr_us": packed_spread * 1e6,
+            "dense_over_planar12": seconds / packed,
+            "weight_gb_per_s": layer_bytes / seconds / 1e9,
+            "gflop_per_s": flops / seconds / 1e9,
+            "share_of_floor": floor / seconds,
+            "floor": "bandwidth" if layer_bytes / bandwidth >= flops / flops_rate else "flops",
+        }
+        if peers:
+            torch.set_num_threads(threads)
+            half = x.bfloat16()
+            bf16, _ = median_seconds(lambda i: torch_loop(layers[i].bf16, half), len(layers))  # noqa: B023
+            single, _ = median_seconds(lambda i: torch_loop(fp32[i], x), len(fp32))  # noqa: B023
+            row |= {"torch_bf16_us": bf16 * 1e6, "torch_fp32_us": single * 1e6}
+            row |= {"over_torch_bf16": bf16 / seconds, "over_torch_fp32": single / seconds}
+        results.append(row)
+        print(
+            f"{shape:>10} {count:>4} rows  {row['time_us']:9.0f} µs  {row['weight_gb_per_s']:6.1f} GB/s  "
+            f"{row['gflop_per_s']:6.1f} GFLOP/s  {row['share_of_floor']:5.0%} of the {row['floor']} floor"
+            f"  planar12 {row['dense_over_planar12']:4.2f}x"
+            + (f"  {row['over_torch_bf16']:5.1f}x bf16, {row['over_torch_fp32']:4.1f}x fp32 torch" if peers else "")
+        )
+    return results
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="fluxmoe.experiments.bench.cpu_moe", description=__doc__.splitlines()[0])
+    p.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=list(SHAPES))
+    p.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
+    p.add_argument("--no-peers", action="store_true")
+    p.add_argument("--out", required=True, metavar="DIR")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    torch.manual_seed(0)
+    bandwidth = measure_bandwidths(torch.device("cpu"))[Tier.RESIDENT]
+    flops_rate = peak_flops(default_threads())
+    print(f"floor: {bandwidth / 1e9:.1f} GB/s read, {flops_rate / 1e9:.0f} GFLOP/s, {default_threads()} threads")
+    rows = [row for shape in args.shapes for row in bench(shape, args.rows, bandwidth, flops_rate, not args.no_peers)]
+    out = Path(args.out)
+    write_csv(out / "rows.csv", rows)
+    floor = {"read_bytes_per_s": bandwidth, "flops_per_s": flops_rate}
+    write_json(out / "provenance.json", {**provenance("cpu", 0), **floor})
+
+
+if __name__ == "__main__":
+    cli_main(main)

@@ -1,0 +1,230 @@
+"""What NVIDIA's and torch's tools say of our kernels, as rows: Nsight Compute, compute-sanitizer, torch's profiler.
+
+    python -m fluxmoe.experiments.bench.gpu_tools ncu --out results/<gpu>/ncu
+    python -m fluxmoe.experiments.bench.gpu_tools sanitizer --out results/<gpu>/sanitizer
+    python -m fluxmoe.experiments.bench.gpu_tools trace --out results/<gpu>/trace --preset gpu-short
+
+ncu: memory and compute throughput, registers and occupancy of four kernels at points of serving. sanitizer: memory
+errors and races of the same kernels on small shapes. trace: experts stream while layers compute; how much of the copies
+from the host lies under kernels, from a trace that is kept (trace.json.gz, for ui.perfetto.dev). A tool that is not
+there is a row that says so. `kernels` runs the four kernels once, for the tools.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, fused_formats
+
+from ..lib.presets import add_model_source, model_source
+from ..lib.results import Parser, cli_main
+from .attention import SHAPES as ATTENTION_SHAPES
+from .attention import make_case
+from .delta_net import DIMS, Case
+from .moe import Layer, Ours, router_logits
+from .shapes import SHAPES
+from .timing import AbsentError, ResultRows, WrongError, require_gpu
+
+_FORMATS = (DENSE, *sorted(fused_formats("triton")))
+KERNELS = (*_FORMATS, "attention", "delta_net")
+METRICS = {
+    "gpu__time_duration.sum": "duration",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm_percent",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
+    "launch__registers_per_thread": "registers",
+}
+# Which of the launches of each is meant.
+_NAMES = {**dict.fromkeys(_FORMATS, "_grouped_gemm_kernel"), "attention": "_decode_kernel",
+          "delta_net": "_recurrent_kernel"}  # fmt: skip
+_FOLDERS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute", "/usr/local/cuda/compute-sanitizer")
+
+
+def run_kernel(name: str, device: torch.device, small: bool) -> None:
+    """Launch one of KERNELS once, as serving does, or on the smallest shape."""
+    if name in _FORMATS:
+        shape, tokens = (SHAPES["tiny"], 3) if small else (SHAPES["qwen3_30b"], 32)
+        layer, ours = Layer(shape, device), Ours(shape, tokens, device, expert_format=name)
+        x = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
+        ours.run(layer, x, router_logits(shape, tokens, "uniform", 0, device))
+    elif name == "attention":
+        sizes = ("tiny", 2, 1, 40) if small else ("qwen3_30b", 32, 1, 4096)
+        make_case(ATTENTION_SHAPES[sizes[0]], *sizes[1:], device).ours()
+    else:
+        Case(DIMS, *((1, 3) if small else (32, 1)), device).ours()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def find_tool(name: str) -> str:
+    """Path of a tool; AbsentError if it is not installed."""
+    found = shutil.which(name) or next(
+        (str(path) for folder in _FOLDERS for path in sorted(Path(folder).rglob(name)) if path.is_file()), None
+    )
+    if found is None:
+        raise AbsentError(f"{name} is not installed")
+    return found
+
+
+def _ours(name: str, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "fluxmoe.experiments.bench.gpu_tools", "kernels", "--only", name, *flags]
+
+
+def ncu(name: str) -> dict[str, object]:
+    """Columns: what Nsight Compute says of the kernel's first launch."""
+    command = [find_tool("ncu"), "--csv", "--metrics", ",".join(METRICS), "--kernel-name", _NAMES[name]]
+    done = subprocess.run([*command, "--launch-count", "1", *_ours(name)], capture_output=True, text=True, timeout=120)
+    columns = parse_ncu(done.stdout)
+    if not columns:
+        raise RuntimeError(f"ncu gave no metrics: {(done.stdout + done.stderr)[-300:]}")
+    return columns
+
+
+def parse_ncu(output: str) -> dict[str, object]:
+    """ncu's CSV, a metric a line, → columns by our names, values with their units."""
+    lines = output.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    rows = csv.DictReader(io.StringIO("\n".join(lines[start:])))
+    return {
+        METRICS[row["Metric Name"]]: f"{row['Metric Value']} {row['Metric Unit']}".strip()
+        for row in rows
+        if row.get("Metric Name") in METRICS
+    }
+
+
+def sanitizer(name: str, tool: str) -> dict[str, object]:
+    """Columns of one of compute-sanitizer's tools on a small shape; WrongError if it finds anything."""
+    command = [find_tool("compute-sanitizer"), "--tool", tool, *_ours(name, "--small")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", done.stdout + done.stderr)
+    if not found:
+        raise RuntimeError(f"compute-sanitizer said nothing of errors: {(done.stdout + done.stderr)[-300:]}")
+    if int(found[1]):
+        raise WrongError(f"{found[1]} errors: {done.stdout[:300]}")
+    return {"errors": 0}
+
+
+Spans = list[tuple[float, float]]
+
+
+def merged(spans: Iterable[tuple[float, float]]) -> Spans:
+    """Overlapping spans (begin, end) as one."""
+    whole: Spans = []
+    for begin, end in sorted(spans):
+        if whole and begin <= whole[-1][1]:
+            whole[-1] = (whole[-1][0], max(end, whole[-1][1]))
+        else:
+            whole.append((begin, end))
+    return whole
+
+
+def overlap(one: Iterable[tuple[float, float]], other: Iterable[tuple[float, float]]) -> float:
+    """How long both kinds of spans run at once."""
+    a, b = merged(one), merged(other)
+    total, i, j = 0.0, 0, 0
+    while i < len(a) and j < len(b):
+        total += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return total
+
+
+def overlap_columns(events: list[dict]) -> dict[str, object]:
+    """Of a Chrome trace: µs of copies from the host, of kernels, and of both at once."""
+    spans = [(e["cat"], e["name"], (e["ts"], e["ts"] + e["dur"])) for e in events if e.get("ph") == "X" and "cat" in e]
+    copies = [span for cat, name, span in spans if cat == "gpu_memcpy" and "HtoD" in name]
+    kernels = [span for cat, _, span in spans if cat == "kernel"]
+    copied = sum(end - begin for begin, end in merged(copies))
+    both = overlap(copies, kernels)
+    return {
+        "copy_us": copied, "compute_us": sum(end - begin for begin, end in merged(kernels)), "both_us": both,
+        "share_of_copies_under_compute": both / copied if copied else "", "copies": len(copies),
+        "kernels": len(kernels),
+    }  # fmt: skip
+
+
+def trace(args: argparse.Namespace, placement: str, device: torch.device) -> dict[str, object]:
+    """Columns of a few decode steps of an engine whose experts stream."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from .engine import Served
+
+    settings = argparse.Namespace(
+        sequences=[4], prompt_tokens=16, output_tokens=8, max_batched_tokens=256, budget=args.budget
+    )
+    served = Served(settings, model_source(args), device)
+    served.engine(placement, False)
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        served.columns(placement, False, 4)
+    served.close()
+    path = Path(args.out) / f"trace-{placement.replace(':', '-')}.json"
+    profiler.export_chrome_trace(str(path))
+    text = path.read_text()
+    with gzip.open(f"{path}.gz", "wt") as file:
+        file.write(text)
+    path.unlink()
+    return overlap_columns(json.loads(text)["traceEvents"])
+
+
+def points(args: argparse.Namespace, device: torch.device) -> Iterable[tuple[dict, Callable[[], dict]]]:
+    """(point, work) of each row."""
+    if args.tool == "ncu":
+        for name in KERNELS:
+            yield {"kernel": name}, partial(ncu, name)
+    elif args.tool == "sanitizer":
+        for name in KERNELS:
+            for tool in ("memcheck", "racecheck"):
+                yield {"kernel": name, "tool": tool}, partial(sanitizer, name, tool)
+    else:
+        for placement in args.placements:
+            yield {"placement": placement}, partial(trace, args, placement, device)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="fluxmoe.experiments.bench.gpu_tools", description=__doc__.splitlines()[0])
+    commands = p.add_subparsers(dest="tool", required=True)
+    tools = [commands.add_parser(name) for name in ("ncu", "sanitizer", "trace")]
+    kernels = commands.add_parser("kernels")
+    kernels.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS))
+    kernels.add_argument("--small", action="store_true", help="the smallest shapes")
+    for tool in tools:
+        tool.add_argument("--out", required=True, metavar="DIR")
+    add_model_source(tools[2])
+    streamed = [f"{where}+{DEFAULT_COMPRESSED}" for where in ("balanced:0.5", "host")]
+    tools[2].add_argument("--placements", nargs="+", default=streamed)
+    tools[2].add_argument("--budget", default="4GiB")
+    for command in (*tools, kernels):
+        command.add_argument("--rehearse", action="store_true", help="no GPU: interpreted on the CPU")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    device = require_gpu(args.rehearse)
+    if args.tool == "kernels":
+        for name in args.only:
+            run_kernel(name, device, args.small)
+        return
+    results = ResultRows(args.out, device.type, kind="rehearsed" if args.rehearse else "measured")
+    for point, work in points(args, device):
+        results.measure(work, **point)
+    results.finish()
+
+
+if __name__ == "__main__":
+    cli_main(main)

@@ -1,0 +1,346 @@
+"""The MoE layer on a GPU: routing, grouped GEMMs and combine against the roofs of the machine and against peers.
+
+    python -m fluxmoe.experiments.bench.moe --out results/<gpu>/bench_grouped_gemm
+    python -m fluxmoe.experiments.bench.moe --predict sm_90 --out results/predicted-h100/bench_grouped_gemm
+
+A row is one provider at one number of tokens: time of the whole layer from router logits to summed experts, the
+bytes and flops that it cannot avoid, and the floor that the roofs set for them. Bytes count the weights of the
+experts that were really chosen, once, in the provider's own format. Every provider is checked against a plain loop
+before it is timed, and a wrong one is a row without a time. Rows that are there are not measured again. Without a GPU
+`--predict` writes what bytes, flops and the machine code let expect (predict_kernels), in rows marked predicted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats, weight_tile
+from fluxmoe.kernels.triton import grouped_gemm
+from fluxmoe.kernels.triton.routing import Router
+from fluxmoe.kernels.triton.tiles import (
+    Tiles,
+    capability_of,
+    choose_tiles,
+    fused_tile,
+    invariant_tile,
+    num_sms_of,
+    read_tuned,
+    tuned_tiles,
+)
+from torch import Tensor
+
+from ..lib.results import Parser, UsageError, cli_main
+from .peers import PEERS
+from .shapes import MODEL_SHAPES, SHAPES, TOKENS, Shape
+from .timing import (
+    ResultRows,
+    Roofs,
+    Timing,
+    WrongError,
+    base_seconds,
+    cold_copies,
+    measure_roofs,
+    ratio,
+    require_gpu,
+    time_calls,
+)
+
+# Ours on dense experts, with one tile for all batches, and on experts in each format that the GEMM decodes.
+OURS = ("fluxmoe", "fluxmoe invariant", *(f"fluxmoe {name}" for name in sorted(fused_formats("triton"))))
+# Experts of a layer with weights of their own; the others repeat them at addresses of their own, which is all that
+# time depends on. So few need be compressed.
+_DISTINCT = 8
+
+
+def format_of(provider: str) -> str:
+    """The format of the experts that one of OURS is given."""
+    name = provider.removeprefix("fluxmoe").strip()
+    return name if name in FORMATS else DENSE
+
+
+class Layer:
+    """One layer's experts, as checkpoints have them for peers and behind a table for us; one memory each."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self.gate_up = self._weights(2 * shape.intermediate, shape.hidden)
+        self.down = self._weights(shape.hidden, shape.intermediate)
+        self._tables: dict[str, tuple[ExpertTable, float]] = {}
+
+    def _weights(self, n: int, k: int) -> Tensor:
+        """bf16 [E, n, k]."""
+        count = min(_DISTINCT, self.shape.experts)
+        few = torch.randn(count, n, k, dtype=torch.bfloat16, device=self.device) * k**-0.5
+        return few.repeat(-(-self.shape.experts // count), 1, 1)[: self.shape.experts].contiguous()
+
+    def table(self, expert_format: str = DENSE) -> ExpertTable:
+        """Every expert in a format."""
+        return self._made(expert_format)[0]
+
+    def bits(self, expert_format: str) -> float:
+        """Of a weight, measured."""
+        return self._made(expert_format)[1]
+
+    def _made(self, expert_format: str) -> tuple[ExpertTable, float]:
+        if expert_format not in self._tables:
+            if expert_format == DENSE:
+                mixed = [grouped_gemm.interleave(w) for w in self.gate_up]
+                blocks, bits = [(_bytes(a), _bytes(b)) for a, b in zip(mixed, self.down, strict=True)], 16.0
+            else:
+                blocks, bits = self._compress(expert_format)
+            # On the meta device, where launches are only compiled, the table itself must have values.
+            where = torch.device("cpu") if self.device.type == "meta" else self.device
+            self._tables[expert_format] = ExpertTable.from_blocks(blocks, where, expert_format), bits
+        return self._tables[expert_format]
+
+    def _compress(self, expert_format: str) -> tuple[list[tuple[Tensor, Tensor]], float]:
+        blocks_of = FORMATS[expert_format].blocks("triton")
+
+        def compress(weight: Tensor) -> tuple[Tensor, float]:
+            block = torch.empty(blocks_of.nbytes(*weight.shape), dtype=torch.uint8, device=self.device)
+            if self.device.type == "meta":
+                return block, FORMATS[expert_format].bits
+            on_host = torch.empty_like(block, device="cpu")
+            recipe = blocks_of.encode(weight.cpu(), on_host)
+            assert recipe is not None, "Triton's GEMM reads planes, which have a recipe"
+            return block.copy_(on_host), 8 * recipe.nbytes / weight.numel()
+
+        experts = range(min(_DISTINCT, self.shape.experts))
+        few = [(compress(grouped_gemm.interleave(self.gate_up[e])), compress(self.down[e])) for e in experts]
+        blocks = []
+        for e in range(self.shape.experts):
+            (gate_up, _), (down, _) = few[e % len(few)]
+            blocks.append((gate_up.clone(), down.clone()))
+        return blocks, sum(bits for pair in few for _, bits in pair) / (2 * len(few))
+
+
+def _bytes(weight: Tensor) -> Tensor:
+    return weight.reshape(-1).view(torch.uint8)
+
+
+class Ours:
+    """Router, tiles and buffers of one engine, for batches of `tokens`, and the format of its experts."""
+
+    def __init__(
+        self, shape: Shape, tokens: int, device: torch.device, tiles: Tiles | None = None, expert_format: str = DENSE
+    ) -> None:
+        self.expert_format, rows = expert_format, tokens * shape.top_k
+        self.num_sms = num_sms_of(device)
+        self.tiles = tiles or rule_tiles(shape, tokens, device, expert_format)
+        self.router = Router(tokens, shape.experts, shape.top_k, True, device)
+        self.h = torch.empty(rows, shape.intermediate, dtype=torch.bfloat16, device=device)
+        self.y = torch.empty(rows, shape.hidden, dtype=torch.bfloat16, device=device)
+        self.out = torch.zeros(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
+        self.top_k = shape.top_k
+
+    def run(self, layer: Layer, x: Tensor, logits: Tensor) -> Tensor:
+        """The layer's output, added to what `out` holds."""
+        table = layer.table(self.expert_format)
+        routing = self.router(logits, self.tiles.gate_up.block_m)
+        grouped_gemm.gate_up(x, table, routing, self.h, torch.bfloat16, self.tiles.gate_up, self.num_sms)
+        grouped_gemm.down(self.h, table, routing, self.y, torch.bfloat16, self.tiles.down, self.num_sms)
+        return grouped_gemm.combine(self.y, routing, self.out)
+
+
+def rows_per_expert(shape: Shape, tokens: int) -> float:
+    """Mean rows of an expert that has any, as TritonOps reckons them."""
+    rows = tokens * shape.top_k
+    return rows / max(1, min(rows, shape.experts))
+
+
+def rule_tiles(shape: Shape, tokens: int, device: torch.device, expert_format: str = DENSE) -> Tiles:
+    """The tiles that an engine would use on this device."""
+    capability, rows = capability_of(device), rows_per_expert(shape, tokens)
+    if expert_format != DENSE:
+        tile = fused_tile(weight_tile(expert_format), rows, capability)
+        return Tiles(tile, tile)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else None
+    return choose_tiles(shape.hidden, shape.intermediate, rows, capability, 2, name)
+
+
+def invariant_tiles(device: torch.device) -> Tiles:
+    """Those of a batch-invariant engine."""
+    fixed = invariant_tile(capability_of(device), 2)
+    return Tiles(fixed, fixed)
+
+
+def router_logits(shape: Shape, tokens: int, routing: str, seed: int, device: torch.device) -> Tensor:
+    """fp32 [T, E]. uniform: any expert alike; zipf:S: expert r is chosen in proportion to 1 / (r + 1)^S."""
+    kind, _, exponent = routing.partition(":")
+    if kind not in ("uniform", "zipf"):
+        raise UsageError(f"--routing must be uniform or zipf:S, got {routing}")
+    try:
+        popularity = -float(exponent or 1.0) * torch.arange(1, shape.experts + 1).log() if kind == "zipf" else 0.0
+    except ValueError:
+        raise UsageError(f"--routing zipf:S takes a number, got {routing}") from None
+    # Gumbel noise makes top-k a draw without replacement.
+    noise = torch.rand(tokens, shape.experts, generator=torch.Generator().manual_seed(seed)).clamp_min(1e-9)
+    return (popularity - (-noise.log()).log()).float().to(device)
+
+
+def choose(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """(weights fp32, experts int32) [T, top_k]: softmax over the chosen, in plain torch."""
+    values, chosen = logits.topk(top_k)
+    return values.softmax(-1), chosen.int()
+
+
+def reference(layer: Layer, x: Tensor, weights: Tensor, chosen: Tensor, plus_one: bool = False) -> Tensor:
+    """A loop over experts in fp32; plus_one: see Peer."""
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in chosen.unique().tolist():
+        token, choice = torch.where(chosen == expert)
+        gate, up = (x[token].float() @ layer.gate_up[expert].float().T).chunk(2, dim=-1)
+        y = torch.nn.functional.silu(gate) * (up + 1 if plus_one else up) @ layer.down[expert].float().T
+        out.index_add_(0, token, y * weights[token, choice, None])
+    return out
+
+
+def check(got: Tensor, expected: Tensor) -> None:
+    """WrongError unless `got` agrees within the roundings of bf16."""
+    error = (got.float() - expected).abs().max().item() / max(1e-6, expected.abs().max().item())
+    if not error < 0.02:  # nor for NaN
+        raise WrongError(f"its output differs by {error:.1%} of the largest value")
+
+
+class Point:
+    """One shape at one number of tokens, on all cold copies of its layer."""
+
+    def __init__(self, layers: list[Layer], tokens: int, routing: str, tuned: Path | None) -> None:
+        self.layers, self.tokens, self.device, self.shape = layers, tokens, layers[0].device, layers[0].shape
+        self.x = torch.randn(tokens, self.shape.hidden, dtype=torch.bfloat16, device=self.device)
+        self.logits = router_logits(self.shape, tokens, routing, tokens, self.device)
+        self.weights, self.chosen = choose(self.logits, self.shape.top_k)
+        self.touched = len(self.chosen.unique())
+        self._expected: dict[bool, Tensor] = {}
+        self._tuned = read_tuned(tuned) if tuned else {}
+
+    def expected(self, plus_one: bool = False) -> Tensor:
+        if plus_one not in self._expected:
+            self._expected[plus_one] = reference(self.layers[0], self.x, self.weights, self.chosen, plus_one)
+        return self._expected[plus_one]
+
+    def tiles(self, provider: str) -> Tiles | None:
+        """None: the rule's."""
+        if provider == "fluxmoe invariant":
+            return invariant_tiles(self.device)
+        if provider == "fluxmoe":
+            rows = rows_per_expert(self.shape, self.tokens)
+            return tuned_tiles(self._tuned, self.shape.hidden, self.shape.intermediate, rows)
+        return None
+
+    def time(self, provider: str) -> Timing:
+        """Checked, then timed; raises WrongError, AbsentError and whatever a kernel raises."""
+        if provider in PEERS:
+            peer = PEERS[provider]
+            runs = [peer.make(layer.gate_up, layer.down) for layer in self.layers]
+            inputs = (self.x, self.logits, self.weights, self.chosen)
+            check(runs[0](*inputs), self.expected(peer.plus_one))
+            return time_calls([partial(run, *inputs) for run in runs], graph=peer.graph)
+        ours = Ours(self.shape, self.tokens, self.device, self.tiles(provider), format_of(provider))
+        check(ours.run(self.layers[0], self.x, self.logits), self.expected())
+        return time_calls([partial(ours.run, layer, self.x, self.logits) for layer in self.layers])
+
+    def bits(self, provider: str) -> float:
+        return self.layers[0].bits(format_of(provider))
+
+    @cached_property
+    def base_s(self) -> float | None:
+        """Seconds of ours, dense, in this run: what ratios refer to."""
+        return base_seconds(lambda: self.time("fluxmoe"))
+
+
+def layer_columns(
+    shape: Shape, tokens: int, touched: float, timing: Timing, base_s: float | None, roofs: Roofs, bits: float = 16.0
+) -> dict:
+    """Columns of a row: time, the bytes and flops that it stands for, and how far from the floor it is."""
+    nbytes, flops = shape.work(tokens, touched, bits)
+    floor = roofs.floor_s(nbytes, flops)
+    return {
+        **timing.columns, "experts_touched": touched, "bits_per_weight": bits, "bytes": nbytes, "flops": flops,
+        "share_of_copy_bandwidth": nbytes / timing.p50 / roofs.bytes_per_s,
+        "share_of_matmul_rate": flops / timing.p50 / roofs.flops_per_s, "floor_us": floor * 1e6,
+        "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, base_s),
+    }  # fmt: skip
+
+
+def bench_shape(name: str, args: argparse.Namespace, roofs: Roofs, results: ResultRows, device: torch.device) -> None:
+    """All points of one shape that are missing."""
+    shape, missing = SHAPES[name], _missing(name, args, results)
+    if not missing:
+        return
+    layers = [Layer(shape, device) for _ in range(cold_copies(shape.expert_bytes * shape.experts))]
+    for tokens, providers in missing.items():
+        point = Point(layers, tokens, args.routing, args.tuned)
+        for provider in providers:
+            results.measure(
+                partial(_columns, point, provider, roofs, results),
+                shape=name,
+                tokens=tokens,
+                routing=args.routing,
+                provider=provider,
+            )
+
+
+def _columns(point: Point, provider: str, roofs: Roofs, results: ResultRows) -> dict:
+    timing = point.time(provider)
+    if provider == "fluxmoe":
+        point.base_s = timing.p50
+    return layer_columns(
+        point.shape, point.tokens, point.touched, timing, point.base_s, roofs, point.bits(provider)
+    )  # fmt: skip
+
+
+def _missing(name: str, args: argparse.Namespace, results: ResultRows) -> dict[int, list[str]]:
+    """tokens → providers without a row."""
+    missing: dict[int, list[str]] = {}
+    for tokens in args.tokens:
+        for provider in args.providers:
+            if not results.has(shape=name, tokens=tokens, routing=args.routing, provider=provider):
+                missing.setdefault(tokens, []).append(provider)
+    return missing
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="fluxmoe.experiments.bench.moe", description=__doc__.splitlines()[0])
+    p.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=MODEL_SHAPES)
+    p.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    p.add_argument("--routing", default="uniform", metavar="uniform|zipf:S")
+    p.add_argument(
+        "--providers", nargs="+", choices=[*OURS, *sorted(PEERS)], default=["fluxmoe", "fluxmoe invariant", "torch"]
+    )  # fmt: skip
+    p.add_argument("--tuned", type=Path, metavar="FILE", help="tiles that tune_grouped_gemm found, for fluxmoe")
+    p.add_argument("--predict", choices=["sm_90"], help="no GPU: write predictions for an H100")
+    p.add_argument("--rehearse", action="store_true", help="no GPU: interpreted on the CPU; times mean nothing")
+    p.add_argument("--out", required=True, metavar="DIR")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if min(args.tokens) < 1:
+        raise UsageError("--tokens must be at least 1")
+    if args.predict:
+        from .predict import predicted_layer_rows
+
+        predicted_layer_rows(args.shapes, args.tokens, args.predict, args.out)
+        return
+    device = require_gpu(args.rehearse)
+    router_logits(SHAPES["tiny"], 1, args.routing, 0, torch.device("cpu"))  # before any work
+    roofs = measure_roofs(device)
+    print(f"roofs: copy {roofs.bytes_per_s / 1e12:.2f} TB/s, bf16 matmul {roofs.flops_per_s / 1e12:.0f} TFLOP/s")
+    kind = "rehearsed" if args.rehearse else "measured"
+    results = ResultRows(args.out, device.type, kind=kind, roofs=asdict(roofs), tuned=str(args.tuned or ""))
+    for name in args.shapes:
+        bench_shape(name, args, roofs, results, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    results.finish()
+
+
+if __name__ == "__main__":
+    cli_main(main)

@@ -1,0 +1,242 @@
+"""Lossless formats on the experts of a checkpoint: bits a weight against the entropy bound, and rates.
+
+    python -m fluxmoe.experiments.bench.packing --model DIR --out results/<hardware>/bench_packing
+
+A row of rows.csv is one format on one tensor type: bits a weight, the bound that the entropies of its sign, exponent
+and mantissa set, and GB/s of bf16 put in and got out, median of three. Every decode is compared bit for bit before it
+counts. On a GPU decoding to a buffer is timed too, on weights larger than L2, beside a copy of as many bytes.
+
+A row of gemm.csv is one MoE layer at one number of tokens, uncompressed and in planar12, timed in turns over layers
+that together exceed the caches; the results of both are compared bit for bit first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from fluxmoe.kernels.cpu.experts import CpuExperts
+from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.formats import DENSE, codec_of, compressed_formats
+from fluxmoe.kernels.ops import ExpertOps
+from fluxmoe.kernels.packing import Codec, Packed
+from fluxmoe.kernels.packing.histogram import exponent_histogram
+from fluxmoe.models.checkpoint import Checkpoint
+from fluxmoe.models.decoder import expert_dims
+from fluxmoe.runtime.experts.streamer import LayerPage
+from torch import Tensor
+from tqdm import tqdm
+
+from ..lib.presets import add_model_source, model_source
+from ..lib.results import Parser, UsageError, cli_main, provenance, write_csv, write_json
+from ..paper.fig5_exponents import entropy
+
+# The format whose GEMM is timed.
+FUSED = "planar12"
+
+_REPEATS = 3
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+# More than the last-level cache of any CPU that this is likely to run on.
+_COLD_BYTES = 384 << 20
+# Pairs of timings a point, and seconds after which a point has enough of them.
+_PAIRS, _SECONDS = 30, 4.0
+
+
+def bound_of(weight: Tensor) -> float:
+    """Bits a weight that no code of independent sign, exponent and mantissa goes below."""
+    bits = weight.contiguous().view(torch.int16).numpy().view(np.uint16).reshape(1, -1)
+    return 1 + entropy(exponent_histogram(bits)[0]) + entropy(np.bincount((bits & 0x7F).reshape(-1), minlength=128))
+
+
+def median_seconds(work: Callable[[], object]) -> float:
+    work()
+    times = []
+    for _ in range(_REPEATS):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times))
+
+
+def gpu_decode_rate(codec: Codec, packed: Packed, weight: Tensor) -> dict[str, float]:
+    """GB/s of output on the GPU, and the share of what a copy of as many bytes reaches."""
+    from .timing import time_calls
+
+    on_gpu = packed.to("cuda")
+    out, source = torch.empty(packed.shape, dtype=torch.bfloat16, device="cuda"), weight.cuda()
+    assert torch.equal(codec.decode(on_gpu).view(torch.int16), source.view(torch.int16)), codec.name
+    decode = time_calls([lambda: codec.decode(on_gpu, out)]).p50
+    copy = time_calls([lambda: out.copy_(source)]).p50
+    moved = packed.nbytes + weight.nbytes
+    return {
+        "gpu_decode_gb_per_s": weight.nbytes / decode / 1e9,
+        "gpu_share_of_copy": (moved / decode) / (2 * weight.nbytes / copy),
+    }
+
+
+def bench_format(codec: Codec, tensor: str, weight: Tensor) -> dict:
+    """One row: weight bf16 [E, rows, cols]."""
+    packed = codec.encode(weight)
+    out = torch.empty_like(weight)
+    codec.decode(packed, out)
+    exact = torch.equal(out.view(torch.int16), weight.view(torch.int16))
+    assert exact, f"format {codec.name} does not give back {tensor}"
+    row = {
+        "format": codec.name,
+        "tensor": tensor,
+        "weights": weight.numel(),
+        "bits_per_weight": codec.bits_per_weight(packed),
+        "bound_bits": bound_of(weight),
+        "encode_gb_per_s": weight.nbytes / median_seconds(lambda: codec.encode(weight)) / 1e9,
+        "decode_gb_per_s": weight.nbytes / median_seconds(lambda: codec.decode(packed, out)) / 1e9,
+        "copy_gb_per_s": weight.nbytes / median_seconds(lambda: out.copy_(weight)) / 1e9,
+    }
+    if torch.cuda.is_available():
+        row |= gpu_decode_rate(codec, packed, weight)
+    return row
+
+
+class FusedGemm:
+    """The layers of a checkpoint, dense and in planar12, behind the kernels of the device."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, most_tokens: int) -> None:
+        config, self.device = checkpoint.config, device
+        dims = expert_dims(config)
+        if device.type == "cuda":
+            from fluxmoe.kernels.triton.experts import TritonExperts
+
+            from .timing import cold_copies
+
+            self.dense_ops: ExpertOps = TritonExperts(dims, most_tokens, device)
+            self.ops: ExpertOps = TritonExperts(dims, most_tokens, device, formats=(FUSED,))
+            wanted = cold_copies(config.expert_bytes_total // len(config.moe_layers))
+        else:
+            self.dense_ops = self.ops = CpuExperts(dims, most_tokens)
+            wanted = -(-_COLD_BYTES * len(config.moe_layers) // config.expert_bytes_total)
+        self.hidden = config.hidden_size
+        layers = config.moe_layers[:wanted]
+        self.pages = {name: [self._page(checkpoint, i, name) for i in tqdm(layers, name)] for name in (DENSE, FUSED)}
+        self.num_experts = config.num_experts
+
+    def _page(self, checkpoint: Checkpoint, layer: int, name: str) -> LayerPage:
+        pairs: list = [None] * checkpoint.config.num_experts
+        for _, expert, gate_up, down in checkpoint.experts(lambda i, expert: i == layer):
+            first, second = (torch.empty(n, dtype=torch.uint8) for n in self.ops.expert_bytes(name))
+            self.ops.encode_expert(gate_up, down, (first, second), name)
+            pairs[expert] = first.to(self.device), second.to(self.device)
+        return LayerPage(ExpertTable.from_blocks(pairs, self.device, name), lambda tensor_type: None)
+
+    def run(self, ops: ExpertOps, x: Tensor, logits: Tensor, page: LayerPage, out: Tensor) -> Tensor:
+        return ops.moe_add(x, ops.route(logits), page, out)
+
+    def bench(self, tokens: int) -> dict:
+        """One row: µs of the layer in both formats, and their ratio pair by pair."""
+        x = torch.randn(tokens, self.hidden, device=self.device).to(self.ops.act_dtype)
+        logits = torch.randn(tokens, self.num_experts, device=self.device)
+        zero = torch.zeros_like(x)
+        dense, packed = self.pages[DENSE], self.pages[FUSED]
+        results = [self.run(self.ops, x, logits, pages[0], zero.clone()) for pages in (dense, packed)]
+        assert torch.equal(*results), f"{tokens} tokens: compressed and dense experts differ"
+        out = zero.clone()
+        if self.device.type == "cuda":
+            from .timing import time_calls
+
+            times = [
+                time_calls([partial(self.run, ops, x, logits, page, out) for page in pages])
+                for ops, pages in ((self.dense_ops, dense), (self.ops, packed))
+            ]
+            medians, ratios = [t.p50 for t in times], [times[0].p50 / times[1].p50]
+        else:
+            pairs = self._cpu_pairs(x, logits, out)
+            medians, ratios = np.median(pairs, axis=0), pairs[:, 0] / pairs[:, 1]
+        low, middle, high = np.percentile(ratios, [20, 50, 80])
+        return {
+            "tokens": tokens,
+            "dense_us": medians[0] * 1e6,
+            "planar12_us": medians[1] * 1e6,
+            "dense_over_planar12": middle,
+            "ratio_p20": low,
+            "ratio_p80": high,
+        }
+
+    def _cpu_pairs(self, x: Tensor, logits: Tensor, out: Tensor) -> np.ndarray:
+        """Seconds [pairs, 2], each pair on the same layer, its order alternating."""
+        times: list[list[float]] = []
+        begin, names = time.perf_counter(), (DENSE, FUSED)
+        while len(times) < _PAIRS and (len(times) < 3 or time.perf_counter() - begin < _SECONDS):
+            layer, pair = len(times) % len(self.pages[DENSE]), [0.0, 0.0]
+            for which in (0, 1) if len(times) % 2 else (1, 0):
+                start = time.perf_counter()
+                self.run(self.ops, x, logits, self.pages[names[which]][layer], out)
+                pair[which] = time.perf_counter() - start
+            times.append(pair)
+        return np.array(times)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="fluxmoe.experiments.bench.packing", description=__doc__.splitlines()[0])
+    add_model_source(p)
+    p.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS), help="tokens of the GEMM's points")
+    p.add_argument("--experts", type=int, default=64, help="experts to take, from the first layer on")
+    p.add_argument("--formats", nargs="+", choices=sorted(compressed_formats()), default=list(compressed_formats()))
+    p.add_argument("--out", required=True, metavar="DIR")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if args.experts < 1:
+        raise UsageError("--experts must be at least 1")
+    if any(tokens < 1 for tokens in args.tokens):
+        raise UsageError("--tokens must be at least 1 each")
+    model = model_source(args).weights
+    checkpoint = Checkpoint(model)
+    if checkpoint.config.dtype != torch.bfloat16:
+        raise UsageError(f"{model} holds {checkpoint.config.dtype} weights; the formats compress bfloat16")
+    experts = list(islice(checkpoint.experts(), args.experts))
+    tensors = {
+        "gate_up": torch.stack([expert[2] for expert in experts]),
+        "down": torch.stack([expert[3] for expert in experts]),
+    }
+    rows = []
+    for name in args.formats:
+        for tensor, weight in tensors.items():
+            row = bench_format(codec_of(name), tensor, weight)
+            rows.append(row)
+            gpu = f", on the GPU {row['gpu_decode_gb_per_s']:.0f}" if "gpu_decode_gb_per_s" in row else ""
+            print(
+                f"{name:>9} {tensor:>8}  {row['bits_per_weight']:6.3f} bits (bound {row['bound_bits']:.3f})  "
+                f"encode {row['encode_gb_per_s']:5.2f} GB/s, decode {row['decode_gb_per_s']:5.2f}{gpu}; "
+                f"copy {row['copy_gb_per_s']:.1f}",
+                flush=True,
+            )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = {**provenance(device.type), "experts": len(experts)}
+    _write(Path(args.out) / "rows.csv", rows)
+    write_json(Path(args.out) / "provenance.json", about)
+    if not args.tokens:
+        return
+    fused, points = FusedGemm(checkpoint, device, max(args.tokens)), []
+    for tokens in args.tokens:
+        point = fused.bench(tokens)
+        points.append(point)
+        print(
+            f"{tokens:>5} tokens  dense {point['dense_us']:9.0f} µs, planar12 {point['planar12_us']:9.0f} µs: "
+            f"{point['dense_over_planar12']:.2f}x ({point['ratio_p20']:.2f} … {point['ratio_p80']:.2f})",
+            flush=True,
+        )
+        _write(Path(args.out) / "gemm.csv", points)
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    write_csv(path, rows)
+
+
+if __name__ == "__main__":
+    cli_main(main)

@@ -1,0 +1,331 @@
+"""Make a Hugging Face checkpoint of a real architecture, with weights distributed as in trained models.
+
+    python -m fluxmoe.experiments.lib.checkpoints --arch qwen3_moe --out DIR --layers 8 --experts 32 --hidden 512
+
+Weights are normal with a scale of their own per tensor, which gives their exponents the peaked distribution of
+trained models (entropy about 2.6 bits); the names and files are those that the Hub has, so transformers, vLLM and
+our loader read the result alike. The tokenizer is a byte-level BPE: any text round-trips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import math
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Required, TypedDict
+
+import torch
+from fluxmoe.models import ARCHITECTURES
+from fluxmoe.models.config import DTYPES
+from fluxmoe.models.naming import Role
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from .results import Parser, UsageError, cli_main
+
+_SPECIAL = ("<|begin|>", "<|end|>")
+# 256 bytes and the special tokens: the least vocabulary of a byte-level tokenizer.
+_MIN_VOCAB = 256 + len(_SPECIAL)
+_WITH_DENSE_LAYERS = ("qwen3_moe", "qwen3_next")
+
+
+class ModelShape(TypedDict, total=False):
+    """A model by the arguments of `hf_config`."""
+
+    arch: Required[str]
+    layers: Required[int]
+    experts: Required[int]
+    top_k: Required[int]
+    hidden: Required[int]
+    moe_intermediate: Required[int]
+    heads: Required[int]
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    dtype: str
+    max_positions: int
+    dense_layers: Iterable[int]
+
+
+def make_checkpoint(
+    arch: str,
+    out: Path | str,
+    *,
+    layers: int = 4,
+    experts: int = 8,
+    top_k: int = 2,
+    hidden: int = 256,
+    moe_intermediate: int = 256,
+    heads: int = 4,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    vocab: int = 4096,
+    dtype: str = "bfloat16",
+    seed: int = 0,
+    scale: float = 1.0,
+    max_positions: int = 4096,
+    dense_layers: Iterable[int] = (),
+    shard_bytes: int = 1 << 30,
+    progress: bool = False,
+) -> Path:
+    """Write a checkpoint to the new directory `out`; all of it or nothing. Peak memory is one shard.
+
+    scale: factor on every matrix; 1 keeps activations of order one (standard deviation 1/sqrt(fan-in)).
+    dense_layers: those with an MLP as wide as the chosen experts together in the place of experts.
+    Raises UsageError and ConfigError on sizes that make no model.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists already; remove it or choose another --out")
+    if vocab < _MIN_VOCAB:
+        raise UsageError(f"--vocab must be at least {_MIN_VOCAB} to hold all bytes and the special tokens, got {vocab}")
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    if not 0 < scale < math.inf or shard_bytes < 1:
+        raise UsageError(f"--scale and --shard-bytes must be positive, got {scale} and {shard_bytes}")
+    config = hf_config(
+        arch, layers=layers, experts=experts, top_k=top_k, hidden=hidden, moe_intermediate=moe_intermediate,
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab=vocab, dtype=dtype, max_positions=max_positions,
+        dense_layers=dense_layers,
+    )  # fmt: skip
+    # Before anything is written, a parent directory included.
+    model = ARCHITECTURES[arch].config_from_hf(config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        _write_json(temporary / "config.json", config)
+        _write_json(temporary / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
+        roles = ARCHITECTURES[arch].tensor_roles(model)
+        # The first scheme of each architecture is the one on the Hub.
+        names = dict(roles.required) | {n: r for ways in roles.expert_schemes for n, r in ways[0].items()}
+        zero_centred: frozenset[str] = getattr(ARCHITECTURES[arch], "ZERO_CENTRED", frozenset())
+        _write_shards(temporary, names, model.dtype, seed, scale, zero_centred, shard_bytes, progress)
+        _write_tokenizer(temporary, vocab)
+        _share(temporary)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return out
+
+
+def hf_config(
+    arch: str, *, layers: int, experts: int, top_k: int, hidden: int, moe_intermediate: int, heads: int,
+    kv_heads: int | None = None, head_dim: int | None = None, vocab: int = 4096, dtype: str = "bfloat16",
+    max_positions: int = 4096, dense_layers: Iterable[int] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """config.json as the Hub has it for `arch`."""
+    if arch not in ARCHITECTURES:
+        raise UsageError(f"--arch must be one of {', '.join(ARCHITECTURES)}, got {arch}")
+    dense = sorted(set(dense_layers))
+    if dense and arch not in _WITH_DENSE_LAYERS:
+        raise UsageError(f"{arch} has experts in every layer; --dense-layers is for {' and '.join(_WITH_DENSE_LAYERS)}")
+    missing = [layer for layer in dense if not 0 <= layer < layers]
+    if missing:
+        raise UsageError(f"--dense-layers {missing[0]} does not exist; {layers} layers are numbered from 0")
+    size_of_head = hidden // max(1, heads) if head_dim is None else head_dim
+    config: dict[str, Any] = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if kv_heads is None else kv_heads,
+        "head_dim": size_of_head,
+        "vocab_size": vocab,
+        "max_position_embeddings": max_positions,
+        "dtype": dtype,
+        "model_type": arch,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "num_experts_per_tok": top_k,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+        "torch_dtype": dtype,
+    }
+    if arch == "mixtral":
+        extra = {"architectures": ["MixtralForCausalLM"], "num_local_experts": experts, "sliding_window": None}
+        return config | extra | {"intermediate_size": moe_intermediate}
+    if arch == "qwen3_moe":
+        return config | {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "num_experts": experts,
+            "moe_intermediate_size": moe_intermediate,
+            "intermediate_size": top_k * moe_intermediate,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": dense,
+            "use_sliding_window": False,
+        }
+    if arch == "qwen3_next":
+        return config | {
+            "architectures": ["Qwen3NextForCausalLM"],
+            "num_experts": experts,
+            "moe_intermediate_size": moe_intermediate,
+            "shared_expert_intermediate_size": moe_intermediate,
+            "intermediate_size": top_k * moe_intermediate,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": dense,
+            "full_attention_interval": 4,
+            "partial_rotary_factor": 0.25,
+            # As many value heads as query heads twice, in pairs that share a key head: the published model's shape.
+            "linear_num_key_heads": heads,
+            "linear_num_value_heads": 2 * heads,
+            "linear_key_head_dim": size_of_head // 2,
+            "linear_value_head_dim": size_of_head // 2,
+            "linear_conv_kernel_dim": 4,
+        }
+    if config.pop("head_dim") * config["num_attention_heads"] != config["hidden_size"]:
+        raise UsageError("olmoe has no head_dim of its own: --head-dim times --heads must be --hidden")
+    return config | {
+        "architectures": ["OlmoeForCausalLM"],
+        "num_experts": experts,
+        "intermediate_size": moe_intermediate,
+        "norm_topk_prob": False,
+        "clip_qkv": None,
+    }
+
+
+def _weight(name: str, role: Role, dtype: torch.dtype, seed: int, scale: float, zero_centred: frozenset[str]) -> Tensor:
+    """One tensor; its generator is seeded by its name too, so a tensor does not depend on the others."""
+    # torch's generator takes only 32 bits of a seed, so both go through a checksum.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    if len(role.shape) == 1:
+        if role.kind == "a_log":
+            return torch.empty(role.shape).uniform_(1, 16, generator=generator).log().to(dtype)
+        if role.kind in zero_centred:
+            return (0.1 * torch.randn(role.shape, generator=generator)).to(dtype)
+        if role.kind.endswith("bias") and role.kind != "dt_bias":
+            return (0.02 * torch.randn(role.shape, generator=generator)).to(dtype)
+        return (1 + 0.1 * torch.randn(role.shape, generator=generator)).to(dtype)
+    # Trained tensors of one kind differ in scale by some tens of per cent.
+    jitter = torch.exp(0.2 * torch.randn((), generator=generator))
+    spread = 1.0 if role.kind == "embed_tokens" else role.shape[-1] ** -0.5
+    # Normalised inputs have unit variance; this gives router logits a spread at which a few experts stand out.
+    spread *= 2.0 if role.kind == "router" else 1.0
+    return (torch.randn(role.shape, generator=generator) * spread * jitter * scale).to(dtype)
+
+
+def _write_shards(
+    directory: Path,
+    names: dict[str, Role],
+    dtype: torch.dtype,
+    seed: int,
+    scale: float,
+    zero_centred: frozenset[str],
+    shard_bytes: int,
+    progress: bool,
+) -> None:
+    shards = list(_split(names, dtype.itemsize, shard_bytes))
+    files = [
+        "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(len(shards))
+    ]
+    with tqdm(total=len(names), desc="tensors", disable=not progress, leave=False) as bar:
+        for file, shard in zip(files, shards, strict=True):
+            tensors = {}
+            for name in shard:
+                tensors[name] = _weight(name, names[name], dtype, seed, scale, zero_centred)
+                bar.update()
+            try:
+                save_file(tensors, directory / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # how the library reports a full disk
+                raise OSError(f"{file} cannot be written: {error}") from None
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(dtype.itemsize * torch.Size(role.shape).numel() for role in names.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _split(names: dict[str, Role], itemsize: int, shard_bytes: int) -> Iterator[list[str]]:
+    """Names in layer order, cut where a shard would pass `shard_bytes`."""
+    shard: list[str] = []
+    size = 0
+    for name, role in sorted(names.items(), key=lambda item: -1 if item[1].layer is None else item[1].layer):
+        nbytes = itemsize * torch.Size(role.shape).numel()
+        if shard and size + nbytes > shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(name)
+        size += nbytes
+    yield shard
+
+
+def _write_tokenizer(directory: Path, vocab: int) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(_SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    # English that every Python has: the docstrings of its standard library.
+    modules = (argparse, inspect, json, shutil, tempfile, zlib)
+    text = [inspect.getdoc(value) or "" for m in modules for value in vars(m).values() if callable(value)]
+    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    _write_json(
+        directory / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": _SPECIAL[0], "eos_token": _SPECIAL[1]},
+    )
+
+
+def _share(directory: Path) -> None:
+    """Give what private-by-default writers (mkdtemp, safetensors) made the modes that the user's umask asks for."""
+    umask = os.umask(0)
+    os.umask(umask)
+    directory.chmod(0o777 & ~umask)
+    for path in directory.iterdir():
+        path.chmod(0o666 & ~umask)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="fluxmoe.experiments.lib.checkpoints", description=__doc__.splitlines()[0])
+    p.add_argument("--arch", required=True, choices=list(ARCHITECTURES))
+    p.add_argument("--out", required=True, metavar="DIR")
+    signature = inspect.signature(make_checkpoint).parameters
+    for name in (
+        "layers", "experts", "top_k", "hidden", "moe_intermediate", "heads", "kv_heads", "head_dim", "vocab", "seed",
+        "max_positions", "shard_bytes",
+    ):  # fmt: skip
+        p.add_argument(f"--{name.replace('_', '-')}", type=int, default=signature[name].default)
+    p.add_argument(
+        "--dense-layers", type=int, nargs="+", default=(), metavar="LAYER",
+        help="layers with an MLP in the place of experts, numbered from 0 (qwen3_moe, qwen3_next)",
+    )  # fmt: skip
+    p.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
+    p.add_argument("--scale", type=float, default=1.0)
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = vars(parser().parse_args(argv))
+    out = make_checkpoint(**args, progress=True)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    print(f"{out}: {size / 1e6:.1f} MB of weights")
+
+
+if __name__ == "__main__":
+    cli_main(main)

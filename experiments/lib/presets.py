@@ -1,0 +1,158 @@
+"""Where a script's model comes from: a checkpoint, a published model's config, or a preset made on first use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from fluxmoe.models import ARCHITECTURES
+from fluxmoe.models.config import ModelConfig, load_config
+from fluxmoe.models.published import PUBLISHED, published_config
+
+from .checkpoints import ModelShape, hf_config, make_checkpoint
+from .results import UsageError, write_json
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model that make_checkpoint makes and a workload that suits it."""
+
+    model: ModelShape
+    requests: int
+    context: int
+    output_tokens: int
+    max_batch: int
+    budgets: tuple[str, ...]
+
+
+_SMALL_MOE: ModelShape = dict(
+    arch="qwen3_moe", layers=8, experts=32, top_k=4, hidden=512, moe_intermediate=512, heads=8, kv_heads=8,
+    head_dim=64, vocab=8192, max_positions=4096,
+)  # fmt: skip
+
+PRESETS = {
+    # Ends within 4 minutes on two cores.
+    "demo": Preset(
+        {**_SMALL_MOE, "layers": 6}, requests=32, context=320, output_tokens=96, max_batch=32,
+        budgets=("96MiB", "144MiB", "224MiB", "320MiB", "352MiB", "416MiB", "512MiB"),
+    ),
+    # The committed figure: 403 MB of experts, KV of a full batch 537 MB.
+    "small": Preset(
+        _SMALL_MOE, requests=64, context=512, output_tokens=128, max_batch=64,
+        budgets=("144MiB", "176MiB", "208MiB", "256MiB", "304MiB", "352MiB", "384MiB", "432MiB", "464MiB", "496MiB",
+                 "560MiB", "688MiB", "960MiB"),
+    ),
+    # Qwen3-Next's kinds of layers: 403 MB of experts, recurrent states of a full batch 27 MB, its KV 134 MB.
+    "next": Preset(
+        dict(arch="qwen3_next", layers=8, experts=64, top_k=6, hidden=512, moe_intermediate=256, heads=8, kv_heads=8,
+             head_dim=64, vocab=8192, max_positions=4096),
+        requests=64, context=512, output_tokens=128, max_batch=64,
+        budgets=("160MiB", "256MiB", "352MiB", "448MiB", "512MiB", "640MiB"),
+    ),
+    # Deep, as the paper's models: an eighth of the layers is more than two slots hold. 302 and 352 MB of experts.
+    "deep-next": Preset(
+        dict(arch="qwen3_next", layers=24, experts=32, top_k=4, hidden=512, moe_intermediate=128, heads=8, kv_heads=4,
+             head_dim=64, vocab=8192, max_positions=4096),
+        requests=32, context=512, output_tokens=128, max_batch=32, budgets=("384MiB", "512MiB"),
+    ),
+    "deep-mixtral": Preset(
+        dict(arch="mixtral", layers=32, experts=8, top_k=2, hidden=256, moe_intermediate=896, heads=8, kv_heads=8,
+             head_dim=32, vocab=8192, max_positions=4096),
+        requests=32, context=512, output_tokens=128, max_batch=32, budgets=("384MiB", "512MiB"),
+    ),
+    # For rehearsals: seconds, whatever the machine.
+    "tiny": Preset(
+        dict(arch="qwen3_moe", layers=2, experts=4, top_k=2, hidden=128, moe_intermediate=128, heads=2, kv_heads=2,
+             head_dim=64, vocab=512, max_positions=256),
+        requests=2, context=40, output_tokens=4, max_batch=2, budgets=("64MiB",),
+    ),
+    # Layers of Qwen3-30B-A3B's width on a GPU, made and loaded in seconds: 2.4 GB of experts.
+    "gpu-short": Preset(
+        dict(arch="qwen3_moe", layers=4, experts=64, top_k=8, hidden=2048, moe_intermediate=768, heads=32, kv_heads=4,
+             head_dim=128, vocab=32768, max_positions=2048),
+        requests=128, context=1024, output_tokens=64, max_batch=64, budgets=("2304MiB", "2816MiB", "3584MiB"),
+    ),
+    # The same, deeper: 4.8 GB of experts, KV of a full batch 1.1 GB.
+    "gpu": Preset(
+        dict(arch="qwen3_moe", layers=8, experts=64, top_k=8, hidden=2048, moe_intermediate=768, heads=32, kv_heads=4,
+             head_dim=128, vocab=32768, max_positions=2048),
+        requests=128, context=1024, output_tokens=128, max_batch=64,
+        budgets=("1GiB", "2GiB", "3GiB", "4GiB", "5GiB", "5632MiB", "6GiB", "7GiB"),
+    ),
+    # The shape of Qwen3-Next-80B-A3B in all but depth: 8 layers of 48, 25.8 GB.
+    "gpu-next": Preset(
+        dict(arch="qwen3_next", layers=8, experts=512, top_k=10, hidden=2048, moe_intermediate=512, heads=16,
+             kv_heads=2, head_dim=256, vocab=32768, max_positions=4096),
+        requests=128, context=2048, output_tokens=128, max_batch=64,
+        budgets=("8GiB", "16GiB", "24GiB", "28GiB", "32GiB"),
+    ),
+}  # fmt: skip
+
+
+class Source(NamedTuple):
+    """What to serve. checkpoint: None for a model that is known by its config alone."""
+
+    checkpoint: Path | None
+    config: ModelConfig
+    name: str
+
+    @property
+    def weights(self) -> Path:
+        """The checkpoint; UsageError if there is none."""
+        if self.checkpoint is None:
+            raise UsageError(f"{self.name} has no weights here: it can only be simulated, with --device sim")
+        return self.checkpoint
+
+
+def add_model_source(p: argparse.ArgumentParser, simulate: bool = False) -> None:
+    """--model, --preset and --checkpoints; where a script can also run on the simulator, --config."""
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint")
+    source.add_argument("--preset", choices=sorted(PRESETS), help="a model that is made if needed")
+    p.add_argument("--checkpoints", default="checkpoints", metavar="DIR", help="where presets keep their model")
+    if simulate:
+        source.add_argument("--config", choices=list(PUBLISHED), help="a published model by name, with --device sim")
+
+
+def model_source(args: argparse.Namespace) -> Source:
+    """What the arguments of `add_model_source` name."""
+    if published := getattr(args, "config", None):
+        if args.device != "sim":
+            raise UsageError("--config names a model without weights: it needs --device sim")
+        return published_source(published)
+    if args.preset:
+        return preset_source(args.preset, Path(args.checkpoints))
+    return Source(Path(args.model), load_config(Path(args.model)), args.model)
+
+
+def published_source(name: str) -> Source:
+    return Source(None, published_config(name), name)
+
+
+def preset_source(name: str, checkpoints: Path) -> Source:
+    """A preset's model, made on first use."""
+    checkpoint = preset_model(name, checkpoints)
+    return Source(checkpoint, load_config(checkpoint), name)
+
+
+def preset_config(name: str) -> ModelConfig:
+    """What a preset's model would be, without making it."""
+    spec = PRESETS[name].model
+    return ARCHITECTURES[spec["arch"]].config_from_hf(hf_config(**spec))
+
+
+def preset_model(name: str, directory: Path, seed: int = 0) -> Path:
+    """The preset's checkpoint, made on first use."""
+    target = directory / name
+    spec = PRESETS[name].model
+    marker = target / "preset.json"
+    if marker.exists() and json.loads(marker.read_text()) == {**spec, "seed": seed}:
+        return target
+    if target.exists():
+        raise UsageError(f"{target} holds another model than preset {name} wants; remove it or give --checkpoints")
+    make_checkpoint(out=target, seed=seed, **spec)
+    write_json(marker, {**spec, "seed": seed})
+    return target

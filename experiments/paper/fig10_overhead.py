@@ -1,0 +1,230 @@
+"""What paging costs when nothing is paged out: every expert resident and dense (the paper's Exp#4, Fig. 10).
+
+    python -m fluxmoe.experiments.paper.fig10_overhead --out results/<hardware>/exp4_overhead
+
+The experts of a row of layers lie in ordinary memory, or under the addresses of a PagedTensor whose pages are all
+mapped; two kernels read them:
+
+    table   ours: a table of addresses, one an expert        stacked: one tensor a layer; apart: one tensor an expert
+    torch   one matmul an expert, which knows of no table    paged: PagedTensor's views, mapped page by page
+
+Variants of a kernel are timed in turns, on the same layer and tokens, order shuffled; overhead is the median over
+turns of time / time of `stacked` in the same turn, minus one. The paper reports at most 3.0 % for remapping. What one
+map and one unmap of a block cost is timed beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fluxmoe.kernels.cpu.experts import CpuExperts
+from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.ops import ExpertDims, ExpertOps
+from fluxmoe.runtime.devices import device_of, resolve_device
+from fluxmoe.runtime.experts.streamer import LayerPage
+from fluxmoe.runtime.memory.paged_tensor import PagedTensor
+from torch import Tensor
+from tqdm import tqdm
+
+from ..lib.results import Parser, UsageError, cli_main, provenance, write_csv, write_json
+from ..plots.serving import plot_overhead
+
+MEMORIES = ("stacked", "apart", "paged")
+
+
+class Experts:
+    """The same experts in each kind of memory: blocks for our kernels, [E, n, k] for torch, by layer."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.dims = ExpertDims(args.hidden, args.moe_intermediate, args.experts, args.top_k, torch.bfloat16)
+        self.device, self.layers = device, args.layers
+        if device.type == "cuda":
+            from fluxmoe.kernels.triton.experts import TritonExperts
+
+            self.ops: ExpertOps = TritonExperts(self.dims, max(args.batches), device)
+        else:
+            self.ops = CpuExperts(self.dims, max(args.batches))
+        sizes = self.ops.expert_bytes()
+        self.paged = [
+            PagedTensor(args.layers, args.experts, (n,), torch.uint8, device, slots=max(2, args.layers)) for n in sizes
+        ]
+        self.pages: dict[str, list[LayerPage]] = {name: [] for name in MEMORIES}
+        for layer in tqdm(range(args.layers), "layers", leave=False):
+            self._make_layer(layer, sizes)
+
+    def _make_layer(self, layer: int, sizes: tuple[int, int]) -> None:
+        d = self.dims
+        stacked = [torch.empty(d.experts, n, dtype=torch.uint8, device=self.device) for n in sizes]
+        for expert in range(d.experts):
+            gate_up = torch.randn(2 * d.intermediate, d.hidden).mul_(d.hidden**-0.5).bfloat16()
+            down = torch.randn(d.hidden, d.intermediate).mul_(d.intermediate**-0.5).bfloat16()
+            first, second = (torch.empty(n, dtype=torch.uint8) for n in sizes)
+            self.ops.encode_expert(gate_up, down, (first, second))
+            for target, block in zip(stacked, (first, second), strict=True):
+                target[expert].copy_(block)
+        for tensor, source in zip(self.paged, stacked, strict=True):
+            if not tensor.states[layer].any():
+                tensor.begin_load(layer)
+                tensor.view(layer).copy_(source)
+                tensor.end_load(layer)
+            tensor.check(layer)
+        memories: dict[str, Sequence[Iterable[Tensor]]] = {
+            "stacked": stacked,
+            "apart": [[block.clone() for block in tensor] for tensor in stacked],
+            "paged": [tensor.view(layer) for tensor in self.paged],
+        }
+        for name, (gate_ups, downs) in memories.items():
+            table = ExpertTable.from_blocks(list(zip(gate_ups, downs, strict=True)), self.device)
+            self.pages[name].append(LayerPage(table, lambda tensor_type: None))
+
+    def table_kernel(self, x: Tensor, logits: Tensor, out: Tensor, layer: int, memory: str) -> None:
+        self.ops.moe_add(x, self.ops.route(logits), self.pages[memory][layer], out)
+
+    def torch_kernel(self, x: Tensor, expert_of_row: Tensor, layer: int, memory: str) -> None:
+        """Every expert's gate/up product, a matmul a block: reads the bytes as bf16 [2I, H], whatever their order."""
+        shape = (2 * self.dims.intermediate, self.dims.hidden)
+        for expert, (gate_up, _) in enumerate(self.pages[memory][layer].table.blocks):
+            rows = x[expert_of_row == expert]
+            F.linear(rows, gate_up[: 2 * shape[0] * shape[1]].view(torch.bfloat16).view(shape))
+
+    def close(self) -> None:
+        for tensor in self.paged:
+            tensor.close()
+
+
+def seconds_of(work: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure(experts: Experts, kernel: str, batch: int, repeats: int, rng: random.Random) -> list[dict]:
+    """One row a memory: times, and overhead over `stacked` turn by turn."""
+    device, ops = experts.device, experts.ops
+    x = torch.randn(batch, experts.dims.hidden, device=device)
+    act, half = x.to(ops.act_dtype), x.bfloat16()
+    logits = torch.randn(batch, experts.dims.experts, device=device)
+    out, expert_of_row = torch.zeros_like(act), torch.randint(experts.dims.experts, (batch,), device=device)
+    memories = MEMORIES if kernel == "table" else ("stacked", "paged")
+
+    def run(memory: str, layer: int) -> None:
+        if kernel == "table":
+            experts.table_kernel(act, logits, out, layer, memory)
+        else:
+            experts.torch_kernel(half, expert_of_row, layer, memory)
+
+    for memory in memories:
+        run(memory, 0)
+    times: dict[str, list[float]] = {memory: [] for memory in memories}
+    for turn in range(repeats):
+        layer = turn % experts.layers
+        for memory in rng.sample(memories, len(memories)):
+            times[memory].append(seconds_of(lambda: run(memory, layer), device))  # noqa: B023
+    rows = []
+    for memory in memories:
+        ratios = 100 * (np.array(times[memory]) / np.array(times["stacked"]) - 1)
+        # The median's own spread: from resampled turns, since single turns are noisier than the effect.
+        resampled = np.random.default_rng(0).choice(ratios, (400, len(ratios)))
+        low, high = np.percentile(np.median(resampled, axis=1), [5, 95])
+        rows.append(
+            {
+                "kernel": kernel, "memory": memory, "batch": batch, "turns": repeats,
+                "time_us": float(np.median(times[memory])) * 1e6, "overhead_percent": float(np.median(ratios)),
+                "overhead_p5": float(low), "overhead_p95": float(high),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def map_costs(device: torch.device, count: int = 200) -> list[dict]:
+    """µs of one map of a new block, of a remap of a kept one, and of an unmap."""
+    times: dict[str, list[float]] = {"map": [], "unmap": [], "remap": []}
+    with device_of(device).make_pool((count + 1) * (2 << 20)) as pool:
+        region = pool.reserve(2 * count * pool.block_bytes)
+        for page in range(count):
+            times["map"].append(seconds_of_host(lambda: region.map(page)))  # noqa: B023
+        for page in range(count):
+            times["remap"].append(
+                seconds_of_host(lambda: region.map(count + page, region.unmap(page, keep=True)))  # noqa: B023
+            )
+        for page in range(count, 2 * count):
+            times["unmap"].append(seconds_of_host(lambda: region.unmap(page)))  # noqa: B023
+        region.close()
+        size = pool.block_bytes
+    rows = []
+    for what, values in times.items():
+        low, middle, high = np.percentile(np.array(values) * 1e6, [20, 50, 80])
+        rows.append({"call": what, "block_bytes": size, "time_us": middle, "p20_us": low, "p80_us": high})
+    return rows
+
+
+def seconds_of_host(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="fluxmoe.experiments.paper.fig10_overhead", description=__doc__.splitlines()[0])
+    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    p.add_argument("--layers", type=int, default=4)
+    p.add_argument("--experts", type=int, default=32)
+    p.add_argument("--top-k", type=int, default=4)
+    p.add_argument("--hidden", type=int, default=512)
+    p.add_argument("--moe-intermediate", type=int, default=512)
+    p.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64])
+    p.add_argument("--repeats", type=int, default=300, help="turns of each variant")
+    p.add_argument("--out", required=True, metavar="DIR")
+    return p
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    write_csv(path, rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    sizes = (args.layers, args.experts, args.hidden, args.moe_intermediate, args.repeats, *args.batches)
+    if min(sizes) < 1 or not 1 <= args.top_k <= args.experts:
+        raise UsageError("sizes, batches and repeats must be at least 1, and --top-k at most --experts")
+    torch.manual_seed(0)
+    device, out, rng = resolve_device(args.device), Path(args.out), random.Random(0)
+    costs = map_costs(device)
+    for cost in costs:
+        print(f"{cost['call']:>6} of {cost['block_bytes'] >> 10} KiB: {cost['time_us']:.1f} µs "
+              f"({cost['p20_us']:.1f} … {cost['p80_us']:.1f})")  # fmt: skip
+    experts, rows = Experts(args, device), []
+    padding = [tensor.padding_bytes for tensor in experts.paged]
+    for kernel in ("table", "torch"):
+        for batch in args.batches:
+            for row in measure(experts, kernel, batch, args.repeats, rng):
+                rows.append(row)
+                print(
+                    f"{kernel:>6} {batch:>4} tokens {row['memory']:>8} {row['time_us']:9.1f} µs  overhead "
+                    f"{row['overhead_percent']:+.2f} % ({row['overhead_p5']:+.2f} … {row['overhead_p95']:+.2f})",
+                    flush=True,
+                )
+            write_rows(out / "rows.csv", rows)
+    experts.close()
+    write_rows(out / "map_costs.csv", costs)
+    settings = {name: getattr(args, name) for name in ("layers", "experts", "top_k", "hidden", "moe_intermediate")}
+    write_json(out / "provenance.json", {**provenance(device.type, 0), **settings, "padding_bytes": padding})
+    print(f"figure: {plot_overhead(out)}")
+
+
+if __name__ == "__main__":
+    cli_main(main)

@@ -1,0 +1,1 @@
+"""Engines under workloads and budgets, ours and others."""

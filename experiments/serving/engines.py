@@ -1,0 +1,154 @@
+"""Engines side by side: ours in this process, others as workers in processes of their own, one interface for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from fluxmoe.models.config import ModelConfig
+from fluxmoe.runtime.serving.config import EngineConfig
+from fluxmoe.runtime.serving.request import Request, SamplingParams
+
+from ..lib.machines import Machine
+from ..lib.presets import Source
+from ..lib.results import UsageError
+from .memory_budget import split_placement
+
+ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+class RefusedError(Exception):
+    """An engine that does not start; the message says why, as the engine says it."""
+
+
+class WorkerPeer:
+    """An engine in a process of its own that serves batches on request; RefusedError if it does not start."""
+
+    def __init__(
+        self, name: str, python: str, script: str, settings: dict, environment: dict[str, str] | None = None
+    ) -> None:
+        self.name = name
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
+        command = [python, str(Path(__file__).with_name(script)), json.dumps(settings)]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                text=True,
+                env={**os.environ, **(environment or {})},
+            )
+        except OSError as error:
+            raise UsageError(f"cannot start {python}: {error.strerror}") from None
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None, "a pipe"
+        assert stdout is not None, "a pipe"
+        self._stdin, self._stdout = stdin, stdout
+        self._said: list[str] = []
+        try:
+            self._answer()
+        except RefusedError:
+            self.close()
+            raise
+
+    def _answer(self) -> dict:
+        for line in self._stdout:
+            if line.startswith("RESULT "):
+                return json.loads(line.removeprefix("RESULT "))
+            self._said.append(line)
+        self._process.wait()
+        self._log.seek(0)
+        raise RefusedError(reason_in([*self._said, *self._log.readlines()]) or f"{self.name} stopped without a word")
+
+    def run(self, prompts: list[list[int]], output_tokens: int) -> float:
+        """Seconds of one call that generates `output_tokens` for each of `prompts`."""
+        with suppress(BrokenPipeError):  # it has stopped; its log says why
+            self._stdin.write(json.dumps({"prompts": prompts, "output_tokens": output_tokens}) + "\n")
+            self._stdin.flush()
+        return self._answer()["seconds"]
+
+    def close(self) -> None:
+        with suppress(BrokenPipeError):
+            self._stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+
+def reason_in(log: list[str]) -> str:
+    """The first error that a log names: what came after it followed from it."""
+    for line in log:
+        if found := re.search(r"\b((?:[A-Z]\w*)?(?:Error|Exception): .+)", line):
+            return found[1].strip()
+    return ""
+
+
+class OurPeer:
+    """Our engine with one placement under one budget. BudgetError if that is too small."""
+
+    def __init__(self, machine: Machine, source: Source, placement: str, settings: EngineConfig) -> None:
+        self.name = f"fluxmoe {placement}"
+        where, alpha, expert_format = split_placement(placement)
+        self._engine = machine.engine(
+            source, replace(settings, placement=where, alpha=alpha, expert_format=expert_format)
+        )
+
+    def run(self, prompts: list[list[int]], output_tokens: int) -> float:
+        params = SamplingParams(max_new_tokens=output_tokens, ignore_eos=True)
+        requests = [Request(tuple(ids), params) for ids in prompts]
+        begin = time.perf_counter()
+        outputs = self._engine.generate(requests)
+        seconds = time.perf_counter() - begin
+        assert all(len(output.token_ids) == output_tokens for output in outputs)
+        return seconds
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def kv_bytes(model: ModelConfig, dtype: str, budget: int | None) -> int | None:
+    """What a budget for weights and KV leaves for KV where all weights are resident in `dtype`; None without one."""
+    if budget is None:
+        return None
+    weights = (model.expert_bytes_total + model.non_expert_bytes) * ITEM_BYTES[dtype] // model.dtype.itemsize
+    return budget - weights
+
+
+def vllm(python: str, dtype: str, settings: dict, environment: dict[str, str], kv: int | None, offload_gib: float = 0):
+    """vLLM; kv: bytes of its KV cache, to which what is offloaded is added (None: 2 GiB on a CPU, its own choice on a
+    GPU)."""
+    if kv is not None and kv + int(offload_gib * 2**30) <= 0:
+        raise RefusedError(f"its weights in {dtype} alone are {-kv >> 20} MiB more than the budget")
+    offload = {"cpu_offload_gb": offload_gib} if offload_gib else {}
+    if kv is not None:
+        kv += int(offload_gib * 2**30)
+    elif settings["device"] == "cpu":
+        kv = 2 << 30
+    name = f"vllm {dtype}" + (f", {offload_gib:g} GiB offloaded" if offload_gib else "")
+    return WorkerPeer(
+        name, python, "vllm_worker.py", {**settings, "dtype": dtype, "kv_bytes": kv, "offload": offload}, environment
+    )
+
+
+def transformers(dtype: str, settings: dict, model: ModelConfig, kv: int | None):
+    """transformers' generate, with as many sequences at a time as have room for their KV at full length."""
+    each = settings["max_model_len"] * model.kv_bytes_per_token * ITEM_BYTES[dtype] // model.dtype.itemsize
+    at_once = settings["max_batch"] if kv is None else min(settings["max_batch"], kv // each)
+    if at_once < 1:
+        raise RefusedError(f"no room for the KV of one sequence beside its weights in {dtype}")
+    return WorkerPeer(
+        f"transformers {dtype}", sys.executable, "transformers_worker.py",
+        {**settings, "dtype": dtype, "max_batch": int(at_once)},
+    )  # fmt: skip

@@ -1,0 +1,338 @@
+"""The experts of one layer in one file, as the kernels of a backend read them: a tier of memory on a disk.
+
+    magic "FLUXEXPT" | version u32 | header bytes u32 | xxh3 of the header u64 | header, JSON | zeros to a page
+    records [E, 2]   512 bytes each: xxh3 of block and recipe u64 (0: not here yet) | recipe bytes u32 | recipe, JSON
+    blocks  [E, 2]   each at a multiple of 4096 bytes: gate_up, then down, of expert after expert
+
+All places follow from the header's sizes, none is read from the file. The file has its whole length from the beginning,
+with holes where nothing was written, so experts may come in any order and at any time; an expert counts as here once
+its records are written, which is after its bytes (`commit`). Whatever stops a writer, a reader sees whole experts or
+none.
+Integers are little endian. Sums are of xxHash (xxhash.com), 64 bits, which runs as fast as memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from ..expert_table import DOWN, GATE_UP
+from .codec import Packed, PackingError
+
+MAGIC = b"FLUXEXPT"
+VERSION = 1
+PAGE = 4096
+_PREFIX = struct.Struct("<8sIIQ")
+_RECORD, _RECORD_BYTES = struct.Struct("<QI"), 512
+# A header takes some hundred bytes; more than this is garbage, not a reason to allocate.
+_MAX_HEADER = 1 << 16
+
+
+@dataclass(frozen=True)
+class ExpertFileHeader:
+    """What the experts of a file are. backend: whose kernels read the blocks (cpu, triton, torch); sizes: bytes of a
+    (gate_up, down) block; content: digest of the model that they come from."""
+
+    backend: str
+    format: str
+    dtype: str
+    hidden: int
+    intermediate: int
+    experts: int
+    sizes: tuple[int, int]
+    content: str
+
+    def __post_init__(self) -> None:
+        sizes = (self.hidden, self.intermediate, self.experts, *self.sizes)
+        if not all(type(n) is int and 0 < n < 1 << 40 for n in sizes) or len(self.sizes) != 2:
+            raise PackingError(f"sizes of an expert file must be positive integers, got {sizes}")
+
+
+def expert_file_name(layer: int) -> str:
+    """Of a layer's experts in a folder; layers without experts are not counted."""
+    return f"experts-{layer:04d}.flux"
+
+
+def pages(nbytes: int) -> int:
+    """Up to a whole page."""
+    return -(-nbytes // PAGE) * PAGE
+
+
+class ExpertFile:
+    """A layer's experts, open for reading, or for adding to. PackingError if the file is not what `header` says.
+
+    Reads go past the page cache where the file system can, and may come from several threads at once.
+    """
+
+    def __init__(self, path: Path, header: ExpertFileHeader, writable: bool = False) -> None:
+        try:
+            file = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+        except OSError as error:
+            raise PackingError(f"{path} cannot be read: {error.strerror}") from None
+        self._open(file, path, header, writable)
+
+    def _open(self, file: int, path: Path, header: ExpertFileHeader, writable: bool) -> None:
+        """Take an open file over; it is closed where it is not what `header` says."""
+        self.path, self.header, self.direct_io = path, header, False
+        self._file: int | None = file
+        self._direct: int | None = None
+        self._written: set[int] = set()
+        try:
+            if writable:
+                _lock(file, path)
+            found, self._records_at = _read_header(path, file)
+            if found != header:
+                raise PackingError(f"{path} holds other experts: {_difference(found, header)}")
+            size = os.fstat(file).st_size
+            if size != self.nbytes(header):
+                raise PackingError(f"{path} is truncated or damaged: {size} bytes, not {self.nbytes(header)}")
+            raw = os.pread(file, header.experts * 2 * _RECORD_BYTES, self._records_at)
+            self._records = np.frombuffer(bytearray(raw), np.uint8).reshape(header.experts, 2, _RECORD_BYTES)
+            with suppress(OSError, AttributeError):  # tmpfs and others have no direct reads
+                self._direct = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_DIRECT)
+                self.direct_io = True
+        except OSError as error:
+            self.close()
+            raise PackingError(f"{path} cannot be read: {error.strerror}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def create(cls, path: Path, header: ExpertFileHeader) -> ExpertFile:
+        """Open a file to add experts to; made first, without any, if there is none. PackingError, OSError."""
+        if not path.exists():
+            file, name = _nameless(path.parent, header)
+            try:
+                # Whoever comes second leaves the first one's file as it is. (A descriptor makes Python follow links.)
+                with suppress(FileExistsError):
+                    os.link(name, path, src_dir_fd=file, follow_symlinks=True)
+            finally:
+                os.close(file)
+                if not name.startswith("/proc"):
+                    os.unlink(name)
+        return cls(path, header, writable=True)
+
+    @classmethod
+    def temporary(cls, directory: Path, header: ExpertFileHeader) -> ExpertFile:
+        """A file without a name in `directory`, gone when it is closed, whatever happens. PackingError, OSError."""
+        file, name = _nameless(directory, header)
+        if not name.startswith("/proc"):
+            os.unlink(name)
+        made = cls.__new__(cls)
+        made._open(file, directory, header, writable=True)
+        return made
+
+    @staticmethod
+    def nbytes(header: ExpertFileHeader) -> int:
+        """Length of the file; what is not written yet takes no room."""
+        each = sum(map(pages, header.sizes))
+        return _blocks_at(header) + header.experts * each
+
+    def has(self, expert: int) -> bool:
+        return all(_RECORD.unpack_from(self._records[expert, d])[0] for d in (GATE_UP, DOWN))
+
+    @property
+    def is_whole(self) -> bool:
+        return all(map(self.has, range(self.header.experts)))
+
+    def recipe(self, expert: int, tensor_type: int) -> Packed | None:
+        """What `decode_expert` must be told beside the block. PackingError if the record is damaged."""
+        record = self._records[expert, tensor_type]
+        length = _RECORD.unpack_from(record)[1]
+        if not length:
+            return None
+        try:
+            fields = json.loads(record[_RECORD.size : _RECORD.size + length].tobytes())
+            planes = {
+                name: torch.empty(int(count), dtype=getattr(torch, dtype), device="meta")
+                for name, dtype, count in fields["planes"]
+            }
+            return Packed(fields["format"], tuple(fields["shape"]), planes, fields["metadata"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+            raise PackingError(f"{self.path}: the record of {_name(expert, tensor_type)} is damaged") from None
+
+    def place(self, expert: int, tensor_type: int) -> int:
+        """Byte at which a block begins."""
+        gate_up, down = map(pages, self.header.sizes)
+        return _blocks_at(self.header) + expert * (gate_up + down) + (gate_up if tensor_type == DOWN else 0)
+
+    # Writing.
+
+    def put(self, expert: int, blocks: Sequence[Tensor], recipes: Sequence[Packed | None]) -> None:
+        """Write an expert's blocks, uint8 in host memory; it is here after `commit`. OSError when the disk fails."""
+        for d, (block, recipe) in enumerate(zip(blocks, recipes, strict=True)):
+            assert block.numel() == self.header.sizes[d], "blocks are as the header says"
+            text = b"" if recipe is None else _recipe_text(recipe)
+            assert len(text) <= _RECORD_BYTES - _RECORD.size, "recipes are small"
+            data = block.contiguous().numpy()
+            _pwrite(self._handle(), data.data, self.place(expert, d))
+            record = _RECORD.pack(_sum(data, text), len(text)) + text
+            self._records[expert, d] = 0
+            self._records[expert, d, : len(record)] = np.frombuffer(record, np.uint8)
+        self._written.add(expert)
+
+    def commit(self) -> None:
+        """All that was put is on the disk, and counts. OSError when the disk fails."""
+        if not self._written:
+            return
+        os.fdatasync(self._handle())
+        for expert in sorted(self._written):
+            _pwrite(self._handle(), self._records[expert].data, self._records_at + expert * 2 * _RECORD_BYTES)
+        os.fsync(self._handle())
+        self._written.clear()
+
+    # Reading.
+
+    def read(self, expert: int, tensor_type: int, target: Tensor, verify: bool = True) -> None:
+        """Fill the beginning of `target`, uint8 in host memory, with a block. Releases the GIL.
+
+        Where `target` begins at a page and holds whole pages, the read goes past the page cache. PackingError naming
+        file and expert when the disk fails or, with `verify`, the sum is wrong.
+        """
+        what, size = _name(expert, tensor_type), self.header.sizes[tensor_type]
+        total, text = _RECORD.unpack_from(self._records[expert, tensor_type])
+        if not total:
+            raise PackingError(f"{self.path}: {what} is not there")
+        whole_pages = target.data_ptr() % PAGE == 0 and target.numel() >= pages(size)
+        view, place, done = target.numpy(), self.place(expert, tensor_type), 0
+        while done < size:
+            direct = self.direct_io and whole_pages
+            part = view[done : pages(size) if direct else size]
+            try:
+                got = os.preadv(self._handle(direct), [part.data], place + done)
+            except OSError as error:
+                if direct and error.errno == errno.EINVAL:
+                    self.direct_io = False  # some file systems take the flag and refuse the read
+                    continue
+                raise PackingError(f"reading {what} from {self.path} failed: {error.strerror}") from None
+            if got == 0:
+                raise PackingError(f"reading {what} from {self.path} failed: the file ends early")
+            done += got
+        record = self._records[expert, tensor_type, _RECORD.size : _RECORD.size + text]
+        if verify and _sum(view[:size], record.tobytes()) != total:
+            raise PackingError(f"{self.path}: {what} is corrupt, its sum is wrong; pack the checkpoint again")
+
+    def drop_cache(self) -> None:
+        """What was read or written through the page cache need not stay in it."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._handle(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def unlock(self) -> None:
+        """Nothing more is put: others may."""
+        fcntl.flock(self._handle(), fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Idempotent; what was put and not committed is lost."""
+        for name in ("_file", "_direct"):
+            handle = getattr(self, name)
+            if handle is not None:
+                os.close(handle)
+                setattr(self, name, None)
+
+    def _handle(self, direct: bool = False) -> int:
+        handle = self._direct if direct else self._file
+        assert handle is not None, "the file is closed"
+        return handle
+
+    def __enter__(self) -> ExpertFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _blocks_at(header: ExpertFileHeader) -> int:
+    return _records_at(len(json.dumps(asdict(header)).encode())) + pages(header.experts * 2 * _RECORD_BYTES)
+
+
+def _records_at(header_bytes: int) -> int:
+    return pages(_PREFIX.size + header_bytes)
+
+
+def _name(expert: int, tensor_type: int) -> str:
+    return f"{('gate_up', 'down')[tensor_type]} of expert {expert}"
+
+
+def _sum(data: np.ndarray, recipe: bytes) -> int:
+    digest = xxhash.xxh3_64(data.data)
+    digest.update(recipe)
+    return digest.intdigest() or 1  # 0 says that nothing is here
+
+
+def _recipe_text(recipe: Packed) -> bytes:
+    planes = [(name, str(plane.dtype).removeprefix("torch."), plane.numel()) for name, plane in recipe.planes.items()]
+    fields = {"format": recipe.format, "shape": recipe.shape, "metadata": recipe.metadata, "planes": planes}
+    return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def _nameless(directory: Path, header: ExpertFileHeader) -> tuple[int, str]:
+    """A new file of no experts, open, and a name under which it can be linked: in no folder where the file system can,
+    so that a process that is killed leaves nothing. OSError."""
+    text = json.dumps(asdict(header)).encode()
+    prefix = _PREFIX.pack(MAGIC, VERSION, len(text), xxhash.xxh3_64_intdigest(text))
+    try:
+        file = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o666)
+        name = f"/proc/self/fd/{file}"
+    except (OSError, AttributeError):
+        name = str(directory / f".fluxmoe-experts-{os.getpid()}-{os.urandom(4).hex()}")
+        file = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+    try:
+        _pwrite(file, memoryview(prefix + text), 0)
+        os.ftruncate(file, ExpertFile.nbytes(header))
+    except BaseException:
+        os.close(file)
+        if not name.startswith("/proc"):
+            os.unlink(name)
+        raise
+    return file, name
+
+
+def _lock(file: int, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise PackingError(f"{path} is being written by another process; wait for it, or give another place") from None
+
+
+def _pwrite(file: int, view: memoryview, offset: int) -> None:
+    view = view.cast("B")
+    while len(view):
+        written = os.pwrite(file, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _read_header(path: Path, file: int) -> tuple[ExpertFileHeader, int]:
+    """The header, and where the records begin."""
+    prefix = os.pread(file, _PREFIX.size, 0)
+    if len(prefix) < _PREFIX.size or prefix[: len(MAGIC)] != MAGIC:
+        raise PackingError(f"{path} is no file of experts: it does not begin with {MAGIC.decode()}")
+    _, version, size, total = _PREFIX.unpack(prefix)
+    if version != VERSION:
+        raise PackingError(f"{path} is of version {version}, this program reads version {VERSION}; pack it again")
+    text = os.pread(file, size, _PREFIX.size) if size <= _MAX_HEADER else b""
+    if len(text) != size or xxhash.xxh3_64_intdigest(text) != total:
+        raise PackingError(f"{path} is damaged: its header's sum is wrong")
+    try:
+        fields = json.loads(text)
+        header = ExpertFileHeader(**{**fields, "sizes": tuple(fields["sizes"])})
+    except (ValueError, KeyError, TypeError):
+        raise PackingError(f"{path} is damaged: its header is not valid") from None
+    return header, _records_at(size)
+
+
+def _difference(found: ExpertFileHeader, wanted: ExpertFileHeader) -> str:
+    ours, theirs = asdict(wanted), asdict(found)
+    return ", ".join(f"{key} is {theirs[key]}, not {ours[key]}" for key in ours if ours[key] != theirs[key])

@@ -1,0 +1,220 @@
+"""ExpertCache: experts that live in files and come when tokens are routed to them; they stay while there is room.
+
+    need(layer, experts)   reads what is missing, gate_up of all before down of all, several reads at a time
+    ready(tensor_type)     experts in the order in which they are there: kernels start on those, while others come
+
+A place holds one expert of any layer. Which one leaves says a policy (`cache_policies`); those that the layer which
+runs needs do not, and neither do those that are on their way. Where nearly every pass has used an expert of the layer
+after, as with many tokens, it is read ahead: then this is whole-layer streaming, over the end of a pass too, of all but
+what is here already.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Set
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+
+import numpy as np
+import torch
+from fluxmoe.kernels.expert_table import DOWN, GATE_UP, ExpertTable
+from torch import Tensor
+
+from ..devices import Device
+from .cache_policies import Policy, Uses
+from .config import Delay
+from .disk import DiskTier
+from .layout import ExpertLayout
+from .placement import Tier
+
+# Experts that so many of the last passes used are read ahead.
+_AHEAD = 0.8
+Where = tuple[int, int]
+
+
+class ExpertCache:
+    """`places` experts of a layout's DISK tier, all in one format that kernels read in place. For the thread that runs
+    passes, and not thread-safe.
+
+    link_bandwidth: bytes/s that reads take no more of; delay: seconds before a read, for tests.
+    """
+
+    def __init__(
+        self, layout: ExpertLayout, device: Device, disk: DiskTier, places: int, policy: Policy,
+        link_bandwidth: float | None = None, delay: Delay | None = None,
+    ) -> None:  # fmt: skip
+        self.layout, self.disk, self.places, self._policy = layout, disk, places, policy
+        self._delay, self._link = delay, _Link(link_bandwidth)
+        self._members = layout.placement.tiers == Tier.DISK
+        self.layers = np.flatnonzero(self._members.any(axis=1)).tolist()
+        self.uses = Uses(*self._members.shape)
+        name = layout.stored(Tier.DISK)
+        self._sizes, strides = layout.sizes[name], [layout.stride(name, d) for d in (GATE_UP, DOWN)]
+        self._buffers = [device.empty(places * stride).view(places, stride) for stride in strides]
+        self._owners: list[Where | None] = [None] * places
+        self._place_of: dict[Where, int] = {}
+        # By place: its two reads, until both are known to be done.
+        self._reads: dict[int, tuple[Future[int], Future[int]]] = {}
+        self._closing = threading.Event()
+        self.hits = self.misses = self.read_bytes = self.stall_ns = 0
+
+    @staticmethod
+    def least_places(layout: ExpertLayout, layers: int) -> int:
+        """As many as `layers` layers may need: one runs while the next are read."""
+        counts = (layout.placement.tiers == Tier.DISK).sum(axis=1)
+        return int(min(counts.sum(), layers * counts.max(initial=0)))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def pair(self, place: int) -> tuple[Tensor, Tensor]:
+        """The (gate_up, down) blocks of a place."""
+        gate_up, down = (buffer[place, :size] for buffer, size in zip(self._buffers, self._sizes, strict=True))
+        return gate_up, down
+
+    def need(self, layer: int, experts: np.ndarray, table: ExpertTable) -> CachedExperts:
+        """The layer runs now, and tokens are routed to `experts`; their places go into its table."""
+        self._settle()
+        self.uses.note(layer, experts)
+        wanted = [int(expert) for expert in experts if self._members[layer, expert]]
+        pinned = {(layer, expert) for expert in wanted}
+        missing = [where for where in pinned if where not in self._place_of]
+        self.hits, self.misses = self.hits + len(wanted) - len(missing), self.misses + len(missing)
+        self._read(self._make_room(len(missing), pinned), sorted(missing))
+        self._read_ahead(layer, pinned)
+        places = {expert: self._place_of[layer, expert] for expert in wanted}
+        for expert, place in places.items():
+            table.replace(expert, self.pair(place))
+        return CachedExperts(self, layer, places, self._members.shape[1])
+
+    def _read_ahead(self, layer: int, pinned: set[Where]) -> None:
+        following = self.layers[(self.layers.index(layer) + 1) % len(self.layers)]
+        likely = np.flatnonzero(self._members[following] & (self.uses.rate[following] > _AHEAD)).tolist()
+        missing = [(following, expert) for expert in likely if (following, expert) not in self._place_of]
+        if not missing or following == layer:
+            return
+        keep = pinned | {(following, expert) for expert in likely}
+        idle = sum(owner not in keep and place not in self._reads for place, owner in enumerate(self._owners))
+        missing = missing[:idle]
+        self._read(self._make_room(len(missing), keep), missing)
+
+    def _make_room(self, count: int, pinned: set[Where]) -> list[int]:
+        """`count` places that hold nothing: empty ones, then those of experts with the lowest scores."""
+        if not count:
+            return []
+        free = [place for place, owner in enumerate(self._owners) if owner is None][:count]
+        if len(free) == count:
+            return free
+        while True:
+            idle = [
+                (owner, place)
+                for place, owner in enumerate(self._owners)
+                if owner is not None and owner not in pinned and place not in self._reads
+            ]
+            if len(free) + len(idle) >= count:
+                break
+            # What is read ahead is in the way: a batch has changed.
+            ahead = [
+                future for place, pair in self._reads.items() if self._owners[place] not in pinned for future in pair
+            ]
+            assert ahead, f"{count} experts are needed at a time, the cache has {self.places} places"
+            wait(ahead, return_when=FIRST_COMPLETED)
+            self._settle(pinned)
+            free = [place for place, owner in enumerate(self._owners) if owner is None][:count]
+        scores = self._policy(self.uses)
+        idle.sort(key=lambda entry: (scores[entry[0]], entry[0]))
+        for owner, place in idle[: count - len(free)]:
+            self._forget(owner, place)
+            free.append(place)
+        return free
+
+    def _forget(self, where: Where, place: int) -> None:
+        self._owners[place] = None
+        del self._place_of[where]
+
+    def _read(self, places: list[int], wheres: list[Where]) -> None:
+        """Begin to read experts into places, gate_up of all before down of all."""
+        pairs = list(zip(places, wheres, strict=True))
+        reads = [[self._submit(place, where, d) for place, where in pairs] for d in (GATE_UP, DOWN)]
+        for (place, where), gate_up, down in zip(pairs, *reads, strict=True):
+            self._owners[place], self._place_of[where] = where, place
+            self._reads[place] = gate_up, down
+
+    def _submit(self, place: int, where: Where, tensor_type: int) -> Future[int]:
+        (layer, expert), target = where, self._buffers[tensor_type][place]
+
+        def begin() -> bool:
+            """Wait as settings say; whether to give up."""
+            if self._delay is not None:
+                self._closing.wait(self._delay(layer, tensor_type))
+            self._closing.wait(self._link.wait_s(self._sizes[tensor_type]))
+            return self._closing.is_set()
+
+        return self.disk.submit(layer, expert, tensor_type, target, begin)
+
+    def _settle(self, pinned: Set[Where] = frozenset()) -> None:
+        """Reads that are done count, but for those of `pinned`; experts whose read has failed are not here."""
+        for place, pair in list(self._reads.items()):
+            owner = self._owners[place]
+            assert owner is not None, "a place that is read into has an owner"
+            if owner in pinned or not all(read.done() for read in pair):
+                continue
+            del self._reads[place]
+            if any(read.exception() is not None for read in pair):
+                self._forget(owner, place)
+            else:
+                self.read_bytes += sum(read.result() for read in pair)
+
+    def close(self) -> None:
+        """Reads that have not begun are given up. Idempotent."""
+        self._closing.set()
+
+
+class CachedExperts:
+    """The experts that a layer needs, in `places`: {expert: place}; see ExpertCache.need."""
+
+    def __init__(self, cache: ExpertCache, layer: int, places: dict[int, int], num_experts: int) -> None:
+        self._cache, self._layer, self._places, self._num_experts = cache, layer, places, num_experts
+
+    def ready(self, tensor_type: int) -> Iterator[Tensor]:
+        """Masks uint8 [E] of experts, those that are here first, then as they come; each once. StoreError when a read
+        fails."""
+        cache = self._cache
+        coming = [(expert, place) for expert, place in self._places.items() if place in cache._reads]
+        reads = {cache._reads[place][tensor_type]: expert for expert, place in coming}
+        come = [future for future in reads if future.done()]
+        mask = torch.ones(self._num_experts, dtype=torch.uint8, device="cpu")
+        mask[[expert for future, expert in reads.items() if not future.done()]] = 0
+        pending = set(reads) - set(come)
+        while True:
+            for future in come:
+                if (error := future.exception()) is not None:
+                    cache._settle()
+                    raise error
+            yield mask
+            if not pending:
+                return
+            begin = time.perf_counter_ns()
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            cache.stall_ns += time.perf_counter_ns() - begin
+            come = list(done)
+            mask = torch.zeros(self._num_experts, dtype=torch.uint8, device="cpu")
+            mask[[reads[future] for future in come]] = 1
+
+
+class _Link:
+    """No more bytes/s than `bandwidth`, whoever reads."""
+
+    def __init__(self, bandwidth: float | None) -> None:
+        self._bandwidth, self._free_s, self._lock = bandwidth, 0.0, threading.Lock()
+
+    def wait_s(self, nbytes: int) -> float:
+        """Seconds until so many bytes will have had their turn."""
+        if self._bandwidth is None:
+            return 0.0
+        with self._lock:
+            now = time.monotonic()
+            self._free_s = max(now, self._free_s) + nbytes / self._bandwidth
+            return self._free_s - now

@@ -1,0 +1,124 @@
+"""Which experts a cache keeps: policies as pure functions of what has been used, shared with replays of recordings.
+
+Layers are visited cyclically, pass after pass; a visit uses some of its layer's experts. Where one must make room, the
+expert with the lowest score leaves. An expert that was used lately is not one that comes soon: in a pass every layer is
+between, and with many tokens nearly all of a layer's experts come once a pass, so that what LRU keeps is what comes
+last (it misses 97 % where 670 experts scan through 560 places).
+
+    static      the most used of all, for ever: needs to be told (`popularity`)
+    lru         used last
+    lfu         used most, old uses counting less
+    next_use    expected to be used soonest: visits until the layer's turn, and passes until a use at its rate
+
+Belady's rule, which knows the future, is the bound (`replay`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# Weight of the newest pass in an expert's rate of use: some twenty passes are remembered.
+_NEWEST = 0.05
+# Below this a rate says nothing: once in a thousand passes.
+_LEAST_RATE = 1e-3
+
+
+class Uses:
+    """What has been used: by expert, int64 [L, E] the visit of the last use (-1: none), and float64 [L, E] the share of
+    passes that used it."""
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self.visit, self.layer = -1, -1
+        self.last = np.full((layers, experts), -1, np.int64)
+        self.rate = np.zeros((layers, experts))
+
+    def note(self, layer: int, experts: np.ndarray) -> None:
+        """A visit of `layer` uses `experts`."""
+        self.visit, self.layer = self.visit + 1, layer
+        self.last[layer, experts] = self.visit
+        self.rate[layer] *= 1 - _NEWEST
+        self.rate[layer, experts] += _NEWEST
+
+    def until_turn(self) -> np.ndarray:
+        """int64 [L]: visits until each layer's turn comes again; that of the layer which runs is a whole pass away."""
+        layers = len(self.last)
+        return (np.arange(layers) - self.layer - 1) % layers + 1
+
+
+# Uses → float64 [L, E]: experts of the lowest score leave first.
+Policy = Callable[[Uses], np.ndarray]
+
+
+def lru(uses: Uses) -> np.ndarray:
+    return uses.last.astype(np.float64)
+
+
+def lfu(uses: Uses) -> np.ndarray:
+    return uses.rate
+
+
+def next_use(uses: Uses) -> np.ndarray:
+    """Minus the expected visits until the next use: the layer's turn, then a geometric number of passes."""
+    passes = 1 / np.maximum(uses.rate, _LEAST_RATE) - 1
+    return -(uses.until_turn()[:, None] + len(uses.rate) * passes)
+
+
+def static(popularity: np.ndarray) -> Policy:
+    """popularity [L, E]: how often each expert is used, in all."""
+    scores = popularity.astype(np.float64)
+    return lambda uses: scores
+
+
+POLICIES: dict[str, Policy] = {"next_use": next_use, "lru": lru, "lfu": lfu}
+
+
+class Replayed(NamedTuple):
+    hits: int
+    misses: int
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+
+def replay(visits: Sequence[tuple[int, np.ndarray]], shape: tuple[int, int], places: int, policy: Policy) -> Replayed:
+    """Hits and misses of a cache of `places` experts over (layer, experts used) visits; shape: (L, E)."""
+    uses, held = Uses(*shape), np.zeros(shape, bool)
+    hits = misses = 0
+    for layer, experts in visits:
+        uses.note(layer, experts)
+        missing = experts[~held[layer, experts]]
+        hits, misses = hits + len(experts) - len(missing), misses + len(missing)
+        held[layer, experts] = True
+        if (excess := int(held.sum()) - places) > 0:
+            scores = np.where(held, policy(uses), np.inf)
+            # What this visit uses stays until it is over, as far as there are places.
+            if places >= len(experts):
+                scores[layer, experts] = np.inf
+            held.flat[np.argpartition(scores.ravel(), excess - 1)[:excess]] = False
+    return Replayed(hits, misses)
+
+
+def belady(visits: Sequence[tuple[int, np.ndarray]], shape: tuple[int, int], places: int) -> Replayed:
+    """The same by the rule that knows what comes: the expert that is used again last leaves (Belady 1966)."""
+    uses_of: dict[tuple[int, int], list[int]] = {}
+    for at, (layer, experts) in enumerate(visits):
+        for expert in experts.tolist():
+            uses_of.setdefault((layer, expert), []).append(at)
+    following = np.full(shape, np.inf)
+    for key, times in uses_of.items():
+        uses_of[key] = times[::-1]
+        following[key] = times[0]
+
+    def farthest(uses: Uses) -> np.ndarray:
+        for layer, expert in np.argwhere(following <= uses.visit).tolist():
+            times = uses_of[layer, expert]
+            while times and times[-1] <= uses.visit:
+                times.pop()
+            following[layer, expert] = times[-1] if times else np.inf
+        return -following
+
+    return replay(visits, shape, places, farthest)

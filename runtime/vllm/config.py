@@ -1,0 +1,77 @@
+"""FluxMoEConfig: puts our method on the experts of a model, and leaves all other layers alone.
+
+Every process of vLLM imports this module, whatever it serves, so kernels and all that needs them are imported where a
+model is made.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from .features import check_features
+
+if TYPE_CHECKING:
+    from .host import Host
+
+
+class FluxMoEConfig(QuantizationConfig):
+    """The quantization method `fluxmoe`: experts as a checkpoint has them, without loss, paged."""
+
+    def get_name(self) -> str:
+        return "fluxmoe"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80  # Ampere: Triton's bf16
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> FluxMoEConfig:
+        return cls()
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """SettingError for settings that are not valid, and for features of vLLM that we cannot serve."""
+        from vllm.config import get_current_vllm_config
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        vllm_config = get_current_vllm_config()
+        check_features(vllm_config)
+        if isinstance(layer, RoutedExperts):
+            from .method import FluxMoEMethod
+
+            return FluxMoEMethod(layer.moe_config, prefix, host_of(self, vllm_config), vllm_config.model_config.model)
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+
+# The host that takes layers, by the configuration of the model that is being made.
+_hosts: WeakKeyDictionary[FluxMoEConfig, Host] = WeakKeyDictionary()
+
+
+def host_of(quant_config: FluxMoEConfig, vllm_config: Any) -> Host:
+    """The host of the model that is being made; a draft model, made later, gets one of its own."""
+    from .host import Host
+    from .settings import read_settings
+
+    host = _hosts.get(quant_config)
+    if host is None or host.opened:
+        given = vllm_config.additional_config
+        settings = read_settings(given.get("fluxmoe", {}) if isinstance(given, dict) else {}, os.environ)
+        device = vllm_config.device_config.device
+        if device.type == "cpu" and settings.threads is None:
+            # Those that vLLM has bound this worker to; the main thread itself may be pinned to one core.
+            settings = replace(settings, threads=torch.get_num_threads())
+        host = _hosts[quant_config] = Host(settings, device, vllm_config.scheduler_config.max_num_batched_tokens)
+    return host

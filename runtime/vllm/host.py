@@ -1,0 +1,147 @@
+"""Host: the layers with experts of one model in one process of vLLM, around one ExpertPager.
+
+    add_layer   while vLLM makes the model: what a layer needs
+    put         while it loads the checkpoint: the first expert opens the pager, so that nothing is allocated before
+                the size of all is known
+    loaded      when a layer has all: after the last, loads begin, and one small pass compiles what would otherwise be
+                compiled under the first request. vLLM then measures what is left for KV.
+    experts     in a pass, through `torch.ops.fluxmoe.experts`, which neither dynamo nor a graph looks into
+
+Nothing here knows vLLM.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from multiprocessing.util import Finalize
+
+import torch
+from fluxmoe.kernels.ops import ExpertDims
+from torch import Tensor
+
+from ..experts.config import PagingConfig, SettingError
+from ..experts.pager import ExpertPager
+from ..memory.budget import BudgetError, by_line, format_bytes
+from ..memory.check import FreeMemory
+from . import report
+from .metrics import Metrics
+
+logger = logging.getLogger("vllm.fluxmoe")
+# On a CPU a layer's weights are read once for so many tokens, where arithmetic is the limit: more would only take
+# memory for the workspace, from KV. A GPU takes the largest pass at once.
+_CPU_TOKENS = 1024
+# vLLM's server kills its workers when it is told to stop, unless --shutdown-timeout gives them time: a line at the end
+# alone would seldom be seen.
+_REPORT_EVERY_S = 60
+
+
+class Host:
+    """config: settings; device: of the model; max_tokens: of the largest pass."""
+
+    def __init__(self, config: PagingConfig, device: torch.device | str, max_tokens: int) -> None:
+        self.config, self.device = config, torch.device(device)
+        self.max_tokens = min(max_tokens, _CPU_TOKENS) if self.device.type == "cpu" else max_tokens
+        self.dims: ExpertDims | None = None
+        self.layers = self._ready = 0
+        self._pager: ExpertPager | None = None
+        self._reported_s = time.monotonic()
+        self._metrics = Metrics()
+
+    @property
+    def pager(self) -> ExpertPager:
+        assert self._pager is not None, "a host has a pager once the first expert has come"
+        return self._pager
+
+    @property
+    def opened(self) -> bool:
+        return self._pager is not None
+
+    # Loading.
+
+    def add_layer(self, dims: ExpertDims) -> int:
+        """The number of a new layer. SettingError unless all layers are alike."""
+        if self.dims not in (None, dims):
+            raise SettingError(
+                f"fluxmoe takes models whose layers have experts of one size, got {self.dims} and {dims}"
+            )
+        self.dims = dims
+        self.layers += 1
+        return self.layers - 1
+
+    def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        """One expert in whole; see `ExpertPager.put`. The first may raise what `_open` does."""
+        if self._pager is None:
+            self._pager = self._open()
+        self._pager.put(layer, expert, gate_up, down)
+
+    def _open(self) -> ExpertPager:
+        """BudgetError for what does not fit the memory that is free, SettingError for placements that this device
+        cannot serve inside vLLM, and what ExpertPager raises."""
+        assert self.dims is not None
+        pager = ExpertPager(self.dims, self.layers, self.config, self.device, self.max_tokens)
+        try:
+            layout = pager.footprint.layout
+            if self.device.type != "cpu" and (layout.streamed_layers or layout.cached):
+                raise SettingError(
+                    f"placement {self.config.placement} brings experts into slots, which fluxmoe does inside vLLM on "
+                    'the CPU only: choose placement packed with expert_format planar12, or "transfer": "on_demand"'
+                )
+            free, lines, host_lines = FreeMemory.now(pager.device), pager.lines(), pager.host_lines()
+            for what, has, needed in (
+                ("device", free.device_bytes, {**lines, **host_lines} if free.shared else lines),
+                ("host", free.host_bytes, host_lines),
+            ):
+                if has is not None and sum(needed.values()) > has:
+                    raise BudgetError(
+                        f"experts take {format_bytes(sum(needed.values()))} of {what} memory ({by_line(needed)}), and "
+                        f"only {format_bytes(has)} are free; choose another placement or expert_format for fluxmoe"
+                    )
+            pager.open()
+        except BaseException:
+            pager.close()
+            raise
+        return pager
+
+    def loaded(self) -> None:
+        """One more layer has all of its experts. StoreError where one is missing."""
+        self._ready += 1
+        if self._ready < self.layers:
+            return
+        if self._pager is None:
+            self._pager = self._open()
+        self.pager.seal()
+        self._warm_up()
+        logger.info("FluxMoE\n%s", report.placement_table(self.pager))
+        # When the model goes, or its process ends: unlike atexit, also one that multiprocessing has started.
+        Finalize(self, _end, (self.pager,), exitpriority=100)
+
+    def _warm_up(self) -> None:
+        """A pass of one token: compiles kernels and makes tables, none of which may happen under a request or a
+        capture."""
+        dims = self.pager.ops.dims
+        x = torch.zeros(1, dims.hidden, dtype=dims.dtype, device=self.device)
+        ids = torch.arange(dims.top_k, dtype=torch.int32, device=self.device)[None]
+        for layer in range(self.layers):
+            self.experts(layer, x, ids, torch.ones_like(ids, dtype=torch.float32))
+
+    # Serving.
+
+    def experts(self, layer: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """See `ExpertPager.experts`."""
+        y = self.pager.experts(layer, x, topk_ids, topk_weights)
+        # On a GPU, counters wait for the device, and a pass may be a graph that is being captured.
+        if layer == self.layers - 1 and self.device.type == "cpu":
+            self._report()
+        return y
+
+    def _report(self) -> None:
+        self._metrics.update(self.pager.counters)
+        if time.monotonic() - self._reported_s >= _REPORT_EVERY_S:
+            self._reported_s = time.monotonic()
+            logger.info("FluxMoE: %s", report.served(self.pager))
+
+
+def _end(pager: ExpertPager) -> None:
+    logger.info("FluxMoE: %s", report.served(pager))
+    pager.close()

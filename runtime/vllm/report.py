@@ -1,0 +1,55 @@
+"""What a user is told: at start where experts lie and what that frees, at the end what was served."""
+
+from __future__ import annotations
+
+from fluxmoe.kernels.formats import DENSE
+
+from ..experts.pager import ExpertPager
+from ..experts.placement import Tier
+from ..memory.budget import format_bytes
+
+
+def placement_table(pager: ExpertPager) -> str:
+    """One row a tier that holds experts, then slots and workspace, then what of the device's memory is free that dense
+    experts would take."""
+    layout, lines = pager.footprint.layout, pager.lines()
+    counts = pager.placement.counts()
+    rows = [("experts", "where", "format", "bytes")]
+    for tier in Tier:
+        if number := counts[tier.name.lower()]:
+            rows.append((str(number), _WHERE[tier], layout.stored(tier), format_bytes(layout.tier_bytes(tier))))
+    slots = "streaming slots" if lines["slots"] else "no streaming slots"
+    rows += [("", slots, "", format_bytes(lines["slots"])), ("", "workspace", "", format_bytes(lines["workspace"]))]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    table = [
+        "  ".join([row[0].rjust(widths[0]), row[1].ljust(widths[1]), row[2].ljust(widths[2]), row[3].rjust(widths[3])])
+        for row in rows
+    ]
+    sizes = pager.ops.expert_bytes(DENSE)
+    dense, taken = layout.placement.tiers.size * sum(sizes), sum(lines.values())
+    table.append(
+        f"dense, the experts would take {format_bytes(dense)} of the device's memory; now {format_bytes(taken)} are "
+        f"taken, and {format_bytes(dense - taken)} more are free for KV cache"
+        if taken <= dense
+        else f"dense, the experts would take {format_bytes(dense)} of the device's memory; now, with slots and "
+        f"workspace, {format_bytes(taken)} are taken: choose placement resident for a model as small as this"
+    )
+    return "\n".join(table)
+
+
+_WHERE = {
+    Tier.RESIDENT: "device",
+    Tier.PACKED: "device, compressed",
+    Tier.HOST: "host memory",
+    Tier.DISK: "file",
+}
+
+
+def served(pager: ExpertPager) -> str:
+    """What crossed to the device since the start, and what passes waited for it."""
+    c = pager.counters()
+    return (
+        f"{c.loads} loads brought {format_bytes(c.host_bytes)} from host memory and {format_bytes(c.disk_bytes)} from "
+        f"disk in {c.transfer_ns / 1e9:.2f} s, for which passes waited {c.stall_ns / 1e9:.2f} s; kernels read "
+        f"{format_bytes(c.on_demand_bytes)} of host memory in place"
+    )

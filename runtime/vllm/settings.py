@@ -1,0 +1,42 @@
+"""Settings: the fields of PagingConfig, by their names.
+
+    --additional-config '{"fluxmoe": {"placement": "host", "slots": 3}}'      first
+    FLUXMOE_PLACEMENT=host FLUXMOE_SLOTS=3                                    second, for containers
+
+Experts are packed unless another placement is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+import pydantic
+
+from ..experts.config import PagingConfig, SettingError
+
+_PREFIX = "FLUXMOE_"
+# Experts do not move inside vLLM, so nothing plans; profiles and delays are given from Python only.
+_NOT_HERE = ("adaptive", "planning", "least_alpha", "profile", "load_delay")
+NAMES = tuple(f.name for f in fields(PagingConfig) if f.name not in _NOT_HERE)
+
+
+def read_settings(given: object, environ: Mapping[str, str]) -> PagingConfig:
+    """given: what --additional-config has under `fluxmoe`; environ: of the process. SettingError for names that do not
+    exist and values that are not valid, whoever gave them."""
+    if not isinstance(given, Mapping):
+        raise SettingError(f"fluxmoe in --additional-config must be a table of settings, got {given!r}")
+    named = {name: value for name, value in environ.items() if name.startswith(_PREFIX)}
+    sources = [(name.removeprefix(_PREFIX).lower(), name, value) for name, value in named.items()]
+    sources += [(name, f"fluxmoe.{name} in --additional-config", value) for name, value in given.items()]
+    types = get_type_hints(PagingConfig)
+    values: dict[str, Any] = {"placement": "packed"}
+    for name, source, value in sources:
+        if name not in NAMES:
+            raise SettingError(f"{source}: there is no such setting inside vLLM; choose among {', '.join(NAMES)}")
+        try:
+            values[name] = pydantic.TypeAdapter(types[name]).validate_python(value)
+        except pydantic.ValidationError as error:
+            raise SettingError(f"{source}: {error.errors()[0]['msg']}, got {value!r}") from None
+    return PagingConfig(**values)

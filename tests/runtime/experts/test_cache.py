@@ -1,0 +1,231 @@
+"""Experts on demand from files: the same results as resident ones, few bytes, and policies that deserve their names."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from fluxmoe.kernels.ops import ExpertDims
+from fluxmoe.runtime.experts import cache as cache_module
+from fluxmoe.runtime.experts.cache_policies import POLICIES, Uses, belady, lru, next_use, replay, static
+from fluxmoe.runtime.experts.config import PagingConfig, SettingError
+from fluxmoe.runtime.experts.disk import StoreError
+from fluxmoe.runtime.experts.pager import ExpertPager
+from hypothesis import given
+from hypothesis import strategies as st
+
+LAYERS, DIMS = 4, ExpertDims(hidden=128, intermediate=128, experts=8, top_k=2, dtype=torch.bfloat16)
+TOKENS = 12
+
+
+def opened(cache_bytes=None, **settings) -> ExpertPager:
+    config = PagingConfig(**{"threads": 1, "placement": "disk", **settings}, cache_bytes=cache_bytes)
+    pager = ExpertPager(DIMS, LAYERS, config, "cpu", TOKENS)
+    pager.open()
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(LAYERS):
+        for expert in range(DIMS.experts):
+            weights = (torch.randn(shape, generator=generator).bfloat16() * 0.05 for shape in DIMS.shapes)
+            pager.put(layer, expert, *weights)
+    pager.seal()
+    return pager
+
+
+def passes(pager, counts=(1, 1, 5, 12, 1, 12, 12, 12, 2), seed=0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for tokens in counts:
+        x = torch.randn(tokens, DIMS.hidden, generator=generator).to(pager.ops.act_dtype)
+        for layer in range(LAYERS):
+            logits = torch.randn(tokens, DIMS.experts, generator=generator)
+            x = pager.add(layer, x, logits, x.clone())
+        out.append(x)
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with opened(placement="resident") as pager:
+        return passes(pager)
+
+
+UNIT = sum(n * k * 2 for n, k in DIMS.shapes)
+SETTINGS = {
+    "as few places as work": dict(),
+    "two more": dict(cache_bytes=18 * UNIT),
+    "all of them": dict(cache_bytes=1 << 30),
+    "compressed": dict(expert_format="planar12"),
+    "half on the device": dict(alpha=0.5),
+    "lru": dict(cache_policy="lru"),
+    "lfu": dict(cache_policy="lfu"),
+    "slow": dict(load_delay=lambda layer, d: 0.002 * ((layer + d) % 2)),
+    "a slow link": dict(link_bandwidth=50e6),
+    "the reference kernels": dict(kernels="torch"),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_results_do_not_depend_on_where_experts_come_from(settings, expected):
+    with opened(**settings) as pager:
+        got = passes(pager)
+        if settings.get("kernels") == "torch":
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        lines, counters = pager.lines(), pager.counters()
+        assert pager.held_bytes()["expert_cache"] >= lines["expert_cache"]
+        assert counters.cache_misses > 0
+        assert counters.disk_bytes >= counters.cache_misses * UNIT * 0.7
+        if settings.get("cache_bytes") == 1 << 30:
+            pager.store.cache._settle()
+            assert pager.counters().disk_bytes == UNIT * LAYERS * DIMS.experts
+            assert counters.cache_misses <= LAYERS * DIMS.experts
+
+
+def test_one_token_reads_what_it_was_routed_to_alone(expected):
+    with opened() as pager:
+        passes(pager, counts=(1,))
+        pager.store.cache._settle()
+        counters = pager.counters()
+        assert counters.cache_misses == LAYERS * DIMS.top_k
+        assert counters.disk_bytes == LAYERS * DIMS.top_k * UNIT
+
+
+def test_layers_that_every_pass_uses_whole_are_read_ahead(monkeypatch):
+    """With room for two layers of four, and the next one's experts on their way while a layer runs."""
+    with opened() as pager:
+        counts = (12,) * 60
+        ahead = []
+        real = cache_module.ExpertCache._read_ahead
+
+        def noted(cache, layer, pinned):
+            before = len(cache._reads)
+            real(cache, layer, pinned)
+            ahead.append(len(cache._reads) - before)
+
+        monkeypatch.setattr(cache_module.ExpertCache, "_read_ahead", noted)
+        passes(pager, counts)
+        assert sum(ahead[: LAYERS * 10]) == 0
+        assert sum(ahead[-LAYERS * 10 :]) > 20
+        # Belady would keep what is not read: of a scan through 32 experts with 16 places, half.
+        assert pager.counters().disk_bytes < 60 * LAYERS * DIMS.experts * UNIT
+
+
+def test_a_failed_read_is_an_error_once_and_is_tried_again(monkeypatch, expected):
+    with opened() as pager:
+        disk, fail = pager.store.on_disk, [0]
+        real = disk._read
+
+        def failing(*arguments):
+            if fail[0]:
+                fail[0] -= 1
+                raise StoreError("injected")
+            return real(*arguments)
+
+        monkeypatch.setattr(disk, "_read", failing)
+        for _ in range(2):
+            fail[0] = 1
+            with pytest.raises(StoreError, match="injected"):
+                passes(pager, counts=(12,))
+            while any(not read.done() for pair in pager.store.cache._reads.values() for read in pair):
+                time.sleep(0.001)
+        assert all(torch.equal(a, b) for a, b in zip(passes(pager), expected, strict=True))
+
+
+def test_closing_gives_up_what_was_not_read():
+    threads = threading.active_count()
+    pager = opened(load_delay=lambda layer, d: 60.0)
+    pager.store.cache.need(0, np.arange(8), pager.streamer._table(pager.store.plans[0]))
+    begin = time.monotonic()
+    pager.close()
+    assert time.monotonic() - begin < 30
+    assert threading.active_count() == threads
+
+
+def test_settings_that_make_no_cache_are_refused():
+    with pytest.raises(SettingError, match="it needs placement disk"):
+        PagingConfig(placement="host", cache_bytes=1 << 20)
+    with pytest.raises(SettingError, match="it needs placement disk"):
+        PagingConfig(placement="disk", transfer="whole", cache_bytes=1 << 20)
+    with pytest.raises(SettingError, match="cache_policy must be one of next_use, lru, lfu, got 'mru'"):
+        PagingConfig(cache_policy="mru")
+
+
+# Policies.
+
+
+def routing(rng, passes: int, layers: int, experts: int, each: int, skew: float) -> list[tuple[int, np.ndarray]]:
+    weights = np.arange(1, experts + 1) ** -skew
+    order = [rng.permutation(experts) for _ in range(layers)]
+    visits = []
+    for _ in range(passes):
+        for layer in range(layers):
+            used = rng.choice(experts, each, replace=False, p=weights / weights.sum())
+            visits.append((layer, np.sort(order[layer][used])))
+    return visits
+
+
+def by_hand(visits, places) -> tuple[int, int]:
+    """LRU with lists, visit by visit."""
+    held: list = []
+    hits = misses = 0
+    for layer, experts in visits:
+        for expert in experts.tolist():
+            if (layer, expert) in held:
+                hits += 1
+                held.remove((layer, expert))
+            else:
+                misses += 1
+        held += [(layer, expert) for expert in experts.tolist()]
+        del held[: max(0, len(held) - places)]
+    return hits, misses
+
+
+@given(st.integers(0, 99), st.integers(2, 5), st.integers(4, 9), st.integers(1, 4), st.floats(0, 1.5))
+def test_replays_against_a_cache_by_hand_and_the_bound(seed, layers, experts, each, skew):
+    rng = np.random.default_rng(seed)
+    visits = routing(rng, 12, layers, experts, each, skew)
+    places = each + int(rng.integers(0, layers * experts))
+    replayed = replay(visits, (layers, experts), places, lru)
+    total = sum(len(used) for _, used in visits)
+    assert replayed.hits + replayed.misses == total
+    # Within a visit all experts are as new as one another, so the two may break ties differently.
+    assert abs(replayed.hits - by_hand(visits, places)[0]) <= 0.1 * total + 2
+    best = belady(visits, (layers, experts), places)
+    for policy in POLICIES.values():
+        assert replay(visits, (layers, experts), places, policy).hits <= best.hits
+    if places >= layers * experts:
+        assert best.misses == len({(layer, expert) for layer, used in visits for expert in used.tolist()})
+
+
+def test_a_scan_is_kept_in_part_where_lru_keeps_nothing():
+    """Every pass uses everything: LRU throws out what comes next, the policies of rates keep a share."""
+    visits = [(layer, np.arange(8)) for _ in range(30) for layer in range(16)]
+    rates = {name: replay(visits, (16, 8), 64, policy).hit_rate for name, policy in POLICIES.items()}
+    best = belady(visits, (16, 8), 64).hit_rate
+    assert rates["lru"] == 0
+    assert rates["next_use"] > 0.8 * best > 0.3
+
+
+def test_skewed_routing_at_batch_one():
+    visits = routing(np.random.default_rng(1), 200, 8, 32, 4, 1.2)
+    shape, places = (8, 32), 64
+    counts = np.zeros(shape)
+    for layer, used in visits:
+        counts[layer, used] += 1
+    fixed = replay(visits, shape, places, static(counts)).hit_rate
+    rates = {name: replay(visits, shape, places, policy).hit_rate for name, policy in POLICIES.items()}
+    assert rates["next_use"] > rates["lru"]
+    assert rates["next_use"] > 0.9 * fixed
+    assert belady(visits, shape, places).hit_rate > rates["next_use"]
+
+
+def test_turns_are_counted_from_the_layer_that_runs():
+    uses = Uses(4, 2)
+    uses.note(2, np.array([1]))
+    assert uses.until_turn().tolist() == [2, 3, 4, 1]
+    assert next_use(uses)[2, 1] > next_use(uses)[2, 0]

@@ -1,0 +1,138 @@
+"""vLLM, as far as the plug-in meets it: the few classes that it derives from or asks, so that its own code runs."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+METHODS = "vllm.model_executor.layers.quantization"
+
+
+class RoutedExperts(torch.nn.Module):
+    """vLLM's layer, made as vLLM makes it: the method's `create_weights` first, then its loader, then `apply`.
+
+    expert_map: int64 [experts of all ranks], local ids, -1 for those of others; None where all are here.
+    """
+
+    def __init__(self, quant_config, name: str, moe_config, expert_map: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.moe_config, self.expert_map = moe_config, expert_map
+        self.apply_router_weight_on_input = False
+        self.quant_method = quant_config.get_quant_method(self, name)
+        self.quant_method.create_weights(
+            layer=self,
+            num_experts=moe_config.num_local_experts,
+            hidden_size=moe_config.hidden_dim,
+            unpadded_hidden_size=moe_config.hidden_dim,
+            intermediate_size_per_partition=moe_config.intermediate_size_per_partition,
+            params_dtype=moe_config.in_dtype,
+            weight_loader=None,
+            global_num_experts=moe_config.num_experts,
+        )
+
+    def _map_global_expert_id_to_local_expert_id(self, expert_id: int) -> int:
+        return expert_id if self.expert_map is None else int(self.expert_map[expert_id])
+
+
+class LinearBase(torch.nn.Module):
+    pass
+
+
+class UnquantizedLinearMethod:
+    pass
+
+
+class FusedMoEMethodBase:
+    def __init__(self, moe) -> None:
+        self.moe = moe
+
+
+class FusedMoEQuantConfig:
+    @classmethod
+    def make(cls):
+        return cls()
+
+
+class QuantizationConfig:
+    pass
+
+
+def moe_config(**changes) -> SimpleNamespace:
+    """vLLM's FusedMoEConfig of a small layer."""
+    values = dict(
+        num_experts=4, num_local_experts=4, experts_per_token=2, hidden_dim=128, intermediate_size_per_partition=128,
+        in_dtype=torch.bfloat16, activation=SimpleNamespace(value="silu"), has_bias=False, swiglu_limit=None,
+        tp_rank=0, tp_size=1,
+    )  # fmt: skip
+    return SimpleNamespace(**values | changes)
+
+
+def vllm_config(**changes) -> SimpleNamespace:
+    """vLLM's VllmConfig; changes: by the name of a field, wherever it lies, and `fluxmoe`: our settings."""
+    offload = SimpleNamespace(
+        uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0)
+    )  # fmt: skip
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(use_ubatching=False, enable_eplb=False, data_parallel_size=1),
+        model_config=SimpleNamespace(is_moe=True, enable_sleep_mode=False, model="no/directory"),
+        offload_config=offload,
+        lora_config=None,
+        device_config=SimpleNamespace(device=torch.device("cpu")),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=32),
+        additional_config={"fluxmoe": changes.pop("fluxmoe", {})},
+    )
+    places = (config, config.parallel_config, config.model_config, offload.uva, offload.prefetch)
+    for name, value in changes.items():
+        setattr(next(place for place in places if hasattr(place, name)), name, value)
+    return config
+
+
+@pytest.fixture
+def vllm(monkeypatch) -> SimpleNamespace:
+    """`vllm` while a test runs; `config`: what get_current_vllm_config says."""
+    world = SimpleNamespace(config=vllm_config(), methods=["fp8"], registered={})
+
+    def register_quantization_config(name):
+        def register(cls):
+            assert issubclass(cls, QuantizationConfig)
+            world.methods.append(name)
+            world.registered[name] = cls
+            return cls
+
+        return register
+
+    contents = {
+        "vllm": {},
+        "vllm.config": {"get_current_vllm_config": lambda: world.config},
+        "vllm.model_executor": {},
+        "vllm.model_executor.layers": {},
+        METHODS: {"QUANTIZATION_METHODS": world.methods, "register_quantization_config": register_quantization_config},
+        f"{METHODS}.base_config": {"QuantizationConfig": QuantizationConfig},
+        "vllm.model_executor.layers.fused_moe": {
+            "RoutedExperts": RoutedExperts, "FusedMoEMethodBase": FusedMoEMethodBase,
+            "FusedMoEQuantConfig": FusedMoEQuantConfig,
+        },
+        "vllm.model_executor.layers.linear": {
+            "LinearBase": LinearBase, "UnquantizedLinearMethod": UnquantizedLinearMethod
+        },
+        "vllm.model_executor.models": {},
+        "vllm.model_executor.models.utils": {
+            "extract_layer_index": lambda name: next(int(part) for part in name.split(".") if part.isdigit())
+        },
+        "vllm.model_executor.utils": {
+            "set_weight_attrs": lambda tensor, attrs: [setattr(tensor, *each) for each in attrs.items()]
+        },
+    }  # fmt: skip
+    for name, values in contents.items():
+        module = ModuleType(name)
+        vars(module).update(values)
+        monkeypatch.setitem(sys.modules, name, module)
+    # Ours that import vLLM were never imported before, and will not be after.
+    for name in ("config", "method"):
+        monkeypatch.delitem(sys.modules, f"fluxmoe.runtime.vllm.{name}", raising=False)
+    yield world
+    for name in ("config", "method"):
+        sys.modules.pop(f"fluxmoe.runtime.vllm.{name}", None)

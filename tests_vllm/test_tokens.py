@@ -1,0 +1,43 @@
+"""vLLM's tokens do not depend on where experts lie, and are no further from exact arithmetic than without us."""
+
+from __future__ import annotations
+
+import pytest
+
+from .conftest import fluxmoe, prompts
+
+PLACES = {
+    "packed": {},
+    "resident": dict(placement="resident"),
+    "packed, huffman": dict(expert_format="huffman"),
+    "packed, tiered": dict(expert_format="tiered"),
+    "hybrid": dict(placement="hybrid", alpha=0.5),
+    "balanced": dict(placement="balanced", alpha=0.5),
+    "balanced, huffman": dict(placement="balanced", alpha=0.25, expert_format="huffman", poison=True),
+    "host": dict(placement="host"),
+    "host, planar12, 3 slots": dict(placement="host", host_format="planar12", slots=3, poison=True),
+    "host, in place": dict(placement="host", transfer="on_demand"),
+    "disk": dict(placement="disk"),
+    "disk, tiered": dict(placement="disk", host_format="tiered"),
+}
+QUESTION = {"prompts": prompts(5, 37), "new_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def answers(checkpoint, engines) -> dict[str, dict]:
+    model = {"model": checkpoint("qwen3_moe"), "enforce_eager": True}
+    tasks = [QUESTION | {"llm": model | fluxmoe(**settings)} for settings in PLACES.values()]
+    return dict(zip(PLACES, engines(tasks), strict=True))
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "packed"])
+def test_tokens_are_the_same_wherever_experts_lie(answers, place):
+    assert len(answers[place]["tokens"][0]) == QUESTION["new_tokens"]
+    assert answers[place] == answers["packed"]
+
+
+def test_a_compiled_model_too(checkpoint, engines):
+    model = {"model": checkpoint("qwen3_moe")}
+    first, *others = engines([QUESTION | {"llm": model | fluxmoe(**PLACES[place])} for place in ("packed", "host")])
+    assert len(first["tokens"][0]) == QUESTION["new_tokens"]
+    assert all(other == first for other in others)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .portable import after_inputs
+
 
 @triton.jit
 def _select(logits_ptr, num_tokens, first, E, SIZES: tl.constexpr):
@@ -171,6 +173,7 @@ def route_batch(logits_ptr, given, num_tokens_ptr, routing, T, E, MAX_BLOCKS, SI
 @triton.jit(do_not_specialize=["T", "MAX_BLOCKS"])
 def _route_kernel(logits_ptr, given, num_tokens_ptr, routing, T, E, MAX_BLOCKS, SIZES: tl.constexpr):
     """Grid: (1,)."""
+    after_inputs()
     route_batch(logits_ptr, given, num_tokens_ptr, routing, T, E, MAX_BLOCKS, SIZES)
 
 
@@ -186,6 +189,7 @@ def _top_k_kernel(
     SIZES: tl.constexpr,
 ):
     """Grid: (chunks,)."""
+    after_inputs()
     chunk = tl.program_id(0)
     first = chunk * SIZES.block_t
     ids, weights, chosen = _choices(logits_ptr, given, _real_tokens(num_tokens_ptr, T), first, E, SIZES)
@@ -204,6 +208,7 @@ def _scan_kernel(
     SIZES: tl.constexpr,
 ):
     """Grid: (1,)."""
+    after_inputs()
     BLOCK_E: tl.constexpr = SIZES.block_e
     e = tl.arange(0, BLOCK_E)
     counts = tl.zeros([BLOCK_E], tl.int32)
@@ -226,6 +231,7 @@ def _scan_kernel(
 @triton.jit(do_not_specialize=["T"])
 def _place_kernel(chunk_starts_ptr, num_tokens_ptr, routing, T, E, SIZES: tl.constexpr):
     """Grid: (chunks,)."""
+    after_inputs()
     chunk = tl.program_id(0)
     first = chunk * SIZES.block_t
     num_tokens = _real_tokens(num_tokens_ptr, T)

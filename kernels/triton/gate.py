@@ -23,7 +23,7 @@ from torch import Tensor
 from ..launches import Case
 from ..ops import KernelError
 from ._routing import route_batch
-from .portable import cast, dot
+from .portable import after_inputs, cast, dependent_launch, dot
 from .routing import Router, Routing
 from .tiles import Tile, capability_of, fit
 
@@ -68,6 +68,7 @@ def _gate_kernel(
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
     BLOCK_K: tl.constexpr = TILE.block_k
+    after_inputs()
     pid = tl.program_id(0)
     rows = tl.arange(0, BLOCK_M)
     hidden_ptrs = hidden_ptr + tl.minimum(rows, T - 1).to(tl.int64)[:, None] * HIDDEN
@@ -127,11 +128,13 @@ def norm_and_route(
     assert (weights.score is None) == (shared is None), "a shared expert has a score"
     routing, sizes = router.prepare(tokens, block_m, num_tokens, shared=shared)
     if tokens:
-        tile = gate_tile(tokens, capability_of(hidden.device), hidden.dtype.itemsize)
+        capability = capability_of(hidden.device)
+        tile = gate_tile(tokens, capability, hidden.dtype.itemsize)
         programs = triton.cdiv(experts, tile.block_n) + sizes.shared
         _gate_kernel[(programs,)](
             hidden, weights, x, router.logits, router.arrived, num_tokens, routing.arrays, eps, tokens, experts,
             routing.max_blocks, size, tile, sizes, num_warps=sizes.num_warps, num_stages=tile.num_stages,
+            **dependent_launch(capability),
         )  # fmt: skip
     else:
         router.clear()

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launches import Case
-from .portable import cast
+from .portable import after_inputs, cast, dependent_launch
+from .tiles import capability_of
 
 _BLOCK = 1024
 
@@ -36,6 +37,7 @@ def _swiglu_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Grid: (T, cdiv(N, BLOCK_N))."""
+    after_inputs()
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK_N
     both = 2 * i + tl.arange(0, 2 * BLOCK_N)
@@ -54,6 +56,7 @@ def _swiglu_kernel(
 @triton.jit
 def _scale_kernel(y_ptr, gate_ptr, N, BLOCK: tl.constexpr):
     """Grid: (cdiv(N, BLOCK),)."""
+    after_inputs()
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     y = tl.load(y_ptr + i, mask=i < N, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + i, mask=i < N, other=0.0).to(tl.float32)
@@ -68,7 +71,7 @@ def swiglu(gate_up: Tensor, x: Tensor, score: Tensor | None, h: Tensor) -> Tenso
         block = min(_BLOCK, triton.next_power_of_2(intermediate))
         _swiglu_kernel[(tokens, triton.cdiv(intermediate, block))](
             gate_up, x, score, h, gate_up.stride(0), intermediate, hidden, triton.next_power_of_2(hidden), block,
-            num_warps=4,
+            num_warps=4, **dependent_launch(capability_of(x.device)),
         )  # fmt: skip
     return h
 
@@ -76,7 +79,9 @@ def swiglu(gate_up: Tensor, x: Tensor, score: Tensor | None, h: Tensor) -> Tenso
 def scale(y: Tensor, gate: Tensor) -> Tensor:
     """y *= sigmoid(gate), both contiguous and of one shape; returns y."""
     if y.numel():
-        _scale_kernel[(triton.cdiv(y.numel(), _BLOCK),)](y, gate, y.numel(), _BLOCK, num_warps=4)
+        _scale_kernel[(triton.cdiv(y.numel(), _BLOCK),)](
+            y, gate, y.numel(), _BLOCK, num_warps=4, **dependent_launch(capability_of(y.device))
+        )  # fmt: skip
     return y
 
 

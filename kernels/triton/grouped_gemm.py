@@ -33,7 +33,7 @@ from ..launches import Case
 from ..ops import KernelError
 from .norm import normed_row, row_launch
 from .planar12_gemm import planar12_times_rows
-from .portable import cast, dot
+from .portable import after_inputs, cast, dependent_launch, dot
 from .routing import Routing
 from .tiles import FUSED_BOUNDS, ROW_BOUNDS, Tile, capability_of, default_tile, fused_tile, invariant_tile
 
@@ -182,6 +182,7 @@ def _grouped_gemm_kernel(
 ):
     """Grid: (programs,), each takes tile pid, and if persistent pid + programs, …; tiles = blocks in use x
     cdiv(N, block_n)."""
+    after_inputs()
     num_blocks = tl.load(routing.num_blocks)
     tiles = num_blocks * tl.cdiv(N, TILE.block_n)
     if TILE.persistent:
@@ -226,6 +227,7 @@ def _combine_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """Grid: (T, cdiv(H, BLOCK_H))."""
+    after_inputs()
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     total = tl.load(residual_ptr + t * H + h, mask=h < H, other=0.0).to(tl.float32)
@@ -248,6 +250,7 @@ def _combine_and_norm_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """Grid: (T,). The norm sees the sum as it is stored, rounded: bits are those of the two kernels one by one."""
+    after_inputs()
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     at = t * HIDDEN + h
@@ -274,6 +277,7 @@ def _linear_kernel(
     ADD: tl.constexpr,
 ):
     """Grid: (cdiv(T, block_m), cdiv(N, block_n)). y = x w^T, or y += x w^T."""
+    after_inputs()
     rows = tl.program_id(0) * TILE.block_m + tl.arange(0, TILE.block_m)
     n0 = tl.program_id(1) * TILE.block_n
     columns = n0 + tl.arange(0, TILE.block_n)
@@ -292,8 +296,8 @@ def programs(tile: Tile, num_blocks: int, n: int, num_sms: int) -> int:
     return min(tiles, num_sms) if tile.persistent else tiles
 
 
-def _options(tile: Tile) -> dict[str, int]:
-    return dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+def _options(tile: Tile, device: torch.device) -> dict[str, int]:
+    return dict(num_warps=tile.num_warps, num_stages=tile.num_stages) | dependent_launch(capability_of(device))
 
 
 def _scratch(nbytes: int, alignment: int, stream: int | None) -> Tensor:
@@ -333,7 +337,7 @@ def _launch(
     arrays = TableArrays(table.addresses, table.formats, routing.shared[tensor] if routing.shared else None)
     _grouped_gemm_kernel[(programs(tile, routing.max_blocks, n, num_sms),)](
         x, arrays, y, routing.arrays, n, k, x.stride(0), y.stride(0), TENSOR=tensor, TOP_K=routing.experts.shape[1],
-        TILE=tile, EVEN_K=k % step == 0, PLANAR12="planar12" in table.compressed, **_options(tile),
+        TILE=tile, EVEN_K=k % step == 0, PLANAR12="planar12" in table.compressed, **_options(tile, x.device),
     )  # fmt: skip
     return y
 
@@ -361,6 +365,7 @@ def combine(y: Tensor, routing: Routing, residual: Tensor, out: Tensor | None = 
         _combine_kernel[(tokens, triton.cdiv(hidden, block))](
             y, residual, out, routing.arrays, routing.num_tokens, hidden, TOP_K=routing.experts.shape[1],
             SOME=routing.some_elsewhere, BLOCK_H=block, num_warps=4,
+            **dependent_launch(capability_of(y.device)),
         )  # fmt: skip
     return out
 
@@ -375,6 +380,7 @@ def combine_and_norm(
         _combine_and_norm_kernel[(tokens,)](
             y, residual, weight, normed, routing.arrays, routing.num_tokens, eps, **constexprs,
             TOP_K=routing.experts.shape[1], SOME=routing.some_elsewhere, num_warps=num_warps,
+            **dependent_launch(capability_of(y.device)),
         )  # fmt: skip
     return normed
 
@@ -387,7 +393,7 @@ def linear(x: Tensor, w: Tensor, y: Tensor, tile: Tile, add: bool = False) -> Te
     if tokens:
         _linear_kernel[(triton.cdiv(tokens, tile.block_m), triton.cdiv(n, tile.block_n))](
             x, w, y, tokens, n, k, x.stride(0), y.stride(0), TILE=tile, EVEN_K=k % tile.block_k == 0, ADD=add,
-            **_options(tile),
+            **_options(tile, x.device),
         )  # fmt: skip
     return y
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..launches import Case
 from ..ops import KernelError
 from . import portable
+from .tiles import capability_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A program holds its row in registers; beyond this many elements, 8 warps would spill.
@@ -45,6 +46,7 @@ def _rms_norm_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """Grid: (T,)."""
+    portable.after_inputs()
     # int64: 2^20 tokens of 4096 elements pass 2^31.
     row = tl.program_id(0).to(tl.int64) * HIDDEN
     h = tl.arange(0, BLOCK_H)
@@ -78,7 +80,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
         raise KernelError(f"out must be contiguous {tuple(x.shape)} {x.dtype}, got {tuple(out.shape)} {out.dtype}")
     if tokens:
         constexprs, num_warps = row_launch(hidden)
-        _rms_norm_kernel[(tokens,)](x, weight, out, eps, **constexprs, num_warps=num_warps)
+        options = portable.dependent_launch(capability_of(x.device))
+        _rms_norm_kernel[(tokens,)](x, weight, out, eps, **constexprs, num_warps=num_warps, **options)
     return out
 
 

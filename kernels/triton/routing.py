@@ -41,6 +41,8 @@ from torch import Tensor
 from ..launches import Case
 from ..ops import KernelError
 from ._routing import _place_kernel, _route_kernel, _scan_kernel, _top_k_kernel
+from .portable import dependent_launch
+from .tiles import capability_of
 
 # Elements of the [BLOCK_T, BLOCK_E] matrices of a program, of which some six live at a time, and of one warp's part:
 # 16 registers a thread and matrix.
@@ -214,18 +216,19 @@ class Router:
         )
 
     def _route(self, logits: Tensor | None, given: Choices | None, routing: Routing, sizes: RoutingSizes) -> Routing:
-        tokens, experts, warps = len(routing.experts), self.num_experts, sizes.num_warps
+        tokens, experts = len(routing.experts), self.num_experts
+        options = {"num_warps": sizes.num_warps} | dependent_launch(capability_of(self._order.device))
         sources, arrays = (logits, given, routing.num_tokens), routing.arrays
         if tokens <= self.most_fused:
-            _route_kernel[(1,)](*sources, arrays, tokens, experts, routing.max_blocks, sizes, num_warps=warps)
+            _route_kernel[(1,)](*sources, arrays, tokens, experts, routing.max_blocks, sizes, **options)
             return routing
         chunks = triton.cdiv(tokens, sizes.block_t)
-        _top_k_kernel[(chunks,)](*sources, arrays, self._chunk_counts, tokens, experts, sizes, num_warps=warps)
+        _top_k_kernel[(chunks,)](*sources, arrays, self._chunk_counts, tokens, experts, sizes, **options)
         _scan_kernel[(1,)](
-            self._chunk_counts, arrays, chunks, experts, routing.max_blocks, sizes, num_warps=warps
+            self._chunk_counts, arrays, chunks, experts, routing.max_blocks, sizes, **options
         )  # fmt: skip
         _place_kernel[(chunks,)](
-            self._chunk_counts, routing.num_tokens, arrays, tokens, experts, sizes, num_warps=warps
+            self._chunk_counts, routing.num_tokens, arrays, tokens, experts, sizes, **options
         )  # fmt: skip
         return routing
 

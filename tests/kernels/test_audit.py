@@ -111,20 +111,41 @@ def scratching(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, rows.load([0, 0]))
 
 x = torch.empty(1 << 20, device="meta")
-def launch(kernel, size, warps):
-    kernel[(1,)](x, x, 77, BLOCK=size, num_warps=warps)
+def launch(kernel, size, warps, **options):
+    kernel[(1,)](x, x, 77, BLOCK=size, num_warps=warps, **options)
 
 for kernel, size, warps in ((narrow, 128, 4), (spilling, 16384, 1), (scratching, 16, 4)):
     case = Case(kernel.__name__, partial(launch, kernel, size, warps), wide=(narrow,))
     print(audit(case, "sm_90")[0].problems)
+hasty = Case("hasty", partial(launch, spilling, 128, 4, launch_pdl=True))
+print(audit(hasty, "sm_90")[0].problems)
 accepting = Case("accepting", partial(launch, spilling, 16384, 1), accepts={"spills": "it is a test"})
 print(audit(accepting, "sm_90")[0].problems)
 """)
-    narrow, spilling, scratching, accepting = run_file(path)
+    narrow, spilling, scratching, hasty, accepting = run_file(path)
     assert "4 bytes wide" in narrow
     assert "spilled" in spilling
     assert "of global scratch a program, and the launch sets no allocator" in scratching
+    assert "it may start before the kernel before it has ended" in hasty
     assert accepting == "[]"
+
+
+def test_kernels_of_a_layer_overlap_their_launches_where_the_gpu_can(tmp_path):
+    path = tmp_path / "dependent.py"
+    path.write_text("""
+from fluxmoe.kernels.audit import cases_of
+from fluxmoe.kernels.launches import compile_only
+
+names = ("gate/128 experts, 1 tokens", "grouped_gemm down, 16 rows", "combine_and_norm", "scale/qwen3-next")
+for arch in (80, 90):
+    for case in cases_of(f"sm_{arch}"):
+        if case.name in names:
+            with compile_only(arch) as launches:
+                case.launch()
+            compiled = launches[0].compiled
+            print(arch, compiled.metadata.launch_pdl, compiled.asm["ptx"].count("griddepcontrol"))
+""")
+    assert sorted(run_file(path)) == ["80 False 0"] * 4 + ["90 True 2"] * 4
 
 
 def test_without_its_fence_the_tile_loop_of_planar12_is_found_out(tmp_path):

@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 from fluxmoe.kernels.audit import Report, audit, cases_of
 from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats, weight_tile
+from fluxmoe.kernels.triton._grouped_gemm import gemm_work
 from fluxmoe.kernels.triton.tiles import FUSED_BOUNDS, ROW_BOUNDS, Tile, default_tile, fused_tile
+from fluxmoe.kernels.work import Work
 
 from ..lib.results import provenance, write_csv, write_json
 from .shapes import SHAPES, Shape
@@ -43,12 +45,10 @@ def audited(arch: str) -> dict[tuple[str, Tile], Report]:
     return {wanted[case.name]: audit(case, arch)[0] for case in cases_of(arch) if case.name in wanted}
 
 
-def gemm_limits(
-    n: int, k: int, blocks: float, rows: float, touched: float, tile: Tile, code: Report, weight_bytes: float = 2.0
-) -> dict:
+def gemm_limits(n: int, k: int, blocks: float, work: Work, tile: Tile, code: Report, weight_bytes: float = 2.0) -> dict:
     """Seconds that each resource needs for one grouped GEMM [n, k] over `blocks` blocks of rows.
 
-    hbm: weights of touched experts and activations, once. matrix: flops of whole blocks. l2: tiles of both operands.
+    hbm: what the kernel declares. matrix: flops of whole blocks. l2: tiles of both operands.
     issue: instructions of the inner loop. integer: those of them that run on half of the lanes. latency: loads one
     after another, a pipeline's depth at a time.
     """
@@ -60,7 +60,7 @@ def gemm_limits(
     )
     waves = max(1.0, tiles / resident)
     return {
-        "hbm": (weight_bytes * touched * n * k + 2 * rows * (n + k)) / ROOFS.bytes_per_s,
+        "hbm": work.nbytes / ROOFS.bytes_per_s,
         "matrix": 2.0 * blocks * tile.block_m * n * k / ROOFS.flops_per_s,
         "l2": steps * (2 * tile.block_m + weight_bytes * tile.block_n) * tile.block_k / L2_BYTES_PER_S,
         "issue": steps * loop["all"] * tile.num_warps / (SMS * ISSUES_PER_CLOCK * CLOCK_HZ),
@@ -97,9 +97,11 @@ def predict_layer(
     blocks = shape.experts * expected_blocks(tokens, shape.top_k / shape.experts, tile.block_m)
     # Routing, two GEMMs, combine; the last reads rows, and reads and writes tokens.
     total = 4 * FIXED_S + 2 * shape.hidden * (rows + 2 * tokens) / ROOFS.bytes_per_s
-    limits = {}
-    for name, n, k in (("gate_up", 2 * shape.intermediate, shape.hidden), ("down", shape.hidden, shape.intermediate)):
-        seconds = gemm_limits(n, k, blocks, rows, touched, tile, codes[name, tile], FORMATS[expert_format].bits / 8)
+    limits, weight_bytes = {}, FORMATS[expert_format].bits / 8
+    sizes = ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate))
+    for tensor, (name, (n, k)) in enumerate(zip(GEMMS, sizes, strict=True)):
+        work = gemm_work(n, k, tokens, rows, weight_bytes * touched * n * k, 2, tensor)
+        seconds = gemm_limits(n, k, blocks, work, tile, codes[name, tile], weight_bytes)
         limits[name] = max(seconds, key=seconds.__getitem__)
         total += seconds[limits[name]]
     return total, limits

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..launches import Case
 from ..ops import KernelError
+from ..work import Work, declares
 from . import portable
 from .tiles import capability_of
 
@@ -36,7 +37,7 @@ def normed_row(x, weight_ptr, eps, HIDDEN: tl.constexpr, BLOCK_H: tl.constexpr):
     return x * (1.0 / tl.sqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)) * weight
 
 
-@triton.jit
+@triton.jit(launch_metadata=declares(lambda args: Work(args["x_ptr"].nbytes + args["out_ptr"].nbytes)))
 def _rms_norm_kernel(
     x_ptr,  # (T, HIDDEN)
     weight_ptr,  # (HIDDEN,) fp32

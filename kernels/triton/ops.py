@@ -27,7 +27,7 @@ from ..ops import (
     RopeTable,
 )  # fmt: skip
 from . import delta_net, gates, grouped_gemm, paged_attention
-from .norm import rms_norm
+from .norm import DTYPES, rms_norm
 from .rope_kv import rope_and_cache
 from .tiles import Tile, capability_of, fit, invariant_tile, num_sms_of
 
@@ -39,7 +39,7 @@ def check_backend(device: torch.device, dtype: torch.dtype) -> None:
     """KernelError unless Triton kernels run, or are compiled, on this device for weights of this dtype."""
     if device.type != "cuda" and compiled_for(device) is None and not triton.knobs.runtime.interpret:
         raise KernelError("Triton kernels need a CUDA device, or TRITON_INTERPRET=1 to be interpreted (slowly)")
-    if dtype not in grouped_gemm.TL_DTYPES:
+    if dtype not in DTYPES:
         raise KernelError(f"Triton kernels take bfloat16, float16 or float32 weights, got {dtype}")
 
 

@@ -81,7 +81,7 @@ def _fence(acc):
 
 @triton.jit
 def planar12_times_rows(x_ptr, sources, block_ptr, n, n0, N, K, TILE: tl.constexpr, EVEN_K: tl.constexpr):
-    """`grouped_gemm.weight_times_rows` for a planar12 block, uint8 pointer; the tile must have a format tile's 64 rows.
+    """`weight_times_rows` for a planar12 block, uint8 pointer; TILE has a multiple of the 64 rows of a format's tile.
 
     The sum runs over K in steps of 64, as that of a dense tile with BLOCK_K = 64.
     """

@@ -28,7 +28,7 @@ from fluxmoe.models.decoder import Decoder, expert_dims, layer_dims
 from fluxmoe.models.published import published_config
 
 BATCH, CONTEXT = 4, 4096
-STUB = SimpleNamespace(src=SimpleNamespace(constants={}), metadata=SimpleNamespace(num_warps=1))
+STUB = SimpleNamespace(src=SimpleNamespace(constants={}), metadata=SimpleNamespace(num_warps=1, name=""))
 JITFunction._do_compile = lambda self, *a, **k: STUB
 
 class TorchLaunches(TorchDispatchMode):

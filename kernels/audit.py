@@ -7,7 +7,8 @@ run, and reads from the machine code: registers, spilled bytes, shared memory, m
 global load, the innermost loops that feed the matrix units, and what ptxas warned of. Exits 1 when a kernel breaks a
 rule: spills; a product without matrix instructions; matrix instructions that wait for each other one by one, or whose
 registers are overwritten while they may be in flight (see `sass`); weights or KV loaded in less than 16 bytes a thread;
-more shared memory than the GPU has; global scratch for which the launch sets no allocator. `--dump` leaves ttgir, ptx
+more shared memory than the GPU has; global scratch for which the launch sets no allocator; a dependent launch whose
+kernel does not wait first. `--dump` leaves ttgir, ptx
 and disassembly of each kernel, `--json` a list of rows, one a kernel.
 """
 
@@ -37,7 +38,7 @@ from .launches import Case, Launch, compile_only
 from .ops import KernelError
 from .packing import Codec
 from .sass import MATRIX, SERIALIZED, Loop, instructions, load_bytes, matrix_loops, overwritten_in_flight
-from .triton import delta_net, grouped_gemm, norm, paged_attention, rope_kv, routing
+from .triton import delta_net, gate, gates, grouped_gemm, norm, paged_attention, rope_kv, routing
 from .triton.tiles import shared_limit
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
@@ -99,7 +100,7 @@ class Report:
 
 def _cases() -> Iterator[Case]:
     """Of all modules; inside `compile_only`, whose target decides tiles."""
-    for module in (routing, grouped_gemm, norm, rope_kv, paged_attention, delta_net):
+    for module in (routing, gate, grouped_gemm, norm, gates, rope_kv, paged_attention, delta_net):
         yield from module.audit_cases()
     for name in compressed_formats():
         yield Case(f"packing/{name}", partial(_decode, codec_of(name)))
@@ -188,11 +189,20 @@ def _problems(case: Case, launch: Launch, report: Report) -> Iterator[tuple[str,
         yield "integer", f"{report.integer_per_weight} integer operations a weight, more than {_MOST_INTEGER}"
     if case.weights_per_step and report.integer_per_weight is None:
         yield "decode", "the loop that decodes weights was not found"
+    if getattr(launch.compiled.metadata, "launch_pdl", False) and not _waits_first(launch.compiled.asm["ptx"]):
+        yield "dependent", "it may start before the kernel before it has ended, and does not wait for it first"
     if report.scratch_bytes and not launch.may_allocate:
         yield "scratch", f"{report.scratch_bytes} bytes of global scratch a program, and the launch sets no allocator"
     limit = shared_limit(_capability(report.arch))
     if report.shared_bytes > limit:
         yield "shared", f"{report.shared_bytes} bytes of shared memory exceed {limit}"
+
+
+def _waits_first(ptx: str) -> bool:
+    """Whether a kernel waits for the one before it before it touches global memory."""
+    wait = ptx.find("griddepcontrol.wait")
+    first = re.search(r"\b(?:ld|st|atom|red)\.(?:\w+\.)*global|\bcp\.async|\btensormap", ptx)
+    return wait >= 0 and (first is None or wait < first.start())
 
 
 def _audit_named(name: str, arch: str, dump: Path | None) -> list[Report]:

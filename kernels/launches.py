@@ -26,6 +26,7 @@ from triton.runtime._allocation import _NULL_ALLOCATOR, _allocator
 from triton.runtime.jit import JITFunction
 
 from .ops import KernelError
+from .work import Work
 
 # SMs of an H100 SXM, for launches that are chosen by them.
 _NUM_SMS = 132
@@ -34,7 +35,8 @@ _NUM_SMS = 132
 @dataclass(frozen=True)
 class Launch:
     """One launch. constexprs: by argument name; may_allocate: whether an allocator for global scratch was set;
-    printed: what its compilation printed (ptxas's log where knobs.nvidia.dump_ptxas_log is set)."""
+    printed: what its compilation printed (ptxas's log where knobs.nvidia.dump_ptxas_log is set); work: what the kernel
+    declares of this launch (`work`), None where it declares nothing."""
 
     kernel: JITFunction
     constexprs: dict[str, object]
@@ -42,6 +44,7 @@ class Launch:
     compiled: triton.compiler.CompiledKernel
     may_allocate: bool
     printed: str
+    work: Work | None
 
     @property
     def scratch_bytes(self) -> int:
@@ -112,8 +115,13 @@ def compile_only(capability: int, num_sms: int = _NUM_SMS) -> Iterator[list[Laun
         names = {i: p.name for i, p in enumerate(kernel.params) if p.is_constexpr}
         constexprs = {names[path[0]]: value for path, value in constants.items() if path[0] in names}
         may_allocate = _allocator.get() is not _NULL_ALLOCATOR
+        work = None
+        if kernel.launch_metadata is not None:
+            bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+            declared = kernel.launch_metadata(grid, compiled.metadata, bound)
+            work = Work(declared["bytes"], declared["flops"])
         launches.append(
-            Launch(kernel, constexprs, compiled.metadata.num_warps, compiled, may_allocate, printed.getvalue())
+            Launch(kernel, constexprs, compiled.metadata.num_warps, compiled, may_allocate, printed.getvalue(), work)
         )
         return compiled
 

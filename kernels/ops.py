@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -181,8 +181,8 @@ class DeltaNetWeights:
 
 @dataclass(frozen=True)
 class DenseMlp:
-    """A SwiGLU MLP that every token uses, in the place of experts or beside them (a shared expert): gate_up [2I, H]
-    (gate rows, then up rows), down [H, I]; score [1, H], if given, scales its output by sigmoid(x·score)."""
+    """A SwiGLU MLP that every token uses, in the place of experts or beside them (a shared expert): gate_up [2I, H] as
+    `Ops.arrange_mlp` lays it out, down [H, I]; score [1, H], if given, scales its output by sigmoid(x·score)."""
 
     gate_up: Linear
     down: Linear
@@ -205,6 +205,27 @@ class LayerExperts(Protocol):
 
 
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class MoeBlock:
+    """What surrounds the routed experts of a layer. ops: for what is not theirs; fp32 [H]: the norm before them, and
+    next_norm, which follows them (the next layer's first, or the last of all); router [E, H]; shared: an expert that
+    every token uses."""
+
+    ops: Ops
+    norm: Tensor
+    router: Linear
+    next_norm: Tensor
+    shared: DenseMlp | None = None
+
+
+class Gated(NamedTuple, Generic[R]):
+    """Tokens on their way to the experts: x [T, H], and the residual stream to which their outputs are added."""
+
+    x: Tensor
+    routing: R
+    hidden: Tensor
 
 
 class ExpertSizes(Protocol):
@@ -233,8 +254,9 @@ class ExpertOps(ExpertSizes, Protocol[R]):
 
     `backend` is the name under which formats and files know the arrangement of blocks.
 
-    A routing is valid until the next one is made: by `route` from router logits, or by `route_to` from experts that a
-    host has chosen.
+    A routing is valid until the next one is made: by `route` from router logits, by `route_to` from experts that a host
+    has chosen, or by `gate` from the residual stream. `gate` and `mix` are a layer from attention to the next one's
+    norm; they may write to the stream, and their results are valid until they run again.
     """
 
     backend: str
@@ -253,6 +275,8 @@ class ExpertOps(ExpertSizes, Protocol[R]):
     def route_to(self, topk_ids: Tensor, topk_weights: Tensor, num_tokens: Tensor | None = None) -> R: ...
     def moe_add(self, x: Tensor, routing: R, experts: LayerExperts, residual: Tensor) -> Tensor: ...
     def count_routed(self, routing: R, counts: Tensor) -> None: ...
+    def gate(self, hidden: Tensor, block: MoeBlock, num_tokens: Tensor | None = None) -> Gated[R]: ...
+    def mix(self, gated: Gated[R], block: MoeBlock, experts: LayerExperts) -> tuple[Tensor, Tensor]: ...
 
 
 class OpSizes(Protocol):
@@ -276,6 +300,7 @@ class Ops(OpSizes, Protocol):
     """See CpuOps for shapes; activations are [T, …] in `act_dtype`."""
 
     def arrange(self, weight: Tensor, out: Tensor) -> None: ...
+    def arrange_mlp(self, gate_up: Tensor, out: Tensor) -> None: ...
     def restore(self, block: Tensor, n: int, k: int) -> Tensor: ...
     def embed(self, token_ids: Tensor, table: Linear) -> Tensor: ...
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor: ...

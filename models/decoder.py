@@ -7,7 +7,7 @@ pages them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Protocol
@@ -20,6 +20,7 @@ from fluxmoe.kernels.ops import (
     ExpertDims,
     LayerDims,
     Linear,
+    MoeBlock,
     Ops,
     OpSizes,
     RopeTable,
@@ -34,9 +35,9 @@ class Experts(Protocol):
     """What computes experts, wherever they are; see runtime.experts.pager.ExpertPager. `layer` counts the layers with
     experts alone."""
 
-    def add(
-        self, layer: int, x: Tensor, logits: Tensor, residual: Tensor, num_tokens: Tensor | None = None
-    ) -> Tensor: ...
+    def mixture(
+        self, layer: int, hidden: Tensor, block: MoeBlock, num_tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class LayerCache(Protocol):
@@ -181,9 +182,9 @@ class Decoder:
             if role == "final_norm":
                 self.final_norm = self._vector(weight)
             elif role == "lm_head":
-                self.lm_head = self._arrange(weight)
+                self.lm_head = self._arrange(weight, self.ops.arrange)
             else:
-                self.embed_tokens = self._arrange(weight)
+                self.embed_tokens = self._arrange(weight, self.ops.arrange)
                 if self.config.tie_word_embeddings:
                     self.lm_head = self.embed_tokens
             return
@@ -203,15 +204,16 @@ class Decoder:
             if all(part in layer.pending for part in (*parts, *biases)):
                 weight = torch.cat([layer.pending.pop(part) for part in parts])
                 bias = torch.cat([layer.pending.pop(part) for part in biases]) if biases else None
-                layer.matrices[name] = self._arrange(weight, bias)
+                arrange = self.ops.arrange_mlp if name == "mlp_gate_up" else self.ops.arrange
+                layer.matrices[name] = self._arrange(weight, arrange, bias)
 
     def _vector(self, weight: Tensor) -> Tensor:
         return weight.float().to(self.ops.device)
 
-    def _arrange(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def _arrange(self, weight: Tensor, arrange: Callable[[Tensor, Tensor], None], bias: Tensor | None = None) -> Linear:
         n, k = weight.shape
         block = torch.empty(self.ops.arranged_bytes(n, k), dtype=torch.uint8)
-        self.ops.arrange(weight, block)
+        arrange(weight, block)
         vector = None if bias is None else self._vector(bias)
         return Linear(block.to(self.ops.device), n, k, weight.dtype, vector)
 
@@ -249,10 +251,10 @@ class Decoder:
         """
         ops = self.ops
         hidden = ops.embed(token_ids, self.embed_tokens)
+        normed = ops.rms_norm(hidden, self.layers[0].vectors["input_norm"])
         attention = delta = moe = 0  # layers of each kind so far
         for index, layer in enumerate(self.layers):
             with tracer.span("compute", f"attention {index}"):
-                normed = ops.rms_norm(hidden, layer.vectors["input_norm"])
                 if layer.delta is None:
                     mixed = self._attend(layer, normed, metadata, *cache.layer(attention))
                     attention += 1
@@ -261,20 +263,31 @@ class Decoder:
                     mixed = ops.delta_net(normed, layer.delta, metadata, states.conv[delta], states.recurrent[delta])
                     delta += 1
                 hidden = ops.project_add(mixed, layer.matrices["o_proj"], hidden)
-            if "router" not in layer.matrices:
-                assert layer.mlp is not None, "a layer without experts has an MLP"
-                with tracer.span("compute", f"mlp {index}"):
-                    hidden = ops.mlp_add(ops.rms_norm(hidden, layer.vectors["post_attn_norm"]), layer.mlp, hidden)
+            if (block := self.moe_blocks[index]) is not None:
+                hidden, normed = experts.mixture(moe, hidden, block, metadata.num_tokens)
+                moe += 1
                 continue
-            with tracer.span("compute", f"router {index}"):
-                normed = ops.rms_norm(hidden, layer.vectors["post_attn_norm"])
-                if layer.mlp is not None:
-                    hidden = ops.mlp_add(normed, layer.mlp, hidden)
-                logits = ops.router(normed, layer.matrices["router"])
-            hidden = experts.add(moe, normed, logits, hidden, metadata.num_tokens)
-            moe += 1
-        last = hidden[logit_rows]
-        return ops.logits(ops.rms_norm(last, self.final_norm), self.lm_head)
+            assert layer.mlp is not None, "a layer without experts has an MLP"
+            with tracer.span("compute", f"mlp {index}"):
+                hidden = ops.mlp_add(ops.rms_norm(hidden, layer.vectors["post_attn_norm"]), layer.mlp, hidden)
+                normed = ops.rms_norm(hidden, self._norm_after(index))
+        return ops.logits(normed[logit_rows], self.lm_head)
+
+    @cached_property
+    def moe_blocks(self) -> list[MoeBlock | None]:
+        """Of each layer with experts, once all weights are here."""
+        return [
+            MoeBlock(
+                self.ops, layer.vectors["post_attn_norm"], layer.matrices["router"], self._norm_after(index), layer.mlp
+            )
+            if "router" in layer.matrices
+            else None
+            for index, layer in enumerate(self.layers)
+        ]
+
+    def _norm_after(self, index: int) -> Tensor:
+        """The norm that follows a layer: the next one's first, or the last of all."""
+        return self.layers[index + 1].vectors["input_norm"] if index + 1 < len(self.layers) else self.final_norm
 
     def _attend(
         self, layer: DecoderLayer, x: Tensor, metadata: AttentionMetadata, k_cache: Tensor, v_cache: Tensor

@@ -26,7 +26,7 @@ import triton
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, codec_of, compressed_formats
 from fluxmoe.kernels.launches import compile_only
-from fluxmoe.kernels.ops import AttentionMetadata, ExpertOps, Limits
+from fluxmoe.kernels.ops import AttentionMetadata, ExpertOps, Limits, MoeBlock
 from fluxmoe.kernels.triton.tiles import capability_of, choose_tiles, num_sms_of, read_tuned, tuned_tiles
 from fluxmoe.models import ARCHITECTURES
 from fluxmoe.models.config import ModelConfig
@@ -219,8 +219,10 @@ class _Resident:
     def __init__(self, ops: ExpertOps, table: ExpertTable) -> None:
         self._ops, self._page = ops, LayerPage(table, lambda tensor_type: None)
 
-    def add(self, layer: int, x: Tensor, logits: Tensor, residual: Tensor, num_tokens: Tensor | None = None) -> Tensor:
-        return self._ops.moe_add(x, self._ops.route(logits, num_tokens), self._page, residual)
+    def mixture(
+        self, layer: int, hidden: Tensor, block: MoeBlock, num_tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self._ops.mix(self._ops.gate(hidden, block, num_tokens), block, self._page)
 
 
 def _dense_roles(config: ModelConfig) -> Iterator:

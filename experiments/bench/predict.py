@@ -24,7 +24,9 @@ import numpy as np
 from fluxmoe.kernels.audit import Report, audit, cases_of
 from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats, weight_tile
 from fluxmoe.kernels.ops import DeltaNetDims
-from fluxmoe.kernels.triton.tiles import ROW_BOUNDS, Tile, default_tile, fused_tile
+from fluxmoe.kernels.triton._grouped_gemm import gemm_work
+from fluxmoe.kernels.triton.tiles import FUSED_BOUNDS, ROW_BOUNDS, Tile, default_tile, fused_tile
+from fluxmoe.kernels.work import Work
 
 from ..lib.args import option
 from ..lib.results import provenance, write_csv, write_json
@@ -50,17 +52,16 @@ def audited(arch: str) -> dict[tuple[str, Tile], Report]:
     capability = int(arch.removeprefix("sm_"))
     tiles = {f"{bound:.0f} rows": default_tile(bound, capability, 2) for bound in ROW_BOUNDS}
     for name in fused_formats("triton"):
-        tiles |= {f"{name}, {rows} rows": fused_tile(weight_tile(name), rows, capability) for rows in (16, 32, 64)}
+        fused = [fused_tile(weight_tile(name), bound, capability) for bound in FUSED_BOUNDS]
+        tiles |= {f"{name}, {tile.block_m} rows": tile for tile in fused}
     wanted = {f"grouped_gemm {name}, {label}": (name, tile) for label, tile in tiles.items() for name in GEMMS}
     return {wanted[case.name]: audit(case, arch)[0] for case in cases_of(arch) if case.name in wanted}
 
 
-def gemm_limits(
-    n: int, k: int, blocks: float, rows: float, touched: float, tile: Tile, code: Report, weight_bytes: float = 2.0
-) -> dict:
+def gemm_limits(n: int, k: int, blocks: float, work: Work, tile: Tile, code: Report, weight_bytes: float = 2.0) -> dict:
     """Seconds that each resource needs for one grouped GEMM [n, k] over `blocks` blocks of rows.
 
-    hbm: weights of touched experts and activations, once. matrix: flops of whole blocks. l2: tiles of both operands.
+    hbm: what the kernel declares. matrix: flops of whole blocks. l2: tiles of both operands.
     issue: instructions of the inner loop. integer: those of them that run on half of the lanes. latency: loads one
     after another, a pipeline's depth at a time.
     """
@@ -72,7 +73,7 @@ def gemm_limits(
     )
     waves = max(1.0, tiles / resident)
     return {
-        "hbm": (weight_bytes * touched * n * k + 2 * rows * (n + k)) / ROOFS.bytes_per_s,
+        "hbm": work.nbytes / ROOFS.bytes_per_s,
         "matrix": 2.0 * blocks * tile.block_m * n * k / ROOFS.flops_per_s,
         "l2": steps * (2 * tile.block_m + weight_bytes * tile.block_n) * tile.block_k / L2_BYTES_PER_S,
         "issue": steps * loop["all"] * tile.num_warps / (SMS * ISSUES_PER_CLOCK * CLOCK_HZ),
@@ -109,9 +110,11 @@ def predict_layer(
     blocks = shape.experts * expected_blocks(tokens, shape.top_k / shape.experts, tile.block_m)
     # Routing, two GEMMs, combine; the last reads rows, and reads and writes tokens.
     total = 4 * FIXED_S + 2 * shape.hidden * (rows + 2 * tokens) / ROOFS.bytes_per_s
-    limits = {}
-    for name, n, k in (("gate_up", 2 * shape.intermediate, shape.hidden), ("down", shape.hidden, shape.intermediate)):
-        seconds = gemm_limits(n, k, blocks, rows, touched, tile, codes[name, tile], FORMATS[expert_format].bits / 8)
+    limits, weight_bytes = {}, FORMATS[expert_format].bits / 8
+    sizes = ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate))
+    for tensor, (name, (n, k)) in enumerate(zip(GEMMS, sizes, strict=True)):
+        work = gemm_work(n, k, tokens, rows, weight_bytes * touched * n * k, 2, tensor)
+        seconds = gemm_limits(n, k, blocks, work, tile, codes[name, tile], weight_bytes)
         limits[name] = max(seconds, key=seconds.__getitem__)
         total += seconds[limits[name]]
     return total, limits
@@ -121,7 +124,7 @@ OTHER_TOKENS = (1, 32, 512, 4096)
 CONTEXT = 4096
 
 
-class Work(NamedTuple):
+class Launched(NamedTuple):
     """What one launch does. warp_instructions: issued by all warps; programs: that share the SMs."""
 
     size: str
@@ -131,12 +134,12 @@ class Work(NamedTuple):
     flops: float = 0.0
 
 
-def _once(size: str, nbytes: float, programs: float, code: Report) -> Work:
+def _once(size: str, nbytes: float, programs: float, code: Report) -> Launched:
     """A kernel without a loop: every warp issues its code once."""
-    return Work(size, nbytes, programs * code.num_warps * code.instructions, programs)
+    return Launched(size, nbytes, programs * code.num_warps * code.instructions, programs)
 
 
-def _token_wise(code: Report, tokens: int) -> Work | None:
+def _token_wise(code: Report, tokens: int) -> Launched | None:
     """Norms, RoPE and routing of `tokens`; None for other kernels."""
     c = code.sizes
     if code.kernel == "_rms_norm_kernel":
@@ -149,7 +152,7 @@ def _token_wise(code: Report, tokens: int) -> Work | None:
     return None
 
 
-def _attention(code: Report, sequences: int, queries: int) -> Work | None:
+def _attention(code: Report, sequences: int, queries: int) -> Launched | None:
     """Attention of `sequences` at CONTEXT; queries: 1, or a whole prompt."""
     c, kind = code.sizes, "attention_decode" if queries == 1 else "attention_prefill"
     if not code.name.startswith(kind):
@@ -164,7 +167,7 @@ def _attention(code: Report, sequences: int, queries: int) -> Work | None:
     programs = sequences * c["KV_HEADS"] * rows if queries > 1 else SMS
     flops = 4 * sequences * queries * seen * heads * c["HEAD_DIM"]
     size = f"{sequences} sequences, {'decode' if queries == 1 else 'prompts'} of {CONTEXT}"
-    return Work(size, nbytes, steps * code.loop["all"] * code.num_warps, programs, flops)
+    return Launched(size, nbytes, steps * code.loop["all"] * code.num_warps, programs, flops)
 
 
 def _dims(code: Report) -> DeltaNetDims:
@@ -173,7 +176,7 @@ def _dims(code: Report) -> DeltaNetDims:
     return dims
 
 
-def _delta_decode(code: Report, sequences: int) -> Work | None:
+def _delta_decode(code: Report, sequences: int) -> Launched | None:
     """A decode step of Gated DeltaNet: the rule with its convolution, then the gated norm."""
     if not code.name.startswith("delta_net_decode"):
         return None
@@ -187,7 +190,7 @@ def _delta_decode(code: Report, sequences: int) -> Work | None:
     return _once(size, nbytes, sequences * (1 + blocks), code)
 
 
-def _delta_prompt(code: Report, tokens: int) -> Work | None:
+def _delta_prompt(code: Report, tokens: int) -> Launched | None:
     """One prompt of Gated DeltaNet: in chunks by four kernels, or token by token by `_recurrent_kernel`, which issues
     its whole code for each token.
 
@@ -210,11 +213,11 @@ def _delta_prompt(code: Report, tokens: int) -> Work | None:
     programs = d.value_heads * math.ceil(d.value_dim / code.sizes["BLOCK_V"])
     if code.kernel == "_recurrent_kernel":
         steps = tokens * programs * code.num_warps
-        return Work(f"{size}, token by token", 2 * tokens * d.projected, steps * code.instructions, programs)
+        return Launched(f"{size}, token by token", 2 * tokens * d.projected, steps * code.instructions, programs)
     nbytes = 4 * tokens * (d.key_size + d.value_size) + pairs
     flops = 2 * tokens * d.value_heads * d.value_dim * (3 * d.key_dim + 2 * 64)
     steps = chunks * programs * code.num_warps
-    return Work(f"{size}, chunks", nbytes, steps * code.loop["all"], programs, flops)
+    return Launched(f"{size}, chunks", nbytes, steps * code.loop["all"], programs, flops)
 
 
 def predict_kernel(code: Report) -> list[dict]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..expert_blocks import ExpertBlocks, Shape
+from ..expert_layer import ExpertLayer
 from ..expert_table import DOWN, GATE_UP
 from ..ops import ExpertDims, KernelError, LayerExperts
 from . import gemm, moe
@@ -50,7 +51,7 @@ class CpuBlocks(ExpertBlocks):
             panels[:, :, -spare:] = panels[:, :, :1]
 
 
-class CpuExperts(CpuBlocks):
+class CpuExperts(ExpertLayer[moe.Routing], CpuBlocks):
     """ExpertOps for batches of up to `max_tokens`; one pager owns one (not thread-safe).
 
     KernelError for weights that are neither bf16 nor fp32.

@@ -84,6 +84,9 @@ class CpuOps:
     def arrange(self, weight: Tensor, out: Tensor) -> None:
         gemm.arrange(weight, out)
 
+    def arrange_mlp(self, gate_up: Tensor, out: Tensor) -> None:
+        self.arrange(gate_up, out)
+
     def restore(self, block: Tensor, n: int, k: int) -> Tensor:
         return gemm.restore(block, n, k, self.dims.dtype)
 

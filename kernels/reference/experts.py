@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..expert_blocks import ExpertBlocks
+from ..expert_layer import ExpertLayer
 from ..expert_table import DOWN, GATE_UP
 from ..ops import ExpertDims, LayerExperts
 
@@ -35,7 +36,7 @@ class TorchBlocks(ExpertBlocks):
         out.copy_(weight)
 
 
-class TorchExperts(TorchBlocks):
+class TorchExperts(ExpertLayer[Choice], TorchBlocks):
     """ExpertOps; `act_dtype` defaults to fp32 on the CPU and to the weights' dtype elsewhere.
 
     torch allocates its temporaries itself: `workspace_bytes` is an upper bound on those of one layer of `max_tokens`.

@@ -49,6 +49,9 @@ class TorchOps:
     def arrange(self, weight: Tensor, out: Tensor) -> None:
         out.view(self.dims.dtype).view(weight.shape).copy_(weight)
 
+    def arrange_mlp(self, gate_up: Tensor, out: Tensor) -> None:
+        self.arrange(gate_up, out)
+
     def restore(self, block: Tensor, n: int, k: int) -> Tensor:
         return block.view(self.dims.dtype).view(n, k)
 

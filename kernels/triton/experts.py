@@ -5,20 +5,29 @@ Where it runs and what it promises is as in `ops`. Weights are row-major, gate a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from ..expert_blocks import ExpertBlocks
+from ..expert_layer import ExpertLayer
 from ..expert_table import DOWN, GATE_UP
 from ..formats import FORMATS
-from ..ops import ExpertDims, KernelError, LayerExperts
+from ..ops import ExpertDims, Gated, KernelError, LayerExperts, Linear, MoeBlock
 from . import grouped_gemm
+from .gate import GateWeights, norm_and_route
 from .ops import check_backend
 from .routing import Router, Routing
-from .tiles import Tiles, capability_of, choose_tiles, fused_tile, invariant_tile, num_sms_of
+from .tiles import (
+    Tiles,
+    capability_of,
+    choose_tiles,
+    fused_invariant_tile,
+    fused_tile,
+    invariant_tile,
+    num_sms_of,
+)
 
 
 class TritonBlocks(ExpertBlocks):
@@ -37,7 +46,7 @@ class TritonBlocks(ExpertBlocks):
             out.copy_(weight)
 
 
-class TritonExperts(TritonBlocks):
+class TritonExperts(ExpertLayer[Routing], TritonBlocks):
     """ExpertOps for batches of up to `max_tokens`; one pager owns one (not thread-safe).
 
     formats: in which experts may be stored. Launches that may meet a fused one use its tiles, whatever the format of
@@ -57,10 +66,11 @@ class TritonExperts(TritonBlocks):
         self._capability, self._num_sms = capability_of(self.device), num_sms_of(self.device)
         self._gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         self._router = Router(max_tokens, dims.experts, dims.top_k, dims.renormalise, self.device)
-        rows = max_tokens * dims.top_k
+        rows = self._router.max_rows
         self._h = torch.empty(rows, dims.intermediate, dtype=dims.dtype, device=self.device)
         self._y = torch.empty(rows, dims.hidden, dtype=dims.dtype, device=self.device)
-        self.workspace_bytes = self._router.nbytes + self._h.nbytes + self._y.nbytes
+        self._x = torch.empty(max_tokens, dims.hidden, dtype=dims.dtype, device=self.device)
+        self.workspace_bytes = self._router.nbytes + self._h.nbytes + self._y.nbytes + self._x.nbytes
 
     def _choose_weight_tile(self, formats: Collection[str]) -> tuple[int, int] | None:
         """`Format.tile` of the fused ones among `formats`."""
@@ -81,13 +91,43 @@ class TritonExperts(TritonBlocks):
 
     def moe_add(self, x: Tensor, routing: Routing, experts: LayerExperts, residual: Tensor) -> Tensor:
         """residual [T, H] += mixture of experts of x [T, H]; returns residual."""
-        d, tiles, rows = self.dims, self._tiles(len(x)), len(x) * self.dims.top_k
+        return grouped_gemm.combine(self._rows(x, routing, experts), routing, residual)
+
+    def gate(self, hidden: Tensor, block: MoeBlock, num_tokens: Tensor | None = None) -> Gated[Routing]:
+        """As of every backend; in one launch where one program can sort the batch, but for `batch_invariant`.
+
+        Then a shared expert of the others' sizes is routed beside them.
+        """
+        if self.batch_invariant or len(hidden) > self._router.most_fused:
+            return super().gate(hidden, block, num_tokens)
+        shared, x, pair, score = block.shared, self._x[: len(hidden)], None, None
+        if shared is not None and shared.score is not None and shared.down.k == self.dims.intermediate:
+            pair, score = (self._weight(shared.gate_up), self._weight(shared.down)), self._weight(shared.score)
+        weights = GateWeights(block.norm, self._weight(block.router), score)
+        block_m = self._tiles(len(hidden)).gate_up.block_m
+        routing = norm_and_route(hidden, weights, block.ops.dims.eps, self._router, x, block_m, num_tokens, pair)
+        if shared is not None and pair is None:
+            hidden = block.ops.mlp_add(x, shared, hidden)
+        return Gated(x, routing, hidden)
+
+    def mix(self, gated: Gated[Routing], block: MoeBlock, experts: LayerExperts) -> tuple[Tensor, Tensor]:
+        """As of every backend; the rows' sum and the norm in one launch. x is no longer read then, and is where the
+        norm goes."""
+        x, routing, hidden = gated
+        y, normed = self._rows(x, routing, experts), self._x[: len(x)]
+        return hidden, grouped_gemm.combine_and_norm(y, routing, hidden, block.next_norm, block.ops.dims.eps, normed)
+
+    def _rows(self, x: Tensor, routing: Routing, experts: LayerExperts) -> Tensor:
+        """y [R, H]: each row's expert's output, times its weight."""
+        d, tiles, rows = self.dims, self._tiles(len(x)), routing.experts.numel()
         h, y = self._h[:rows], self._y[:rows]
         experts.wait(GATE_UP)
         grouped_gemm.gate_up(x, experts.table, routing, h, d.dtype, tiles.gate_up, self._num_sms)
         experts.wait(DOWN)
-        grouped_gemm.down(h, experts.table, routing, y, d.dtype, tiles.down, self._num_sms)
-        return grouped_gemm.combine(y, routing, residual)
+        return grouped_gemm.down(h, experts.table, routing, y, d.dtype, tiles.down, self._num_sms)
+
+    def _weight(self, linear: Linear) -> Tensor:
+        return linear.block.view(self.dims.dtype).view(linear.n, linear.k)
 
     def count_routed(self, routing: Routing, counts: Tensor) -> None:
         """counts fp32 [E] += how many tokens each expert got."""
@@ -97,10 +137,10 @@ class TritonExperts(TritonBlocks):
         d, itemsize, rows = self.dims, self.dims.dtype.itemsize, tokens * self.dims.top_k
         rows_per_expert = rows / max(1, min(rows, d.experts))
         if self._weight_tile is not None:
-            # Batch-invariant: whatever the batch, the tile of the largest.
-            tile = fused_tile(
-                self._weight_tile, math.inf if self.batch_invariant else rows_per_expert, self._capability
-            )
+            if self.batch_invariant:
+                tile = fused_invariant_tile(self._weight_tile, self._capability)
+            else:
+                tile = fused_tile(self._weight_tile, rows_per_expert, self._capability)
             return Tiles(tile, tile)
         if self.batch_invariant:
             tile = invariant_tile(self._capability, itemsize)

@@ -23,172 +23,26 @@ from functools import partial
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..expert_table import DOWN, GATE_UP, ExpertTable
-from ..formats import DENSE, FORMATS, fused_formats, weight_tile
+from ..formats import DENSE, fused_formats, weight_tile
 from ..launches import Case
 from ..ops import KernelError
-from .planar12_gemm import planar12_times_rows
-from .portable import cast, dot
+from ._grouped_gemm import (
+    TableArrays,
+    _combine_and_norm_kernel,
+    _combine_kernel,
+    _grouped_gemm_kernel,
+    _linear_kernel,
+)
+from .norm import DTYPES, row_launch
+from .portable import dependent_launch
 from .routing import Routing
-from .tiles import ROW_BOUNDS, Tile, capability_of, default_tile, fused_tile, invariant_tile
+from .tiles import FUSED_BOUNDS, ROW_BOUNDS, Tile, capability_of, default_tile, fused_tile, invariant_tile
 
-_PLANAR12 = tl.constexpr(FORMATS["planar12"].number)
 # Compressed formats that the kernel below has a tile loop for.
 _LOOPS = ("planar12",)
-TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
-@triton.jit
-def weight_times_rows(
-    x_ptr, sources, w_ptr, n, N, K, n0,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP_AB: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """fp32 [BLOCK_M, BLOCK_N]: rows of x (element offsets `sources` int64) times rows `n` of w [N, K], over all K.
-
-    Nothing here masks rows: callers clamp `sources` and `n` into range and mask what they store.
-    """
-    k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + sources[:, None] + k[None, :]
-    w_ptrs = w_ptr + n[:, None] * K + k[None, :]
-    if TMA:
-        w_desc = tl.make_tensor_descriptor(w_ptr, shape=[N, K], strides=[K, 1], block_shape=[BLOCK_N, BLOCK_K])
-    acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP_AB else [BLOCK_M, BLOCK_N], tl.float32)
-    for k0 in tl.range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=k[None, :] < K - k0, other=0.0)
-        if TMA:
-            w = w_desc.load([n0, k0])
-        elif EVEN_K:
-            w = tl.load(w_ptrs)
-        else:
-            w = tl.load(w_ptrs, mask=k[None, :] < K - k0, other=0.0)
-        acc = dot(w, x.T, acc) if SWAP_AB else dot(x, w.T, acc)
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    return tl.trans(acc) if SWAP_AB else acc
-
-
-@triton.jit
-def _grouped_gemm_kernel(
-    x_ptr,  # (T, K) tokens for gate_up, (R, K) sorted positions for down
-    addresses_ptr,  # (E, 2) int64
-    formats_ptr,  # (E, 2) uint8
-    y_ptr,  # (R, N / 2) by position for gate_up, (R, N) by row for down
-    order_ptr,  # (R,) int32
-    row_weights_ptr,  # (R,) fp32
-    block_map_ptr,  # (B, 4) int32
-    num_blocks_ptr,  # (1,) int32
-    N, K, stride_x, stride_y,
-    TENSOR: tl.constexpr,  # GATE_UP or DOWN
-    TOP_K: tl.constexpr, W_DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SWAP_AB: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, PLANAR12: tl.constexpr,
-):  # fmt: skip
-    """Grid: (programs,), each takes tiles pid, pid + programs, …; tiles = blocks in use x cdiv(N, BLOCK_N)."""
-    num_blocks = tl.load(num_blocks_ptr)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), num_blocks * tiles_n, tl.num_programs(0)):
-        # Blocks in groups, so that programs that run together share the weights of a few columns in L2.
-        group = tile // (GROUP_M * tiles_n)
-        in_group = tl.minimum(num_blocks - group * GROUP_M, GROUP_M)
-        within = tile % (GROUP_M * tiles_n)
-        block = block_map_ptr + (group * GROUP_M + within % in_group) * 4
-        n0 = within // in_group * BLOCK_N
-        expert = tl.load(block)
-        begin = tl.load(block + 1)
-        end = tl.load(block + 2)
-
-        positions = begin + tl.arange(0, BLOCK_M)
-        mine = positions < end
-        positions = tl.minimum(positions, end - 1)
-        if TENSOR == 0:
-            rows = tl.load(order_ptr + positions) // TOP_K
-        else:
-            rows = positions
-        # 28672 x 4096 elements of a weight fit int32; a pool of experts does not, hence one address each.
-        address = tl.load(addresses_ptr + expert * 2 + TENSOR)
-        n = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1)
-        sources = rows.to(tl.int64) * stride_x
-        # Without the hints, loads through an address that was loaded are as narrow as one element.
-        if PLANAR12:
-            if tl.load(formats_ptr + expert * 2 + TENSOR) == _PLANAR12:
-                block_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
-                acc = planar12_times_rows(x_ptr, sources, block_ptr, n, n0, N, K, BLOCK_M, BLOCK_N, EVEN_K)
-            else:
-                w_ptr = tl.multiple_of(address.to(tl.pointer_type(W_DTYPE)), 16)
-                acc = weight_times_rows(
-                    x_ptr, sources, w_ptr, n, N, K, n0, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, EVEN_K, TMA
-                )
-        else:
-            w_ptr = tl.multiple_of(address.to(tl.pointer_type(W_DTYPE)), 16)
-            acc = weight_times_rows(x_ptr, sources, w_ptr, n, N, K, n0, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, EVEN_K, TMA)
-        if TENSOR == 0:
-            gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
-            value = gate / (1.0 + tl.exp(-gate)) * up
-            columns = n0 // 2 + tl.arange(0, BLOCK_N // 2)
-            inside = columns < N // 2
-            targets = positions
-        else:
-            targets = tl.load(order_ptr + positions)
-            value = acc * tl.load(row_weights_ptr + targets)[:, None]
-            columns = n0 + tl.arange(0, BLOCK_N)
-            inside = columns < N
-        y_ptrs = y_ptr + targets.to(tl.int64)[:, None] * stride_y + columns[None, :]
-        tl.store(y_ptrs, cast(value, y_ptr.dtype.element_ty), mask=mine[:, None] & inside[None, :])
-
-
-@triton.jit
-def _combine_kernel(
-    y_ptr,  # (T, TOP_K, H) by row
-    residual_ptr,  # (T, H)
-    out_ptr,  # (T, H), may be residual_ptr
-    num_tokens_ptr,  # (1,) int32
-    experts_ptr,  # (T, TOP_K) int32
-    H, TOP_K: tl.constexpr, PADDED: tl.constexpr, SOME: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """Grid: (T, cdiv(H, BLOCK_H))."""
-    t = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    inside = h < H
-    total = tl.load(residual_ptr + t * H + h, mask=inside, other=0.0).to(tl.float32)
-    # Rows of padding were never written.
-    real = inside & (t < tl.load(num_tokens_ptr)) if PADDED else inside
-    experts = tl.zeros([BLOCK_H], tl.float32)
-    for choice in tl.static_range(TOP_K):
-        # Nor were those of experts that are elsewhere.
-        here = real & (tl.load(experts_ptr + t * TOP_K + choice) >= 0) if SOME else real
-        experts += tl.load(y_ptr + (t * TOP_K + choice) * H + h, mask=here, other=0.0).to(tl.float32)
-    tl.store(out_ptr + t * H + h, cast(total + experts, out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["T"])
-def _linear_kernel(
-    x_ptr,  # (T, K)
-    w_ptr,  # (N, K)
-    y_ptr,  # (T, N)
-    T, N, K, stride_x, stride_y,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr,
-    EVEN_K: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """Grid: (cdiv(T, BLOCK_M), cdiv(N, BLOCK_N)). y = x w^T, or y += x w^T."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n0 = tl.program_id(1) * BLOCK_N
-    columns = n0 + tl.arange(0, BLOCK_N)
-    acc = weight_times_rows(
-        x_ptr, tl.minimum(rows, T - 1).to(tl.int64) * stride_x, w_ptr, tl.minimum(columns, N - 1), N, K, n0,
-        BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, EVEN_K, False,
-    )  # fmt: skip
-    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * stride_y + columns[None, :]
-    mask = (rows[:, None] < T) & (columns[None, :] < N)
-    if ADD:
-        acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptrs, cast(acc, y_ptr.dtype.element_ty), mask=mask)
 
 
 def programs(tile: Tile, num_blocks: int, n: int, num_sms: int) -> int:
@@ -197,16 +51,8 @@ def programs(tile: Tile, num_blocks: int, n: int, num_sms: int) -> int:
     return min(tiles, num_sms) if tile.persistent else tiles
 
 
-def _constants(tile: Tile, k: int, step: int) -> dict:
-    """step: columns of the weight that the longest step of a tile loop reads."""
-    return dict(
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SWAP_AB=tile.swap_ab,
-        EVEN_K=k % step == 0,
-    )  # fmt: skip
-
-
-def _options(tile: Tile) -> dict:
-    return dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+def _options(tile: Tile, device: torch.device) -> dict[str, int]:
+    return dict(num_warps=tile.num_warps, num_stages=tile.num_stages) | dependent_launch(capability_of(device))
 
 
 def _scratch(nbytes: int, alignment: int, stream: int | None) -> Tensor:
@@ -218,8 +64,8 @@ def _launch(
     x: Tensor, table: ExpertTable, routing: Routing, y: Tensor, n: int, k: int, tensor: int, w_dtype: torch.dtype,
     tile: Tile, num_sms: int,
 ) -> Tensor:  # fmt: skip
-    if w_dtype not in TL_DTYPES or x.dtype != w_dtype:
-        raise KernelError(f"weights are {w_dtype}, activations {x.dtype}; both must be the same of {list(TL_DTYPES)}")
+    if w_dtype not in DTYPES or x.dtype != w_dtype:
+        raise KernelError(f"weights are {w_dtype}, activations {x.dtype}; both must be the same of {list(DTYPES)}")
     if x.shape[1] != k or x.stride(1) != 1 or y.stride(1) != 1:
         raise KernelError(f"activations must be [rows, {k}] with contiguous rows, got {list(x.shape)} {x.stride()}")
     if n * k >= 2**31:
@@ -236,18 +82,17 @@ def _launch(
             raise KernelError(f"this GEMM has no tile loop for format {name}; it has {', '.join(_LOOPS)} and dense")
         rows, columns = weight_tile(name)
         step = max(step, columns)
-        if w_dtype != torch.bfloat16 or tile.block_n != rows or not tile.swap_ab:
+        if w_dtype != torch.bfloat16 or tile.block_n % rows:
             raise KernelError(
-                f"{name} experts need bf16 and a tile of {rows} swapped weight rows, got {w_dtype} and {tile}"
+                f"{name} experts need bf16 and a tile of a multiple of {rows} weight rows, got {w_dtype} and {tile}"
             )
     if tile.tma:
         # Descriptors that a program makes lie in global memory. Set here, since contexts of threads start without.
         triton.set_allocator(_scratch)
+    arrays = TableArrays(table.addresses, table.formats, routing.shared[tensor] if routing.shared else None)
     _grouped_gemm_kernel[(programs(tile, routing.max_blocks, n, num_sms),)](
-        x, table.addresses, table.formats, y, routing.order, routing.weights, routing.block_map, routing.num_blocks,
-        n, k, x.stride(0), y.stride(0), TENSOR=tensor, TOP_K=routing.experts.shape[1], W_DTYPE=TL_DTYPES[w_dtype],
-        GROUP_M=tile.group_m, TMA=tile.tma, PLANAR12="planar12" in table.compressed,
-        **_constants(tile, k, step), **_options(tile),
+        x, arrays, y, routing.arrays, n, k, x.stride(0), y.stride(0), TENSOR=tensor, TOP_K=routing.experts.shape[1],
+        TILE=tile, EVEN_K=k % step == 0, PLANAR12="planar12" in table.compressed, **_options(tile, x.device),
     )  # fmt: skip
     return y
 
@@ -271,12 +116,28 @@ def combine(y: Tensor, routing: Routing, residual: Tensor, out: Tensor | None = 
     tokens, hidden = residual.shape
     out = residual if out is None else out
     if tokens:
-        block, padded = min(1024, triton.next_power_of_2(hidden)), routing.num_tokens is not None
+        block = min(1024, triton.next_power_of_2(hidden))
         _combine_kernel[(tokens, triton.cdiv(hidden, block))](
-            y, residual, out, routing.num_tokens if padded else y, routing.experts, hidden,
-            TOP_K=routing.experts.shape[1], PADDED=padded, SOME=routing.some_elsewhere, BLOCK_H=block, num_warps=4,
+            y, residual, out, routing.arrays, routing.num_tokens, hidden, TOP_K=routing.experts.shape[1],
+            SOME=routing.some_elsewhere, BLOCK_H=block, num_warps=4,
+            **dependent_launch(capability_of(y.device)),
         )  # fmt: skip
     return out
+
+
+def combine_and_norm(
+    y: Tensor, routing: Routing, residual: Tensor, weight: Tensor, eps: float, normed: Tensor
+) -> Tensor:
+    """`combine` in place, and the RMSNorm (weight fp32 [H]) of the result in `normed` [T, H], which is returned."""
+    tokens, hidden = residual.shape
+    if tokens:
+        constexprs, num_warps = row_launch(hidden)
+        _combine_and_norm_kernel[(tokens,)](
+            y, residual, weight, normed, routing.arrays, routing.num_tokens, eps, **constexprs,
+            TOP_K=routing.experts.shape[1], SOME=routing.some_elsewhere, num_warps=num_warps,
+            **dependent_launch(capability_of(y.device)),
+        )  # fmt: skip
+    return normed
 
 
 def linear(x: Tensor, w: Tensor, y: Tensor, tile: Tile, add: bool = False) -> Tensor:
@@ -286,18 +147,9 @@ def linear(x: Tensor, w: Tensor, y: Tensor, tile: Tile, add: bool = False) -> Te
         raise KernelError(f"a weight of {n} x {k} elements exceeds the 2^31 that a tile can index")
     if tokens:
         _linear_kernel[(triton.cdiv(tokens, tile.block_m), triton.cdiv(n, tile.block_n))](
-            x,
-            w,
-            y,
-            tokens,
-            n,
-            k,
-            x.stride(0),
-            y.stride(0),
-            ADD=add,
-            **_constants(tile, k, tile.block_k),
-            **_options(tile),
-        )
+            x, w, y, tokens, n, k, x.stride(0), y.stride(0), TILE=tile, EVEN_K=k % tile.block_k == 0, ADD=add,
+            **_options(tile, x.device),
+        )  # fmt: skip
     return y
 
 
@@ -343,9 +195,10 @@ def audit_cases() -> Iterator[Case]:
     largest = tiles["inf rows"]
     formats: dict[str, str] = {}
     for name in sorted(fused_formats("triton")):
-        for rows in (16, 32, 64):
-            tiles[f"{name}, {rows} rows"] = fused_tile(weight_tile(name), rows, capability)
-            formats[f"{name}, {rows} rows"] = name
+        for bound in FUSED_BOUNDS:
+            tile = fused_tile(weight_tile(name), bound, capability)
+            tiles[f"{name}, {tile.block_m} rows"] = tile
+            formats[f"{name}, {tile.block_m} rows"] = name
     tiles["persistent"] = replace(largest, persistent=True)
     tiles["tma"] = replace(largest, tma=True)
     tokens, block = 64, torch.zeros(16, dtype=torch.uint8)  # kernels see the table's addresses alone
@@ -376,3 +229,6 @@ def audit_cases() -> Iterator[Case]:
     logits = empty(tokens, len(vocabulary), dtype=torch.float32)
     yield Case("linear", partial(linear, x, vocabulary, logits, tiles["invariant"]), (_linear_kernel,))
     yield Case("combine", partial(combine, y, routing_of(16), x), (_combine_kernel,))
+    norm = empty(hidden, dtype=torch.float32)
+    launch = partial(combine_and_norm, y, routing_of(16), x, norm, 1e-6, torch.empty_like(x))
+    yield Case("combine_and_norm", launch, (_combine_and_norm_kernel,))

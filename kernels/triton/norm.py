@@ -20,7 +20,9 @@ from torch import Tensor
 
 from ..launches import Case
 from ..ops import KernelError
+from ..work import Work, declares
 from . import portable
+from .tiles import capability_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A program holds its row in registers; beyond this many elements, 8 warps would spill.
@@ -28,6 +30,14 @@ MAX_HIDDEN = 32768
 
 
 @triton.jit
+def normed_row(x, weight_ptr, eps, HIDDEN: tl.constexpr, BLOCK_H: tl.constexpr):
+    """fp32 [BLOCK_H]: the norm of a row x, fp32 and 0 beyond HIDDEN."""
+    h = tl.arange(0, BLOCK_H)
+    weight = tl.load(weight_ptr + h, mask=h < HIDDEN, other=0.0)
+    return x * (1.0 / tl.sqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)) * weight
+
+
+@triton.jit(launch_metadata=declares(lambda args: Work(args["x_ptr"].nbytes + args["out_ptr"].nbytes)))
 def _rms_norm_kernel(
     x_ptr,  # (T, HIDDEN)
     weight_ptr,  # (HIDDEN,) fp32
@@ -37,17 +47,17 @@ def _rms_norm_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """Grid: (T,)."""
+    portable.after_inputs()
     # int64: 2^20 tokens of 4096 elements pass 2^31.
     row = tl.program_id(0).to(tl.int64) * HIDDEN
     h = tl.arange(0, BLOCK_H)
     mask = h < HIDDEN
     x = tl.load(x_ptr + row + h, mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + h, mask=mask, other=0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)
-    tl.store(out_ptr + row + h, portable.cast(x * scale * weight, out_ptr.dtype.element_ty), mask=mask)
+    normed = normed_row(x, weight_ptr, eps, HIDDEN, BLOCK_H)
+    tl.store(out_ptr + row + h, portable.cast(normed, out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(hidden: int) -> tuple[dict, int]:
+def row_launch(hidden: int) -> tuple[dict, int]:
     """(constexprs, warps): 8 elements a thread make one 16-byte load of bf16; more than 8 warps only add barriers."""
     block = triton.next_power_of_2(hidden)
     return {"HIDDEN": hidden, "BLOCK_H": block}, min(max(block // (32 * 8), 1), 8 if block <= 8192 else 16)
@@ -70,8 +80,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     elif out.shape != x.shape or out.dtype != x.dtype or not out.is_contiguous():
         raise KernelError(f"out must be contiguous {tuple(x.shape)} {x.dtype}, got {tuple(out.shape)} {out.dtype}")
     if tokens:
-        constexprs, num_warps = _launch(hidden)
-        _rms_norm_kernel[(tokens,)](x, weight, out, eps, **constexprs, num_warps=num_warps)
+        constexprs, num_warps = row_launch(hidden)
+        options = portable.dependent_launch(capability_of(x.device))
+        _rms_norm_kernel[(tokens,)](x, weight, out, eps, **constexprs, num_warps=num_warps, **options)
     return out
 
 

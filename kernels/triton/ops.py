@@ -26,8 +26,8 @@ from ..ops import (
     Linear,
     RopeTable,
 )  # fmt: skip
-from . import delta_net, grouped_gemm, paged_attention
-from .norm import rms_norm
+from . import delta_net, gates, grouped_gemm, paged_attention
+from .norm import DTYPES, rms_norm
 from .rope_kv import rope_and_cache
 from .tiles import Tile, capability_of, fit, invariant_tile, num_sms_of
 
@@ -39,7 +39,7 @@ def check_backend(device: torch.device, dtype: torch.dtype) -> None:
     """KernelError unless Triton kernels run, or are compiled, on this device for weights of this dtype."""
     if device.type != "cuda" and compiled_for(device) is None and not triton.knobs.runtime.interpret:
         raise KernelError("Triton kernels need a CUDA device, or TRITON_INTERPRET=1 to be interpreted (slowly)")
-    if dtype not in grouped_gemm.TL_DTYPES:
+    if dtype not in DTYPES:
         raise KernelError(f"Triton kernels take bfloat16, float16 or float32 weights, got {dtype}")
 
 
@@ -81,8 +81,7 @@ class TritonOps:
             self._buffers["gate"] = self._empty(tokens, dims.heads * dims.head_dim)
         if dims.mlp:
             self._buffers |= {
-                "mlp_gate": self._empty(tokens, dims.mlp), "mlp_up": self._empty(tokens, dims.mlp),
-                "mlp_score": self._empty(tokens, 1), "mlp_out": self._empty(tokens, dims.hidden),
+                "mlp_gate_up": self._empty(tokens, 2 * dims.mlp), "mlp": self._empty(tokens * dims.mlp),
             }  # fmt: skip
         if dims.delta is not None:
             self._buffers |= {
@@ -105,6 +104,10 @@ class TritonOps:
 
     def arrange(self, weight: Tensor, out: Tensor) -> None:
         out.view(self.dims.dtype).view(weight.shape).copy_(weight)
+
+    def arrange_mlp(self, gate_up: Tensor, out: Tensor) -> None:
+        """Gate and up rows in turns."""
+        grouped_gemm.interleave(gate_up, out.view(self.dims.dtype).view(gate_up.shape))
 
     def restore(self, block: Tensor, n: int, k: int) -> Tensor:
         return block.view(self.dims.dtype).view(n, k)
@@ -155,7 +158,7 @@ class TritonOps:
 
     def gate_attention(self, attended: Tensor, x: Tensor, weight: Linear) -> Tensor:
         """attended [T, heads·D] *= sigmoid(x @ W^T); returns attended."""
-        return attended.mul_(self._linear(x, weight, "gate").sigmoid_())
+        return gates.scale(attended, self._linear(x, weight, "gate"))
 
     def delta_net(
         self, x: Tensor, weights: DeltaNetWeights, metadata: AttentionMetadata, conv_state: Tensor, state: Tensor
@@ -168,13 +171,11 @@ class TritonOps:
 
     def mlp_add(self, x: Tensor, mlp: DenseMlp, residual: Tensor) -> Tensor:
         """residual += SwiGLU MLP of x [T, H], times sigmoid(x·score) where there is one; returns residual."""
-        halves = self.restore(mlp.gate_up.block, mlp.gate_up.n, mlp.gate_up.k).chunk(2)
-        gate, up = (self._matmul(x, w, f"mlp_{name}") for w, name in zip(halves, ("gate", "up"), strict=True))
-        torch.nn.functional.silu(gate, inplace=True).mul_(up)
-        if mlp.score is None:
-            return self.project_add(gate, mlp.down, residual)
-        y, score = self._linear(gate, mlp.down, "mlp_out"), self._linear(x, mlp.score, "mlp_score")
-        return residual.addcmul_(y, score.sigmoid_())
+        gate_up, score = self._linear(x, mlp.gate_up, "mlp_gate_up"), None
+        if mlp.score is not None:
+            score = self.restore(mlp.score.block, mlp.score.n, mlp.score.k)
+        h = self._buffers["mlp"][: len(x) * mlp.down.k].view(len(x), mlp.down.k)
+        return self.project_add(gates.swiglu(gate_up, x, score, h), mlp.down, residual)
 
     def project_add(self, x: Tensor, weight: Linear, residual: Tensor) -> Tensor:
         """residual += x @ W^T; returns residual."""

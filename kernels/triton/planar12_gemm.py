@@ -3,7 +3,8 @@
 A block holds the planes of one weight [N, K] (`packing.planar12`, E = 1), each on a multiple of 256 bytes. A step of
 the loop is one tile of the format, 64 x 128: bytes of its two halves of columns, and nibbles that serve both. Decoded
 weights are the register operand of the matrix instruction (swap AB). They pass through shared memory once more on the
-way, bf16, because the layout in which bytes are loaded widest is not that of the operand.
+way, bf16, because the layout in which bytes are loaded widest is not that of the operand. For many tokens a step is two
+of the format's tiles, one below the other, and the instruction reads them from there.
 
 Escapes are patched after decoding. There is no loop over them: a loop inside would stop Triton from pipelining the
 outer one. Eight branches, most of them not taken (a Gaussian's tile has 0.6 escapes), cover every tile that has few;
@@ -29,12 +30,40 @@ def _align(nbytes):
 
 
 @triton.jit
-def _patch(w, escape, column, BLOCK_N: tl.constexpr):
-    """w bf16 [BLOCK_N, 64] with one weight replaced; escape uint32, column its column in this half."""
-    row = (escape >> 23).to(tl.int32)
+def _patch(w, escape, row0, column, BLOCK_N: tl.constexpr):
+    """w bf16 [BLOCK_N, 64] with one weight replaced; escape uint32, of the format's tile that begins at row0; column:
+    its column in this half."""
+    row = row0 + (escape >> 23).to(tl.int32)
     hit = (tl.arange(0, BLOCK_N)[:, None] == row) & (tl.arange(0, 64)[None, :] == column)
     bits = tl.where(hit, (escape & 0xFFFF).to(tl.uint16), w.to(tl.uint16, bitcast=True))
     return bits.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _corrected(low, high, begin, end, escape_ptr, raw_ptr, row0: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Both halves [BLOCK_N, 64] with the escapes begin … end of the format's tile that begins at row0 put right."""
+    if begin < end:
+        first = tl.load(escape_ptr + begin)
+        if first >> 16 == 0xFFFF:
+            r = tl.arange(0, BLOCK_N)[:, None] - row0
+            j = tl.arange(0, 64)[None, :]
+            tile_ptrs = raw_ptr + (first & 0xFFFF).to(tl.int64) * 8192 + r * 128 + j
+            if BLOCK_N == 64:
+                low, high = tl.load(tile_ptrs), tl.load(tile_ptrs + 64)
+            else:
+                mine = (r >= 0) & (r < 64) & (j >= 0)
+                low = tl.where(mine, tl.load(tile_ptrs, mask=mine), low)
+                high = tl.where(mine, tl.load(tile_ptrs + 64, mask=mine), high)
+        else:
+            for i in tl.static_range(8):
+                if begin + i < end:
+                    escape = tl.load(escape_ptr + begin + i)
+                    column = ((escape >> 16) & 127).to(tl.int32)
+                    if column < 64:
+                        low = _patch(low, escape, row0, column, BLOCK_N)
+                    else:
+                        high = _patch(high, escape, row0, column - 64, BLOCK_N)
+    return low, high
 
 
 @triton.jit
@@ -51,15 +80,14 @@ def _fence(acc):
 
 
 @triton.jit
-def planar12_times_rows(
-    x_ptr, sources, block_ptr, n, n0, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
-    """`grouped_gemm.weight_times_rows` for a planar12 block, uint8 pointer; BLOCK_N must be 64, a tile's rows.
+def planar12_times_rows(x_ptr, sources, block_ptr, n, n0, N, K, TILE: tl.constexpr, EVEN_K: tl.constexpr):
+    """`weight_times_rows` for a planar12 block, uint8 pointer; TILE has a multiple of the 64 rows of a format's tile.
 
     The sum runs over K in steps of 64, as that of a dense tile with BLOCK_K = 64.
     """
-    tl.static_assert(BLOCK_N == 64, "a tile of planar12 has 64 rows")
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    tl.static_assert(BLOCK_N % 64 == 0, "a tile of planar12 has 64 rows")
     tiles_k = tl.cdiv(K, 128)
     padded = tiles_k * 128
     tiles = tl.cdiv(N, 64) * tiles_k
@@ -72,12 +100,12 @@ def planar12_times_rows(
     base = tl.load(base_ptr.to(tl.pointer_type(tl.int32)))
 
     j = tl.arange(0, 64)
-    r = tl.arange(0, BLOCK_N)
     x_ptrs = x_ptr + sources[:, None] + j[None, :]
     byte_ptrs = block_ptr + n[:, None] * padded + j[None, :]
     nibble_ptrs = nibble_ptr + n[:, None] * (padded // 2) + j[None, :]
     offset_ptr += n0 // 64 * tiles_k
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    parts = tl.cdiv(N - n0, 64)
+    acc = tl.zeros([BLOCK_N, BLOCK_M] if TILE.swap_ab else [BLOCK_M, BLOCK_N], tl.float32)
     for step in tl.range(0, tiles_k):
         if EVEN_K:
             x_low, x_high = tl.load(x_ptrs), tl.load(x_ptrs + 64)
@@ -88,24 +116,20 @@ def planar12_times_rows(
         nibbles = tl.load(nibble_ptrs)
         low = unpack_planar12(tl.load(byte_ptrs), nibbles, base)
         high = unpack_planar12(tl.load(byte_ptrs + 64), nibbles, base, HIGH=True)
-        begin, end = tl.load(offset_ptr + step), tl.load(offset_ptr + step + 1)
-        if begin < end:
-            first = tl.load(escape_ptr + begin)
-            if first >> 16 == 0xFFFF:
-                tile_ptrs = raw_ptr + (first & 0xFFFF).to(tl.int64) * 8192 + r[:, None] * 128 + j[None, :]
-                low, high = tl.load(tile_ptrs), tl.load(tile_ptrs + 64)
-            else:
-                for i in tl.static_range(8):
-                    if begin + i < end:
-                        escape = tl.load(escape_ptr + begin + i)
-                        column = ((escape >> 16) & 127).to(tl.int32)
-                        if column < 64:
-                            low = _patch(low, escape, column, BLOCK_N)
-                        else:
-                            high = _patch(high, escape, column - 64, BLOCK_N)
-        acc = dot(low, x_low.T, acc)
-        acc = _fence(dot(high, x_high.T, acc))
+        for part in tl.static_range(BLOCK_N // 64):
+            # A tile of the GEMM may reach beyond the last row of the format's tiles.
+            offsets = offset_ptr + tl.minimum(part, parts - 1) * tiles_k + step
+            begin, end = tl.load(offsets), tl.load(offsets + 1)
+            if part > 0:
+                end = tl.where(part < parts, end, begin)
+            low, high = _corrected(low, high, begin, end, escape_ptr, raw_ptr, part * 64, BLOCK_N)
+        if TILE.swap_ab:
+            acc = dot(low, x_low.T, acc)
+            acc = _fence(dot(high, x_high.T, acc))
+        else:
+            acc = dot(x_low, low.T, acc)
+            acc = dot(x_high, high.T, acc)
         x_ptrs += 128
         byte_ptrs += 128
         nibble_ptrs += 64
-    return tl.trans(acc)
+    return tl.trans(acc) if TILE.swap_ab else acc

@@ -1,4 +1,4 @@
-"""What Triton's interpreter gets wrong, done right: casts and dots that agree between TRITON_INTERPRET=1 and a GPU.
+"""What differs between Triton's interpreter and GPUs, and from one GPU to another, behind one name each.
 
 The interpreter multiplies the raw bits of bf16 operands (triton issue 11584) and truncates fp32 → bf16, where a GPU
 rounds to nearest even. On a GPU these helpers are the plain operation.
@@ -8,9 +8,29 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language import target_info
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Decided when triton is imported, as @triton.jit itself decides.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def after_inputs():
+    """Programmatic dependent launch (Hopper and later): wait for the kernel before to end, and let the next one start.
+
+    The first thing that a kernel does which is launched with `dependent_launch`, in every program, also in those that
+    find nothing to do: the next kernel's wait is for this one alone. What is won is the time between a kernel's end and
+    the next one's start. Elsewhere nothing happens.
+    """
+    if not INTERPRETED and target_info.cuda_capability_geq(9):
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+def dependent_launch(capability: int) -> dict[str, bool]:
+    """Options of a launch whose kernel begins with `after_inputs`."""
+    return {"launch_pdl": capability >= 90}
 
 
 @triton.jit

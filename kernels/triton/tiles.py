@@ -84,14 +84,29 @@ def invariant_tile(capability: int, itemsize: int) -> Tile:
     return Tile(16, 32, 32, 4, 2) if itemsize == 4 else fit(Tile(64, 64, 128, 4, 3, swap_ab=True), capability, itemsize)
 
 
+# Mean rows per expert at which `fused_tile` changes on Hopper. Blocks of 128 and 256 rows are for means well above and
+# below: experts have more and fewer rows than the mean.
+FUSED_BOUNDS = (16, 32, 48, 192, math.inf)
+
+
 def fused_tile(weight_tile: tuple[int, int], rows_per_expert: float, capability: int) -> Tile:
-    """The tile for launches that meet experts of a format that the tile loop decodes: swapped, and of the weight what
-    the format asks for (`Format.tile`)."""
+    """The tile for launches that meet experts of a format that the tile loop decodes: of the weight what the format
+    asks for (`Format.tile`), swapped. Where rows are many and matrix instructions read shared memory (Hopper), twice as
+    many rows of the weight for 128 or 256 tokens: a weight is decoded once for all of them."""
     block_n, block_k = weight_tile
+    hopper = 90 <= capability < 100
+    if hopper and rows_per_expert > FUSED_BOUNDS[2]:
+        block_m = 128 if rows_per_expert <= FUSED_BOUNDS[3] else 256
+        return fit(Tile(block_m, 2 * block_n, block_k, 8, 2), capability, 2)
     # Below sm_90 decoded weights stay in registers beside both operands: 64 tokens would spill.
     most = 64 if capability >= 90 else 32
     block_m = min(16 if rows_per_expert <= 16 else 32 if rows_per_expert <= 32 else 64, most)
     return fit(Tile(block_m, block_n, block_k, 4, 4 if block_m == 16 else 3, swap_ab=True), capability, 2)
+
+
+def fused_invariant_tile(weight_tile: tuple[int, int], capability: int) -> Tile:
+    """`invariant_tile` for such launches."""
+    return fused_tile(weight_tile, FUSED_BOUNDS[2], capability)
 
 
 def shared_limit(capability: int) -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fluxmoe.kernels.ops import ExpertDims, ExpertOps
+from fluxmoe.kernels.ops import ExpertDims, ExpertOps, MoeBlock
 from fluxmoe.kernels.packing import PackingError
 from fluxmoe.kernels.packing.expert_file import ExpertFile, ExpertFileHeader
 from torch import Tensor
@@ -250,13 +250,31 @@ class ExpertPager:
         x, residual [T, H] in `ops.act_dtype`; logits fp32 [T, E]; num_tokens int32 [1] on the device: later rows are
         padding of a captured graph. A pass calls it for each layer, in order, and may be given up at any.
         """
-        if len(x) > self.max_tokens:
-            raise PagerError(f"a pass of {len(x)} tokens; this pager was made for at most {self.max_tokens}")
+        self._check(x)
         with self.streamer.layer(layer) as page, self.timeline.span("compute", f"experts {layer}"):
             routing = self.ops.route(logits, num_tokens)
             out = self.ops.moe_add(x, routing, page, residual)
             self._count(layer, routing)
         return out
+
+    def mixture(
+        self, layer: int, hidden: Tensor, block: MoeBlock, num_tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A layer from attention to the next one's norm: hidden [T, H] with the experts' outputs added, and its norm.
+
+        May write to `hidden`. As `add`, from the residual stream in place of x and logits.
+        """
+        self._check(hidden)
+        with self.timeline.span("compute", f"router {layer}"):
+            gated = self.ops.gate(hidden, block, num_tokens)
+        with self.streamer.layer(layer) as page, self.timeline.span("compute", f"experts {layer}"):
+            out = self.ops.mix(gated, block, page)
+            self._count(layer, gated.routing)
+        return out
+
+    def _check(self, x: Tensor) -> None:
+        if len(x) > self.max_tokens:
+            raise PagerError(f"a pass of {len(x)} tokens; this pager was made for at most {self.max_tokens}")
 
     @torch.no_grad()
     def experts(self, layer: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

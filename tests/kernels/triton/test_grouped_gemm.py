@@ -227,10 +227,14 @@ def planar12_layer(hidden: int, intermediate: int, crowded: bool = False) -> tup
     return layer, ExpertTable.from_blocks(blocks, DEVICE, [DENSE, "planar12"] * 2)
 
 
+# A tile of the format, and two for many tokens.
+FUSED = {"one": Tile(16, 64, 64, 4, 2, swap_ab=True), "two": Tile(32, 128, 64, 8, 2)}
+
+
+@pytest.mark.parametrize("tile", FUSED.values(), ids=FUSED)
 @pytest.mark.parametrize("crowded", [False, True], ids=["few escapes", "raw tiles"])
-def test_compressed_and_dense_experts_of_one_launch_give_the_same_bits(crowded):
+def test_compressed_and_dense_experts_of_one_launch_give_the_same_bits(crowded, tile):
     layer, mixed = planar12_layer(256, 256, crowded)
-    tile = Tile(16, 64, 64, 4, 2, swap_ab=True)
     x, logits = torch.randn(9, 256).bfloat16(), torch.randn(9, 4)
     dense, _ = layer.run(x, logits, 2, tile)
     layer.table = mixed
@@ -239,16 +243,20 @@ def test_compressed_and_dense_experts_of_one_launch_give_the_same_bits(crowded):
     assert torch.equal(compressed, dense)
 
 
-def test_compressed_experts_with_sizes_of_no_tile_are_right():
-    layer, mixed = planar12_layer(200, 112)
+@pytest.mark.parametrize("tile", FUSED.values(), ids=FUSED)
+@pytest.mark.parametrize(
+    ("hidden", "intermediate"), [(200, 112), pytest.param(312, 120, id="rows of the format's tiles are odd")]
+)
+def test_compressed_experts_with_sizes_of_no_tile_are_right(hidden, intermediate, tile):
+    layer, mixed = planar12_layer(hidden, intermediate)
     layer.table = mixed
-    layer.check(11, 2, Tile(16, 64, 64, 4, 2, swap_ab=True))
+    layer.check(11, 2, tile)
 
 
 def test_compressed_experts_need_their_tile():
     layer, mixed = planar12_layer(128, 128)
     layer.table = mixed
-    with pytest.raises(KernelError, match="64 swapped weight rows"):
+    with pytest.raises(KernelError, match="a multiple of 64 weight rows"):
         layer.run(torch.randn(2, 128).bfloat16(), torch.randn(2, 4), 1, TILES["plain"])
 
 

@@ -18,7 +18,7 @@ import fcntl
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +34,8 @@ from .codec import Packed, PackingError
 MAGIC = b"FLUXEXPT"
 VERSION = 1
 PAGE = 4096
+# (format, tensor type, block, recipe) → PackingError unless it is safe to use the block: `ExpertBlocks.check_expert`.
+Check = Callable[[str, int, Tensor, Packed | None], None]
 _PREFIX = struct.Struct("<8sIIQ")
 _RECORD, _RECORD_BYTES = struct.Struct("<QI"), 512
 # A header takes some hundred bytes; more than this is garbage, not a reason to allocate.
@@ -196,11 +198,11 @@ class ExpertFile:
 
     # Reading.
 
-    def read(self, expert: int, tensor_type: int, target: Tensor, verify: bool = True) -> None:
+    def read(self, expert: int, tensor_type: int, target: Tensor, check: Check | None = None) -> None:
         """Fill the beginning of `target`, uint8 in host memory, with a block. Releases the GIL.
 
         Where `target` begins at a page and holds whole pages, the read goes past the page cache. PackingError naming
-        file and expert when the disk fails or, with `verify`, the sum is wrong.
+        file and expert when the disk fails, the sum is wrong, or `check` refuses the block.
         """
         what, size = _name(expert, tensor_type), self.header.sizes[tensor_type]
         total, text = _RECORD.unpack_from(self._records[expert, tensor_type])
@@ -222,8 +224,14 @@ class ExpertFile:
                 raise PackingError(f"reading {what} from {self.path} failed: the file ends early")
             done += got
         record = self._records[expert, tensor_type, _RECORD.size : _RECORD.size + text]
-        if verify and _sum(view[:size], record.tobytes()) != total:
+        if _sum(view[:size], record.tobytes()) != total:
             raise PackingError(f"{self.path}: {what} is corrupt, its sum is wrong; pack the checkpoint again")
+        if check is not None:
+            recipe = self.recipe(expert, tensor_type)
+            try:
+                check(self.header.format, tensor_type, target[:size], recipe)
+            except PackingError as error:
+                raise PackingError(f"{self.path}: {what} is damaged: {error}; pack the checkpoint again") from None
 
     def drop_cache(self) -> None:
         """What was read or written through the page cache need not stay in it."""

@@ -180,7 +180,7 @@ class ExpertPager:
             self.ops.backend, expert_format, dtype, dims.hidden, dims.intermediate, dims.experts, sizes, content
         )
         spill_dir = Path(self.config.disk_dir or tempfile.gettempdir())
-        return DiskTier(header, members, folder, spill_dir)
+        return DiskTier(header, members, folder, spill_dir, self.ops.check_expert)
 
     def _most_bytes(self) -> int:
         """Of all experts on the device in their largest format, and of what rounding to blocks takes."""
@@ -220,10 +220,10 @@ class ExpertPager:
         blocks = self._staging[found]
         try:
             for d, block in enumerate(blocks):
-                file.read(expert, d, block)
+                file.read(expert, d, block, self.ops.check_expert)
             recipes = file.recipe(expert, 0), file.recipe(expert, 1)
         except PackingError as error:
-            raise StoreError(str(error)) from None
+            raise StoreError(f"layer {layer}: {error}") from None
         if stored == found:
             self.store.put(layer, expert, blocks, recipes)
         else:

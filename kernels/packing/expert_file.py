@@ -40,6 +40,7 @@ _PREFIX = struct.Struct("<8sIIQ")
 _RECORD, _RECORD_BYTES = struct.Struct("<QI"), 512
 # A header takes some hundred bytes; more than this is garbage, not a reason to allocate.
 _MAX_HEADER = 1 << 16
+_MAX_SIZE = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,10 @@ class ExpertFileHeader:
 
     def __post_init__(self) -> None:
         sizes = (self.hidden, self.intermediate, self.experts, *self.sizes)
-        if not all(type(n) is int and 0 < n < 1 << 40 for n in sizes) or len(self.sizes) != 2:
+        if not all(type(n) is int and 0 < n < _MAX_SIZE for n in sizes) or len(self.sizes) != 2:
             raise PackingError(f"sizes of an expert file must be positive integers, got {sizes}")
+        if not all(isinstance(name, str) for name in (self.backend, self.format, self.dtype, self.content)):
+            raise PackingError("backend, format, dtype and content of an expert file must be strings")
 
 
 def expert_file_name(layer: int) -> str:
@@ -158,11 +161,14 @@ class ExpertFile:
             return None
         try:
             fields = json.loads(record[_RECORD.size : _RECORD.size + length].tobytes())
+            shape, sizes = tuple(fields["shape"]), [count for _, _, count in fields["planes"]]
+            if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in (*shape, *sizes)):
+                raise ValueError("sizes are integers")
             planes = {
-                name: torch.empty(int(count), dtype=getattr(torch, dtype), device="meta")
+                name: torch.empty(count, dtype=getattr(torch, dtype), device="meta")
                 for name, dtype, count in fields["planes"]
             }
-            return Packed(fields["format"], tuple(fields["shape"]), planes, fields["metadata"])
+            return Packed(fields["format"], shape, planes, fields["metadata"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
             raise PackingError(f"{self.path}: the record of {_name(expert, tensor_type)} is damaged") from None
 
@@ -336,8 +342,11 @@ def _read_header(path: Path, file: int) -> tuple[ExpertFileHeader, int]:
     try:
         fields = json.loads(text)
         header = ExpertFileHeader(**{**fields, "sizes": tuple(fields["sizes"])})
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise PackingError(f"{path} is damaged: its header is not valid") from None
+    # All places follow from the header's length.
+    if text != json.dumps(asdict(header)).encode():
+        raise PackingError(f"{path} is damaged: its header is not as this program writes it")
     return header, _records_at(size)
 
 

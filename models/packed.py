@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .decoder import expert_dims
+from .json_files import read_json
 
 INDEX = "fluxmoe.packed.json"
 # What pack_checkpoint keeps beside files that are not all there yet.
@@ -59,12 +60,12 @@ class PackedExperts:
         self.directory, self.config = directory, config
         path = directory / INDEX
         try:
-            index = json.loads(path.read_text())
+            index = read_json(path)
             version = index["version"]
             if version == VERSION:
                 fields = index["experts"]
                 self.header = ExpertFileHeader(**{**fields, "sizes": tuple(fields["sizes"])})
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise CheckpointError(f"{path} is damaged; make the packed checkpoint again") from None
         if version != VERSION:
             raise CheckpointError(

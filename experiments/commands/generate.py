@@ -11,6 +11,8 @@ import csv
 import io
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -26,6 +28,9 @@ from fluxmoe.runtime.serving.metrics import StepMetrics, summarise
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 from ..lib.results import Parser, UsageError, cli_main, provenance, write_atomically, write_json
+
+# Twice the largest published.
+_MOST_TOKENIZER_BYTES = 64 << 20
 
 
 def parser() -> argparse.ArgumentParser:
@@ -141,6 +146,17 @@ def steps_csv(steps: list[StepMetrics]) -> str:
     return text.getvalue()
 
 
+@contextmanager
+def _tokenizer_errors(what: str) -> Iterator[None]:
+    """UsageError for what the tokenizers library raises: bare Exceptions, and panics, which are BaseExceptions."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UsageError(f"{what}: {error}") from None
+
+
 class Tokenizer:
     """The checkpoint's tokenizer.json; without one, only token ids can be prompts and no text comes out."""
 
@@ -150,18 +166,22 @@ class Tokenizer:
         if path.exists():
             import tokenizers
 
-            try:
+            with _tokenizer_errors(f"{path} cannot be read as a tokenizer"):
+                if path.stat().st_size > _MOST_TOKENIZER_BYTES:
+                    raise UsageError(f"over {_MOST_TOKENIZER_BYTES} bytes")
                 self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            except Exception as error:  # tokenizers raises bare Exception
-                raise UsageError(f"{path} cannot be read as a tokenizer: {error}") from None
 
     def encode(self, text: str) -> list[int]:
         if self._tokenizer is None:
             raise UsageError("the checkpoint has no tokenizer.json; give prompts as token ids with --prompts")
-        return self._tokenizer.encode(text).ids
+        with _tokenizer_errors("the checkpoint's tokenizer.json cannot encode a prompt"):
+            return self._tokenizer.encode(text).ids
 
     def decode(self, token_ids: tuple[int, ...]) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.decode(list(token_ids))
+        if self._tokenizer is None:
+            return None
+        with _tokenizer_errors("the checkpoint's tokenizer.json cannot decode tokens"):
+            return self._tokenizer.decode(list(token_ids))
 
 
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int, limit: int) -> list[list[int]]:

@@ -59,6 +59,12 @@ class ExpertBlocks(ABC):
         """A compressed block → the dense block of the same weights; see ExpertOps."""
         self._blocks(expert_format).decode(block, recipe, self._matrix(out, tensor_type), parallel=False)
 
+    def check_expert(self, expert_format: str, tensor_type: int, block: Tensor, recipe: Packed | None) -> None:
+        """PackingError unless it is safe to decode a block in host memory, or to let `moe_add` read it; to be asked of
+        all that comes from a file. See `Codec.check`."""
+        if expert_format != DENSE:
+            self._blocks(expert_format).check(block, recipe, *self._matrices[tensor_type])
+
     def weights_of(self, expert_format: str, blocks: tuple[Tensor, Tensor], recipes: Recipes) -> tuple[Tensor, Tensor]:
         """Inverse of `encode_expert`: gate_up [2I, H], down [H, I]."""
         if expert_format == DENSE:

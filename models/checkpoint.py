@@ -7,7 +7,6 @@ is what has been placed plus at most one shard.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -25,15 +24,15 @@ from torch import Tensor
 
 from . import ARCHITECTURES
 from .config import ConfigError, ModelConfig, load_config
+from .json_files import MOST_BYTES, parse_json, read_json
 from .naming import Role
 from .packed import CheckpointError, PackedExperts, Wanted
 
 _DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 _DTYPE_BYTES = {"BF16": 2, "F32": 4}
+_MOST_DIMS = 8
 # Recomputed by every implementation; old checkpoints carry them.
 _HARMLESS = ("rotary_emb.inv_freq",)
-# The format's own limit (100 MB): anything larger is no header.
-_MAX_HEADER = 100_000_000
 
 
 def read_header(path: Path) -> dict[str, dict]:
@@ -50,20 +49,20 @@ def read_header(path: Path) -> dict[str, dict]:
             if len(prefix) < 8:
                 raise CheckpointError(f"{path} is no safetensors file: {size} bytes hold no header; download it again")
             length = struct.unpack("<Q", prefix)[0]
-            if length > min(_MAX_HEADER, size - 8):
+            if length > min(MOST_BYTES, size - 8):
                 raise CheckpointError(
-                    f"{path} is no safetensors file, or damaged: its header claims {length} bytes of a file of {size}; "
-                    "download it again"
+                    f"{path} is no safetensors file, or damaged: its header claims {length} bytes of a file of {size}, "
+                    f"and {MOST_BYTES} are the most; download it again"
                 )
             raw = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
+        header = parse_json(raw, object_pairs_hook=_unique_keys)
     except _DuplicateKeyError as error:
         raise CheckpointError(f"{path} is damaged: its header holds {error} twice; download it again") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is damaged: its header is not JSON; download it again") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: its header is not JSON: {error}; download it again") from None
     if not isinstance(header, dict) or not isinstance(header.pop("__metadata__", {}), dict):
         raise CheckpointError(f"{path} is damaged: its header is not a table of tensors; download it again")
     spans = sorted((*_checked_span(path, name, entry), name) for name, entry in header.items())
@@ -98,8 +97,8 @@ def _checked_span(path: Path, name: str, entry: Any) -> tuple[int, int]:
         (begin, stop), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{path} is damaged: the header entry of {name} is not valid") from None
-    valid = isinstance(shape, list) and isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in shape)
-    if not (valid and type(begin) is type(stop) is int and 0 <= begin <= stop):
+    valid = isinstance(shape, list) and isinstance(dtype, str) and len(shape) <= _MOST_DIMS
+    if not (valid and all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, begin, stop)) and begin <= stop):
         raise CheckpointError(f"{path} is damaged: the header entry of {name} is not valid")
     if dtype in _DTYPE_BYTES and stop - begin != math.prod(shape) * _DTYPE_BYTES[dtype]:
         raise CheckpointError(
@@ -164,16 +163,16 @@ class Checkpoint:
                 )
             return [single]
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
         except OSError as error:
             raise CheckpointError(f"{index} cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{index} is damaged: it holds no weight_map") from None
         for name in names:
             # An index comes from elsewhere: it must not lead out of its directory.
             if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name:
                 raise CheckpointError(f"{index} is damaged: {name!r} is not the name of a file beside it")
-            if not (self.directory / name).exists():
+            if not os.path.exists(self.directory / name):  # unlike Path's, False also for a name that cannot be
                 raise CheckpointError(f"{index} names {name}, which does not exist; download the missing shard")
         return [self.directory / name for name in names]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from fluxmoe.kernels.ops import DeltaNetDims
+
+from .json_files import read_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # How config.json spells the fields that we call otherwise, so that an error names what the reader has to change.
@@ -20,6 +22,14 @@ _HF_KEYS = {
     "num_kv_heads": "num_key_value_heads",
     "top_k": "num_experts_per_tok",
 }
+# Several times what any published model has. Tables of layers, experts and tensors are made from these numbers, so a
+# damaged one must be refused before.
+_MOST = {
+    "vocab_size": 1 << 22, "hidden_size": 1 << 16, "num_layers": 512, "num_heads": 1024, "num_kv_heads": 1024,
+    "head_dim": 4096, "num_experts": 4096, "top_k": 4096, "moe_intermediate_size": 1 << 17,
+    "max_position_embeddings": 1 << 27,
+}  # fmt: skip
+_MOST_INTERMEDIATE, _MOST_DELTA, _MOST_WINDOW, _MOST_EXPERTS = 1 << 18, 4096, 1 << 27, 1 << 16
 
 
 class ConfigError(ValueError):
@@ -78,14 +88,15 @@ class ModelConfig:
     mlp_intermediate_size: int = 0
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts",
-            "top_k", "moe_intermediate_size", "max_position_embeddings",
-        ):  # fmt: skip
+        for name, most in _MOST.items():
             value = getattr(self, name)
-            if not _is_int(value) or value < 1:
+            if not _is_int(value, 1, most):
                 key = f" ({_HF_KEYS[name]})" if name in _HF_KEYS else ""
-                raise ConfigError(f"{name}{key} must be a positive integer, got {value!r}")
+                raise ConfigError(f"{name}{key} must be a positive integer up to {most}, got {value!r}")
+        if self.num_layers * self.num_experts > _MOST_EXPERTS:
+            raise ConfigError(
+                f"num_experts {self.num_experts} in each of {self.num_layers} layers are over {_MOST_EXPERTS} experts"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value heads")
         if self.top_k > self.num_experts:
@@ -94,21 +105,26 @@ class ModelConfig:
             raise ConfigError(f"rotary embeddings need an even head_dim, got {self.head_dim}")
         if self.rotary_dim is not None and not (0 < self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0):
             raise ConfigError(f"{self.rotary_dim} of {self.head_dim} dimensions of a head cannot rotate in pairs")
-        if not _is_int(self.shared_intermediate_size) or self.shared_intermediate_size < 0:
-            raise ConfigError(f"shared_expert_intermediate_size is {self.shared_intermediate_size!r}; give an integer")
+        if not _is_int(self.shared_intermediate_size, 0, _MOST_INTERMEDIATE):
+            raise ConfigError(
+                f"shared_expert_intermediate_size is {self.shared_intermediate_size!r}; give an integer up to "
+                f"{_MOST_INTERMEDIATE}"
+            )
         if not self.moe_layers:
             raise ConfigError(
                 "a model needs at least one layer with experts; mlp_only_layers and decoder_sparse_step leave none"
             )
-        if self.dense_layers and (not _is_int(self.mlp_intermediate_size) or self.mlp_intermediate_size < 1):
+        if self.dense_layers and not _is_int(self.mlp_intermediate_size, 1, _MOST_INTERMEDIATE):
             raise ConfigError(
                 f"intermediate_size of the layers without experts is {self.mlp_intermediate_size!r}; give a positive "
-                "integer"
+                f"integer up to {_MOST_INTERMEDIATE}"
             )
         if self.delta is not None:
             for name, value in asdict(self.delta).items():
-                if not _is_int(value) or value < (2 if name == "taps" else 1):
-                    raise ConfigError(f"{name} of the linear attention must be a positive integer, got {value!r}")
+                if not _is_int(value, 2 if name == "taps" else 1, _MOST_DELTA):
+                    raise ConfigError(
+                        f"{name} of the linear attention must be a positive integer up to {_MOST_DELTA}, got {value!r}"
+                    )
             if self.delta.value_heads % self.delta.key_heads:
                 raise ConfigError(
                     f"{self.delta.value_heads} value heads cannot share {self.delta.key_heads} key heads of the linear "
@@ -116,8 +132,10 @@ class ModelConfig:
                 )
             if not self.attention_layers:
                 raise ConfigError("a model needs at least one layer of full attention")
-        if self.sliding_window is not None and (not _is_int(self.sliding_window) or self.sliding_window < 1):
-            raise ConfigError(f"sliding_window must be a positive integer or null, got {self.sliding_window!r}")
+        if self.sliding_window is not None and not _is_int(self.sliding_window, 1, _MOST_WINDOW):
+            raise ConfigError(
+                f"sliding_window must be a positive integer up to {_MOST_WINDOW} or null, got {self.sliding_window!r}"
+            )
         if not _is_number(self.rms_norm_eps) or self.rms_norm_eps < 0:
             raise ConfigError(f"rms_norm_eps must be a number of at least 0, got {self.rms_norm_eps!r}")
         if not _is_number(self.rope_theta) or self.rope_theta <= 0:
@@ -150,12 +168,14 @@ class ModelConfig:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Layers with experts. Whatever holds or places experts numbers these alone: its layer i is moe_layers[i]."""
-        return tuple(layer for layer in range(self.num_layers) if layer not in self.dense_layers)
+        dense = frozenset(self.dense_layers)
+        return tuple(layer for layer in range(self.num_layers) if layer not in dense)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """Layers with attention, which alone have a KV cache."""
-        return tuple(layer for layer in range(self.num_layers) if layer not in self.delta_layers)
+        delta = frozenset(self.delta_layers)
+        return tuple(layer for layer in range(self.num_layers) if layer not in delta)
 
     @property
     def non_expert_bytes(self) -> int:
@@ -208,29 +228,35 @@ def load_config(model_dir: Path | str) -> ModelConfig:
         raise ConfigError(f"{path}: key {error.args[0]!r} is missing") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (TypeError, AttributeError, ArithmeticError) as error:
+    except (TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ConfigError(f"{path}: a value has the wrong type ({error})") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = read_json(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object, got a {type(value).__name__}")
     return value
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_int(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_number(value: Any) -> bool:
-    """A finite number; JSON as Python reads it also knows NaN and Infinity."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite number; JSON as Python reads it also knows NaN and Infinity, and integers that are no float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def layer_range(hf: Mapping[str, Any]) -> range:
+    """The layers; none where their count is no integer, or none that can be meant: that is reported by its name."""
+    layers = hf["num_hidden_layers"]
+    return range(layers if _is_int(layers, 1, _MOST["num_layers"]) else 0)
 
 
 def flag(hf: Mapping[str, Any], key: str, default: bool = False) -> bool:
@@ -249,15 +275,14 @@ def mlp_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     As in transformers' modeling_qwen3_moe.py, a layer has experts if mlp_only_layers does not name it and its number,
     counted from 1, is a multiple of decoder_sparse_step; numbers of layers that do not exist mean nothing.
     """
-    layers, step, only = hf["num_hidden_layers"], hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers")
+    step, only = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers")
     only = [] if only is None else only
     if not isinstance(only, list) or not all(_is_int(layer) for layer in only):
         raise ConfigError(f"mlp_only_layers must be a list of layer numbers or null, got {only!r}")
-    if not _is_int(step) or step < 1:
+    if not _is_int(step, 1):
         raise ConfigError(f"decoder_sparse_step must be a positive integer, got {step!r}")
-    # A count of layers that is no integer is reported by its own name.
-    every = range(layers if _is_int(layers) else 0)
-    dense = tuple(layer for layer in every if layer in only or (layer + 1) % step)
+    named = frozenset(only)
+    dense = tuple(layer for layer in layer_range(hf) if layer in named or (layer + 1) % step)
     return dict(dense_layers=dense, mlp_intermediate_size=hf["intermediate_size"] if dense else 0)
 
 

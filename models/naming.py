@@ -55,14 +55,14 @@ def moe_roles(config: ModelConfig, blocks: Mapping[str, tuple[str, str, str]]) -
     }
     if not c.tie_word_embeddings:
         required["lm_head.weight"] = Role("lm_head", None, None, (c.vocab_size, h))
-    schemes = []
+    schemes, attention_layers = [], frozenset(c.attention_layers)
     for layer in range(c.num_layers):
         prefix = f"model.layers.{layer}"
         shapes: dict[str, tuple[str, Shape]] = {
             "input_layernorm.weight": ("input_norm", (h,)),
             "post_attention_layernorm.weight": ("post_attn_norm", (h,)),
         }
-        if layer in c.attention_layers:
+        if layer in attention_layers:
             shapes |= {f"self_attn.{name}": role for name, role in _attention(c).items()}
         required |= {f"{prefix}.{name}": Role(kind, layer, None, shape) for name, (kind, shape) in shapes.items()}
         if layer in c.dense_layers:

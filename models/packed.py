@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .decoder import expert_dims
+from .json_files import read_json
 
 INDEX = "fluxmoe.packed.json"
 # What pack_checkpoint keeps beside files that are not all there yet.
@@ -59,12 +60,12 @@ class PackedExperts:
         self.directory, self.config = directory, config
         path = directory / INDEX
         try:
-            index = json.loads(path.read_text())
+            index = read_json(path)
             version = index["version"]
             if version == VERSION:
                 fields = index["experts"]
                 self.header = ExpertFileHeader(**{**fields, "sizes": tuple(fields["sizes"])})
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise CheckpointError(f"{path} is damaged; make the packed checkpoint again") from None
         if version != VERSION:
             raise CheckpointError(
@@ -111,7 +112,7 @@ class PackedExperts:
         return blocks_of(self.header.backend, expert_dims(self.config))
 
     def experts(self, wanted: Wanted) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """As `Checkpoint.experts`: weights, decoded, once their sums have been checked."""
+        """As `Checkpoint.experts`: weights, decoded, once sums and blocks have been checked."""
         blocks = tuple(torch.empty(nbytes, dtype=torch.uint8, device="cpu") for nbytes in self.header.sizes)
         for layer in self.config.moe_layers:
             with self.file(layer) as file:
@@ -120,10 +121,10 @@ class PackedExperts:
                         continue
                     try:
                         for d in (0, 1):
-                            file.read(expert, d, blocks[d])
+                            file.read(expert, d, blocks[d], self._blocks.check_expert)
                         recipes = file.recipe(expert, 0), file.recipe(expert, 1)
                     except PackingError as error:
-                        raise CheckpointError(str(error)) from None
+                        raise CheckpointError(f"layer {layer}: {error}") from None
                     yield layer, expert, *self._blocks.weights_of(self.header.format, (blocks[0], blocks[1]), recipes)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from fluxmoe.kernels.ops import DeltaNetDims
 from torch import Tensor, cat
 
-from .config import ConfigError, ModelConfig, common_fields, flag, mlp_fields
+from .config import ConfigError, ModelConfig, common_fields, flag, layer_range, mlp_fields
 from .naming import Role, TensorRoles, mlp_roles, moe_roles
 from .rope import rotary_order
 
@@ -58,12 +58,18 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def _delta_layers(hf: Mapping[str, Any]) -> tuple[int, ...]:
-    kinds, layers = hf.get("layer_types"), hf["num_hidden_layers"]
+    kinds, layers = hf.get("layer_types"), layer_range(hf)
     if kinds is None:
         interval = hf["full_attention_interval"]
-        return tuple(layer for layer in range(layers) if (layer + 1) % interval)
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= _KINDS.keys():
-        raise ConfigError(f"layer_types must name {' or '.join(_KINDS)} for each of {layers} layers, got {kinds!r}")
+        if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+            raise ConfigError(f"full_attention_interval must be a positive integer, got {interval!r}")
+        return tuple(layer for layer in layers if (layer + 1) % interval)
+    if not layers:
+        return ()
+    if not isinstance(kinds, list) or len(kinds) != len(layers) or not set(kinds) <= _KINDS.keys():
+        raise ConfigError(
+            f"layer_types must name {' or '.join(_KINDS)} for each of {len(layers)} layers, got {kinds!r}"
+        )
     return tuple(layer for layer, kind in enumerate(kinds) if _KINDS[kind])
 
 
@@ -89,9 +95,9 @@ def tensor_roles(config: ModelConfig) -> TensorRoles:
         **mlp_roles("shared_expert", h, c.shared_intermediate_size),
         "shared_expert_gate.weight": Role("mlp_score", None, None, (1, h)),
     }
-    required = dict(roles.required)
+    required, moe_layers = dict(roles.required), frozenset(c.moe_layers)
     for layer in range(c.num_layers):
-        named = {f"mlp.{name}": role for name, role in shared.items()} if layer in c.moe_layers else {}
+        named = {f"mlp.{name}": role for name, role in shared.items()} if layer in moe_layers else {}
         if layer in c.delta_layers:
             named |= {f"linear_attn.{name}": role for name, role in delta.items()}
         for name, role in named.items():

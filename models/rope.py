@@ -44,7 +44,7 @@ def _frequencies(config: ModelConfig, max_positions: int) -> tuple[Tensor, float
     """Angular frequencies fp32 [rotary_dim/2] and the factor on cos and sin."""
     rotating = config.rotary_dim or config.head_dim
     exponents = torch.arange(0, rotating, 2, dtype=torch.float32) / rotating
-    base = 1.0 / config.rope_theta**exponents
+    base = 1.0 / float(config.rope_theta) ** exponents
     if config.rope_scaling is None:
         return base, 1.0
     kind, params = config.rope_scaling.kind, config.rope_scaling.params
@@ -71,7 +71,7 @@ def _positive(params: Mapping[str, Any], key: str, default: float | None = None)
         raise ConfigError(f"{key} is missing")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ConfigError(f"{key} must be a positive number, got {value!r}")
-    return value
+    return float(value)
 
 
 def _original_positions(config: ModelConfig, params: Mapping[str, Any]) -> float:

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from .results import UsageError
+
+# Twice the largest published.
+_MOST_BYTES = 64 << 20
+
+
+@contextmanager
+def _errors(what: str) -> Iterator[None]:
+    """What tokenizers raises, its panics too, as a sentence that begins with `what`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, UsageError):
+        raise
+    except BaseException as error:  # bare Exception, and pyo3's PanicException, which is none
+        raise UsageError(f"{what}: {error}") from None
 
 
 class Tokenizer:
@@ -18,18 +33,22 @@ class Tokenizer:
         if path.exists():
             import tokenizers
 
-            try:
+            if path.stat().st_size > _MOST_BYTES:
+                raise UsageError(f"{path} cannot be read as a tokenizer: it has over {_MOST_BYTES} bytes")
+            with _errors(f"{path} cannot be read as a tokenizer"):
                 self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            except Exception as error:  # tokenizers raises bare Exception
-                raise UsageError(f"{path} cannot be read as a tokenizer: {error}") from None
 
     def encode(self, text: str) -> list[int]:
         if self._tokenizer is None:
             raise UsageError("the checkpoint has no tokenizer.json; give prompts as token ids with --prompts")
-        return self._tokenizer.encode(text).ids
+        with _errors("the checkpoint's tokenizer.json cannot encode a prompt"):
+            return self._tokenizer.encode(text).ids
 
     def decode(self, token_ids: Sequence[int]) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.decode(list(token_ids))
+        if self._tokenizer is None:
+            return None
+        with _errors("the checkpoint's tokenizer.json cannot decode tokens"):
+            return self._tokenizer.decode(list(token_ids))
 
     def chat(self, turns: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, role and content a turn, as the checkpoint's chat template writes it; without
@@ -49,7 +68,8 @@ class Tokenizer:
         except TemplateError as error:
             raise UsageError(f"the chat template of {self._directory} cannot be used: {error}") from None
         assert self._tokenizer is not None, "a template without a tokenizer is not asked for"
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _errors("the checkpoint's tokenizer.json cannot encode a conversation"):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _template(self) -> str | None:
         path = self._directory / "chat_template.jinja"

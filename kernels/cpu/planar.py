@@ -31,7 +31,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from ..ops import KernelError
-from ..packing.codec import Packed
+from ..packing.codec import Packed, PackingError
 from .simd import LANES, MAX_ROWS
 
 HEADER_BYTES = 128
@@ -156,6 +156,32 @@ def decode(block: Tensor, out: Tensor | None = None, parallel: bool = True) -> T
     return panels
 
 
+def check(block: Tensor, count: int, depth: int) -> None:
+    """PackingError unless decoding `block`, uint8 in host memory, and a GEMM that reads it touch nothing beyond it and
+    panels [P, K, 16]; see `Codec.check`. Reads header, index and escapes: under 1 % of the block."""
+    raw = block.numpy()
+    index_at = HEADER_BYTES + count * depth // 2 * PAIR_BYTES
+    entries_at = index_at + 8 * count
+    base, *sizes, escapes = raw[:32].view(np.int64).tolist()
+    if sizes != [count, depth] or not 0 <= base <= 128 - _WINDOW:
+        raise PackingError(f"its header must have {[count, depth]} and a base up to {128 - _WINDOW}")
+    if not 0 <= escapes <= (len(raw) - entries_at) // 8 - count:
+        raise PackingError(f"it has no room for {escapes} escapes")
+    entries = raw[entries_at : entries_at + 8 * (escapes + count)].view(np.int64)
+    last = np.flatnonzero(entries == _END)
+    begins = np.append(0, last + 1)
+    if len(last) != count or begins[-1] != len(entries):
+        raise PackingError(f"its escapes must be {count} lists that end")
+    if (raw[index_at:entries_at].view(np.int64) != entries_at + 8 * begins[:-1]).any():
+        raise PackingError("its index does not lead to its lists of escapes")
+    place = entries >> 16
+    listed = entries != _END
+    # Whatever follows the end of a list begins another.
+    ascending = (place[1:] > place[:-1]) | ~listed[:-1]
+    if not ascending.all() or (place[listed] < 0).any() or (place[listed] >= depth * LANES).any():
+        raise PackingError("its escapes do not ascend inside their panels")
+
+
 class PanelBlocks:
     """`packing.blocks.Blocks` of matrices whose rows are panels, [P, K·16]; rows of K come in pairs."""
 
@@ -169,6 +195,9 @@ class PanelBlocks:
 
     def decode(self, block: Tensor, recipe: Packed | None, out: Tensor, parallel: bool = True) -> None:
         decode(block, out, parallel)
+
+    def check(self, block: Tensor, recipe: Packed | None, n: int, k: int) -> None:
+        check(block, n, k // LANES)
 
 
 @njit(nogil=True, cache=True)

@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..ops import KernelError
-from .codec import Codec, Packed
+from .codec import Codec, Packed, PackingError
 
 
 class Blocks(Protocol):
@@ -19,12 +19,14 @@ class Blocks(Protocol):
 
     nbytes: of the block; KernelError for sizes that it cannot take. encode: into `out`, uint8 [nbytes(n, k)]; returns
     what `decode` needs beside the block, if anything; KernelError when the weights do not fit. decode: bit for bit, on
-    the block's device, into `out`, bf16 [n, k]; parallel: on the CPU, by all threads of numba.
+    the block's device, into `out`, bf16 [n, k]; parallel: on the CPU, by all threads of numba. check: PackingError
+    unless decoding a block, in host memory, and a GEMM that reads it in place touch nothing beyond it and [n, k].
     """
 
     def nbytes(self, n: int, k: int) -> int: ...
     def encode(self, matrix: Tensor, out: Tensor) -> Packed | None: ...
     def decode(self, block: Tensor, recipe: Packed | None, out: Tensor, parallel: bool = True) -> None: ...
+    def check(self, block: Tensor, recipe: Packed | None, n: int, k: int) -> None: ...
 
 
 class PlaneBlocks:
@@ -51,3 +53,11 @@ class PlaneBlocks:
     def decode(self, block: Tensor, recipe: Packed | None, out: Tensor, parallel: bool = True) -> None:
         assert recipe is not None, "a codec's planes are found by the recipe that encode returned"
         self.codec.decode(recipe.at(block), out, parallel)
+
+    def check(self, block: Tensor, recipe: Packed | None, n: int, k: int) -> None:
+        """See `Codec.check`; a GEMM finds planes by their order and takes none for raw."""
+        if recipe is None or recipe.is_raw or recipe.shape != (n, k):
+            found = "none" if recipe is None else f"one of {'raw ' if recipe.is_raw else ''}{recipe.shape}"
+            raise PackingError(f"a recipe of planes of {(n, k)} is needed, it has {found}")
+        self.codec.check_planes(recipe)
+        self.codec.check(recipe.at(block))

@@ -18,7 +18,7 @@ import fcntl
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,10 +34,13 @@ from .codec import Packed, PackingError
 MAGIC = b"FLUXEXPT"
 VERSION = 1
 PAGE = 4096
+# (format, tensor type, block, recipe) → PackingError unless it is safe to use the block: `ExpertBlocks.check_expert`.
+Check = Callable[[str, int, Tensor, Packed | None], None]
 _PREFIX = struct.Struct("<8sIIQ")
 _RECORD, _RECORD_BYTES = struct.Struct("<QI"), 512
 # A header takes some hundred bytes; more than this is garbage, not a reason to allocate.
 _MAX_HEADER = 1 << 16
+_MAX_SIZE = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,10 @@ class ExpertFileHeader:
 
     def __post_init__(self) -> None:
         sizes = (self.hidden, self.intermediate, self.experts, *self.sizes)
-        if not all(type(n) is int and 0 < n < 1 << 40 for n in sizes) or len(self.sizes) != 2:
+        if not all(type(n) is int and 0 < n < _MAX_SIZE for n in sizes) or len(self.sizes) != 2:
             raise PackingError(f"sizes of an expert file must be positive integers, got {sizes}")
+        if not all(isinstance(name, str) for name in (self.backend, self.format, self.dtype, self.content)):
+            raise PackingError("backend, format, dtype and content of an expert file must be strings")
 
 
 def expert_file_name(layer: int) -> str:
@@ -156,11 +161,14 @@ class ExpertFile:
             return None
         try:
             fields = json.loads(record[_RECORD.size : _RECORD.size + length].tobytes())
+            shape, sizes = tuple(fields["shape"]), [count for _, _, count in fields["planes"]]
+            if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in (*shape, *sizes)):
+                raise ValueError("sizes are integers")
             planes = {
-                name: torch.empty(int(count), dtype=getattr(torch, dtype), device="meta")
+                name: torch.empty(count, dtype=getattr(torch, dtype), device="meta")
                 for name, dtype, count in fields["planes"]
             }
-            return Packed(fields["format"], tuple(fields["shape"]), planes, fields["metadata"])
+            return Packed(fields["format"], shape, planes, fields["metadata"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
             raise PackingError(f"{self.path}: the record of {_name(expert, tensor_type)} is damaged") from None
 
@@ -196,11 +204,11 @@ class ExpertFile:
 
     # Reading.
 
-    def read(self, expert: int, tensor_type: int, target: Tensor, verify: bool = True) -> None:
+    def read(self, expert: int, tensor_type: int, target: Tensor, check: Check | None = None) -> None:
         """Fill the beginning of `target`, uint8 in host memory, with a block. Releases the GIL.
 
         Where `target` begins at a page and holds whole pages, the read goes past the page cache. PackingError naming
-        file and expert when the disk fails or, with `verify`, the sum is wrong.
+        file and expert when the disk fails, the sum is wrong, or `check` refuses the block.
         """
         what, size = _name(expert, tensor_type), self.header.sizes[tensor_type]
         total, text = _RECORD.unpack_from(self._records[expert, tensor_type])
@@ -222,8 +230,14 @@ class ExpertFile:
                 raise PackingError(f"reading {what} from {self.path} failed: the file ends early")
             done += got
         record = self._records[expert, tensor_type, _RECORD.size : _RECORD.size + text]
-        if verify and _sum(view[:size], record.tobytes()) != total:
+        if _sum(view[:size], record.tobytes()) != total:
             raise PackingError(f"{self.path}: {what} is corrupt, its sum is wrong; pack the checkpoint again")
+        if check is not None:
+            recipe = self.recipe(expert, tensor_type)
+            try:
+                check(self.header.format, tensor_type, target[:size], recipe)
+            except PackingError as error:
+                raise PackingError(f"{self.path}: {what} is damaged: {error}; pack the checkpoint again") from None
 
     def drop_cache(self) -> None:
         """What was read or written through the page cache need not stay in it."""
@@ -328,8 +342,11 @@ def _read_header(path: Path, file: int) -> tuple[ExpertFileHeader, int]:
     try:
         fields = json.loads(text)
         header = ExpertFileHeader(**{**fields, "sizes": tuple(fields["sizes"])})
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise PackingError(f"{path} is damaged: its header is not valid") from None
+    # All places follow from the header's length.
+    if text != json.dumps(asdict(header)).encode():
+        raise PackingError(f"{path} is damaged: its header is not as this program writes it")
     return header, _records_at(size)
 
 

@@ -19,10 +19,11 @@ than with 16.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numba import njit, prange, types
 from torch import Tensor
 
-from .codec import Codec, align
+from .codec import Codec, PackingError, align, check_offsets
 from .histogram import exponent_histogram
 
 MAX_LENGTH = 11
@@ -178,10 +179,15 @@ class Huffman(Codec):
         # A third of a bit more than Gaussian weights take, and tables.
         return align(int(n * k * 11.0 / 8) + 8192)
 
-    def _plane_sizes(self, shape):
+    def _planes(self, shape):
         size = int(np.prod(shape, dtype=np.int64))
         lanes = -(-size // GROUP) * LANES
-        return {"bytes": size, "table": 1 << MAX_LENGTH, "offsets": lanes + 1, "stream": None}
+        return {
+            "bytes": (torch.uint8, size),
+            "table": (torch.int16, 1 << MAX_LENGTH),
+            "offsets": (torch.int32, lanes + 1),
+            "stream": (torch.int32, None),
+        }
 
     def _encode(self, bits: np.ndarray) -> dict[str, np.ndarray] | None:
         bits = bits.reshape(-1)
@@ -198,6 +204,11 @@ class Huffman(Codec):
         offsets, stream = offsets.astype(np.int32), np.empty(words, dtype=np.uint32)
         _encode(bits, lengths, codes, offsets, stream)
         return {"bytes": split, "table": table, "offsets": offsets, "stream": stream}
+
+    def _check(self, planes, shape):
+        if (planes["table"] >> 8).max() > MAX_LENGTH:
+            raise PackingError(f"its table has codes of more than {MAX_LENGTH} bits")
+        check_offsets("offsets of lanes", planes["offsets"].view(np.int32), planes["stream"].size)
 
     def _decode_cpu(self, planes: dict[str, np.ndarray], out: np.ndarray, parallel: bool) -> None:
         decode = _decode_parallel if parallel else _decode

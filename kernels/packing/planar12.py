@@ -22,10 +22,11 @@ e · ceil(rows/64) · P/128. A weight that this would not shrink is stored raw.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numba import njit, prange, types
 from torch import Tensor
 
-from .codec import Codec, align
+from .codec import Codec, PackingError, align, check_offsets
 from .histogram import exponent_histogram
 
 TILE_ROWS, TILE_COLS = 64, 128
@@ -166,16 +167,21 @@ class Planar12(Codec):
 
     def room(self, n: int, k: int) -> int:
         # Beside the planes whose size the shape fixes, 0.003 bytes a weight of escapes and a raw tile.
-        sizes = self._plane_sizes((n, k))
-        fixed = [sizes["bytes"], sizes["nibbles"], 4 * sizes["base"], 4 * sizes["offsets"]]
+        fixed = [dtype.itemsize * size for dtype, size in self._planes((n, k)).values() if size is not None]
         return sum(map(align, fixed)) + align(int(0.003 * n * k) + 2 * TILE_ROWS * TILE_COLS)
 
-    def _plane_sizes(self, shape):
+    def _planes(self, shape):
         experts, (rows, cols) = shape[0] if len(shape) == 3 else 1, shape[-2:]
         size = experts * rows * padded_cols(cols)
         tiles = experts * -(-rows // TILE_ROWS) * (padded_cols(cols) // TILE_COLS)
-        return {"bytes": size, "nibbles": size // 2, "base": experts, "offsets": tiles + 1, "escapes": None,
-                "raw_tiles": None}  # fmt: skip
+        return {
+            "bytes": (torch.uint8, size),
+            "nibbles": (torch.uint8, size // 2),
+            "base": (torch.int32, experts),
+            "offsets": (torch.int32, tiles + 1),
+            "escapes": (torch.int32, None),
+            "raw_tiles": (torch.int16, None),
+        }
 
     def _encode(self, bits: np.ndarray) -> dict[str, np.ndarray] | None:
         experts, rows, cols = bits.shape
@@ -211,6 +217,32 @@ class Planar12(Codec):
             "escapes": escapes,
             "raw_tiles": raw_tiles.reshape(-1),
         }
+
+    def _check(self, planes, shape):
+        rows, cols = shape[-2:]
+        offsets, escapes, raw_tiles = planes["offsets"].view(np.int32), planes["escapes"], planes["raw_tiles"]
+        base = planes["base"].view(np.int32)
+        if base.size and not (base.min() >= 0 and base.max() <= 256 - WINDOW):
+            raise PackingError(f"its base must be 0 to {256 - WINDOW}")
+        check_offsets("offsets of escapes", offsets, escapes.size)
+        raw_size = TILE_ROWS * TILE_COLS
+        if raw_tiles.size % raw_size:
+            raise PackingError(f"its raw tiles have {raw_tiles.size} weights, no multiple of {raw_size}")
+        counts = np.diff(offsets)
+        if counts.max(initial=0) > MAX_TILE_ESCAPES:
+            raise PackingError(f"a tile has {counts.max()} escapes, over {MAX_TILE_ESCAPES}")
+        tile, position = np.repeat(np.arange(counts.size), counts), (escapes >> 16).astype(np.int64)
+        raw = position == RAW_TILE
+        if (counts[tile[raw]] != 1).any() or ((escapes[raw] & 0xFFFF) >= raw_tiles.size // raw_size).any():
+            raise PackingError("a raw tile does not exist, or has escapes")
+        col_tiles = padded_cols(cols) // TILE_COLS
+        row_tiles = -(-rows // TILE_ROWS)
+        height = np.minimum(rows - tile // col_tiles % row_tiles * TILE_ROWS, TILE_ROWS)
+        width = np.minimum(cols - tile % col_tiles * TILE_COLS, TILE_COLS)
+        inside = (position // TILE_COLS < height) & (position % TILE_COLS < width)
+        ascending = (tile[1:] > tile[:-1]) | (position[1:] > position[:-1])
+        if not (inside | raw).all() or not ascending.all():
+            raise PackingError("its escapes do not ascend inside their tiles")
 
     def _decode_cpu(self, planes: dict[str, np.ndarray], out: np.ndarray, parallel: bool) -> None:
         experts, rows, cols = out.shape

@@ -20,10 +20,11 @@ then ranks 4096 weights. `second` and `third` end with a word more, there to be 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numba import njit, prange, types
 from torch import Tensor
 
-from .codec import Codec, align
+from .codec import Codec, PackingError, align, check_offsets
 from .histogram import exponent_histogram
 
 TILE, QUARTER = 4096, 1024
@@ -149,6 +150,40 @@ def _decode_parallel(bytes_in, first, table, offsets, second, third, counts, out
         _decode_tile(tile, bytes_in, first, table, offsets, second, third, counts, out)
 
 
+@njit(nogil=True, cache=True)
+def _miscounted(first, offsets, second, counts):
+    """The first tile whose codes need another number of words or of rare exponents than `offsets` leave it; -1 for
+    none. Offsets of words ascend and stay inside `second`."""
+    for tile in range(offsets.shape[0] - 1):
+        total = 0
+        for k in range(tile * 1024, tile * 1024 + 1024):
+            total += counts[_u64(first[k])]
+        word = offsets[tile, 0]
+        if offsets[tile + 1, 0] - word != (total * 3 + 31) // 32:
+            return tile
+        rare = _u64(0)
+        for group in range((total + 7) // 8):
+            bit = group * 24
+            at = _u64(word + (bit >> 5))
+            window = (_u64(second[at]) | (_u64(second[at + _u64(1)]) << _u64(32))) >> _u64(bit & 31)
+            # An octal digit a code: 1 where all three bits are set, none beyond the last code. Digits are added in
+            # halves, for none may exceed 7.
+            sevens = window & (window >> _u64(1)) & (window >> _u64(2)) & _u64(0o11111111)
+            if total - group * 8 < 8:
+                sevens &= (_u64(1) << _u64(3 * (total - group * 8))) - _u64(1)
+            sevens = (sevens & _u64(0o1111)) + (sevens >> _u64(12))
+            sevens = (sevens & _u64(0o77)) + (sevens >> _u64(6))
+            rare += (sevens & _u64(7)) + (sevens >> _u64(3))
+        if _u64(offsets[tile + 1, 1] - offsets[tile, 1]) != rare:
+            return tile
+    return -1
+
+
+def _third_bytes(escapes: int) -> int:
+    """At least four bytes more, and whole words."""
+    return (escapes // 4 + 2) * 4
+
+
 _OTHERS = np.array([sum((byte >> shift) & 3 == 3 for shift in (0, 2, 4, 6)) for byte in range(256)], dtype=np.uint8)
 
 
@@ -161,11 +196,17 @@ class Tiered(Codec):
         # A third of a bit more than Gaussian weights take, and tables.
         return align(int(n * k * 11.2 / 8) + 4096)
 
-    def _plane_sizes(self, shape):
+    def _planes(self, shape):
         size = int(np.prod(shape, dtype=np.int64))
         tiles = -(-size // TILE)
-        fixed = {"bytes": size, "first": tiles * QUARTER, "table": 16, "offsets": 2 * (tiles + 1)}
-        return fixed | {"second": None, "third": None}
+        return {
+            "bytes": (torch.uint8, size),
+            "first": (torch.uint8, tiles * QUARTER),
+            "table": (torch.uint8, 16),
+            "offsets": (torch.int32, 2 * (tiles + 1)),
+            "second": (torch.int32, None),
+            "third": (torch.uint8, None),
+        }
 
     def _encode(self, bits: np.ndarray) -> dict[str, np.ndarray] | None:
         bits = bits.reshape(-1)
@@ -186,10 +227,21 @@ class Tiered(Codec):
             "table": table,
             "offsets": offsets.astype(np.int32).reshape(-1),
             "second": np.zeros(words, dtype=np.uint32),
-            "third": np.zeros((last // 4 + 2) * 4, dtype=np.uint8),
+            "third": np.zeros(_third_bytes(last), dtype=np.uint8),
         }
         _encode(bits, kinds, offsets, planes["first"], planes["second"], planes["third"])
         return planes
+
+    def _check(self, planes, shape):
+        offsets = planes["offsets"].view(np.int32).reshape(-1, 2)
+        second, third = planes["second"], planes["third"]
+        last = int(offsets[-1, 1])
+        check_offsets("offsets of words", offsets[:, 0], second.size - 1)
+        check_offsets("offsets of rare exponents", offsets[:, 1], last)
+        if third.size != _third_bytes(last):
+            raise PackingError(f"{last} rare exponents take {_third_bytes(last)} bytes, not {third.size}")
+        if (tile := _miscounted(planes["first"], offsets, second, _OTHERS)) >= 0:
+            raise PackingError(f"tile {tile} has not as many words and rare exponents as its codes say")
 
     def _decode_cpu(self, planes: dict[str, np.ndarray], out: np.ndarray, parallel: bool) -> None:
         args = [planes[name] for name in ("bytes", "first", "table")]

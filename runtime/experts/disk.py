@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fluxmoe.kernels.ops import Recipes
 from fluxmoe.kernels.packing import PackingError
-from fluxmoe.kernels.packing.expert_file import ExpertFile, ExpertFileHeader, expert_file_name, pages
+from fluxmoe.kernels.packing.expert_file import Check, ExpertFile, ExpertFileHeader, expert_file_name, pages
 from torch import Tensor
 
 from ..memory.budget import format_bytes
@@ -35,20 +35,21 @@ class StoreError(ValueError):
 class DiskTier:
     """Experts `members` of each layer in files of `folder`, or in nameless ones in `spill_dir`.
 
-    A file that lacks some is open for adding them until `flush`. StoreError for files of other experts, a folder in
-    memory, or too little room.
+    A file that lacks some is open for adding them until `flush`. check: asked of every block that is read. StoreError
+    for files of other experts, a folder in memory, or too little room.
     """
 
     def __init__(
-        self, header: ExpertFileHeader, members: Mapping[int, Sequence[int]], folder: Path | None, spill_dir: Path
-    ) -> None:
+        self, header: ExpertFileHeader, members: Mapping[int, Sequence[int]], folder: Path | None, spill_dir: Path,
+        check: Check,
+    ) -> None:  # fmt: skip
         self._files: dict[int, ExpertFile] = {}
         self._pending = 0
         # Nanoseconds during which at least one read was under way.
         self.busy_ns, self._under_way, self._since_ns = 0, 0, 0
         self._counting = threading.Lock()
         self._readers = ThreadPoolExecutor(READERS, "expert-read")
-        self.header = header
+        self.header, self._check = header, check
         try:
             for layer, experts in members.items():
                 self._files[layer] = _open(header, layer, experts, folder, spill_dir)
@@ -100,8 +101,8 @@ class DiskTier:
     def submit(
         self, layer: int, expert: int, tensor_type: int, target: Tensor, cancelled: Callable[[], bool] = lambda: False
     ) -> Future[int]:
-        """Read a block into `target`, uint8 in host memory, in a thread of its own; bytes read, 0 once `cancelled`. Its
-        sum is checked. The future has StoreError when the disk fails."""
+        """Read a block into `target`, uint8 in host memory, in a thread of its own; bytes read, 0 once `cancelled`. The
+        future has StoreError when the disk fails or the block is not what was written."""
         return self._readers.submit(self._read, layer, expert, tensor_type, target, cancelled)
 
     def _read(self, layer: int, expert: int, tensor_type: int, target: Tensor, cancelled: Callable[[], bool]) -> int:
@@ -109,7 +110,7 @@ class DiskTier:
             return 0
         self._count(1)
         try:
-            self._files[layer].read(expert, tensor_type, target)
+            self._files[layer].read(expert, tensor_type, target, self._check)
         except PackingError as error:
             raise StoreError(f"layer {layer}: {error}") from None
         finally:

@@ -182,7 +182,7 @@ class ExpertPager:
             self.ops.backend, expert_format, dtype, dims.hidden, dims.intermediate, dims.experts, sizes, content
         )
         spill_dir = Path(self.config.disk_dir or tempfile.gettempdir())
-        return DiskTier(header, members, folder, spill_dir)
+        return DiskTier(header, members, folder, spill_dir, self.ops.check_expert)
 
     def put(self, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
         """Arrange, compress and store one expert: gate_up [2I, H], down [H, I] in the dtype of `dims`, copied.
@@ -216,10 +216,10 @@ class ExpertPager:
         blocks = self._staging[found]
         try:
             for d, block in enumerate(blocks):
-                file.read(expert, d, block)
+                file.read(expert, d, block, self.ops.check_expert)
             recipes = file.recipe(expert, 0), file.recipe(expert, 1)
         except PackingError as error:
-            raise StoreError(str(error)) from None
+            raise StoreError(f"layer {layer}: {error}") from None
         if stored == found:
             self.store.put(layer, expert, blocks, recipes)
         else:

@@ -15,11 +15,14 @@ from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.experiments.lib.results import UsageError
 from fluxmoe.kernels.formats import compressed_formats
+from fluxmoe.kernels.packing.expert_file import ExpertFile, _recipe_text
 from fluxmoe.models.checkpoint import Checkpoint, CheckpointError
 from fluxmoe.models.packed import INDEX, UNFINISHED
 from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.serving.engine import Engine, EngineConfig
 from fluxmoe.runtime.serving.request import Request, SamplingParams
+
+from ..kernels.packing.crafted import reseal
 
 SIZES = dict(layers=3, experts=4, top_k=2, hidden=128, moe_intermediate=128, heads=2, vocab=512, max_positions=128)
 
@@ -155,6 +158,22 @@ def test_damaged_files_are_named(packed_dir):
         (packed_dir / INDEX).write_text(text)
         with pytest.raises(CheckpointError, match=match):
             Checkpoint(packed_dir)
+
+
+def test_a_crafted_block_with_a_right_sum_is_refused(packed_dir):
+    victim, header = packed_dir / "experts-0001.flux", Checkpoint(packed_dir).packed.header
+    block = torch.empty(header.sizes[1], dtype=torch.uint8)
+    with ExpertFile(victim, header) as file:
+        file.read(2, 1, block)
+        recipe = file.recipe(2, 1)
+    recipe.at(block).planes["offsets"][-2] = 1 << 20
+    reseal(victim, header, 2, 1, block, _recipe_text(recipe))
+    message = r"layer 1: .*experts-0001.flux: down of expert 2 is damaged: its offsets"
+    with pytest.raises(CheckpointError, match=message):
+        list(Checkpoint(packed_dir).experts())
+    for placement in ("packed", "host", "disk"):
+        with pytest.raises(StoreError, match=message):
+            tokens_of(packed_dir, placement=placement, expert_format="tiered")
 
 
 def test_a_layer_of_another_model_is_refused(packed_dir, model_dir, tmp_path):

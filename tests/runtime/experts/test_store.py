@@ -42,6 +42,10 @@ def decode(expert_format, tensor_type, block, out, recipe) -> None:
     out[0::2], out[1::2] = block & 15, block >> 4
 
 
+def check(expert_format, tensor_type, block, recipe) -> None:
+    assert recipe.shape == (tensor_type,)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Loads of several chunks from blocks of a test's size."""
@@ -64,7 +68,7 @@ def disk_of(layout: ExpertLayout, directory: Path, folder: Path | None = None) -
         return None
     name = layout.stored(Tier.DISK)
     header = ExpertFileHeader("cpu", name, "bfloat16", 8, 8, layout.num_experts, layout.sizes[name], "content")
-    return DiskTier(header, members, folder, directory)
+    return DiskTier(header, members, folder, directory, check)
 
 
 def filled(placement: Placement, formats: ExpertFormats = DENSE_HOST, disk_dir: Path | None = None) -> StaticStore:

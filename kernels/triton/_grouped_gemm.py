@@ -74,8 +74,7 @@ def _tile_of_expert(
     num_blocks,
     N,
     K,
-    stride_x,
-    stride_y,
+    strides,  # of x and y
     TENSOR: tl.constexpr,
     TOP_K: tl.constexpr,
     TILE: tl.constexpr,
@@ -111,7 +110,7 @@ def _tile_of_expert(
     if table.shared is not None:
         address = tl.where(is_shared, table.shared.to(tl.int64), address)
     n = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1)
-    sources = rows.to(tl.int64) * stride_x
+    sources = rows.to(tl.int64) * strides[0]
     # Without the hints, loads through an address that was loaded are as narrow as one element.
     w_ptr = tl.multiple_of(address.to(tl.pointer_type(W_DTYPE)), 16)
     if PLANAR12:
@@ -141,7 +140,7 @@ def _tile_of_expert(
         value = acc * tl.load(routing.weights + targets)[:, None]
         columns = n0 + tl.arange(0, BLOCK_N)
         inside = columns < N
-    y_ptrs = y_ptr + targets.to(tl.int64)[:, None] * stride_y + columns[None, :]
+    y_ptrs = y_ptr + targets.to(tl.int64)[:, None] * strides[1] + columns[None, :]
     tl.store(y_ptrs, cast(value, y_ptr.dtype.element_ty), mask=mine[:, None] & inside[None, :])
 
 
@@ -204,13 +203,13 @@ def _grouped_gemm_kernel(
     if TILE.persistent:
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             _tile_of_expert(
-                x_ptr, table, y_ptr, routing, tile, num_blocks, N, K, stride_x, stride_y, TENSOR, TOP_K, TILE, EVEN_K,
+                x_ptr, table, y_ptr, routing, tile, num_blocks, N, K, (stride_x, stride_y), TENSOR, TOP_K, TILE, EVEN_K,
                 PLANAR12,
             )  # fmt: skip
     elif tl.program_id(0) < tiles:
         # What a loop would carry from tile to tile takes registers.
         _tile_of_expert(
-            x_ptr, table, y_ptr, routing, tl.program_id(0), num_blocks, N, K, stride_x, stride_y, TENSOR, TOP_K, TILE,
+            x_ptr, table, y_ptr, routing, tl.program_id(0), num_blocks, N, K, (stride_x, stride_y), TENSOR, TOP_K, TILE,
             EVEN_K, PLANAR12,
         )  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 import torch
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.triton._grouped_gemm import TableArrays, work_of_gemm
+from fluxmoe.kernels.triton.norm import normed_row
 from fluxmoe.kernels.triton.routing import Router
 from fluxmoe.kernels.work import touched_experts
 
@@ -40,6 +43,14 @@ def test_a_grouped_gemm_reads_the_experts_that_have_tokens(formats, bits, tensor
     nbytes, flops = work_of_gemm(gemm_arguments(formats, tensor))
     assert nbytes == pytest.approx(bits / 8 * N * K + 2 * (2 * K + 2 * written))
     assert flops == 2 * 2 * N * K
+
+
+@pytest.mark.parametrize("module", ["_routing", "gate", "gates", "_grouped_gemm", "planar12_gemm", "norm"])
+def test_no_kernel_has_more_arguments_than_a_reader_holds(module):
+    found = vars(importlib.import_module(f"fluxmoe.kernels.triton.{module}"))
+    kernels = {name: each.fn for name, each in found.items() if isinstance(each, type(normed_row))}
+    assert kernels
+    assert {name: count for name, fn in kernels.items() if (count := len(inspect.signature(fn).parameters)) > 14} == {}
 
 
 def test_uniform_routing_touches_so_many_where_nobody_knows():

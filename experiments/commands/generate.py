@@ -170,6 +170,9 @@ class Tokenizer:
                 if path.stat().st_size > _MOST_TOKENIZER_BYTES:
                     raise UsageError(f"over {_MOST_TOKENIZER_BYTES} bytes")
                 self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+                # A prompt is taken as it is, whatever the file says, as transformers does.
+                self._tokenizer.no_padding()
+                self._tokenizer.no_truncation()
 
     def encode(self, text: str) -> list[int]:
         if self._tokenizer is None:

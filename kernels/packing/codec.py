@@ -174,7 +174,7 @@ class Codec(ABC):
 
         A sum says that bytes are as they were written, not who wrote them; and compiled code believes what it reads.
         So every offset, position, count and number in the planes must be one that `encode` may write for this shape.
-        Weights themselves may be any. Reads under 1 % of the planes, of `tiered` a fifth.
+        Weights themselves may be any. Reads under 1 % of the planes, of `tiered` a quarter.
         """
         self.check_planes(packed)
         if not packed.is_raw:

@@ -236,6 +236,26 @@ def test_millions_of_objects_are_refused_before_they_are_made(copied, unit):
         Checkpoint(copied["plain"])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "padding": {
+                "strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                "pad_type_id": 0, "pad_token": "a",
+            }
+        },
+        {"truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_prompts_are_neither_padded_nor_cut(copied, changes):
+    expected = Tokenizer(str(copied["plain"])).encode("Once upon a time")
+    path = copied["plain"] / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    assert Tokenizer(str(copied["plain"])).encode("Once upon a time") == expected
+
+
 def test_a_panic_of_the_tokenizers_library_is_one_sentence(monkeypatch, models):
     import tokenizers
 

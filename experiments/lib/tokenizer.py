@@ -37,6 +37,9 @@ class Tokenizer:
                 raise UsageError(f"{path} cannot be read as a tokenizer: it has over {_MOST_BYTES} bytes")
             with _errors(f"{path} cannot be read as a tokenizer"):
                 self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+                # A prompt is taken as it is, whatever the file says, as transformers does.
+                self._tokenizer.no_padding()
+                self._tokenizer.no_truncation()
 
     def encode(self, text: str) -> list[int]:
         if self._tokenizer is None:

@@ -23,7 +23,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -84,8 +84,9 @@ class Report:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Those of its constexprs that are whole numbers."""
-        return {name: value for name, value in self.constexprs.items() if isinstance(value, int)}
+        """Those of its constexprs that are whole numbers; of dataclasses among them their fields."""
+        parts = [vars(value) for value in self.constexprs.values() if is_dataclass(value)]
+        return {name: v for part in (self.constexprs, *parts) for name, v in part.items() if isinstance(v, int)}
 
     @property
     def loop(self) -> Loop:

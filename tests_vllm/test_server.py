@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,8 +20,6 @@ def packed(checkpoint, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "model"
     command = ("--model", checkpoint("qwen3_moe"), "--format", "planar12", "--out", str(out))
     run(sys.executable, "-m", "fluxmoe", "pack-checkpoint", *command)
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fluxmoe"}}))
     return out
 
 

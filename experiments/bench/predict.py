@@ -147,8 +147,8 @@ def _token_wise(code: Report, tokens: int) -> Launched | None:
     if code.kernel == "_rope_and_cache_kernel":
         row = (c["HEADS"] + 2 * c["KV_HEADS"]) * c["HEAD_DIM"]
         return _once(f"{tokens} tokens", 4 * tokens * row, 3 * tokens, code)
-    if code.kernel == "_route_kernel" and tokens <= c["BLOCK_T"]:
-        return _once(f"{tokens} tokens", 4 * tokens * c["BLOCK_E"], 1, code)
+    if code.kernel == "_route_kernel" and tokens <= c["block_t"]:
+        return _once(f"{tokens} tokens", 4 * tokens * c["block_e"], 1, code)
     return None
 
 

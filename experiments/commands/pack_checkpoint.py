@@ -133,6 +133,9 @@ def pack_checkpoint(source: Path, name: str, out: Path, backend: str = "cpu") ->
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(_NOT_COPIED) and path.name != INDEX:
             shutil.copyfile(path, out / path.name)
+    # By which vLLM knows, without a flag, who reads the experts.
+    config_json = json.loads((out / "config.json").read_text())
+    write_json(out / "config.json", config_json | {"quantization_config": {"quant_method": "fluxmoe"}})
     write_index(out, header)
     share(out)
     marker.unlink()

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..expert_table import DOWN, GATE_UP
 from .codec import Packed, PackingError
+from .files import DTYPES
 
 MAGIC = b"FLUXEXPT"
 VERSION = 1
@@ -165,11 +166,10 @@ class ExpertFile:
             if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in (*shape, *sizes)):
                 raise ValueError("sizes are integers")
             planes = {
-                name: torch.empty(count, dtype=getattr(torch, dtype), device="meta")
-                for name, dtype, count in fields["planes"]
+                name: torch.empty(count, dtype=DTYPES[dtype], device="meta") for name, dtype, count in fields["planes"]
             }
             return Packed(fields["format"], shape, planes, fields["metadata"])
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        except (ValueError, KeyError, TypeError):
             raise PackingError(f"{self.path}: the record of {_name(expert, tensor_type)} is damaged") from None
 
     def place(self, expert: int, tensor_type: int) -> int:

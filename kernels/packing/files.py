@@ -27,7 +27,7 @@ MAGIC = b"FLUXPACK"
 VERSION = 1
 PAGE = 4096
 _PREFIX = struct.Struct("<8sIII")
-_DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
+DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
 # A header of a few planes takes some hundred bytes; more than this is garbage, not a reason to allocate.
 _MAX_HEADER = 1 << 20
 
@@ -123,6 +123,6 @@ def _plane(path: Path, entry: _Entry, mapped: Tensor | None, verify: bool) -> Te
         data = mapped[offset : offset + nbytes]
     if verify and zlib.crc32(data.numpy().data) != entry["crc32"]:
         raise PackingError(f"{path}: corrupt plane {entry['name']!r}, its sum is wrong")
-    dtype = _DTYPES[entry["dtype"]]
+    dtype = DTYPES[entry["dtype"]]
     # An empty array of numpy has stride 0, which torch does not view as another type.
     return data.view(dtype) if nbytes else torch.empty(0, dtype=dtype)

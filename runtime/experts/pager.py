@@ -15,26 +15,30 @@ A host is a serving engine, or a test. The pager knows no scheduler, no attentio
 from __future__ import annotations
 
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from fluxmoe.kernels.ops import ExpertDims, ExpertOps, MoeBlock
+from fluxmoe.kernels.expert_table import DOWN, GATE_UP
+from fluxmoe.kernels.ops import ExpertDims, ExpertOps, MoeBlock, Recipes
 from fluxmoe.kernels.packing import PackingError
-from fluxmoe.kernels.packing.expert_file import ExpertFile, ExpertFileHeader
+from fluxmoe.kernels.packing.expert_file import ExpertFile, ExpertFileHeader, pages
 from torch import Tensor
 
-from ..devices import device_of
+from ..devices import HOST, device_of
 from ..hardware import measure_bandwidths
 from ..memory.slabs import FREE, SlabPool
 from ..timeline import Timeline
 from .cache import ExpertCache
 from .cache_policies import POLICIES
 from .config import PagingConfig
-from .disk import DiskTier, StoreError
+from .disk import READERS, DiskTier, StoreError
 from .footprint import EXPERT_LINES, Footprint, lay_out
 from .mover import MakeRoom, Mover
 from .moving_store import MovingStore
@@ -44,6 +48,9 @@ from .static_store import StaticStore
 from .store import ExpertStore
 from .streamer import Counters, Streamer
 from .streamer_cuda import CudaStreamer
+
+# Of experts that are read ahead while a packed checkpoint is loaded.
+_READ_AHEAD_BYTES = 64 << 20
 
 
 class PagerError(ValueError):
@@ -205,25 +212,39 @@ class ExpertPager:
         """Whether an expert is still to be put: those that a folder has are here already."""
         return self.store.wants(layer, expert)
 
-    def put_from(self, layer: int, expert: int, file: ExpertFile) -> None:
-        """As `put`, from a file of blocks that these kernels read: copied where they are stored so, else decoded.
-        StoreError also where the file is damaged."""
-        stored, found = self.store.stored(layer, expert), file.header.format
+    def put_from(self, layer: int, file: ExpertFile, done: Callable[[], object] = lambda: None) -> None:
+        """As `put` for all experts of a layer that are wanted, from a file of blocks that these kernels read: copied
+        where they are stored so, else decoded. Several reads are in flight. done: called after each expert. StoreError
+        also where the file is damaged."""
         assert file.header.backend == self.ops.backend, "blocks are of these kernels"
-        if found not in self._staging:
-            gate_up, down = file.header.sizes
-            self._staging[found] = _host_bytes(gate_up), _host_bytes(down)
-        blocks = self._staging[found]
-        try:
-            for d, block in enumerate(blocks):
-                file.read(expert, d, block, self.ops.check_expert)
-            recipes = file.recipe(expert, 0), file.recipe(expert, 1)
-        except PackingError as error:
-            raise StoreError(f"layer {layer}: {error}") from None
-        if stored == found:
-            self.store.put(layer, expert, blocks, recipes)
-        else:
-            self.put(layer, expert, *self.ops.weights_of(found, blocks, recipes))
+        sizes = file.header.sizes
+        ahead = max(1, min(READERS, _READ_AHEAD_BYTES // sum(sizes)))
+
+        def read(expert: int) -> tuple[tuple[Tensor, Tensor], Recipes]:
+            gate_up, down = (HOST.empty(pages(size)) for size in sizes)
+            file.read(expert, GATE_UP, gate_up, self.ops.check_expert)
+            file.read(expert, DOWN, down, self.ops.check_expert)
+            recipes = file.recipe(expert, GATE_UP), file.recipe(expert, DOWN)
+            return (gate_up[: sizes[GATE_UP]], down[: sizes[DOWN]]), recipes
+
+        wanted = [expert for expert in range(self.ops.dims.experts) if self.wants(layer, expert)]
+        with ThreadPoolExecutor(ahead, "expert-read") as readers:
+            rest = iter(wanted)
+            reads = deque((expert, readers.submit(read, expert)) for expert in islice(rest, ahead))
+            while reads:
+                expert, reading = reads.popleft()
+                try:
+                    blocks, recipes = reading.result()
+                except PackingError as error:
+                    readers.shutdown(cancel_futures=True)
+                    raise StoreError(f"layer {layer}: {error}") from None
+                for following in islice(rest, 1):
+                    reads.append((following, readers.submit(read, following)))
+                if self.store.stored(layer, expert) == file.header.format:
+                    self.store.put(layer, expert, blocks, recipes)
+                else:
+                    self.put(layer, expert, *self.ops.weights_of(file.header.format, blocks, recipes))
+                done()
 
     def seal(self) -> None:
         """All experts are here; loads begin. StoreError where one is missing."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -166,9 +165,7 @@ class Engine(ServingLoop):
             if checkpoint.packed is not None and checkpoint.packed.header.backend == pager.ops.backend:
                 for layer, i in rank.items():
                     with checkpoint.packed.file(layer) as file:
-                        for expert in filter(partial(pager.wants, i), range(self.model.num_experts)):
-                            pager.put_from(i, expert, file)
-                            progress.update()
+                        pager.put_from(i, file, progress.update)
                 return
             for layer, expert, gate_up, down in checkpoint.experts(
                 lambda layer, expert: pager.wants(rank[layer], expert)

@@ -22,6 +22,9 @@ from ..plots.serving import (
     plot_versus,
 )
 
+# Whose results the first page shows, as a figure of their own.
+_FIRST_PAGE = "memory_budget"
+
 DRAW: dict[str, Callable[[Path], Path]] = {
     "memory-budget": plot_memory_budget,
     "sensitivity": plot_sensitivity,
@@ -49,7 +52,7 @@ def draw_all(results: Path) -> list[Path]:
         experiment = json.loads(path.read_text()).get("experiment", "")
         if experiment in DRAW:
             drawn.append(DRAW[experiment](path.parent))
-        if experiment == "memory-budget" and (glance := plot_at_a_glance(path.parent)):
+        if path.parent.name == _FIRST_PAGE and (glance := plot_at_a_glance(path.parent)):
             drawn.append(glance)
     return drawn
 

@@ -7,7 +7,7 @@ import torch
 from fluxmoe.experiments.bench import cpu_moe as bench_cpu_moe
 
 
-@pytest.mark.parametrize("peers", [False, True])
+@pytest.mark.parametrize("peers", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_row_for_each_number_of_rows(monkeypatch, peers):
     monkeypatch.setattr(bench_cpu_moe, "SHAPES", {"tiny": (64, 128, 3)})
     monkeypatch.setattr(bench_cpu_moe, "_COLD_BYTES", 1)

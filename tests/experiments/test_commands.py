@@ -83,8 +83,8 @@ PLAN = ("plan", "--config", "olmoe-1b-7b", "--gpu", "h100")
         ((*PLAN, "--json", "{tmp}"), "is a folder"),
         (("plan", "--config", "olmoe", "--gpu", "h100"), "did you mean olmoe-1b-7b?"),
         (("plan", "--config", "olmoe-1b-7b", "--gpu", "H300"), "no hardware profile 'H300'"),
-        (("make-checkpoint", "--arch", "mixtral", "--out", "{tmp}/big", "--layers", "1000", "--experts", "1000",
-          "--hidden", "65536"), "are free on its disk"),
+        (("make-checkpoint", "--arch", "mixtral", "--out", "{tmp}/big", "--layers", "500", "--experts", "128",
+          "--hidden", "65536", "--heads", "64"), "are free on its disk"),
     ],
     ids=lambda value: " ".join(value)[-48:] if isinstance(value, tuple) else "",
 )  # fmt: skip

@@ -59,6 +59,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.thorough
 def test_a_sweep_keeps_what_cannot_start_and_resumes(tmp_path, monkeypatch):
     runs = [("batch", Run(system, 4, 256, alpha=0.875)) for system in SYSTEMS]
     runs += [("context", Run(system, 4, context)) for system in SYSTEMS for context in (64, 256)]
@@ -85,6 +86,7 @@ def test_a_sweep_keeps_what_cannot_start_and_resumes(tmp_path, monkeypatch):
     assert served[2:] == [run for _, run in runs[:2]]
 
 
+@pytest.mark.thorough
 def test_a_baseline_at_its_best_is_no_slower():
     model = published_source("qwen3-next-80b-a3b")
     bench = Calibration(**CALIBRATION).bench(L40, model, 4)
@@ -97,6 +99,7 @@ def test_a_baseline_at_its_best_is_no_slower():
         list(settings_of(replace(tight, system="none")))
 
 
+@pytest.mark.thorough
 def test_calibration_meets_its_three_figures():
     model = published_source("qwen3-30b-a3b")
     found = calibrate(L40, model, halvings=9)
@@ -128,7 +131,7 @@ def test_all_figures_are_taken_from_runs_that_are_made(figure):
         assert ours in (2.0, 1.0, 0.0), name
 
 
-@pytest.mark.parametrize("figure", ["fig8", "fig2"])
+@pytest.mark.parametrize("figure", [pytest.param("fig8", marks=pytest.mark.thorough), "fig2"])
 def test_the_papers_sweeps_for_real(figure, tiny_presets, tmp_path, capsys):
     args = ["--device", "cpu", "--checkpoints", str(tmp_path / "models"), "--out", str(tmp_path / "out")]
     call(["paper", figure, *args, *(["--link-bandwidth", "1GB"] if figure == "fig8" else [])])
@@ -239,6 +242,7 @@ def test_sensitivity(tmp_path, monkeypatch, capsys):
     assert speed["gpu", "H100-SXM", "packed"] > speed["gpu", "A100-80GB", "packed"]
 
 
+@pytest.mark.thorough
 def test_sensitivity_for_real(tiny_presets, tmp_path, monkeypatch):
     monkeypatch.setattr(sensitivity, "MEASURED_CONTEXTS", (64,))
     monkeypatch.setattr(sensitivity, "MEASURED_LINKS", (2e7, 1e9))

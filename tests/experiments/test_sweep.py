@@ -31,9 +31,10 @@ CHANGES = {
     "--no-fit-batch": None, "--max-batched-tokens": "128", "--block-size": "16", "--preemption": "swap",
     "--no-cuda-graphs": None, "--profile": "A100-80GB", "--devices": "1", "--config": "mixtral-8x7b", "--requests": "5",
     "--context": "65", "--output-tokens": "9", "--max-batch": "5", "--workload": "fixed", "--arrivals": "7.5",
-    "--seed": "1", "--link-bandwidth": "4GB",
+    "--seed": "1", "--link-bandwidth": "4GB", "--cache-policy": "lru",
 }  # fmt: skip
-SWEPT = ("budget", "placement", "alpha", "dense-share", "expert-format", "adaptive", "densify", "device")
+# cache-bytes is refused but with placement disk.
+SWEPT = ("cache-bytes", "budget", "placement", "alpha", "dense-share", "expert-format", "adaptive", "densify", "device")
 
 
 def run(out: Path, *changes: str) -> list[dict[str, str]]:

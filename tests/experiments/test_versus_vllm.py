@@ -48,6 +48,7 @@ def model_dir(tmp_path_factory):
     return out
 
 
+@pytest.mark.thorough
 def test_all_under_a_row_of_budgets(model_dir, tmp_path, capsys):
     (tmp_path / "vllm.py").write_text(STAND_IN)
     model = load_config(model_dir)

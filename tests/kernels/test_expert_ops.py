@@ -35,7 +35,10 @@ def page_of(ops, weights) -> SimpleNamespace:
         block = tuple(torch.zeros(n, dtype=torch.uint8) for n in ops.expert_bytes())
         ops.encode_expert(gate_up, down, block)
         blocks.append(tuple(part.to(ops.device) for part in block))
-    return SimpleNamespace(table=ExpertTable.from_blocks(blocks, ops.device), wait=lambda tensor_type: None)
+    return SimpleNamespace(
+        table=ExpertTable.from_blocks(blocks, ops.device), wait=lambda tensor_type: None, need=lambda experts: None,
+        ready=lambda tensor_type: (None,),
+    )  # fmt: skip
 
 
 def run(ops, x, weights, residual, *, logits=None, ids=None, ids_weights=None) -> torch.Tensor:
@@ -152,7 +155,7 @@ def test_buffers_keep_their_dtype_and_device_whatever_the_defaults_are():
     buffers = vars(ops._buffers)
     assert {str(tensor.device) for tensor in buffers.values()} == {"cpu"}
     assert {name for name, tensor in buffers.items() if tensor.dtype != torch.int32} == {
-        "topk_weights", "activation", "expert_out", "tiles",
+        "topk_weights", "activation", "expert_out", "tiles", "all",
     }  # fmt: skip
     assert buffers["activation"].dtype == torch.float32
 

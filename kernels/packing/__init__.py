@@ -7,9 +7,7 @@
 Bits are of Gaussian weights; `kernels.formats` says what each is used for. An example, whose last line is `weight`
 again, bit for bit:
 
-    packed = Planar12().encode(weight)
-    packed.save(path)
-    packed = Packed.load(path, mmap=True).to(device)
+    packed = Planar12().encode(weight).to(device)
     Planar12().decode(packed)
 """
 

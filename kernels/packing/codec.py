@@ -7,11 +7,9 @@ the weight is stored as it is, in the single plane `raw`: no weight ever takes m
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -97,23 +95,6 @@ class Packed:
         for name, plane in self.planes.items():
             placed.planes[name].copy_(plane)
         return placed
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write one file, all or nothing; see `files`."""
-        from .files import save
-
-        save(self, Path(path))
-
-    @staticmethod
-    def load(path: str | os.PathLike, mmap: bool = False, verify: bool = True) -> Packed:
-        """Read such a file; PackingError if it is not whole.
-
-        mmap: planes are views of the mapped file (private: writing to them does not change the file).
-        verify: check every plane's sum, which reads all of the file.
-        """
-        from .files import load
-
-        return load(Path(path), mmap, verify)
 
 
 def align(nbytes: int) -> int:

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from ..expert_table import DOWN, GATE_UP
 from .codec import Packed, PackingError
-from .files import DTYPES
 
 MAGIC = b"FLUXEXPT"
 VERSION = 1
@@ -39,6 +38,7 @@ PAGE = 4096
 Check = Callable[[str, int, Tensor, Packed | None], None]
 _PREFIX = struct.Struct("<8sIIQ")
 _RECORD, _RECORD_BYTES = struct.Struct("<QI"), 512
+_DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
 # A header takes some hundred bytes; more than this is garbage, not a reason to allocate.
 _MAX_HEADER = 1 << 16
 _MAX_SIZE = 1 << 40
@@ -166,7 +166,7 @@ class ExpertFile:
             if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in (*shape, *sizes)):
                 raise ValueError("sizes are integers")
             planes = {
-                name: torch.empty(count, dtype=DTYPES[dtype], device="meta") for name, dtype, count in fields["planes"]
+                name: torch.empty(count, dtype=_DTYPES[dtype], device="meta") for name, dtype, count in fields["planes"]
             }
             return Packed(fields["format"], shape, planes, fields["metadata"])
         except (ValueError, KeyError, TypeError):

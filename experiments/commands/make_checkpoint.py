@@ -1,4 +1,4 @@
-"""Make a Hugging Face checkpoint of a real architecture, with weights distributed as in trained models.
+"""Make a Hugging Face checkpoint of a real architecture, with generated weights distributed as trained ones are.
 
     fluxmoe make-checkpoint --arch qwen3_moe --out DIR --layers 8 --experts 32 --hidden 512
 

@@ -127,12 +127,25 @@ def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, Any]:
         "command": " ".join(["fluxmoe", *sys.argv[1:]]),
         "device": device,
         "hardware": device_name(device),
+        "instructions": instructions() if device == "cpu" else None,
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
         "seed": seed,
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def instructions() -> str | None:
+    """The widest vector instructions of the CPU that peers have kernels for; None where the system does not say."""
+    names = {"avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+    try:
+        flags = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
+        ).split()
+    except (OSError, StopIteration):
+        return None
+    return next((name for flag, name in names.items() if flag in flags), None)
 
 
 def device_name(device: str) -> str:

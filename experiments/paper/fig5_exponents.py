@@ -1,10 +1,13 @@
-"""How the bits of trained experts are distributed: what lossless compression can save (the paper's Fig. 5).
+"""How the bits of expert weights are distributed: what lossless compression can save (the paper's Fig. 5).
 
     fluxmoe paper fig5 --model DIR --out results/measured/<hardware>/fig5_exponents
 
 Reads the experts of a checkpoint, one at a time, and counts exponents (256 values) and mantissas (128 values) of their
 bf16 weights. Writes histogram.csv, summary.json with the entropies in bits, and exponents.png. A mantissa's entropy
 near 7 bits and an exponent's near 2.6 are why formats keep the one and code the other.
+
+What `make-checkpoint` wrote is generated with the statistics of trained weights, not trained: summary and figure say
+so, and the figure names what is published of trained ones.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import numpy as np
 import torch
 from fluxmoe.kernels.packing.histogram import exponent_histogram
 from fluxmoe.models.checkpoint import Checkpoint
+from fluxmoe.models.json_files import read_json
 from tqdm import tqdm
 
 from ..lib.args import option
+from ..lib.checkpoints import GENERATED
 from ..lib.results import UsageError, provenance, write_csv, write_json
 from ..plots.serving import plot_exponents
 
@@ -57,6 +62,7 @@ def run(args: Arguments) -> None:
     checkpoint = Checkpoint(args.model)
     if checkpoint.config.dtype != torch.bfloat16:
         raise UsageError(f"{args.model} holds {checkpoint.config.dtype} weights; the figure is of bfloat16")
+    config_json = read_json(checkpoint.directory / "config.json")
     exponents, mantissas, read = count_experts(checkpoint, args.experts)
     rows = [
         {"field": field, "value": value, "count": int(count)}
@@ -73,6 +79,7 @@ def run(args: Arguments) -> None:
         "mantissa_entropy_bits": entropy(mantissas),
         "bits_per_weight_bound": 1 + entropy(exponents) + entropy(mantissas),
         "share_outside_16_exponents": 1 - float(windows.max() / exponents.sum()),
+        "generated": bool(config_json.get(GENERATED)),
         "model": {"arch": checkpoint.config.arch, "num_layers": checkpoint.config.num_layers},
     }
     write_json(args.out / "summary.json", summary)

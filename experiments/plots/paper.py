@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..paper import stated
-from .serving import axis_label, line_of, link_of, plt, save, where_of
+from .serving import axis_label, line_of, link_of, save, subplots, where_of
 
 # Okabe-Ito: told apart with any colour vision, and by marker.
 SYSTEMS = {
@@ -50,7 +50,7 @@ def plot_fig8(directory: Path) -> Path:
 def _plot_sweep(directory: Path, what: str, said: list[tuple[str, int, str, float]]) -> Path:
     """Throughput against batch, and against context. said: (panel, x, system, tokens/s) of the paper's machine."""
     points, about = _read(directory)
-    figure, axes = plt.subplots(1, 2, figsize=(8.0, 4.4), layout="constrained", sharey=True)
+    figure, axes = subplots(1, 2, figsize=(8.0, 4.4), sharey=True)
     for axis, panel in zip(axes, ("batch", "context"), strict=True):
         rows = points[points.panel == panel]
         for system, (colour, marker, label) in SYSTEMS.items():
@@ -88,8 +88,8 @@ def plot_sensitivity(directory: Path) -> Path:
         "gpu": "GPU, 90 % of its memory",
     }
     panels = [panel for panel in labels if (points.panel == panel).any()]
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.0 * len(panels), 3.9), layout="constrained", squeeze=False
+    figure, axes = subplots(
+        1, len(panels), figsize=(4.0 * len(panels), 3.9), squeeze=False
     )  # fmt: skip
     colours = ("#000000", "#D55E00", "#0072B2", "#56B4E9", "#CC79A7")
     for axis, panel in zip(axes[0], panels, strict=True):
@@ -128,7 +128,7 @@ def plot_kv_capacity(directory: Path) -> Path:
     points, about = _read(directory)
     points[["kv", "unit"]] = points.panel.str.split(" ", expand=True)
     points["kv"] = points.kv.astype(float)
-    figure, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    figure, axis = subplots(figsize=(5.2, 3.6))
     colours = ("#009E73", "#0072B2", "#D55E00")
     for (context, rows), colour in zip(points[points.status == "ok"].groupby("context"), colours, strict=False):
         ordered = rows.sort_values("kv")
@@ -146,7 +146,7 @@ def plot_kv_capacity(directory: Path) -> Path:
 def plot_memory_split(directory: Path) -> Path:
     """memory.png beside points.csv of fig1_memory: bytes by use against batch and context; returns its path."""
     points, about = _read(directory)
-    figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.4), layout="constrained", sharey=True)
+    figure, axes = subplots(1, 2, figsize=(7.6, 3.4), sharey=True)
     parts = {"experts": "#0072B2", "other_weights": "#56B4E9", "states": "#E69F00", "kv_cache": "#D55E00"}
     measured = not about.get("simulated")
     unit, name = (1e6, "MB") if measured else (1e9, "GB")
@@ -172,7 +172,7 @@ def plot_knee(directory: Path) -> Path:
     """knee.png beside points.csv of fig6_knee: time of compute and of loads against α, a panel a batch."""
     points, about = _read(directory)
     batches = sorted(points.batch.unique())
-    figure, axes = plt.subplots(1, len(batches), figsize=(4.0 * len(batches), 3.6), layout="constrained", squeeze=False)
+    figure, axes = subplots(1, len(batches), figsize=(4.0 * len(batches), 3.6), squeeze=False)
     for axis, batch in zip(axes[0], batches, strict=True):
         for host, rows in points[points.batch == batch].groupby("host_format"):
             colour = "#000000" if host == "dense" else "#D55E00"

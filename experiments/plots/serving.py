@@ -1,20 +1,20 @@
 """Figures, drawn from files in results/ alone: no model, no GPU, no measurement.
 
-What was measured is drawn solid, what was simulated dashed; nothing else is told by the style of a line.
+What was measured is drawn solid, what was simulated dashed; nothing else is told by the style of a line. Nothing here
+knows pyplot, whose backend is a notebook's to choose.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import pandas as pd
 from fluxmoe.runtime.memory.budget import parse_bytes
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pandas.core.groupby import SeriesGroupBy
 
 from ..paper import stated
 
@@ -50,7 +50,8 @@ def where_of(about: dict) -> str:
     """What made a result, for a title."""
     if about.get("simulated"):
         return f"simulated on {about['simulated']}"
-    return f"measured on {about['hardware']} ({about['cpus']} cores)"
+    kind = f", {about['instructions']}" if about.get("instructions") else ""
+    return f"measured on {about['hardware']} ({about['cpus']} cores{kind})"
 
 
 def size_of(nbytes: int | None) -> str:
@@ -67,24 +68,45 @@ def axis_label(quantity: str, about: dict) -> str:
     return f"{quantity}, simulated" if about.get("simulated") else quantity
 
 
+def subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **settings: Any) -> tuple[Figure, Any]:
+    """A figure and its axes, as pyplot gives them, with no window and no backend behind it."""
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(rows, columns, **settings)
+
+
+def draw_runs(axis: Axes, groups: SeriesGroupBy, unit: float = 1, **style: Any) -> None:
+    """Medians over the runs of each x as a line, and the range of several as a bar: a single run has none."""
+    middle, several = groups.median(), groups.count() > 1
+    line = axis.plot(middle.index / unit, middle, **style)[0]
+    if several.any():
+        spread = [(middle - groups.min())[several], (groups.max() - middle)[several]]
+        axis.errorbar(
+            middle.index[several] / unit, middle[several], yerr=spread, fmt="none", capsize=2, color=line.get_color()
+        )
+
+
+def runs_of(rows: pd.DataFrame, about: dict, by: list[str]) -> str:
+    """That points are single runs, for a title; simulated ones are the same in every run."""
+    return "" if about.get("simulated") or rows.groupby(by).size().max() > 1 else ", one run each"
+
+
 def save(figure: Figure, path: Path) -> Path:
     """Write `path`, a PNG, and the same as PDF for print; returns `path`."""
     figure.savefig(path, dpi=160)
     # Without a date, so that the same figure is the same file.
     figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
-    plt.close(figure)
     return path
 
 
 def plot_memory_budget(directory: Path) -> Path:
-    """throughput_vs_budget.png beside points.csv: medians over repeats, range as a bar; returns its path.
+    """throughput_vs_budget.png beside points.csv: medians over repeats, with the range of several; returns its path.
 
     Hollow marks: requests were preempted (the KV cache thrashed). Crosses below the axis: the budget cannot hold
     that placement.
     """
     points = pd.read_csv(directory / "points.csv")
     about = json.loads((directory / "provenance.json").read_text())
-    figure, axis = plt.subplots(figsize=(7.2, 5.2), layout="constrained")
+    figure, axis = subplots(figsize=(7.2, 5.2))
     ran = points[points.status == "ok"]
     unit, name_of_unit = (MIB << 10, "GiB") if points.budget_bytes.max() >= 16 << 30 else (MIB, "MiB")
     top = ran.tokens_per_s.max() if len(ran) else 1.0
@@ -102,9 +124,8 @@ def plot_memory_budget(directory: Path) -> Path:
         grouped = ok.groupby("budget_bytes")
         speed = grouped.tokens_per_s.median()
         x = speed.index / unit
-        spread = [speed - grouped.tokens_per_s.min(), grouped.tokens_per_s.max() - speed]
-        axis.errorbar(
-            x, speed, yerr=spread, color=colour, linewidth=1.6, capsize=2, label=label, zorder=2,
+        draw_runs(
+            axis, grouped.tokens_per_s, unit, color=colour, linewidth=1.6, label=label, zorder=2,
             linestyle=line_of(about),
         )  # fmt: skip
         thrashed = grouped.preemptions.max() > 0
@@ -131,7 +152,7 @@ def plot_memory_budget(directory: Path) -> Path:
     axis.set_title(
         f"{model['arch']}, {model['num_layers'] - len(model.get('dense_layers', ()))} layers × "
         f"{model['num_experts']} experts, "
-        f"{workload['requests']} requests; {where_of(about)}",
+        f"{workload['requests']} requests{runs_of(ran, about, ['placement', 'budget_bytes'])}; {where_of(about)}",
         fontsize=9,
     )
     axis.plot([], [], "o", color="0.4", markerfacecolor="white", label="hollow: requests were preempted")
@@ -157,7 +178,7 @@ def plot_at_a_glance(directory: Path) -> Path | None:
     if any(ran.get(placement, 0) < 2 for placement in GLANCE):
         return None
     about = json.loads((directory / "provenance.json").read_text())
-    figure, axis = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
+    figure, axis = subplots(figsize=(7.2, 3.8))
     for placement, (text, beside, offset, side) in GLANCE.items():
         colour, marker, _ = style_of(placement)
         rows = points[points.placement == placement]
@@ -198,11 +219,11 @@ def plot_at_a_glance(directory: Path) -> Path | None:
 
 def plot_versus(directory: Path) -> Path:
     """versus.png beside rows.csv of versus: throughput against budget, or against sequences where there is one
-    budget; median of rounds, range as a bar. Crosses below the axis: does not start, or stopped."""
+    budget; median of rounds, with the range of several. Crosses below the axis: does not start, or stopped."""
     rows = pd.read_csv(directory / "rows.csv", dtype={"budget": str})
     about = json.loads((directory / "provenance.json").read_text())
     over = "budget" if rows.budget.nunique() > 1 else "sequences"
-    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    figure, axis = subplots(figsize=(7.2, 4.6))
     ok = rows[rows.status == "ok"]
     x_of = (lambda text: (parse_bytes(text) or 0) / MIB) if over == "budget" else float
     # Ours as in the other figures, and first.
@@ -211,11 +232,10 @@ def plot_versus(directory: Path) -> Path:
     for index, provider in enumerate(names):
         mine, ours = rows[rows.provider == provider], provider.startswith("fluxmoe")
         colour = style_of(provider.removeprefix("fluxmoe "))[0] if ours else next(others)
-        speed = mine[mine.status == "ok"].groupby(over).tokens_per_s.agg(["median", "min", "max"])
-        speed = speed.set_axis([x_of(x) for x in speed.index]).sort_index()
-        spread = [speed["median"] - speed["min"], speed["max"] - speed["median"]]
-        axis.errorbar(
-            speed.index, speed["median"], yerr=spread, color=colour, label=provider, capsize=2, linewidth=1.5,
+        mine_ok = mine[mine.status == "ok"]
+        rounds = mine_ok.groupby(mine_ok[over].map(x_of)).tokens_per_s
+        draw_runs(
+            axis, rounds, color=colour, label=provider, linewidth=1.5,
             marker="D" if ours else "o", markersize=5, linestyle=line_of(about),
         )  # fmt: skip
         refused = [x_of(x) for x in mine[mine.status != "ok"][over].unique()] if over == "budget" else []
@@ -228,7 +248,8 @@ def plot_versus(directory: Path) -> Path:
     axis.set_xlabel("memory budget (MiB)" if over == "budget" else "requests at once")
     axis.set_ylabel(axis_label("output tokens/s", about))
     at_once = f", {max(about['sequences'])} requests" if over == "budget" else ""
-    axis.set_title(f"model of preset {about['model']}{at_once}; {where_of(about)}", fontsize=9)
+    single = runs_of(ok, about, ["provider", over])
+    axis.set_title(f"model of preset {about['model']}{at_once}{single}; {where_of(about)}", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7.5, frameon=False)
     return save(figure, directory / "versus.png")
@@ -236,22 +257,24 @@ def plot_versus(directory: Path) -> Path:
 
 def plot_exponents(directory: Path) -> Path:
     """exponents.png beside histogram.csv and summary.json: shares of exponents and of mantissas; returns its path."""
-    counts = pd.read_csv(directory / "histogram.csv")
+    counts, (low, high) = pd.read_csv(directory / "histogram.csv"), stated.TRAINED_EXPONENT_BITS
     about = json.loads((directory / "summary.json").read_text())
-    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), layout="constrained")
+    figure, axes = subplots(1, 2, figsize=(7.2, 2.9))
     for axis, field, entropy in zip(
         axes, ("exponent", "mantissa"), ("exponent_entropy_bits", "mantissa_entropy_bits"), strict=True
     ):
         rows = counts[counts.field == field]
         axis.bar(rows.value, rows["count"] / rows["count"].sum(), color="#0072B2", width=0.9)
-        axis.set_title(f"{field}: {about[entropy]:.2f} bits", fontsize=9)
+        published = f" (published, trained: {low:.2f} to {high:.2f})" if field == "exponent" else ""
+        axis.set_title(f"{field}: {about[entropy]:.2f} bits{published}", fontsize=9)
         axis.set_xlabel(f"{field} value")
         axis.spines[["top", "right"]].set_visible(False)
     common = counts[(counts.field == "exponent") & (counts["count"] > 1e-6 * about["weights"])].value
     axes[0].set_xlim(common.min() - 1, common.max() + 1)
     axes[0].set_ylabel("share of weights")
+    made = "generated with the statistics of trained ones" if about["generated"] else "of a checkpoint"
     figure.suptitle(
-        f"{about['weights'] / 1e6:.0f} million bf16 expert weights, {about['model']['arch']}: "
+        f"{about['weights'] / 1e6:.0f} million bf16 expert weights, {made}, {about['model']['arch']}:\n"
         f"at least {about['bits_per_weight_bound']:.2f} bits each",
         fontsize=9,
     )
@@ -264,7 +287,7 @@ def plot_overhead(directory: Path) -> Path:
     rows = pd.read_csv(directory / "rows.csv")
     about = json.loads((directory / "provenance.json").read_text())
     rows = rows[rows.memory != "stacked"]
-    figure, axis = plt.subplots(figsize=(6.0, 3.4), layout="constrained")
+    figure, axis = subplots(figsize=(6.0, 3.4))
     styles = {
         ("table", "apart"): ("#000000", "o", "our kernel, a table over separate tensors"),
         ("table", "paged"): ("#0072B2", "D", "our kernel, a table over paged memory"),
@@ -293,9 +316,7 @@ def plot_adaptation(directory: Path, window: int = 40) -> Path:
     """adaptation.png beside steps.csv of fig9: tokens/s in windows of iterations, and bytes by owner."""
     steps = pd.read_csv(directory / "steps.csv")
     about = json.loads((directory / "provenance.json").read_text())
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(7.0, 5.0), sharex=True, layout="constrained", height_ratios=(3, 2)
-    )
+    figure, (top, bottom) = subplots(2, 1, figsize=(7.0, 5.0), sharex=True, height_ratios=(3, 2))
     styles = {
         "static": ("#000000", "static: nothing moves"),
         "hold": ("#E69F00", "experts leave, nobody takes the memory"),

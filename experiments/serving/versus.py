@@ -27,7 +27,7 @@ from fluxmoe.runtime.serving.config import EngineConfig
 from ..lib.args import option
 from ..lib.machines import Machine
 from ..lib.models import Source, checkpoint_source, preset_source
-from ..lib.results import UsageError
+from ..lib.results import UsageError, instructions
 from ..lib.serve import placement_name
 from ..lib.sweep import Sweep
 from ..plots.serving import plot_versus
@@ -158,7 +158,7 @@ def run(args: Arguments) -> None:
             run_budget(args, source, text, fresh.append)
             # A budget's rows are kept together or not at all: they were made in turns.
             sweep.replace({"budget": text}, [_COLUMNS | row for row in fresh])
-            report(text, fresh)
+            report(text, fresh, instructions() if machine.device == "cpu" else None)
         rows = sweep.rows
     for provider in dict.fromkeys(row["provider"] for row in rows):
         if len(args.budgets) > 1 and (found := near_peak(rows, provider)):
@@ -166,8 +166,9 @@ def run(args: Arguments) -> None:
     print(f"figure: {plot_versus(args.out)}")
 
 
-def report(budget: str, rows: list[dict]) -> None:
-    """Medians of one budget, a line a number of sequences, and ours over the best of the others."""
+def report(budget: str, rows: list[dict], kind: str | None) -> None:
+    """Medians of one budget, a line a number of sequences, and ours over the best of the others; kind: of CPU."""
+    on = f" on a CPU with {kind}" if kind else ""
     for row in rows:
         if row["status"] != "ok":
             print(f"{budget}: {row['provider']} {row['status']}: {row['reason']}", flush=True)
@@ -182,7 +183,7 @@ def report(budget: str, rows: list[dict]) -> None:
             [rate for name, rate in medians.items() if name.startswith("fluxmoe") == mine] for mine in (True, False)
         )
         shown = ", ".join(f"{name} {rate:.1f}" for name, rate in medians.items())
-        ratio = f"; our best is {max(ours) / max(others):.2f}x theirs" if ours and others else ""
+        ratio = f"; our best is {max(ours) / max(others):.2f}x theirs{on}" if ours and others else ""
         print(f"{budget}, {sequences} sequences, tokens/s: {shown}{ratio}", flush=True)
 
 

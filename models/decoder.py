@@ -54,9 +54,9 @@ class LayerStates(Protocol):
 
 
 class Tracer(Protocol):
-    """Times a stretch of work of one layer (a timeline); see runtime.timeline."""
+    """Times a stretch of work (a timeline); see runtime.timeline."""
 
-    def span(self, track: str, name: str) -> AbstractContextManager[None]: ...
+    def span(self, track: str, name: str, kind: str = "compute", **args: int) -> AbstractContextManager[None]: ...
 
 
 def expert_dims(config: ModelConfig) -> ExpertDims:
@@ -250,11 +250,12 @@ class Decoder:
         valid until the next pass.
         """
         ops = self.ops
-        hidden = ops.embed(token_ids, self.embed_tokens)
-        normed = ops.rms_norm(hidden, self.layers[0].vectors["input_norm"])
+        with tracer.span("compute", "embed"):
+            hidden = ops.embed(token_ids, self.embed_tokens)
+            normed = ops.rms_norm(hidden, self.layers[0].vectors["input_norm"])
         attention = delta = moe = 0  # layers of each kind so far
         for index, layer in enumerate(self.layers):
-            with tracer.span("compute", f"attention {index}"):
+            with tracer.span("compute", f"attention {index}", layer=index):
                 if layer.delta is None:
                     mixed = self._attend(layer, normed, metadata, *cache.layer(attention))
                     attention += 1
@@ -268,10 +269,11 @@ class Decoder:
                 moe += 1
                 continue
             assert layer.mlp is not None, "a layer without experts has an MLP"
-            with tracer.span("compute", f"mlp {index}"):
+            with tracer.span("compute", f"mlp {index}", layer=index):
                 hidden = ops.mlp_add(ops.rms_norm(hidden, layer.vectors["post_attn_norm"]), layer.mlp, hidden)
                 normed = ops.rms_norm(hidden, self._norm_after(index))
-        return ops.logits(normed[logit_rows], self.lm_head)
+        with tracer.span("compute", "logits"):
+            return ops.logits(normed[logit_rows], self.lm_head)
 
     @cached_property
     def moe_blocks(self) -> list[MoeBlock | None]:

@@ -14,6 +14,7 @@ from fluxmoe.kernels.ops import ExpertDims, ExpertOps, LayerDims, Limits, Ops
 from torch import Tensor
 
 from .memory import machine
+from .timeline import CudaClock, HostClock, Timeline
 
 # Imported where they are used: triton exists on few platforms, and the parts of the pager ask this module.
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from .experts.store import ExpertStore
     from .experts.streamer import Streamer
     from .experts.streamer_cpu import ThreadStreamer
+    from .experts.streamer_cuda import CudaStreamer
     from .memory.region import BlockPool
     from .memory.slabs import SlabPool
-    from .timeline import Timeline
 
 # Direct reads want offsets, lengths and addresses in multiples of the logical block size; 4096 suits all devices.
 PAGE = 4096
@@ -113,6 +114,10 @@ class Device(ABC):
     @abstractmethod
     def now(self) -> Event | None:
         """A point in the order of the current stream; None where nothing is enqueued."""
+
+    @abstractmethod
+    def clock(self) -> HostClock:
+        """What a timeline marks times by."""
 
     @abstractmethod
     def own_stream(self) -> AbstractContextManager[Callable[[], None]]:
@@ -211,6 +216,9 @@ class CpuDevice(Device):
     def now(self) -> None:
         return None
 
+    def clock(self) -> HostClock:
+        return HostClock()
+
     @contextmanager
     def own_stream(self) -> Iterator[Callable[[], None]]:
         yield self.synchronize
@@ -267,6 +275,9 @@ class CudaDevice(Device):
         event.record()
         return event
 
+    def clock(self) -> CudaClock:
+        return CudaClock()
+
     @contextmanager
     def own_stream(self) -> Iterator[Callable[[], None]]:
         stream = torch.cuda.Stream(self.torch)
@@ -274,13 +285,13 @@ class CudaDevice(Device):
             yield stream.synchronize
 
     @property
-    def streamer(self) -> type[Streamer]:
+    def streamer(self) -> type[CudaStreamer]:
         from .experts.streamer_cuda import CudaStreamer
 
         return CudaStreamer
 
     def make_streamer(self, store: ExpertStore, config: PagingConfig, timeline: Timeline) -> Streamer:
-        return self.streamer(store, config.slots, config.poison)
+        return self.streamer(store, config.slots, config.poison, timeline)
 
     def make_courier(self) -> Courier:
         from .experts.courier import StreamCourier

@@ -50,7 +50,12 @@ class Arguments:
     max_new_tokens: int = option("of each prompt", least=1)
     sampling: Sampling = group()
     engine: EngineConfig = group()
-    trace: Path | None = option("save a Chrome trace of loads and compute", None, parse=output_file, metavar="FILE")
+    trace: Path | None = option(
+        "save a Chrome trace of loads, waits and compute (ui.perfetto.dev), after a warm-up; CUDA: without graphs",
+        None,
+        parse=output_file,
+        metavar="FILE",
+    )
     steps: Path | None = option(
         "save a CSV with the metrics of every iteration", None, parse=output_file, metavar="FILE"
     )
@@ -105,6 +110,9 @@ def serve(args: Arguments) -> dict:
         timeline=bool(args.trace),
     )  # fmt: skip
     with Engine(args.model, settings) as engine:
+        if args.trace:
+            warm_up = args.sampling.params(min(2, args.max_new_tokens))
+            engine.start_trace(Request(tuple(prompts[0]), warm_up))
         handles = [
             engine.add(Request(tuple(ids), args.sampling.params(args.max_new_tokens, i)))
             for i, ids in enumerate(prompts)

@@ -22,10 +22,11 @@ from fluxmoe.kernels.expert_table import DOWN, GATE_UP, ExpertTable
 from torch import Tensor
 
 from ..devices import Device
+from ..timeline import COMPUTE, DISK, Timeline
 from .cache_policies import Policy, Uses
 from .config import Delay
 from .disk import DiskTier
-from .layout import ExpertLayout
+from .layout import TENSOR_NAMES, ExpertLayout
 from .placement import Tier
 
 # Experts that so many of the last passes used are read ahead.
@@ -42,10 +43,11 @@ class ExpertCache:
 
     def __init__(
         self, layout: ExpertLayout, device: Device, disk: DiskTier, places: int, policy: Policy,
-        link_bandwidth: float | None = None, delay: Delay | None = None,
+        link_bandwidth: float | None = None, delay: Delay | None = None, timeline: Timeline | None = None,
     ) -> None:  # fmt: skip
         self.layout, self.disk, self.places, self._policy = layout, disk, places, policy
         self._delay, self._link = delay, _Link(link_bandwidth)
+        self.timeline = timeline or Timeline(enabled=False)
         self._members = layout.placement.tiers == Tier.DISK
         self.layers = np.flatnonzero(self._members.any(axis=1)).tolist()
         self.uses = Uses(*self._members.shape)
@@ -144,15 +146,26 @@ class ExpertCache:
 
     def _submit(self, place: int, where: Where, tensor_type: int) -> Future[int]:
         (layer, expert), target = where, self._buffers[tensor_type][place]
+        began: list[tuple[str, int]] = []
 
         def begin() -> bool:
             """Wait as settings say; whether to give up."""
             if self._delay is not None:
                 self._closing.wait(self._delay(layer, tensor_type))
             self._closing.wait(self._link.wait_s(self._sizes[tensor_type]))
+            began.append((f"{DISK} {threading.current_thread().name.rpartition('_')[2]}", time.perf_counter_ns()))
             return self._closing.is_set()
 
-        return self.disk.submit(layer, expert, tensor_type, target, begin)
+        def record(read: Future[int]) -> None:
+            if not read.cancelled() and read.exception() is None and (nbytes := read.result()):
+                (track, start), end = began[0], time.perf_counter_ns()
+                name = f"{TENSOR_NAMES[tensor_type]} {layer}"
+                self.timeline.add(track, name, "load", start, end, layer=layer, expert=expert, experts=1, bytes=nbytes)
+
+        read = self.disk.submit(layer, expert, tensor_type, target, begin)
+        if self.timeline.enabled:
+            read.add_done_callback(record)
+        return read
 
     def _settle(self, pinned: Set[Where] = frozenset()) -> None:
         """Reads that are done count, but for those of `pinned`; experts whose read has failed are not here."""
@@ -181,7 +194,7 @@ class CachedExperts:
     def ready(self, tensor_type: int) -> Iterator[Tensor]:
         """Masks uint8 [E] of experts, those that are here first, then as they come; each once. StoreError when a read
         fails."""
-        cache = self._cache
+        cache, layer = self._cache, self._layer
         coming = [(expert, place) for expert, place in self._places.items() if place in cache._reads]
         reads = {cache._reads[place][tensor_type]: expert for expert, place in coming}
         come = [future for future in reads if future.done()]
@@ -198,7 +211,9 @@ class CachedExperts:
                 return
             begin = time.perf_counter_ns()
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            cache.stall_ns += time.perf_counter_ns() - begin
+            end = time.perf_counter_ns()
+            cache.stall_ns += end - begin
+            cache.timeline.add(COMPUTE, f"wait {TENSOR_NAMES[tensor_type]} {layer}", "wait", begin, end, layer=layer)
             come = list(done)
             mask = torch.zeros(self._num_experts, dtype=torch.uint8, device="cpu")
             mask[[reads[future] for future in come]] = 1

@@ -27,6 +27,8 @@ from fluxmoe.kernels.packing.expert_file import PAGE
 
 from .placement import Placement, Tier
 
+# Of the two tensor types.
+TENSOR_NAMES = ("gate_up", "down")
 _ALIGNMENT = 64
 TensorBytes = tuple[int, int]
 

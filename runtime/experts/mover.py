@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..memory.slabs import SlabError
+from ..timeline import MOVES, Timeline
 from .courier import Courier
 from .moving_store import Copy, MovingStore, Slabs
 from .placement import Tier
@@ -47,9 +48,10 @@ class Mover:
 
     def __init__(
         self, store: MovingStore, courier: Courier,
-        copy: Copy = lambda target, source: target.copy_(source, non_blocking=True),
+        copy: Copy = lambda target, source: target.copy_(source, non_blocking=True), timeline: Timeline | None = None,
     ) -> None:  # fmt: skip
         self.store, self.courier, self.copy = store, courier, copy
+        self._timeline = timeline or Timeline(enabled=False)
         self._requested: list[Move] = []
         # On their way; nothing else moves before all of them have arrived.
         self._arrivals: list[_Arrival] = []
@@ -139,8 +141,13 @@ class Mover:
             return []
 
     def _bring(self, arrival: _Arrival) -> None:
+        (layer, expert), target = arrival.where, arrival.move.target
+        nbytes = self.store.fetched_bytes(target)
         try:
-            self.store.fetch(arrival.where, arrival.move.target, arrival.slabs, self.copy)
+            with self._timeline.span(
+                MOVES, f"move {layer}", "load", layer=layer, expert=expert, experts=1, bytes=nbytes
+            ):
+                self.store.fetch(arrival.where, target, arrival.slabs, self.copy)
         except Exception as error:
             arrival.error = error
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from ..devices import HOST, device_of
 from ..hardware import measure_bandwidths
 from ..memory.slabs import FREE, SlabPool
-from ..timeline import Timeline
+from ..timeline import COMPUTE, Timeline
 from .cache import ExpertCache
 from .cache_policies import POLICIES
 from .config import PagingConfig
@@ -172,7 +172,7 @@ class ExpertPager:
             raise StoreError("the Triton kernels do not tell which experts they need; use --transfer whole")
         return ExpertCache(
             self.footprint.layout, self.device, self.store.on_disk, places, POLICIES[config.cache_policy],
-            config.link_bandwidth, config.load_delay,
+            config.link_bandwidth, config.load_delay, self.timeline,
         )  # fmt: skip
 
     def _open_disk(self, folder: Path | None, content: str) -> DiskTier | None:
@@ -260,7 +260,7 @@ class ExpertPager:
         self._streamer = self.device.make_streamer(self.store, config, self.timeline)
         self._resources.callback(self.streamer.close)
         if isinstance(self.store, MovingStore):
-            self._mover = Mover(self.store, self.device.make_courier())
+            self._mover = Mover(self.store, self.device.make_courier(), timeline=self.timeline)
             self._resources.callback(self.mover.close)
 
     # Passes.
@@ -272,7 +272,7 @@ class ExpertPager:
         padding of a captured graph. A pass calls it for each layer, in order, and may be given up at any.
         """
         self._check(x)
-        with self.streamer.layer(layer) as page, self.timeline.span("compute", f"experts {layer}"):
+        with self.streamer.layer(layer) as page, self._computes("experts", layer):
             routing = self.ops.route(logits, num_tokens)
             out = self.ops.moe_add(x, routing, page, residual)
             self._count(layer, routing)
@@ -286,12 +286,15 @@ class ExpertPager:
         May write to `hidden`. As `add`, from the residual stream in place of x and logits.
         """
         self._check(hidden)
-        with self.timeline.span("compute", f"router {layer}"):
+        with self._computes("router", layer):
             gated = self.ops.gate(hidden, block, num_tokens)
-        with self.streamer.layer(layer) as page, self.timeline.span("compute", f"experts {layer}"):
+        with self.streamer.layer(layer) as page, self._computes("experts", layer):
             out = self.ops.mix(gated, block, page)
             self._count(layer, gated.routing)
         return out
+
+    def _computes(self, what: str, layer: int) -> AbstractContextManager[None]:
+        return self.timeline.span(COMPUTE, f"{what} {layer}", layer=layer)
 
     def _check(self, x: Tensor) -> None:
         if len(x) > self.max_tokens:
@@ -307,7 +310,7 @@ class ExpertPager:
         """
         inner, most, out = x.to(self.ops.act_dtype).contiguous(), self.max_tokens, []
         parts = inner.split(most), topk_ids.contiguous().split(most), topk_weights.contiguous().split(most)
-        with self.streamer.layer(layer) as page, self.timeline.span("compute", f"experts {layer}"):
+        with self.streamer.layer(layer) as page, self._computes("experts", layer):
             for part, ids, weights in zip(*parts, strict=True):
                 routing = self.ops.route_to(ids, weights)
                 out.append(self.ops.moe_add(part, routing, page, torch.zeros_like(part)))

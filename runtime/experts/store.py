@@ -24,7 +24,6 @@ from .disk import DiskTier, StoreError
 from .layout import ExpertLayout
 from .placement import Tier
 
-TENSOR_NAMES = ("gate_up", "down")
 # Between chunks a load can be given up. 32 MiB are 2 ms of memory and 20 ms of a fast disk: quick enough to close,
 # and rare enough that the copy thread seldom has to ask for the GIL.
 _CHUNK = 32 << 20

@@ -9,11 +9,12 @@ from itertools import count
 
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP
 
-from ..timeline import Timeline
+from ..timeline import COMPUTE, COPY, Timeline
 from .config import Delay
 from .disk import StoreError
+from .layout import TENSOR_NAMES
 from .placement import Tier
-from .store import TENSOR_NAMES, ExpertStore
+from .store import ExpertStore
 from .streamer import Counters, Streamer
 
 
@@ -48,7 +49,8 @@ class ThreadStreamer(Streamer):
     def _run(self) -> None:
         for load in range(len(self.order)) if self.keeps_all else count():
             follows = self.schedule.follows(load)
-            with self._changed:
+            layer = self._layer_of(load)
+            with self._changed, self._timeline.span(COPY, f"wait slot {layer}", "wait", layer=layer):
                 self._changed.wait_for(partial(self._may_load, follows))
             while not self._closing.is_set():
                 try:
@@ -81,8 +83,11 @@ class ThreadStreamer(Streamer):
             if self._closing.is_set():
                 return  # perhaps cut short: never to be taken for loaded
             end = time.perf_counter_ns()
-            self._timeline.add(f"load {TENSOR_NAMES[d]}", f"layer {layer}", begin, end)
             with self._changed:
+                self._timeline.add(
+                    COPY, f"{TENSOR_NAMES[d]} {layer}", "load", begin, end, layer=layer, experts=len(plan.streamed),
+                    bytes=host + disk,
+                )  # fmt: skip
                 self._host_bytes += host
                 self._disk_bytes += disk
                 self._transfer_ns += end - begin
@@ -108,14 +113,15 @@ class ThreadStreamer(Streamer):
             )
         end = time.perf_counter_ns()
         self._stall_ns += end - begin
-        self._timeline.add("wait", f"layer {self._layer_of(visit)} {TENSOR_NAMES[tensor_type]}", begin, end)
+        layer = self._layer_of(visit)
+        self._timeline.add(COMPUTE, f"wait {TENSOR_NAMES[tensor_type]} {layer}", "wait", begin, end, layer=layer)
         if self._loaded[tensor_type] > visit:
             return
         if self._error is None:
             raise StoreError("the streamer was closed while a layer waited for its experts")
         if isinstance(self._error, StoreError):
             raise self._error
-        raise StoreError(f"loading layer {self._layer_of(visit)} failed: {self._error}") from self._error
+        raise StoreError(f"loading layer {layer} failed: {self._error}") from self._error
 
     def _is_loaded(self, visit: int) -> bool:
         return min(self._loaded) > visit

@@ -9,6 +9,8 @@ import torch
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP
 from torch import Tensor
 
+from ..timeline import COMPUTE, COPY, Timeline
+from .layout import TENSOR_NAMES
 from .placement import Tier
 from .store import ExpertStore, LayerPlan
 from .streamer import Counters, Streamer
@@ -24,13 +26,15 @@ class CudaStreamer(Streamer):
     that were captured before are still right.
 
     `cuda` is torch.cuda, or a recorder with the same Stream, Event, stream and current_stream in tests. Stalls happen
-    on the device and are not counted here.
+    on the device and are not counted here; a timeline of CUDA's clock shows them.
     """
 
     staged = (Tier.HOST,)
 
-    def __init__(self, store: ExpertStore, slots: int, poison: bool = False, cuda=torch.cuda) -> None:
-        self._cuda = cuda
+    def __init__(
+        self, store: ExpertStore, slots: int, poison: bool = False, timeline: Timeline | None = None, cuda=torch.cuda
+    ) -> None:
+        self._cuda, self._timeline = cuda, timeline or Timeline(enabled=False)
         super().__init__(store, slots, poison)
         self._streams = [cuda.Stream() for _ in (GATE_UP, DOWN)]
         self._loaded, self._computed = self._make_events()
@@ -152,10 +156,14 @@ class CudaStreamer(Streamer):
 
     def _issue(self, visit: int) -> None:
         plan, buffers, slot = self._plan_of(visit), self._slot_of(visit), self.schedule.slot(visit)
+        layer, experts = plan.layer, len(plan.streamed)
         for d, stream in enumerate(self._streams):
-            self._wait_event(stream, self._computed[slot])
+            track, name = f"{COPY} {TENSOR_NAMES[d]}", f"{TENSOR_NAMES[d]} {layer}"
             with self._cuda.stream(stream):
-                self._load(plan, d, buffers[d])
+                with self._timeline.span(track, f"wait slot {layer}", "wait", layer=layer):
+                    self._wait_event(stream, self._computed[slot])
+                with self._timeline.span(track, name, "load", layer=layer, experts=experts, bytes=plan.host_bytes(d)):
+                    self._load(plan, d, buffers[d])
             self._record(self._loaded[slot][d], stream)
             self._bytes += plan.host_bytes(d)
 
@@ -173,7 +181,9 @@ class CudaStreamer(Streamer):
         target.copy_(source, non_blocking=True)
 
     def _wait(self, visit: int, tensor_type: int) -> None:
-        self._wait_event(self._cuda.current_stream(), self._loaded[self.schedule.slot(visit)][tensor_type])
+        layer, loaded = self._layer_of(visit), self._loaded[self.schedule.slot(visit)][tensor_type]
+        with self._timeline.span(COMPUTE, f"wait {TENSOR_NAMES[tensor_type]} {layer}", "wait", layer=layer):
+            self._wait_event(self._cuda.current_stream(), loaded)
 
     def _finish(self, visit: int) -> None:
         self._record(self._computed[self.schedule.slot(visit)], self._cuda.current_stream())

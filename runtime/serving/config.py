@@ -35,7 +35,7 @@ class EngineConfig(PagingConfig):
     eager: bool = setting(False, None)
     spread: bool = setting(True, None)
     plan_every: int = setting(8, None)
-    # Record loads and compute; show a bar while loading.
+    # Record loads and compute, on CUDA without graphs; show a bar while loading.
     timeline: bool = setting(False, None)
     progress: bool = setting(False, None)
 

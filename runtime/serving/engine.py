@@ -28,7 +28,7 @@ from ..experts.streamer import Counters
 from ..hardware import measure_links
 from ..memory.check import FreeMemory, MemoryCheck
 from ..memory.slabs import FREE
-from ..timeline import Timeline
+from ..timeline import COMPUTE, Timeline
 from .batch import build_batch
 from .config import EngineConfig
 from .deployment import Deployment, limits_of, require_workspace
@@ -69,12 +69,12 @@ class Engine(ServingLoop):
         limits = limits_of(model, config)
         require_workspace(model, limits, max(total, free.device_bytes or 0))
         self.ops = kind.make_ops(layer_dims(model), limits, config)
-        self.timeline = Timeline(config.timeline)
+        self.timeline = Timeline(config.timeline, kind.clock())
         self.pager = ExpertPager(
             expert_dims(model), len(model.moe_layers), config, self.device, limits.tokens, timeline=self.timeline
         )
-        # Only where nothing waits for the device in mid-pass, as the plain torch path does.
-        graphs = config.cuda_graphs and kind.graphs and config.kernels != "torch"
+        # Only where nothing waits for the device in mid-pass, as the plain torch path does, and no layer is timed.
+        graphs = config.cuda_graphs and kind.graphs and config.kernels != "torch" and not config.timeline
         per_graph = (config.max_batch, -(-limits.context // config.block_size), config.block_size)
         buffers = DecodeGraphs.buffer_bytes(*per_graph) if graphs else 0
         # An estimate: see `pool_bytes`.
@@ -204,7 +204,8 @@ class Engine(ServingLoop):
             batch = batch.to(self.device)
             logits = self._forward(batch.token_ids, batch.metadata, batch.logit_rows)
         sampling = [chunk.sequence for chunk in step.chunks if chunk.sample]
-        tokens = sample(logits, [s.request.params for s in sampling], [s.num_generated for s in sampling])
+        with self.timeline.span(COMPUTE, "sample"):
+            tokens = sample(logits, [s.request.params for s in sampling], [s.num_generated for s in sampling])
         before, after = self._counted, self.pager.counters()
         self._counted = after
         return Executed(

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..experts.placement import DEVICE_TIERS
+from ..timeline import STEPS, Timeline
 from .metrics import StepMetrics
 from .request import Request, RequestOutput, Sequence
 from .scheduler import Scheduler, Step
@@ -41,6 +42,7 @@ class ServingLoop(ABC):
     """Serves what is added, step by step. Not thread-safe."""
 
     scheduler: Scheduler
+    timeline: Timeline
 
     def __init__(self) -> None:
         self._pending: list[Sequence] = []  # by arrival, whoever came first of equals
@@ -100,6 +102,16 @@ class ServingLoop(ABC):
         """Seconds since the loop was last idle."""
         return self._clock_s() - self._origin_s
 
+    @property
+    def _now_ns(self) -> int:
+        return round(self._clock_s() * 1e9)
+
+    def start_trace(self, request: Request) -> None:
+        """Serve a request to warm up (kernels are compiled, slots and caches in use); the timeline begins after it."""
+        self.generate([request])
+        self._iteration = 0
+        self.timeline.begin()
+
     def _admit(self) -> None:
         while self._pending and self._pending[0].request.arrival_s <= self.now_s:
             sequence = self._pending.pop(0)
@@ -120,9 +132,11 @@ class ServingLoop(ABC):
                 return None
             self._wait(max(0.0, self._pending[0].request.arrival_s - self.now_s))
             self._admit()
-        begin_s = self.now_s
+        begin_ns, begin_s, self.timeline.step = self._now_ns, self.now_s, self._iteration
         step = self.scheduler.schedule()
         blocks_used = self.scheduler.blocks_used
+        free = self.scheduler.num_blocks - blocks_used
+        self.timeline.count("KV blocks", begin_ns, used=blocks_used, free=free)
         try:
             executed = self._execute(step)
         except BaseException:
@@ -138,6 +152,10 @@ class ServingLoop(ABC):
         for sequence in finished:
             sequence.finish_s = now_s
         self._adapt(step, executed, now_s - begin_s)
+        self.timeline.add(
+            STEPS, f"step {self._iteration}", "step", begin_ns, self._now_ns, batch=len(step.chunks),
+            prefill_tokens=step.prefill_tokens, decode_tokens=step.decode_tokens,
+        )  # fmt: skip
         self._iteration += 1
         metrics = StepMetrics(
             iteration=self._iteration - 1,

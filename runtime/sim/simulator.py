@@ -13,7 +13,7 @@ below 1), a layer with a load is longer by that share of the shorter of its comp
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +22,7 @@ from fluxmoe.models.config import ModelConfig
 
 from ..experts.footprint import EXPERT_LINES, Footprint, lay_out
 from ..experts.layout import ExpertLayout
-from ..experts.placement import Placement
+from ..experts.placement import Placement, Tier
 from ..experts.planner import Move, Observation, PlannerError
 from ..hardware import HardwareProfile, ProfileError
 from ..memory.slabs import SlabError, SlabPool
@@ -32,11 +32,20 @@ from ..serving.kv_cache import PagedKVCache
 from ..serving.loop import Executed, ServingLoop
 from ..serving.residency import Sharing
 from ..serving.scheduler import Scheduler, Step
+from ..timeline import COMPUTE, HostClock, Timeline
 from .cost_model import CostModel, CostParameters, SimOps
 from .streamer import Load, VirtualStreamer
 
 # Share of a device's memory that a run may use when no budget is given: vLLM's default.
 _USABLE = 0.9
+
+
+class _VirtualClock(HostClock):
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        self._now_s = now_s
+
+    def mark(self) -> int:
+        return round(self._now_s() * 1e9)
 
 
 class SimEngine(ServingLoop):
@@ -81,7 +90,8 @@ class SimEngine(ServingLoop):
         cache_bytes = self.deployment.reserve_cache()
         self._cache_places = 0 if cache_bytes is None else experts.cache_places(cache_bytes)
         self._clock = 0.0
-        self._streamer = VirtualStreamer(layout, config.slots, config.adaptive, self._adopt(layout))
+        self.timeline = Timeline(config.timeline, _VirtualClock(self._clock_s), f"simulated on {profile.name}")
+        self._streamer = VirtualStreamer(layout, config.slots, config.adaptive, self._adopt(layout), self.timeline)
         self._planner = self.deployment.make_planner() if config.adaptive and config.planning else None
         if config.adaptive:
             kv_slabs = self.deployment.kv_slabs(self.kv.num_slabs)
@@ -96,7 +106,9 @@ class SimEngine(ServingLoop):
         self.layout = layout
         self.costs.bind(layout, self._cache_places)
         layers = range(layout.num_layers)
-        return [Load(*self.costs.load_seconds(i, layout), self.costs.host_bytes(i, layout)) for i in layers]
+        streamed = [tier for tier in Tier if layout.streams(tier)]
+        counts = np.isin(layout.placement.tiers, streamed).sum(axis=1).tolist()
+        return [Load(*self.costs.load_seconds(i, layout), self.costs.host_bytes(i, layout), counts[i]) for i in layers]
 
     def __enter__(self) -> SimEngine:
         return self
@@ -116,7 +128,9 @@ class SimEngine(ServingLoop):
         swapped = len(step.swap_out) + len(step.swap_in)
         states = (len(step.state_out) + len(step.state_in)) * self.model.state_bytes_per_sequence / self.devices
         moved = swapped * self.deployment.block_bytes + states
-        stall, load, streamed = self._pass(step, self._clock + self.costs.link_seconds(moved))
+        ready = self._clock + self.costs.link_seconds(moved)
+        self._traced("wait swap", "wait", self._clock, ready)
+        stall, load, streamed = self._pass(step, ready)
         return Executed([0] * sum(chunk.sample for chunk in step.chunks), stall, load, streamed * self.devices)
 
     def _pass(self, step: Step, now: float) -> tuple[float, float, int]:
@@ -124,22 +138,29 @@ class SimEngine(ServingLoop):
         costs, outside = self.costs.pass_costs(step)
         stall, load, crossed = 0.0, 0.0, 0
         for layer, cost in enumerate(costs):
-            now += cost.before
+            now = self._traced(f"attention {layer}", "compute", now, now + cost.before, layer=layer)
             if layer not in self._streamer:
-                now += cost.experts
+                now = self._traced(f"experts {layer}", "compute", now, now + cost.experts, layer=layer)
                 continue
             ready, brought = self._streamer.begin(layer)
             stall += max(0.0, ready - now)
-            now = max(now, ready) + cost.experts
+            begin = self._traced(f"wait {layer}", "wait", now, max(now, ready), layer=layer)
+            now = begin + cost.experts
             if brought is not None:
                 # Waiting for a slow link costs no compute; copying and decoding do.
                 copying = max(brought.nbytes / self._copy_rate, brought.decode_s)
                 now += (1 - self.profile.copy_overlap) * min(copying, cost.before + cost.experts)
                 load += max(brought.link_s, brought.decode_s)
                 crossed += brought.nbytes
+            self._traced(f"experts {layer}", "compute", begin, now, layer=layer)
             self._streamer.finish(layer, now)
-        self._clock = now + outside
+        self._clock = self._traced("logits", "compute", now, now + outside)
         return stall, load, crossed
+
+    def _traced(self, name: str, kind: str, begin_s: float, end_s: float, **args: int) -> float:
+        """A span of the compute stream; its end."""
+        self.timeline.add(COMPUTE, name, kind, round(begin_s * 1e9), round(end_s * 1e9), **args)
+        return end_s
 
     # Experts that move. A move takes effect at once; what it copies is charged to nobody, for it is a few bytes.
 

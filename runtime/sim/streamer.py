@@ -14,14 +14,16 @@ from typing import NamedTuple
 
 from ..experts.footprint import slot_schedule
 from ..experts.layout import ExpertLayout
+from ..timeline import COPY, DECODE, Timeline
 
 
 class Load(NamedTuple):
-    """What bringing a layer's experts takes: seconds on the link and of decoding, bytes that cross."""
+    """What bringing a layer's experts takes: seconds on the link and of decoding, bytes that cross; how many."""
 
     link_s: float
     decode_s: float
     nbytes: int
+    experts: int = 0
 
 
 class Arrived(NamedTuple):
@@ -37,7 +39,10 @@ class VirtualStreamer:
     loads: by layer, read when a load is issued, so it may be replaced between passes.
     """
 
-    def __init__(self, layout: ExpertLayout, slots: int, moves: bool, loads: list[Load]) -> None:
+    def __init__(
+        self, layout: ExpertLayout, slots: int, moves: bool, loads: list[Load], timeline: Timeline | None = None
+    ) -> None:
+        self._timeline = timeline or Timeline(enabled=False)
         self.order, self.schedule = slot_schedule(layout, slots, moves)
         self.loads = loads
         self._rank = {layer: rank for rank, layer in enumerate(self.order)}
@@ -66,10 +71,23 @@ class VirtualStreamer:
             self._visit += 1
 
     def _issue(self, visit: int) -> None:
-        load = self.loads[self.order[self.schedule.rank(visit)]]
+        layer = self.order[self.schedule.rank(visit)]
+        load = self.loads[layer]
         # Each visit is followed by one load, so nobody asks again.
         free_s = self._computed.pop(self.schedule.follows(visit), 0.0)
-        self._link_free = max(self._link_free, free_s) + load.link_s
-        self._decoder_free = max(self._decoder_free, free_s) + load.decode_s
+        self._link_free = self._use(COPY, layer, self._link_free, free_s, load.link_s, load)
+        self._decoder_free = self._use(DECODE, layer, self._decoder_free, free_s, load.decode_s, load)
         done_s = max(self._link_free if load.link_s else free_s, self._decoder_free if load.decode_s else free_s)
         self._arrived[visit] = Arrived(done_s, load)
+
+    def _use(self, track: str, layer: int, idle_s: float, free_s: float, takes_s: float, load: Load) -> float:
+        """Link or decoder, idle since `idle_s`, is used once the slot is free; until when."""
+        begin_s = max(idle_s, free_s)
+        if takes_s:
+            idle, begin, end = (round(s * 1e9) for s in (idle_s, begin_s, begin_s + takes_s))
+            nbytes = load.nbytes if track == COPY else 0
+            self._timeline.add(track, f"wait slot {layer}", "wait", idle, begin, layer=layer)
+            self._timeline.add(
+                track, f"{track} {layer}", "load", begin, end, layer=layer, experts=load.experts, bytes=nbytes
+            )
+        return begin_s + takes_s

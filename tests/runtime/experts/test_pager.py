@@ -374,9 +374,9 @@ def test_loads_and_compute_are_on_the_timeline(expected):
     timeline = Timeline()
     with filled(PagingConfig(placement="host", threads=1), timeline=timeline) as pager:
         expected[0][0].add(pager)
-    names = {(interval.track, interval.name) for interval in timeline.intervals}
+    names = {(span.track, span.name) for span in timeline.spans}
     assert {("compute", f"experts {i}") for i in range(LAYERS)} <= names
-    assert ("load gate_up", "layer 0") in names
+    assert ("copy", "gate_up 0") in names
 
 
 # Moves.

@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test thorough compat audit figures reproduce lint format clean vllm-test vllm-demo
+.PHONY: demo test thorough compat audit figures notebooks reproduce lint format clean vllm-test vllm-demo
 
 $(STAMP): requirements.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -55,6 +55,10 @@ vllm-demo: $(VLLM)/.installed
 # Every figure again, from the committed results alone.
 figures: $(STAMP)
 	$(PY) -m fluxmoe figures
+
+# The notebooks with their outputs, in place. `tour` measures: let nothing else run.
+notebooks: $(STAMP)
+	$(PY) notebooks/execute.py
 
 # Everything that this machine can run is made again and compared with the committed results: hours on two cores.
 reproduce: $(STAMP)

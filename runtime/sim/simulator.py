@@ -138,13 +138,13 @@ class SimEngine(ServingLoop):
         costs, outside = self.costs.pass_costs(step)
         stall, load, crossed = 0.0, 0.0, 0
         for layer, cost in enumerate(costs):
-            now = self._traced(f"attention {layer}", "compute", now, now + cost.before, layer=layer)
+            now = self._traced("attention", "compute", now, now + cost.before, layer)
             if layer not in self._streamer:
-                now = self._traced(f"experts {layer}", "compute", now, now + cost.experts, layer=layer)
+                now = self._traced("experts", "compute", now, now + cost.experts, layer)
                 continue
             ready, brought = self._streamer.begin(layer)
             stall += max(0.0, ready - now)
-            begin = self._traced(f"wait {layer}", "wait", now, max(now, ready), layer=layer)
+            begin = self._traced("wait", "wait", now, max(now, ready), layer)
             now = begin + cost.experts
             if brought is not None:
                 # Waiting for a slow link costs no compute; copying and decoding do.
@@ -152,14 +152,19 @@ class SimEngine(ServingLoop):
                 now += (1 - self.profile.copy_overlap) * min(copying, cost.before + cost.experts)
                 load += max(brought.link_s, brought.decode_s)
                 crossed += brought.nbytes
-            self._traced(f"experts {layer}", "compute", begin, now, layer=layer)
+            self._traced("experts", "compute", begin, now, layer)
             self._streamer.finish(layer, now)
         self._clock = self._traced("logits", "compute", now, now + outside)
         return stall, load, crossed
 
-    def _traced(self, name: str, kind: str, begin_s: float, end_s: float, **args: int) -> float:
-        """A span of the compute stream; its end."""
-        self.timeline.add(COMPUTE, name, kind, round(begin_s * 1e9), round(end_s * 1e9), **args)
+    def _traced(self, name: str, kind: str, begin_s: float, end_s: float, layer: int | None = None) -> float:
+        """A span of the compute stream, if anybody wants to know; its end."""
+        if self.timeline.enabled:
+            begin, end = round(begin_s * 1e9), round(end_s * 1e9)
+            if layer is None:
+                self.timeline.add(COMPUTE, name, kind, begin, end)
+            else:
+                self.timeline.add(COMPUTE, f"{name} {layer}", kind, begin, end, layer=layer)
         return end_s
 
     # Experts that move. A move takes effect at once; what it copies is charged to nobody, for it is a few bytes.

@@ -83,7 +83,7 @@ class VirtualStreamer:
     def _use(self, track: str, layer: int, idle_s: float, free_s: float, takes_s: float, load: Load) -> float:
         """Link or decoder, idle since `idle_s`, is used once the slot is free; until when."""
         begin_s = max(idle_s, free_s)
-        if takes_s:
+        if takes_s and self._timeline.enabled:
             idle, begin, end = (round(s * 1e9) for s in (idle_s, begin_s, begin_s + takes_s))
             nbytes = load.nbytes if track == COPY else 0
             self._timeline.add(track, f"wait slot {layer}", "wait", idle, begin, layer=layer)

@@ -8,6 +8,8 @@ import sys
 import pandas as pd
 import pytest
 from fluxmoe.experiments.plots.serving import draw_runs, runs_of
+from fluxmoe.experiments.plots.trace import draw_trace
+from fluxmoe.runtime.timeline import Timeline
 from matplotlib.figure import Figure
 
 
@@ -31,3 +33,31 @@ def test_only_several_runs_have_a_bar(speeds, bars):
 )
 def test_titles_name_single_runs(xs, simulated, said):
     assert runs_of(pd.DataFrame({"x": xs}), {"simulated": simulated}, ["x"]) == said
+
+
+def a_trace() -> dict:
+    timeline = Timeline(title="a run")
+    start = timeline.clock.start_ns
+    for step in range(3):
+        timeline.step, begin = step, start + 1000 * step
+        timeline.count("KV blocks", begin, used=step, free=3 - step)
+        timeline.add("copy", "gate_up 0", "load", begin, begin + 500, layer=0, experts=2, bytes=8_000_000)
+        timeline.add("compute", "wait gate_up 0", "wait", begin, begin + 500, layer=0)
+        timeline.add("compute", "experts 0", "compute", begin + 500, begin + 900, layer=0)
+        timeline.add("steps", f"step {step}", "step", begin, begin + 1000)
+    return timeline.trace()
+
+
+@pytest.mark.parametrize(("until", "bars"), [(1.0, 8), (0.4, 4)])
+def test_a_picture_shows_the_steps_that_are_asked_for(until, bars):
+    rows, below, blocks = draw_trace(a_trace(), 1, 2, until).axes
+    assert [label.get_text() for label in rows.get_yticklabels()] == ["steps", "compute", "copy"]
+    assert rows.get_title() == "a run: steps 1 to 2; numbers are layers"
+    assert len(rows.patches) == bars
+    assert below.get_xlim() == pytest.approx((0, 2 * until))
+    assert blocks.lines[0].get_ydata().tolist() == [1, 2, 2] or until < 1
+
+
+def test_steps_that_are_not_there_are_named():
+    with pytest.raises(ValueError, match="no steps 5 to 6"):
+        draw_trace(a_trace(), 5, 6)

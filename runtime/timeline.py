@@ -195,15 +195,16 @@ class Timeline:
         tracks = sorted({s.track for s in spans}, key=lambda track: (_ORDER.index(track.split()[0]), track))
         origin = self.clock.start_ns if self.enabled else 0
         events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "args": {"name": self.title}}]
-        for tid, track in enumerate(tracks):
+        for tid, track in enumerate(tracks, start=1):
             events.append({"ph": "M", "name": "thread_name", "tid": tid, "args": {"name": track}})
             events.append({"ph": "M", "name": "thread_sort_index", "tid": tid, "args": {"sort_index": tid}})
         for s in spans:
-            span = {"ph": "X", "name": s.name, "cat": s.kind, "tid": tracks.index(s.track), "args": s.args}
+            span = {"ph": "X", "name": s.name, "cat": s.kind, "tid": 1 + tracks.index(s.track), "args": s.args}
             events.append(span | {"ts": (s.start_ns - origin) / 1e3, "dur": (s.end_ns - s.start_ns) / 1e3})
         for counter, at_ns, values in (*self.counts, *_in_flight(spans)):
             events.append({"ph": "C", "name": counter, "ts": (at_ns - origin) / 1e3, "args": values})
-        return {"traceEvents": [event | {"pid": 0} for event in events], "displayTimeUnit": "ms"}
+        # Perfetto takes process and thread 0 for the idle ones.
+        return {"traceEvents": [event | {"pid": 1} for event in events], "displayTimeUnit": "ms"}
 
     def save(self, path: Path | str) -> None:
         """Write `trace` as JSON, whole or not at all."""

@@ -15,7 +15,9 @@ from types import SimpleNamespace
 import pytest
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.models.published import published_config
-from fluxmoe.runtime.experts.placement import place
+from fluxmoe.runtime.experts.config import PagingConfig
+from fluxmoe.runtime.experts.placement import Tier, place
+from fluxmoe.runtime.experts.planner import Move
 from fluxmoe.runtime.experts.streamer_cuda import CudaStreamer
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.serving.config import EngineConfig
@@ -24,6 +26,7 @@ from fluxmoe.runtime.serving.request import Request, SamplingParams
 from fluxmoe.runtime.sim.simulator import SimEngine
 from fluxmoe.runtime.timeline import CudaClock, Timeline
 
+from .experts.test_pager import filled as filled_pager
 from .experts.test_streamer import filled
 
 LAYERS = 4
@@ -205,6 +208,22 @@ def test_a_warm_up_is_not_in_the_trace(model_dir, tmp_path):
     assert len(trace.tracks["steps"]) == len(steps)
     assert {span.args["step"] for span in trace.tracks["compute"]} == set(range(len(steps)))
     assert min(span.begin for spans in trace.tracks.values() for span in spans) >= 0
+
+
+def test_experts_that_move_say_what_they_bring(tmp_path):
+    timeline = Timeline()
+    config = PagingConfig(placement="packed", expert_format="planar12", adaptive=True, planning=False, threads=1)
+    with filled_pager(config, timeline=timeline) as pager:
+        for source, target in [(Tier.PACKED, Tier.HOST), (Tier.HOST, Tier.PACKED)]:
+            pager.request(Move(1, expert, source, target) for expert in (0, 2))
+            pager.apply_moves()
+            while pager.mover.busy:
+                pager.apply_moves()
+        moved = pager.counters().moved_bytes
+    timeline.save(tmp_path / "trace.json")
+    moves = Trace(tmp_path / "trace.json").tracks["moves"]
+    assert [(span.args["layer"], span.args["expert"]) for span in moves] == [(1, 0), (1, 2)]
+    assert sum(span.args["bytes"] for span in moves) == moved > 0
 
 
 class PlayedCuda:

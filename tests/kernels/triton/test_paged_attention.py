@@ -269,12 +269,12 @@ def test_tiles_hold_whole_tokens_and_fit_shared_memory():
     shapes = itertools.product((24, 80, 128, 256), (1, 3, 8, 64), (2, 4), (1, 5, 999), (80, 89, 90, 100, 120))
     for dim, group, itemsize, queries, capability in shapes:
         tile = attention_tile(dim, group, itemsize, queries, capability)
-        assert tile.BLOCK_Q >= 1
-        assert tile.BLOCK_Q * group <= tile.BLOCK_ROWS
-        assert tile.BLOCK_ROWS & (tile.BLOCK_ROWS - 1) == 0
+        assert tile.block_q >= 1
+        assert tile.block_q * group <= tile.block_rows
+        assert tile.block_rows & (tile.block_rows - 1) == 0
         buffers = max(1, (tile.num_stages - 1) // 2)
         # K and V, and the queries; 99 KiB is the least of any GPU since sm_80.
-        needed = (2 * buffers * tile.BLOCK_KV + tile.BLOCK_ROWS) * padded_dim(dim) * itemsize
+        needed = (2 * buffers * tile.block_kv + tile.block_rows) * padded_dim(dim) * itemsize
         assert needed <= (227 if capability in (90, 100) else 99) * 1024
 
 

@@ -101,6 +101,7 @@ def _merge_work(args: Mapping[str, Any]) -> Work:
 
 @triton.jit
 def _attend(
+    state,  # (sum of p·V [block_rows, block_d], largest score, sum of p), as it returns them
     q,  # [block_rows, block_d]
     row_position,  # [block_rows] int32, < 0: sees nothing; unused if ONE_QUERY
     k_ptr,  # (num_blocks, …, block_size, D) at this KV head
@@ -112,48 +113,60 @@ def _attend(
     end,
     DIMS: tl.constexpr,
     TILE: tl.constexpr,
-    ONE_QUERY: tl.constexpr,  # all rows are of one token: each sees low … end - 1
+    SEEN: tl.constexpr,  # "all": rows see begin … end - 1, both multiples; "span": low … end - 1; "causal"
 ):
-    """(sum of p·V, largest score, sum of p) over positions begin … end - 1, p = 2^(score - largest), a row each."""
+    """The state after positions begin … end - 1 too; p = 2^(scale_log2 · score - largest), a row each.
+
+    Whether a tile is masked or not must not change a bit of a row that sees all of it: the multiplication and the
+    subtraction before the exponential are one operation by name, not by the compiler's choice.
+    """
     BLOCK_ROWS: tl.constexpr = TILE.block_rows
     BLOCK_KV: tl.constexpr = TILE.block_kv
     HEAD_DIM: tl.constexpr = DIMS.head_dim
     BLOCK_SIZE: tl.constexpr = DIMS.block_size
     WINDOW: tl.constexpr = DIMS.window
-    BLOCK_D: tl.constexpr = DIMS.block_d
-    d = tl.arange(0, BLOCK_D)
-    largest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    acc, largest, total = state
+    d = tl.arange(0, DIMS.block_d)
     for start in tl.range(begin, end, BLOCK_KV):
         position = start + tl.arange(0, BLOCK_KV)
-        # Positions outside low … end - 1, which weigh 0, read one inside instead: masks here would cost 60 registers.
-        inside = tl.minimum(position, end - 1)
-        if WINDOW > 0:
-            inside = tl.maximum(inside, low)
+        inside = position
+        if SEEN != "all":
+            # Positions outside low … end - 1, which weigh 0, read one inside instead: masks here would cost 60
+            # registers.
+            inside = tl.minimum(position, end - 1)
+            if WINDOW > 0:
+                inside = tl.maximum(inside, low)
         page = tl.load(block_table_ptr + inside // BLOCK_SIZE)
         # int64: a pool of 2^16 blocks of 8 heads, 32 tokens and 128 dims has 2^31 elements.
         at = page.to(tl.int64) * (DIMS.kv_heads * BLOCK_SIZE * HEAD_DIM) + inside % BLOCK_SIZE * HEAD_DIM
         k = tl.load(k_ptr + at[:, None] + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
-        scores = portable.dot(q, tl.trans(k), tl.zeros([BLOCK_ROWS, BLOCK_KV], tl.float32)) * scale_log2
-        if ONE_QUERY:
+        scores = portable.dot(q, tl.trans(k), tl.zeros([BLOCK_ROWS, BLOCK_KV], tl.float32))
+        if SEEN == "span":
             seen = (position >= low) & (position < end)
             scores = tl.where(seen[None, :], scores, float("-inf"))
-        else:
+        elif SEEN == "causal":
             visible = position[None, :] <= row_position[:, None]
             if WINDOW > 0:
                 visible &= position[None, :] > row_position[:, None] - WINDOW
             scores = tl.where(visible, scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+        new_largest = tl.maximum(largest, tl.max(scores, axis=1) * scale_log2)
         # A row that has seen nothing yet: -inf - -inf would be NaN.
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        p = tl.exp2(scores - shift[:, None])
+        p = tl.exp2(tl.fma(scores, scale_log2, -shift[:, None]))
         decay = tl.exp2(largest - shift)
         total = total * decay + tl.sum(p, axis=1)
         v = tl.load(v_ptr + at[:, None] + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
         acc = portable.dot(portable.cast(p, v.dtype), v, acc * decay[:, None])
         largest = new_largest
     return acc, largest, total
+
+
+@triton.jit
+def _nothing_seen(DIMS: tl.constexpr, TILE: tl.constexpr):
+    BLOCK_ROWS: tl.constexpr = TILE.block_rows
+    BLOCK_D: tl.constexpr = DIMS.block_d
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    return acc, tl.full([BLOCK_ROWS], float("-inf"), tl.float32), tl.zeros([BLOCK_ROWS], tl.float32)
 
 
 @triton.jit
@@ -209,8 +222,8 @@ def _decode_kernel(
     q = tl.load(q_ptr + at, mask=mask, other=0.0)
     head_at = kv_head.to(tl.int64) * (DIMS.block_size * HEAD_DIM)
     acc, largest, total = _attend(
-        q, row, kv.k + head_at, kv.v + head_at, kv.block_table + sequence * stride_table_b, scale_log2,
-        low, begin, end, DIMS, TILE, True,
+        _nothing_seen(DIMS, TILE), q, row, kv.k + head_at, kv.v + head_at,
+        kv.block_table + sequence * stride_table_b, scale_log2, low, begin, end, DIMS, TILE, "span",
     )  # fmt: skip
     if partials is None:
         tl.store(out_ptr + at, portable.cast(_normalised(acc, total), out_ptr.dtype.element_ty), mask=mask)
@@ -292,8 +305,18 @@ def _prefill_kernel(
     q = tl.load(q_ptr + at, mask=mask, other=0.0)
     head_at = kv_head.to(tl.int64) * (DIMS.block_size * HEAD_DIM)
     block_table_ptr = kv.block_table + sequence.to(tl.int64) * stride_table_b
+    k_ptr = kv.k + head_at
+    v_ptr = kv.v + head_at
+    state = _nothing_seen(DIMS, TILE)
+    begin = low // TILE.block_kv * TILE.block_kv
+    if DIMS.window == 0:
+        # What the tile's first token sees, whole tiles of it, all others see.
+        masked = (first_token + shift + 1) // TILE.block_kv * TILE.block_kv
+        state = _attend(
+            state, q, token, k_ptr, v_ptr, block_table_ptr, scale_log2, low, begin, masked, DIMS, TILE, "all"
+        )
+        begin = masked
     acc, _, total = _attend(
-        q, token + shift, kv.k + head_at, kv.v + head_at, block_table_ptr, scale_log2,
-        low, low // TILE.block_kv * TILE.block_kv, end, DIMS, TILE, False,
-    )  # fmt: skip
+        state, q, token + shift, k_ptr, v_ptr, block_table_ptr, scale_log2, low, begin, end, DIMS, TILE, "causal"
+    )
     tl.store(out_ptr + at, portable.cast(_normalised(acc, total), out_ptr.dtype.element_ty), mask=mask)

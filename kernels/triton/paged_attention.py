@@ -14,7 +14,7 @@ Example: block_size 16, group 8, contexts 40 and 3, queries 2 and 1: query_start
 0-7) is rows 8-15 of a tile and reads blocks block_table[0, 0:3] of KV head 0.
 
 The query heads that share a KV head (GQA) are rows of one tile, so K and V are read once for them. The inner loop is
-FlashAttention's (arXiv 2205.14135), base 2. Around it:
+FlashAttention's (arXiv 2205.14135), base 2; only tiles that some row sees in part are masked. Around it:
 
     decode   grid (B, kv_heads, splits): each program takes a share of one context, and a second kernel merges the
              shares in a fixed order (Flash-Decoding, pytorch.org/blog/flash-decoding). Shares are computed from
@@ -54,7 +54,8 @@ from .tiles import capability_of, num_sms_of
 
 # Heads that share a KV head are rows of one tile, whose accumulator must fit in registers.
 MAX_GROUP = 64
-MAX_SPLITS = 32
+# Two KV heads at batch 1 are then 128 programs for the 132 SMs of an H100.
+MAX_SPLITS = 64
 LOG2_E = 1.4426950408889634
 # One tile for every batch: as many queries as fill 64 rows, the least that wgmma takes.
 INVARIANT_ROWS = 64
@@ -64,13 +65,15 @@ def attention_tile(head_dim: int, group: int, itemsize: int, max_query_len: int,
     """The tile for at most `max_query_len` queries a sequence on capability 80, 89, 90, …; pure.
 
     Rows: what one sequence needs, in powers of two, from 16 (a matrix instruction's least) to 128, or to 64 for
-    head_dim > 128. 4 warps hold the fp32 accumulator of 64 x 128, more take 8.
+    head_dim > 128. 4 warps hold the fp32 accumulator of 64 x 128, where matrix instructions take operands from
+    shared memory (see below); more take 8.
     block_kv: 64 positions of bf16 at head_dim 128 are 16 KiB; two programs an SM, each with K or V on its way, ask for
-    more than the 20 KiB that 3.35 TB/s times 0.8 us of latency need on an H100. 32 where 64 would spill: a
-    head_dim > 128, and 64 rows or more on GPUs whose matrix instructions take both operands from registers (all but
-    sm_90 and sm_100).
+    more than the 20 KiB that 3.35 TB/s times 0.8 us of latency need on an H100. 128 with 128 rows on Hopper and later:
+    what a step does once (page numbers, addresses, waits) is half as much. 32 where 64 would spill: a head_dim > 128,
+    and 64 rows or more on GPUs whose matrix instructions take both operands from registers (all but sm_90 and sm_100).
     Stages: the pipeliner spends two on the block table before each buffer of K and V: 3 make one buffer, 5 two. Two
-    where few programs share an SM: 128 rows (one program), and decode where two fit in 227 KiB of shared memory.
+    where few programs share an SM: 128 rows (one program) of 32 positions, and decode where two fit in 227 KiB of
+    shared memory. 128 positions are 32 KiB, on their way while the 32 KiB before are used; two buffers would spill.
     fp32 has no matrix instructions without rounding to TF32: the tile is small enough for plain FMAs not to spill.
     """
     dim = padded_dim(head_dim)
@@ -81,9 +84,9 @@ def attention_tile(head_dim: int, group: int, itemsize: int, max_query_len: int,
     wgmma = 90 <= capability < 120
     most = 64 if dim > 128 else 128
     rows = max(min(triton.next_power_of_2(max_query_len * group), most), triton.next_power_of_2(group), 16)
-    block_kv = 32 if dim > 128 or (rows >= 64 and not wgmma) else 64
-    num_warps = 8 if rows * dim > 64 * 128 or rows >= 128 else 4
-    two_buffers = rows >= 128 or (rows <= 32 and wgmma)
+    block_kv = 32 if dim > 128 or (rows >= 64 and not wgmma) else 128 if rows >= 128 else 64
+    num_warps = 8 if rows * dim > 64 * 128 or rows >= 128 or (rows >= 64 and not wgmma) else 4
+    two_buffers = (rows >= 128 and block_kv < 128) or (rows <= 32 and wgmma)
     return AttentionTile(rows, rows // group, block_kv, num_warps, 5 if two_buffers else 3)
 
 
@@ -135,6 +138,8 @@ def paged_attention(
     """
     tokens, heads, head_dim = _check(q, k_cache, v_cache, block_table, context_lens, query_start, out, block_size)
     kv_heads, sequences = k_cache.shape[1], context_lens.shape[0]
+    if not scale > 0:
+        raise KernelError(f"scale must be positive, got {scale}")
     if window < 0 or max_query_len < 0:
         raise KernelError(f"window and max_query_len must not be negative, got {window} and {max_query_len}")
     if not tokens or not sequences:
@@ -232,23 +237,23 @@ def paged_attention_torch(
 
 
 def audit_cases() -> Iterator[Case]:
-    """For `kernels.audit`: decode, decode of long contexts in shares, prefill and batch-invariant, of three models."""
+    """For `kernels.audit`: decode, one long context in shares, prefill and batch-invariant, of three models."""
     bf16, ids = (partial(torch.empty, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.int32))
     for model, heads, kv_heads, dim, block_size in (
         ("qwen3-30b-a3b", 32, 4, 128, 32),
         ("mixtral-8x7b", 32, 8, 128, 16),
         ("qwen3-next", 16, 2, 256, 32),
     ):
-        workspace = torch.empty(workspace_bytes(2, heads, kv_heads, dim, 4096, 132), dtype=torch.uint8, device="meta")
+        workspace = torch.empty(workspace_bytes(1, heads, kv_heads, dim, 32768, 132), dtype=torch.uint8, device="meta")
         cache = bf16(256, kv_heads, block_size, dim)
-        for name, sequences, queries, extra in (
-            ("decode", 128, 1, {"num_splits": 1}),
-            ("split", 2, 1, {"num_splits": 8, "workspace": workspace}),
-            ("prefill", 2, 512, {}),
-            ("invariant", 64, 1, {"batch_invariant": True}),
+        for name, sequences, queries, context, extra in (
+            ("decode", 128, 1, 4096, {"num_splits": 1}),
+            ("split", 1, 1, 32768, {"workspace": workspace}),
+            ("prefill", 2, 512, 4096, {}),
+            ("invariant", 64, 1, 4096, {"batch_invariant": True}),
         ):
             q = bf16(sequences * queries, heads, dim)
-            tables = (ids(sequences, 4096 // block_size), ids(sequences))
+            tables = (ids(sequences, context // block_size), ids(sequences))
             launch = partial(
                 paged_attention, q, cache, cache, *tables, ids(sequences + 1), scale=dim**-0.5,
                 block_size=block_size, max_query_len=queries, out=torch.empty_like(q), **extra,

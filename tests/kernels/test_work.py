@@ -126,7 +126,7 @@ DECLARED = {
     ("attention_decode/qwen3-30b-a3b", "_decode_kernel"): (
         128 * (4096 * _KV + 2 * 2 * 32 * 128), 128 * 4 * 4096 * 32 * 128,
     ),
-    ("attention_split/qwen3-30b-a3b", "_merge_kernel"): (2 * 32 * (8 * 4 * (128 + 2) + 2 * 128), 0),
+    ("attention_split/qwen3-30b-a3b", "_merge_kernel"): (32 * (64 * 4 * (128 + 2) + 2 * 128), 0),
     # Of 512 queries the first sees 3585 keys, the last 4096.
     ("attention_prefill/qwen3-30b-a3b", "_prefill_kernel"): (
         2 * 4096 * _KV + 2 * 1024 * 2 * 32 * 128, 2 * 4 * sum(range(3585, 4097)) * 32 * 128,

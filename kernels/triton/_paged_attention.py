@@ -319,4 +319,8 @@ def _prefill_kernel(
     acc, _, total = _attend(
         state, q, token + shift, k_ptr, v_ptr, block_table_ptr, scale_log2, low, begin, end, DIMS, TILE, "causal"
     )
+    # Found again: else rows and addresses would keep registers while the sum is made.
+    token = first_token + tl.load(kv.query_start + sequence + 1, volatile=True) - stop + row // DIMS.group
+    mask = ((row < BLOCK_Q * DIMS.group) & (token < stop))[:, None] & (d < HEAD_DIM)[None, :]
+    at = (token.to(tl.int64) * DIMS.heads + kv_head * DIMS.group + row % DIMS.group)[:, None] * HEAD_DIM + d[None, :]
     tl.store(out_ptr + at, portable.cast(_normalised(acc, total), out_ptr.dtype.element_ty), mask=mask)

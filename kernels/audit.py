@@ -8,14 +8,15 @@ global load, the innermost loops that feed the matrix units, and what ptxas warn
 rule: spills; a product without matrix instructions; matrix instructions that wait for each other one by one, or whose
 registers are overwritten while they may be in flight (see `sass`); weights or KV loaded in less than 16 bytes a thread;
 more shared memory than the GPU has; global scratch for which the launch sets no allocator; a dependent launch whose
-kernel does not wait first. `--dump` leaves ttgir, ptx
-and disassembly of each kernel, `--json` a list of rows, one a kernel.
+kernel does not wait first; a kernel that does not declare its work. `--dump` leaves ttgir, ptx and disassembly of each
+kernel, `--json` a list of rows, one a kernel.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -56,8 +57,9 @@ class AuditError(ValueError):
 class Report:
     """What one launch compiled to on one architecture; a row of `--json`.
 
-    spills: bytes; serialized_wgmma: whether matrix instructions wait for each other one by one; hazards: registers of
-    wgmma in flight that are overwritten; loops: innermost ones with matrix instructions, the shortest first.
+    programs: of its grid; nbytes, flops: as the kernel declares (`work`); spills: bytes; serialized_wgmma: whether
+    matrix instructions wait for each other one by one; hazards: registers of wgmma in flight that are overwritten;
+    loops: innermost ones with matrix instructions, the shortest first.
     """
 
     name: str
@@ -65,6 +67,9 @@ class Report:
     kernel: str = ""
     constexprs: dict[str, object] = field(default_factory=dict)
     num_warps: int = 0
+    programs: int = 0
+    nbytes: float = 0.0
+    flops: float = 0.0
     registers: int = 0
     spills: int = 0
     shared_bytes: int = 0
@@ -152,6 +157,9 @@ def _read(name: str, case: Case, launch: Launch, arch: str, dump: Path | None) -
     constexprs = {key: str(v) if isinstance(v, tl.dtype) else v for key, v in launch.constexprs.items()}
     report = Report(
         name, arch, launch.kernel.__name__, constexprs, launch.num_warps,
+        programs=math.prod(launch.grid),
+        nbytes=launch.work.nbytes if launch.work else 0.0,
+        flops=launch.work.flops if launch.work else 0.0,
         registers=int(used[1]),
         spills=int(spilled[1]) + int(spilled[2]),
         shared_bytes=compiled.metadata.shared,
@@ -194,6 +202,8 @@ def _problems(case: Case, launch: Launch, report: Report) -> Iterator[tuple[str,
         yield "dependent", "it may start before the kernel before it has ended, and does not wait for it first"
     if report.scratch_bytes and not launch.may_allocate:
         yield "scratch", f"{report.scratch_bytes} bytes of global scratch a program, and the launch sets no allocator"
+    if launch.work is None:
+        yield "work", "the kernel does not declare its bytes and flops"
     limit = shared_limit(_capability(report.arch))
     if report.shared_bytes > limit:
         yield "shared", f"{report.shared_bytes} bytes of shared memory exceed {limit}"

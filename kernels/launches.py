@@ -16,6 +16,8 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -23,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 from triton.runtime._allocation import _NULL_ALLOCATOR, _allocator
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from .ops import KernelError
@@ -34,11 +37,12 @@ _NUM_SMS = 132
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch. constexprs: by argument name; may_allocate: whether an allocator for global scratch was set;
-    printed: what its compilation printed (ptxas's log where knobs.nvidia.dump_ptxas_log is set); work: what the kernel
-    declares of this launch (`work`), None where it declares nothing."""
+    """One launch. grid: its programs, by axis; constexprs: by argument name; may_allocate: whether an allocator for
+    global scratch was set; printed: what its compilation printed (ptxas's log where knobs.nvidia.dump_ptxas_log is
+    set); work: what the kernel declares of this launch (`work`), None where it declares nothing."""
 
     kernel: JITFunction
+    grid: tuple[int, ...]
     constexprs: dict[str, object]
     num_warps: int
     compiled: triton.compiler.CompiledKernel
@@ -97,6 +101,45 @@ class CompileOnlyDriver(DriverBase):
         raise KernelError("a launch that is only compiled cannot be timed")
 
 
+def _declared(
+    kernel: Any, metadata: Callable | None, grid: tuple[int, ...], compiled: object, args: tuple, kwargs: dict
+) -> Work | None:
+    """What a kernel declares of one launch."""
+    if metadata is None:
+        return None
+    declared = metadata(grid, compiled, dict(zip(kernel.arg_names, args, strict=False)) | kwargs)
+    return Work(declared["bytes"], declared["flops"])
+
+
+@contextmanager
+def recorded_work() -> Iterator[list[Work | None]]:
+    """While open, launches run as ever, on a GPU or interpreted, and the list has what their kernels declare, None for
+    a kernel that declares nothing. Not thread-safe."""
+    works: list[Work | None] = []
+    kind = InterpretedFunction if triton.knobs.runtime.interpret else JITFunction
+    run = kind.run
+
+    def run_and_record(kernel: Any, *args: object, grid: tuple[int, ...], warmup: bool, **kwargs: object) -> object:
+        metadata = kernel.kwargs["launch_metadata"] if kind is InterpretedFunction else kernel.launch_metadata
+        works.append(_declared(kernel, metadata, grid, SimpleNamespace(name=kernel.__name__), args, kwargs))
+        return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+
+    kind.run = run_and_record
+    try:
+        yield works
+    finally:
+        kind.run = run
+
+
+def work_of(operation: Callable[[], object]) -> Work:
+    """What all launches of an operation declare together; it runs, or is compiled where launches only are."""
+    with recorded_work() as works:
+        operation()
+    declared = [work for work in works if work is not None]
+    assert len(declared) == len(works), "every kernel declares its work"
+    return Work(sum(work.nbytes for work in declared), sum(work.flops for work in declared))
+
+
 @contextmanager
 def compile_only(capability: int, num_sms: int = _NUM_SMS) -> Iterator[list[Launch]]:
     """While open, launches are compiled for sm_<capability>, recorded in the list, and not run. Not thread-safe.
@@ -108,20 +151,18 @@ def compile_only(capability: int, num_sms: int = _NUM_SMS) -> Iterator[list[Laun
     launches: list[Launch] = []
     run, active = JITFunction.run, driver._active
 
-    def compile_and_record(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object):
+    def compile_and_record(kernel: JITFunction, *args: object, grid: tuple[int, ...], warmup: bool, **kwargs: object):
         with redirect_stdout(io.StringIO()) as printed:
             compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
         constants = compiled.src.constants
         names = {i: p.name for i, p in enumerate(kernel.params) if p.is_constexpr}
         constexprs = {names[path[0]]: value for path, value in constants.items() if path[0] in names}
         may_allocate = _allocator.get() is not _NULL_ALLOCATOR
-        work = None
-        if kernel.launch_metadata is not None:
-            bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-            declared = kernel.launch_metadata(grid, compiled.metadata, bound)
-            work = Work(declared["bytes"], declared["flops"])
+        work = _declared(kernel, kernel.launch_metadata, grid, compiled.metadata, args, kwargs)
         launches.append(
-            Launch(kernel, constexprs, compiled.metadata.num_warps, compiled, may_allocate, printed.getvalue(), work)
+            Launch(
+                kernel, grid, constexprs, compiled.metadata.num_warps, compiled, may_allocate, printed.getvalue(), work
+            )
         )
         return compiled
 

@@ -10,17 +10,19 @@ enable_gqa: it has no pages to follow, which favours it.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
+from fluxmoe.kernels.launches import work_of
 from fluxmoe.kernels.triton.paged_attention import paged_attention, workspace_bytes
 from fluxmoe.kernels.triton.tiles import num_sms_of
+from fluxmoe.kernels.work import Work
 from torch import Tensor
 
 from ..lib.args import group, option
-from ..lib.sweep import Sweep, WrongError, say
-from .timing import GpuBench, Roofs, TimedPoint, Timing, cold_copies, measure_roofs, ratio, time_calls
+from ..lib.sweep import WrongError
+from .timing import GpuBench, TimedPoint, Timing, cold_copies, measure_roofs, time_calls, time_providers
 
 # heads, kv_heads, head_dim
 SHAPES = {"mixtral": (32, 8, 128), "qwen3_30b": (32, 4, 128), "qwen3_next": (16, 2, 256), "olmoe": (16, 16, 128)}
@@ -87,12 +89,10 @@ def as_tokens(out: Tensor) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def work(shape: tuple[int, int, int], sequences: int, queries: int, context: int) -> tuple[float, float]:
-    """(bytes, flops): K and V once, q and output once; QK and PV over what is visible."""
-    heads, kv_heads, dim = shape
-    visible = queries * context - queries * (queries - 1) / 2
-    nbytes = 2 * sequences * dim * (2 * kv_heads * context + 2 * heads * queries)
-    return nbytes, 4.0 * sequences * heads * dim * visible
+def kv_bytes(shape: tuple[int, int, int], sequences: int, context: int) -> int:
+    """Of K and V."""
+    _, kv_heads, dim = shape
+    return 2 * 2 * sequences * context * kv_heads * dim
 
 
 PROVIDERS = ("fluxmoe", "fluxmoe invariant", "torch sdpa")
@@ -103,11 +103,14 @@ class Point(TimedPoint):
 
     def __init__(self, name: str, sequences: int, queries: int, context: int, device: torch.device) -> None:
         shape = SHAPES[name]
-        self.nbytes, self.flops = work(shape, sequences, queries, context)
-        copies = min(64, cold_copies(int(self.nbytes)))
+        copies = min(64, cold_copies(kv_bytes(shape, sequences, context)))
         self.cases = [make_case(shape, sequences, queries, context, device) for _ in range(copies)]
         self.inputs = [case.contiguous() for case in self.cases]
         self.expected = as_tokens(torch_attention(*self.inputs[0])).float()
+
+    @cached_property
+    def work(self) -> Work:
+        return work_of(self.cases[0].ours)
 
     def time(self, provider: str) -> Timing:
         """Checked against torch, then timed."""
@@ -118,27 +121,6 @@ class Point(TimedPoint):
         if not error < 0.02:  # nor for NaN
             raise WrongError(f"it differs by {error:.1%} of the largest value")
         return time_calls([partial(case.ours, invariant) for case in self.cases])
-
-
-def bench(kind: str, roofs: Roofs, results: Sweep, device: torch.device, **sizes) -> None:
-    """One point: ours, ours batch-invariant, torch; those that have no row yet."""
-    missing = [name for name in PROVIDERS if not results.has(kind=kind, **sizes, provider=name)]
-    if not missing:
-        return
-    point = Point(sizes["shape"], sizes["sequences"], sizes["queries"], sizes["context"], device)
-    floor = roofs.floor_s(point.nbytes, point.flops)
-
-    def columns(provider: str) -> dict:
-        timing = point.time(provider)
-        if provider == "fluxmoe":
-            point.base_s = timing.p50
-        return {
-            **timing.columns, "bytes": point.nbytes, "flops": point.flops, "floor_us": floor * 1e6,
-            "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, point.base_s),
-        }  # fmt: skip
-
-    for provider in missing:
-        say(results.measure(partial(columns, provider), kind=kind, **sizes, provider=provider))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,14 +136,18 @@ def run(args: Arguments) -> None:
     device = args.where.device
     roofs = measure_roofs(device)
     results = args.where.rows("bench attention", roofs=asdict(roofs))
+
+    def bench(kind: str, name: str, **sizes: int) -> None:
+        """One point: ours, ours batch-invariant, torch; those that have no row yet."""
+        make = partial(Point, name, device=device, **sizes)
+        time_providers(results, roofs, PROVIDERS, make, kind=kind, shape=name, **sizes)
+
     for name in args.shapes:
         for sequences in args.sequences:
             for context in args.contexts:
                 # 16 GiB of K and V in all copies; larger points do not fit beside them.
-                if work(SHAPES[name], sequences, 1, context)[0] < 8 << 30:
-                    bench(
-                        "decode", roofs, results, device, shape=name, sequences=sequences, queries=1, context=context
-                    )  # fmt: skip
+                if kv_bytes(SHAPES[name], sequences, context) < 8 << 30:
+                    bench("decode", name, sequences=sequences, queries=1, context=context)
         for prompt in args.prompts:
-            bench("prefill", roofs, results, device, shape=name, sequences=1, queries=prompt, context=prompt)
+            bench("prefill", name, sequences=1, queries=prompt, context=prompt)
     results.finish()

@@ -9,15 +9,18 @@ recurrence, gated norm. flash-linear-attention is timed for the recurrence alone
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
+from fluxmoe.kernels.launches import work_of
 from fluxmoe.kernels.ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights, Linear
 from fluxmoe.kernels.reference.delta_net import gated_delta_net_torch
 from fluxmoe.kernels.triton.delta_net import gated_delta_net, workspace_bytes
+from fluxmoe.kernels.work import Work
 from torch import Tensor
 
 from ..lib.args import group, option
@@ -107,19 +110,27 @@ class Case:
         return recurrence, finish
 
 
-def work(dims: DeltaNetDims, sequences: int, tokens: int) -> tuple[float, float]:
-    """(bytes, flops): states read and written once, tokens in and out; seven operations on each element of a state."""
-    elements = dims.value_heads * dims.key_dim * dims.value_dim
-    nbytes = 8.0 * sequences * elements + 2.0 * sequences * tokens * (dims.projected + dims.value_size)
-    return nbytes, 7.0 * sequences * tokens * elements
-
-
 class Point(TimedPoint):
     """One number of sequences and tokens, all cold copies."""
 
     def __init__(self, dims: DeltaNetDims, sequences: int, tokens: int, device: torch.device) -> None:
-        copies = min(64, cold_copies(int(work(dims, sequences, tokens)[0])))
-        self.cases = [Case(dims, sequences, tokens, device) for _ in range(copies)]
+        states = 4 * sequences * dims.value_heads * dims.key_dim * dims.value_dim
+        self.cases = [Case(dims, sequences, tokens, device) for _ in range(min(64, cold_copies(states)))]
+
+    @cached_property
+    def work(self) -> Work:
+        with self._states_kept():
+            return work_of(self.cases[0].ours)
+
+    @contextmanager
+    def _states_kept(self) -> Iterator[None]:
+        """The first case's states are afterwards as before."""
+        case = self.cases[0]
+        states = case.conv.clone(), case.state.clone()
+        try:
+            yield
+        finally:
+            case.conv, case.state = states
 
     @cached_property
     def expected(self) -> Tensor:
@@ -133,13 +144,10 @@ class Point(TimedPoint):
             recurrence, finish = pairs[0]
             _check(finish(recurrence()), expected)
             return time_calls([recurrence for recurrence, _ in pairs])
-        states = self.cases[0].conv.clone(), self.cases[0].state.clone()
-        try:
+        with self._states_kept():
             calls = [partial(case.ours, token_by_token=provider == TOKEN_BY_TOKEN) for case in self.cases]
             _check(calls[0](), expected)
             return time_calls(calls)
-        finally:
-            self.cases[0].conv, self.cases[0].state = states
 
 
 def _check(got: Tensor, expected: Tensor) -> None:
@@ -163,5 +171,5 @@ def run(args: Arguments) -> None:
         for kind, sequences, tokens in points:
             make = partial(Point, dims, sequences, tokens, device)
             sizes = {"kind": kind, "sequences": sequences, "tokens": tokens}
-            time_providers(results, roofs, PROVIDERS[kind], make, work(dims, sequences, tokens), **sizes)
+            time_providers(results, roofs, PROVIDERS[kind], make, **sizes)
         results.finish()

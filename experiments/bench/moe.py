@@ -3,22 +3,24 @@
     fluxmoe bench moe --out results/measured/<gpu>/moe
 
 A row is one provider at one number of tokens: time of the whole layer from router logits to summed experts, the
-bytes and flops that it cannot avoid, and the floor that the roofs set for them. Bytes count the weights of the
-experts that were really chosen, once, in the provider's own format. Every provider is checked against a plain loop
+bytes and flops that our kernels declare of it, and the floor that the roofs set for them. Bytes count the weights of
+the experts that were really chosen, once, in the provider's own format. Every provider is checked against a plain loop
 before it is timed, and a wrong one is a row without a time. Rows that are there are not measured again. Without a
 GPU, `fluxmoe bench predict` writes what bytes, flops and the machine code let expect.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats, weight_tile
+from fluxmoe.kernels.launches import work_of
 from fluxmoe.kernels.triton import grouped_gemm
 from fluxmoe.kernels.triton.routing import Router
 from fluxmoe.kernels.triton.tiles import (
@@ -31,6 +33,7 @@ from fluxmoe.kernels.triton.tiles import (
     read_tuned,
     tuned_tiles,
 )
+from fluxmoe.kernels.work import Work
 from torch import Tensor
 
 from ..lib.args import group, option
@@ -231,19 +234,29 @@ class Point(TimedPoint):
             inputs = (self.x, self.logits, self.weights, self.chosen)
             check(runs[0](*inputs), self.expected(peer.plus_one))
             return time_calls([partial(run, *inputs) for run in runs], graph=peer.graph)
+        calls = self.ours(provider)
+        check(calls[0](), self.expected())
+        return time_calls(calls)
+
+    @cached_property
+    def work(self) -> Work:
+        return work_of(self.ours("fluxmoe")[0])
+
+    def ours(self, provider: str) -> list[Callable[[], Tensor]]:
+        """One of OURS on each layer."""
         ours = Ours(self.shape, self.tokens, self.device, self.tiles(provider), format_of(provider))
-        check(ours.run(self.layers[0], self.x, self.logits), self.expected())
-        return time_calls([partial(ours.run, layer, self.x, self.logits) for layer in self.layers])
+        return [partial(ours.run, layer, self.x, self.logits) for layer in self.layers]
 
     def bits(self, provider: str) -> float:
         return self.layers[0].bits(format_of(provider))
 
 
 def layer_columns(
-    shape: Shape, tokens: int, touched: float, timing: Timing, base_s: float | None, roofs: Roofs, bits: float = 16.0
+    work: Work, touched: float, timing: Timing, base_s: float | None, roofs: Roofs, bits: float = 16.0
 ) -> dict:
-    """Columns of a row: time, the bytes and flops that it stands for, and how far from the floor it is."""
-    nbytes, flops = shape.work(tokens, touched, bits)
+    """Columns of a row: time, the bytes and flops that our kernels declare of the layer, and how far from the floor it
+    is that they set."""
+    nbytes, flops = work
     floor = roofs.floor_s(nbytes, flops)
     return {
         **timing.columns, "experts_touched": touched, "bits_per_weight": bits, "bytes": nbytes, "flops": flops,
@@ -271,9 +284,9 @@ def _columns(point: Point, provider: str, roofs: Roofs) -> dict:
     timing = point.time(provider)
     if provider == "fluxmoe":
         point.base_s = timing.p50
-    return layer_columns(
-        point.shape, point.tokens, point.touched, timing, point.base_s, roofs, point.bits(provider)
-    )  # fmt: skip
+    # A peer's floor is that of our dense experts.
+    work = work_of(point.ours(provider)[0]) if provider in OURS else point.work
+    return layer_columns(work, point.touched, timing, point.base_s, roofs, point.bits(provider))
 
 
 @dataclass(frozen=True, kw_only=True)

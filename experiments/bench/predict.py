@@ -7,33 +7,41 @@ moe: the MoE layer, in rows as bench moe has them. others: routing, norms, RoPE 
 DeltaNet at the sizes of Qwen3-30B-A3B and Qwen3-Next.
 
 A prediction is the slowest of the limits below, plus a fixed cost a kernel: a bound that real runs approach from above,
-not a measurement. Assumed of the GPU, an H100 SXM: the datasheet's rates, and the share that large copies and matmuls
-reach. What a model of limits cannot see (bank conflicts, uneven experts, clocks under load) is missing, as are merging
-the parts of a long context, and what programs wait for inside a chain (see `_delta_prompt`).
+not a measurement. Bytes and flops are those that kernels declare of their launches at these sizes (`kernels.work`).
+Assumed of the GPU, an H100 SXM: the datasheet's rates, and the share that large copies and matmuls reach. What a model
+of limits cannot see (bank conflicts, uneven experts, clocks under load) is missing, as is what programs wait for inside
+a chain: of Gated DeltaNet, what a token, or a chunk, waits for the one before (of a token its loads and two sums over
+DK, of a chunk three products one after another).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from fluxmoe.kernels.audit import Report, audit, cases_of
 from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats, weight_tile
-from fluxmoe.kernels.ops import DeltaNetDims
-from fluxmoe.kernels.triton._grouped_gemm import gemm_work
-from fluxmoe.kernels.triton.tiles import FUSED_BOUNDS, ROW_BOUNDS, Tile, default_tile, fused_tile
+from fluxmoe.kernels.launches import Case, compile_only
+from fluxmoe.kernels.triton.norm import rms_norm
+from fluxmoe.kernels.triton.rope_kv import rope_and_cache
+from fluxmoe.kernels.triton.routing import Router
+from fluxmoe.kernels.triton.tiles import FUSED_BOUNDS, ROW_BOUNDS, Tile, Tiles, default_tile, fused_tile
 from fluxmoe.kernels.work import Work
 
 from ..lib.args import option
 from ..lib.results import provenance, write_csv, write_json
-from .moe import layer_columns
+from . import attention, delta_net
+from .moe import Layer, Ours, layer_columns, rows_per_expert
 from .shapes import MODEL_SHAPES, SHAPES, TOKENS, Shape
 from .timing import Roofs, Timing
 
+META = torch.device("meta")
 # Datasheet: HBM3 and dense bf16 of an H100 SXM; of these, large copies and matmuls reach some 90 % and 80 %.
 ROOFS = Roofs(0.90 * 3.35e12, 0.80 * 989e12)
 SMS, CLOCK_HZ, ISSUES_PER_CLOCK = 132, 1.755e9, 4
@@ -101,151 +109,112 @@ def _tile(expert_format: str, rows_per_expert: float, capability: int) -> Tile:
 
 def predict_layer(
     shape: Shape, tokens: int, codes: dict[tuple[str, Tile], Report], expert_format: str = DENSE
-) -> tuple[float, dict[str, str]]:
-    """(seconds, limit of each GEMM) of a layer under uniform routing."""
-    rows = tokens * shape.top_k
-    touched = shape.touched(tokens)
-    each = rows / min(rows, shape.experts)
+) -> tuple[float, dict[str, str], Work]:
+    """(seconds, limit of each GEMM, work) of a layer under uniform routing."""
+    each = rows_per_expert(shape, tokens)
     tile = _tile(expert_format, each, 90)
+    ours = Ours(shape, tokens, META, Tiles(tile, tile), expert_format)
+    x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device=META)
+    with compile_only(90, SMS) as launches:
+        ours.run(Layer(shape, META), x, torch.empty(tokens, shape.experts, device=META))
     blocks = shape.experts * expected_blocks(tokens, shape.top_k / shape.experts, tile.block_m)
-    # Routing, two GEMMs, combine; the last reads rows, and reads and writes tokens.
-    total = 4 * FIXED_S + 2 * shape.hidden * (rows + 2 * tokens) / ROOFS.bytes_per_s
-    limits, weight_bytes = {}, FORMATS[expert_format].bits / 8
-    sizes = ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate))
-    for tensor, (name, (n, k)) in enumerate(zip(GEMMS, sizes, strict=True)):
-        work = gemm_work(n, k, tokens, rows, weight_bytes * touched * n * k, 2, tensor)
-        seconds = gemm_limits(n, k, blocks, work, tile, codes[name, tile], weight_bytes)
+    works = [work for launch in launches if (work := launch.work)]
+    total, limits = len(launches) * FIXED_S, dict[str, str]()
+    for launch, work in zip(launches, works, strict=True):
+        if launch.kernel.__name__ != "_grouped_gemm_kernel":
+            total += work.nbytes / ROOFS.bytes_per_s
+            continue
+        name = GEMMS[len(limits)]
+        n, k = (2 * shape.intermediate, shape.hidden) if name == "gate_up" else (shape.hidden, shape.intermediate)
+        seconds = gemm_limits(n, k, blocks, work, tile, codes[name, tile], FORMATS[expert_format].bits / 8)
         limits[name] = max(seconds, key=seconds.__getitem__)
         total += seconds[limits[name]]
-    return total, limits
+    return total, limits, Work(*map(sum, zip(*works, strict=True)))
 
 
 OTHER_TOKENS = (1, 32, 512, 4096)
 CONTEXT = 4096
+# sequences, queries of each, context
+ATTENTION = ((1, 1, CONTEXT), (32, 1, CONTEXT), (128, 1, CONTEXT), (1, 1, 32768), (1, CONTEXT, CONTEXT))
+# heads, KV heads, head dim, QK-norm
+_LAYERS = {"qwen3-30b-a3b": (32, 4, 128, "head"), "qwen3-next": (16, 2, 256, "head")}
 
 
-class Launched(NamedTuple):
-    """What one launch does. warp_instructions: issued by all warps; programs: that share the SMs."""
+class Point(NamedTuple):
+    """An operation at one size. repeats: how often a program without matrix instructions goes through its code."""
 
     size: str
-    nbytes: float
-    warp_instructions: float
-    programs: float
-    flops: float = 0.0
+    case: Case
+    repeats: int = 1
 
 
-def _once(size: str, nbytes: float, programs: float, code: Report) -> Launched:
-    """A kernel without a loop: every warp issues its code once."""
-    return Launched(size, nbytes, programs * code.num_warps * code.instructions, programs)
+def other_points() -> Iterator[Point]:
+    """Everything beside the MoE layer; inside `compile_only`."""
+    for tokens in OTHER_TOKENS:
+        for name, launch in _token_wise(tokens):
+            yield Point(f"{tokens} tokens", Case(name, launch))
+    for name in ("qwen3_30b", "qwen3_next"):
+        for sequences, queries, context in ATTENTION:
+            each = attention.make_case(attention.SHAPES[name], sequences, queries, context, META)
+            size = f"{sequences} sequences, {'decode' if queries == 1 else 'prompts'} of {context}"
+            yield Point(size, Case(f"attention/{name}", each.ours))
+    for sequences in (1, 32, 128):
+        step = delta_net.Case(delta_net.DIMS, sequences, 1, META)
+        yield Point(f"{sequences} sequences, decode", Case("delta_net/qwen3_next", step.ours))
+    prompt = delta_net.Case(delta_net.DIMS, 1, CONTEXT, META)
+    yield Point(f"prompt of {CONTEXT}, chunks", Case("delta_net/qwen3_next", prompt.ours))
+    by_token = Case("delta_net/qwen3_next", partial(prompt.ours, token_by_token=True))
+    yield Point(f"prompt of {CONTEXT}, token by token", by_token, CONTEXT)
 
 
-def _token_wise(code: Report, tokens: int) -> Launched | None:
-    """Norms, RoPE and routing of `tokens`; None for other kernels."""
-    c = code.sizes
-    if code.kernel == "_rms_norm_kernel":
-        return _once(f"{tokens} tokens", 4 * tokens * c["HIDDEN"], tokens, code)
-    if code.kernel == "_rope_and_cache_kernel":
-        row = (c["HEADS"] + 2 * c["KV_HEADS"]) * c["HEAD_DIM"]
-        return _once(f"{tokens} tokens", 4 * tokens * row, 3 * tokens, code)
-    if code.kernel == "_route_kernel" and tokens <= c["block_t"]:
-        return _once(f"{tokens} tokens", 4 * tokens * c["block_e"], 1, code)
-    return None
-
-
-def _attention(code: Report, sequences: int, queries: int) -> Launched | None:
-    """Attention of `sequences` at CONTEXT; queries: 1, or a whole prompt."""
-    c, kind = code.sizes, "attention_decode" if queries == 1 else "attention_prefill"
-    if not code.name.startswith(kind):
-        return None
-    rows = math.ceil(queries * c["GROUP"] / c["BLOCK_ROWS"])
-    seen = CONTEXT if queries == 1 else CONTEXT / 2  # causal: half of the keys, in the mean
-    steps = sequences * c["KV_HEADS"] * rows * math.ceil(seen / c["BLOCK_KV"])
-    heads = c["KV_HEADS"] * c["GROUP"]
-    kv = 4 * sequences * CONTEXT * c["KV_HEADS"] * c["HEAD_DIM"]
-    nbytes = kv + 4 * sequences * queries * heads * c["HEAD_DIM"]
-    # Decode splits the context until all SMs have work.
-    programs = sequences * c["KV_HEADS"] * rows if queries > 1 else SMS
-    flops = 4 * sequences * queries * seen * heads * c["HEAD_DIM"]
-    size = f"{sequences} sequences, {'decode' if queries == 1 else 'prompts'} of {CONTEXT}"
-    return Launched(size, nbytes, steps * code.loop["all"] * code.num_warps, programs, flops)
-
-
-def _dims(code: Report) -> DeltaNetDims:
-    dims = code.constexprs["DIMS"]
-    assert isinstance(dims, DeltaNetDims), "kernels of Gated DeltaNet are compiled for them"
-    return dims
-
-
-def _delta_decode(code: Report, sequences: int) -> Launched | None:
-    """A decode step of Gated DeltaNet: the rule with its convolution, then the gated norm."""
-    if not code.name.startswith("delta_net_decode"):
-        return None
-    d, size = _dims(code), f"{sequences} sequences, decode"
-    if code.kernel == "_recurrent_kernel":
-        slices = math.ceil(d.value_dim / code.sizes["BLOCK_V"])
-        nbytes = 8 * sequences * d.value_heads * d.key_dim * d.value_dim
-        return _once(size, nbytes, sequences * d.value_heads * slices, code)
-    blocks = math.ceil(d.channels / code.sizes["BLOCK_C"])
-    nbytes = 2 * sequences * (3 * d.value_size + 2 * d.taps * d.channels)
-    return _once(size, nbytes, sequences * (1 + blocks), code)
-
-
-def _delta_prompt(code: Report, tokens: int) -> Launched | None:
-    """One prompt of Gated DeltaNet: in chunks by four kernels, or token by token by `_recurrent_kernel`, which issues
-    its whole code for each token.
-
-    Left out, and the more so the longer the chain: what a token, or a chunk, waits for the one before. Of a token that
-    is its loads and two sums over DK, of a chunk three products one after another.
-    """
-    if not code.name.startswith("delta_net_prefill"):
-        return None
-    d, chunks, size = _dims(code), math.ceil(tokens / 64), f"prompt of {tokens}"
-    pairs = 2 * 2 * tokens * d.value_heads * 64  # P and the inverse
-    if code.kernel == "_conv_kernel":
-        return _once(f"{size}, chunks", 4 * tokens * d.channels, chunks * (2 * d.key_heads + d.value_heads), code)
-    if code.kernel == "_chunk_kernel":
-        # q kᵀ and k kᵀ; four products in three parts for the inverse.
-        flops = 2 * chunks * d.value_heads * 64 * 64 * (2 * d.key_dim + 12 * 64)
-        work = _once(f"{size}, chunks", 4 * tokens * d.key_size + pairs, chunks * d.value_heads, code)
-        return work._replace(flops=flops)
-    if code.kernel == "_finish_kernel":
-        return _once(f"{size}, chunks", 6 * tokens * d.value_size, tokens, code)
-    programs = d.value_heads * math.ceil(d.value_dim / code.sizes["BLOCK_V"])
-    if code.kernel == "_recurrent_kernel":
-        steps = tokens * programs * code.num_warps
-        return Launched(f"{size}, token by token", 2 * tokens * d.projected, steps * code.instructions, programs)
-    nbytes = 4 * tokens * (d.key_size + d.value_size) + pairs
-    flops = 2 * tokens * d.value_heads * d.value_dim * (3 * d.key_dim + 2 * 64)
-    steps = chunks * programs * code.num_warps
-    return Launched(f"{size}, chunks", nbytes, steps * code.loop["all"], programs, flops)
-
-
-def predict_kernel(code: Report) -> list[dict]:
-    """Rows of one kernel; none for the MoE layer's, or that belong to no layer's launch."""
-    works = [_token_wise(code, tokens) for tokens in OTHER_TOKENS]
-    works += [_attention(code, sequences, 1) for sequences in (1, 32, 128)]
-    works += [_attention(code, 1, CONTEXT)]
-    works += [_delta_decode(code, sequences) for sequences in (1, 32, 128)]
-    works += [_delta_prompt(code, CONTEXT)]
-    rows = []
-    for work in (work for work in works if work is not None):
-        slots = min(SMS, work.programs) * ISSUES_PER_CLOCK * CLOCK_HZ
-        limits = {
-            "hbm": work.nbytes / ROOFS.bytes_per_s,
-            "matrix": work.flops / ROOFS.flops_per_s,
-            "issue": work.warp_instructions / slots,
-        }
-        limit = max(limits, key=limits.__getitem__)
-        rows.append(
-            {
-                "kind": "predicted", "kernel": code.name, "size": work.size,
-                "predicted_us": 1e6 * (limits[limit] + FIXED_S),
-                "limit": limit if limits[limit] > FIXED_S else "launch",
-                **{f"{name}_us": 1e6 * seconds for name, seconds in limits.items()},
-                "bytes": int(work.nbytes), "flops": int(work.flops), "registers": code.registers,
-            }
+def _token_wise(tokens: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    bf16 = partial(torch.empty, dtype=torch.bfloat16, device=META)
+    fp32 = partial(torch.empty, device=META)
+    yield "rms_norm/qwen3-30b-a3b", partial(rms_norm, bf16(tokens, 2048), fp32(2048), 1e-6)
+    for experts, top_k in ((128, 8), (512, 10)):
+        router = Router(tokens, experts, top_k, True, META)
+        yield f"routing/{experts} experts", partial(router, fp32(tokens, experts), 16)
+    for model, (heads, kv_heads, dim, qk_norm) in _LAYERS.items():
+        qkv, cache, angles = bf16(tokens, (heads + 2 * kv_heads) * dim), bf16(256, kv_heads, 16, dim), fp32(1, dim // 2)
+        positions = torch.empty(tokens, dtype=torch.int32, device=META)
+        yield f"rope_and_cache/{model}", partial(
+            rope_and_cache, qkv, fp32(dim), fp32(dim), angles, angles, positions, positions.long(), cache, cache,
+            bf16(tokens, heads, dim), heads=heads, kv_heads=kv_heads, head_dim=dim, block_size=16, qk_norm=qk_norm,
         )  # fmt: skip
-    return rows
+
+
+def issued(code: Report, repeats: int = 1) -> float:
+    """Instructions of all warps: of a loop with matrix instructions as often as the declared flops ask for, of other
+    kernels the whole code once a program."""
+    if not code.nbytes:
+        return 0.0  # every program finds nothing to do
+    c = code.sizes
+    if code.kernel in ("_decode_kernel", "_prefill_kernel"):
+        rows = c["group"] * (1 if code.kernel == "_decode_kernel" else c["block_q"])
+        steps = code.flops / (4 * c["head_dim"] * rows * c["block_kv"])
+    elif code.kernel == "_state_kernel":
+        steps = code.flops / (2 * 64 * c["BLOCK_V"] * (3 * c["key_dim"] + 2 * 64))
+    else:
+        times = repeats if code.kernel == "_recurrent_kernel" else 1
+        return float(times * code.programs * code.num_warps * code.instructions)
+    return steps * code.num_warps * code.loop["all"]
+
+
+def predict_kernel(code: Report, size: str, repeats: int = 1) -> dict:
+    """The row of one kernel."""
+    slots = min(SMS, code.programs) * ISSUES_PER_CLOCK * CLOCK_HZ
+    limits = {
+        "hbm": code.nbytes / ROOFS.bytes_per_s,
+        "matrix": code.flops / ROOFS.flops_per_s,
+        "issue": issued(code, repeats) / slots,
+    }
+    limit = max(limits, key=limits.__getitem__)
+    return {
+        "kind": "predicted", "kernel": code.name, "size": size, "predicted_us": 1e6 * (limits[limit] + FIXED_S),
+        "limit": limit if limits[limit] > FIXED_S else "launch",
+        **{f"{name}_us": 1e6 * seconds for name, seconds in limits.items()},
+        "bytes": int(code.nbytes), "flops": int(code.flops), "registers": code.registers,
+    }  # fmt: skip
 
 
 def predicted_layer_rows(shapes: Iterable[str], tokens: Iterable[int], arch: str) -> list[dict]:
@@ -256,11 +225,11 @@ def predicted_layer_rows(shapes: Iterable[str], tokens: Iterable[int], arch: str
             shape, base = SHAPES[name], None
             for expert_format in (DENSE, *sorted(fused_formats("triton"))):
                 provider = "fluxmoe" if expert_format == DENSE else f"fluxmoe {expert_format}"
-                seconds, limits = predict_layer(shape, count, codes, expert_format)
+                seconds, limits, work = predict_layer(shape, count, codes, expert_format)
                 base = base or seconds
                 timing = Timing(seconds, seconds, seconds, "/".join(limits.values()))
                 bits = FORMATS[expert_format].bits
-                columns = layer_columns(shape, count, shape.touched(count), timing, base, ROOFS, bits)
+                columns = layer_columns(work, shape.touched(count), timing, base, ROOFS, bits)
                 point = {"shape": name, "tokens": count, "routing": "uniform", "provider": provider}
                 rows.append({"kind": "predicted", **point, **columns})
                 print(
@@ -283,9 +252,9 @@ def run(args: Arguments) -> None:
     if args.what == "moe":
         rows = predicted_layer_rows(args.shapes, args.tokens, ARCH)
     else:
-        wanted = ("rms_norm", "rope_and_cache", "routing", "attention_decode", "attention_prefill", "delta_net")
-        cases = [case for case in cases_of(ARCH) if case.name.startswith(wanted) and "mixtral" not in case.name]
-        rows = [row for case in cases for code in audit(case, ARCH) for row in predict_kernel(code)]
+        with compile_only(90, SMS):
+            points = list(other_points())
+        rows = [predict_kernel(code, size, repeats) for size, case, repeats in points for code in audit(case, ARCH)]
         for row in rows:
             print(f"{row['kernel']:<34} {row['size']:<32} {row['predicted_us']:9.1f} µs, limited by {row['limit']}")
     write_csv(args.out / "rows.csv", rows)

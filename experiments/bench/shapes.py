@@ -1,4 +1,4 @@
-"""MoE layers of the models that the paper and its peers measure, and the work that such a layer cannot avoid."""
+"""MoE layers of the models that the paper and its peers measure."""
 
 from __future__ import annotations
 
@@ -21,14 +21,6 @@ class Shape:
     def touched(self, tokens: int) -> float:
         """Experts that `tokens` reach on average when any expert is alike."""
         return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
-
-    def work(self, tokens: int, touched: float, bits: float = 16.0) -> tuple[float, float]:
-        """(bytes, flops) that a layer cannot avoid: touched experts once, each activation written and read once.
-        bits: of a weight."""
-        rows = tokens * self.top_k
-        activations = 2 * (3 * tokens * self.hidden + 2 * rows * self.intermediate + 2 * rows * self.hidden)
-        weights = touched * self.expert_bytes * bits / 16
-        return weights + activations, 6.0 * rows * self.hidden * self.intermediate
 
 
 SHAPES = {

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fluxmoe.kernels.work import Work
 
 from ..lib.args import option
 from ..lib.results import UsageError
@@ -126,6 +127,11 @@ def time_calls(work: Sequence[Callable[[], object]], seconds: float = 0.15, grap
 class TimedPoint(ABC):
     """A point at which several providers are timed."""
 
+    @property
+    @abstractmethod
+    def work(self) -> Work:
+        """What our kernels declare of it."""
+
     @cached_property
     def base_s(self) -> float | None:
         """Seconds of ours in this run, which ratios refer to; None where it is wrong or fails, of which its own row
@@ -141,21 +147,21 @@ class TimedPoint(ABC):
 
 
 def time_providers(
-    sweep: Sweep, roofs: Roofs, providers: Sequence[str], make: Callable[[], TimedPoint], work: tuple[float, float],
-    **where: Any,
-) -> None:  # fmt: skip
-    """A row for each provider at one point that has none yet. work: the (bytes, flops) that none can avoid."""
+    sweep: Sweep, roofs: Roofs, providers: Sequence[str], make: Callable[[], TimedPoint], **where: Any
+) -> None:
+    """A row for each provider at one point that has none yet."""
     missing = [name for name in providers if not sweep.has(**where, provider=name)]
     if not missing:
         return
-    point, floor = make(), roofs.floor_s(*work)
+    point = make()
 
     def columns(provider: str) -> dict[str, object]:
         timing = point.time(provider)
         if provider == "fluxmoe":
             point.base_s = timing.p50
+        work, floor = point.work, roofs.floor_s(*point.work)
         return {
-            **timing.columns, "bytes": work[0], "flops": work[1], "floor_us": floor * 1e6,
+            **timing.columns, "bytes": work.nbytes, "flops": work.flops, "floor_us": floor * 1e6,
             "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, point.base_s),
         }  # fmt: skip
 

@@ -58,7 +58,8 @@ def candidates(rows: float, capability: int) -> list[Tile]:
             warps = 8 if block_m * block_n >= 128 * 128 else 4
             for group_m, persistent in ((8, False), (16, False), (8, True)):
                 tiles.append(Tile(block_m, block_n, 64, warps, stages, group_m=group_m, persistent=persistent))
-            tiles.append(Tile(block_m, block_n, 64, warps, stages, tma=True))
+            for persistent in (False, True):
+                tiles.append(Tile(block_m, block_n, 64, warps, stages, persistent=persistent, tma=True))
     unique = dict.fromkeys([default_tile(rows, capability, 2), *(fit(tile, capability, 2) for tile in tiles)])
     return list(unique)
 

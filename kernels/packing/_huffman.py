@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..work import declares, every_tensor_once
+
 # Lanes of a program; more share the table's cache lines, fewer hold less of the machine while a slow lane ends.
 _LANES = 128
 
@@ -28,7 +30,7 @@ def _refill(stream_ptr, word, end, buffer, filled):
     return word + short.to(tl.int32), buffer, filled + tl.where(short, 32, 0)
 
 
-@triton.jit
+@triton.jit(launch_metadata=declares(every_tensor_once))
 def _huffman_kernel(
     byte_ptr,  # (size,) uint8
     table_ptr,  # (2048,) int16

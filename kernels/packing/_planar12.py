@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton.portable import INTERPRETED
+from ..work import declares, every_tensor_once
 
 TILE_ROWS, TILE_COLS = 64, 128
 # Escapes of a tile that is not raw: 8 at most, in the least that a program handles at once.
@@ -55,7 +56,7 @@ def unpack_planar12(sign_mantissa, nibbles, base, HIGH: tl.constexpr = False):
     )
 
 
-@triton.jit
+@triton.jit(launch_metadata=declares(every_tensor_once))
 def _planar12_kernel(
     byte_ptr,  # (E·ROWS, P) uint8
     nibble_ptr,  # (E·ROWS, P/2) uint8

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton.portable import INTERPRETED
+from ..work import declares, every_tensor_once
 
 # Every nibble its own place: the selector of `_prmt` that changes nothing.
 _SAME = tl.constexpr(0x3210)
@@ -47,7 +48,7 @@ def _window(ptr, bit, mask):
     return ((high << 32 | low) >> (bit & 31).to(tl.uint64)).to(tl.uint32)
 
 
-@triton.jit
+@triton.jit(launch_metadata=declares(every_tensor_once))
 def _tiered_kernel(
     byte_ptr,  # (size,) uint8
     first_ptr,  # (1024·T,) uint8

@@ -1,21 +1,94 @@
-"""The kernels of `delta_net`, where formulas, shapes and their order are. DIMS is a `DeltaNetDims` in all of them."""
+"""The kernels of `delta_net`, where formulas, shapes and their order are, and what they declare of their launches.
+DIMS is a `DeltaNetDims`, where a `Sequences`, in all of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..reference.delta_net import L2_EPS
+from ..work import Work, contexts, declares, lengths
 from . import portable
 from .flat_batch import sequence_of
 
 _L2_EPS = tl.constexpr(L2_EPS)
 # Tokens a chunk: rows that fill one wgmma, and few enough for I + A to be inverted in registers.
 CHUNK = tl.constexpr(64)
+_CHUNK = CHUNK.value
 # Side of the blocks of I + A that are inverted row by row.
 _SIDE = tl.constexpr(16)
 # exp of it is 0 in fp32. Sums of longer decays would only lose digits.
 _LEAST_LOG = tl.constexpr(-110.0)
+
+
+class Sequences(NamedTuple):
+    """Whose tokens and states are which; (B,) int32, (B + 1,), (B,)."""
+
+    slots: Tensor
+    query_start: Tensor
+    context_lens: Tensor
+
+
+def _recurrent_work(args: Mapping[str, Any]) -> Work:
+    """Of sequences that are not left alone: states in and out, and every token's inputs and o."""
+    x, dims, state, most = (args[name] for name in ("x_ptr", "DIMS", "state_ptr", "MOST_TOKENS"))
+    mine = [(n, context) for n, context in _sequences(args) if n <= most]
+    going_on = sum(context > n for n, context in mine)
+    inputs = dims.channels + 2 * dims.value_heads
+    elements = sum(n for n, _ in mine) * (inputs + dims.value_size) + going_on * (dims.taps - 1) * dims.channels
+    return Work(elements * x.element_size() + (len(mine) + going_on) * state[0].nbytes)
+
+
+def _sequences(args: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """(tokens, context) of each."""
+    where, tokens = args["where"], len(args["x_ptr"] if "x_ptr" in args else args["qkv_ptr"])
+    # Where nobody knows, a single token goes on and a prompt begins.
+    return list(zip(lengths(where.query_start, tokens), contexts(where.context_lens, 2), strict=True))
+
+
+def _prompts(tokens: list[float]) -> list[float]:
+    """Of the sequences, those that go in chunks."""
+    return [length for length in tokens if length > 1]
+
+
+def _conv_work(args: Mapping[str, Any]) -> Work:
+    tokens = sum(_prompts([n for n, _ in _sequences(args)]))
+    return Work(tokens * args["DIMS"].channels * (args["x_ptr"].element_size() + args["qkv_ptr"].element_size()))
+
+
+def _chunk_work(args: Mapping[str, Any]) -> Work:
+    """q, k and gates in; P, (I + A)⁻¹ and gates out. q kᵀ, k kᵀ, and four products in three parts for the inverse."""
+    dims, x, qkv, pairs = args["DIMS"], args["x_ptr"], args["qkv_ptr"], args["scores_ptr"]
+    prompts = _prompts(lengths(args["query_start_ptr"], len(x)))
+    chunks = sum(-(-length // _CHUNK) for length in prompts)
+    read = 2 * dims.key_size * qkv.element_size() + 2 * dims.value_heads * x.element_size()
+    written = dims.value_heads * (2 * _CHUNK * pairs.element_size() + 2 * args["gates_ptr"].element_size())
+    parts = 3 if pairs.element_size() == 2 else 1
+    flops = 2 * chunks * dims.value_heads * _CHUNK * _CHUNK * (2 * dims.key_dim + 4 * parts * _CHUNK)
+    return Work(sum(prompts) * (read + written), flops)
+
+
+def _state_work(args: Mapping[str, Any]) -> Work:
+    dims, qkv, pairs, state = args["DIMS"], args["qkv_ptr"], args["scores_ptr"], args["state_ptr"]
+    mine = [(n, context) for n, context in _sequences(args) if n > 1]
+    tokens = sum(n for n, _ in mine)
+    states = len(mine) + sum(context > n for n, context in mine)
+    token = 2 * (dims.key_size + dims.value_size) * qkv.element_size()
+    token += dims.value_heads * (2 * _CHUNK * pairs.element_size() + 2 * args["gates_ptr"].element_size())
+    flops = 2 * tokens * dims.value_heads * dims.value_dim * (3 * dims.key_dim + 2 * _CHUNK)
+    return Work(tokens * token + states * state[0].nbytes, flops)
+
+
+def _finish_work(args: Mapping[str, Any]) -> Work:
+    """o, z and the output of every token, and the inputs that a convolution keeps."""
+    dims, x, out = args["DIMS"], args["x_ptr"], args["out_ptr"]
+    kept = 2 * len(args["where"].context_lens) * (dims.taps - 1) * dims.channels
+    read = len(x) * dims.value_size * (args["qkv_ptr"].element_size() + x.element_size())
+    return Work(read + out.nbytes + kept * x.element_size())
 
 
 @triton.jit
@@ -56,7 +129,7 @@ def _gates(b_ptr, h, rate_ptr, dt_ptr, mask, HEADS: tl.constexpr):
     return tl.where(mask, tl.maximum(-tl.load(rate_ptr + h) * step, _LEAST_LOG), 0.0), beta
 
 
-@triton.jit
+@triton.jit(launch_metadata=declares(_recurrent_work))
 def _recurrent_kernel(
     x_ptr,  # (T, DIMS.projected)
     conv_ptr,  # (CHANNELS, TAPS) fp32
@@ -64,9 +137,7 @@ def _recurrent_kernel(
     rate_ptr,  # (VALUE_HEADS,) fp32
     dt_ptr,  # (VALUE_HEADS,) fp32
     state_ptr,  # (slots, VALUE_HEADS, DK, DV) fp32
-    slots_ptr,  # (B,) int32
-    query_start_ptr,  # (B + 1,) int32
-    context_lens_ptr,  # (B,) int32
+    where,
     qkv_ptr,  # (T, CHANNELS), whose v becomes o
     DIMS: tl.constexpr,
     MOST_TOKENS: tl.constexpr,
@@ -80,17 +151,17 @@ def _recurrent_kernel(
     sequence = tl.program_id(0)
     h = tl.program_id(1)
     # int64: what tokens and slots are multiplied with may pass 2^31.
-    begin = tl.load(query_start_ptr + sequence).to(tl.int64)
-    length = tl.load(query_start_ptr + sequence + 1) - begin
+    begin = tl.load(where.query_start + sequence).to(tl.int64)
+    length = tl.load(where.query_start + sequence + 1) - begin
     if length > MOST_TOKENS:
         return
-    context = tl.load(context_lens_ptr + sequence)
+    context = tl.load(where.context_lens + sequence)
     DK: tl.constexpr = DIMS.key_dim
     DV: tl.constexpr = DIMS.value_dim
     CHANNELS: tl.constexpr = DIMS.channels
     i = tl.arange(0, DK_P2)
     j = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
-    slot = tl.load(slots_ptr + sequence).to(tl.int64)
+    slot = tl.load(where.slots + sequence).to(tl.int64)
     at = state_ptr + (slot * DIMS.value_heads + h) * DK * DV + i[:, None] * DV + j[None, :]
     inside = (i < DK)[:, None] & (j < DV)[None, :]
     state = tl.load(at, mask=inside & (context > length), other=0.0)
@@ -125,14 +196,12 @@ def _recurrent_kernel(
     tl.store(at, state, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences"], launch_metadata=declares(_conv_work))
 def _conv_kernel(
     x_ptr,  # (T, DIMS.projected)
     conv_ptr,  # (CHANNELS, TAPS) fp32
     conv_state_ptr,  # (slots, TAPS - 1, CHANNELS)
-    slots_ptr,  # (B,) int32
-    query_start_ptr,  # (B + 1,) int32
-    context_lens_ptr,  # (B,) int32
+    where,
     qkv_ptr,  # (T, CHANNELS)
     num_sequences,
     DIMS: tl.constexpr,
@@ -140,7 +209,7 @@ def _conv_kernel(
 ):
     """Grid: (chunks, 2 * KEY_HEADS + VALUE_HEADS): convolution of a chunk's q, k or v of one head; q and k to unit
     length, q scaled."""
-    sequence, begin, end, at = sequence_of(tl.program_id(0), query_start_ptr, num_sequences, CHUNK)
+    sequence, begin, end, at = sequence_of(tl.program_id(0), where.query_start, num_sequences, CHUNK)
     length, t0 = end - begin, at - begin
     if (length < 2) | (t0 >= length):
         return
@@ -150,10 +219,10 @@ def _conv_kernel(
     c0 = tl.where(is_key, head * DIMS.key_dim, 2 * DIMS.key_size + (head - 2 * DIMS.key_heads) * DIMS.value_dim)
     d = tl.arange(0, BLOCK_D)[None, :]
     t = t0 + tl.arange(0, CHUNK)[:, None]
-    slot = tl.load(slots_ptr + sequence).to(tl.int64)
+    slot = tl.load(where.slots + sequence).to(tl.int64)
     y = _convolved(
         x_ptr, conv_ptr, conv_state_ptr + slot * (DIMS.taps - 1) * DIMS.channels, begin.to(tl.int64),
-        t, c0 + d, d < width, length, (t0 < DIMS.taps - 1) & (tl.load(context_lens_ptr + sequence) > length),
+        t, c0 + d, d < width, length, (t0 < DIMS.taps - 1) & (tl.load(where.context_lens + sequence) > length),
         DIMS.projected, DIMS.channels, DIMS.taps,
     )  # fmt: skip
     unit = 1.0 / tl.sqrt(tl.sum(y * y, axis=1) + _L2_EPS)
@@ -191,7 +260,7 @@ def _unit_lower_inverse(a):
     return inverse
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_sequences"])
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences"], launch_metadata=declares(_chunk_work))
 def _chunk_kernel(
     x_ptr,  # (T, DIMS.projected)
     qkv_ptr,  # (T, CHANNELS), after the convolution
@@ -240,16 +309,14 @@ def _chunk_kernel(
     tl.store(gate + DIMS.value_heads * num_tokens.to(tl.int64), beta, mask=valid)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"], launch_metadata=declares(_state_work))
 def _state_kernel(
     qkv_ptr,  # (T, CHANNELS), after the convolution; v becomes o
     inverse_ptr,  # (VALUE_HEADS, T, CHUNK)
     scores_ptr,  # (VALUE_HEADS, T, CHUNK)
     gates_ptr,  # (2, VALUE_HEADS, T) fp32
     state_ptr,  # (slots, VALUE_HEADS, DK, DV) fp32
-    slots_ptr,  # (B,) int32
-    query_start_ptr,  # (B + 1,) int32
-    context_lens_ptr,  # (B,) int32
+    where,
     num_tokens,
     DIMS: tl.constexpr,
     DK_P2: tl.constexpr,
@@ -259,17 +326,17 @@ def _state_kernel(
     sequence = tl.program_id(0)
     h = tl.program_id(1)
     # int64: what tokens and slots are multiplied with may pass 2^31.
-    begin = tl.load(query_start_ptr + sequence).to(tl.int64)
-    end = tl.load(query_start_ptr + sequence + 1).to(tl.int64)
+    begin = tl.load(where.query_start + sequence).to(tl.int64)
+    end = tl.load(where.query_start + sequence + 1).to(tl.int64)
     if end - begin < 2:
         return
-    first = tl.load(context_lens_ptr + sequence) <= end - begin
+    first = tl.load(where.context_lens + sequence) <= end - begin
     DK: tl.constexpr = DIMS.key_dim
     DV: tl.constexpr = DIMS.value_dim
     i = tl.arange(0, DK_P2)
     j = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     r = tl.arange(0, CHUNK)
-    slot = tl.load(slots_ptr + sequence).to(tl.int64)
+    slot = tl.load(where.slots + sequence).to(tl.int64)
     state_at = state_ptr + (slot * DIMS.value_heads + h) * DK * DV + i[:, None] * DV + j[None, :]
     inside = (i < DK)[:, None] & (j < DV)[None, :]
     state = tl.load(state_at, mask=inside & (not first), other=0.0)
@@ -339,15 +406,13 @@ def _keep_inputs(x_ptr, conv_state_ptr, c, length, first, DIMS: tl.constexpr, TA
     tl.store(conv_state_ptr + tap * DIMS.channels + c, x + old, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"], launch_metadata=declares(_finish_work))
 def _finish_kernel(
     x_ptr,  # (T, DIMS.projected)
     qkv_ptr,  # (T, CHANNELS), o in the place of v
     norm_ptr,  # (DV,) fp32
     conv_state_ptr,  # (slots, TAPS - 1, CHANNELS)
-    slots_ptr,  # (B,) int32
-    query_start_ptr,  # (B + 1,) int32
-    context_lens_ptr,  # (B,) int32
+    where,
     out_ptr,  # (T, VALUE_HEADS * DV)
     eps,
     num_tokens,
@@ -366,9 +431,9 @@ def _finish_kernel(
         BLOCKS: tl.constexpr = (DIMS.channels + BLOCK_C - 1) // BLOCK_C
         sequence = (program - num_tokens) // BLOCKS
         c = (program - num_tokens) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-        begin = tl.load(query_start_ptr + sequence)
-        length = tl.load(query_start_ptr + sequence + 1) - begin
+        begin = tl.load(where.query_start + sequence)
+        length = tl.load(where.query_start + sequence + 1) - begin
         x_ptr += begin.to(tl.int64) * DIMS.projected
-        conv_state_ptr += tl.load(slots_ptr + sequence).to(tl.int64) * (DIMS.taps - 1) * DIMS.channels
-        first = tl.load(context_lens_ptr + sequence) <= length
+        conv_state_ptr += tl.load(where.slots + sequence).to(tl.int64) * (DIMS.taps - 1) * DIMS.channels
+        first = tl.load(where.context_lens + sequence) <= length
         _keep_inputs(x_ptr, conv_state_ptr, c, length, first, DIMS, TAPS_P2)

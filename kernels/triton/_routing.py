@@ -6,10 +6,50 @@ they are chosen from logits. num_tokens_ptr: (1,) int32, tokens from there on ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from ..work import Work, declares
 from .portable import after_inputs
+
+
+def chosen_bytes(routing: Any) -> int:
+    """Experts, weights and order of a batch's rows, each written once."""
+    return routing.experts.nbytes + routing.weights.nbytes + routing.order.nbytes
+
+
+def _source_bytes(args: Mapping[str, Any]) -> int:
+    """Logits, or what a host has chosen."""
+    sources = (args["logits_ptr"],) if args["given"] is None else args["given"]
+    return sum(source.nbytes for source in sources)
+
+
+def _route_work(args: Mapping[str, Any]) -> Work:
+    return Work(_source_bytes(args) + chosen_bytes(args["routing"]))
+
+
+def _top_k_work(args: Mapping[str, Any]) -> Work:
+    routing = args["routing"]
+    made = routing.experts.nbytes + routing.weights.nbytes
+    return Work(_source_bytes(args) + made + _counts_bytes(args["chunk_counts_ptr"], args))
+
+
+def _counts_bytes(counts: Any, args: Mapping[str, Any]) -> int:
+    """Of the chunks in use."""
+    chunks = args["CHUNKS"] if "CHUNKS" in args else triton.cdiv(args["T"], args["SIZES"].block_t)
+    return chunks * counts[0].nbytes
+
+
+def _scan_work(args: Mapping[str, Any]) -> Work:
+    return Work(2 * _counts_bytes(args["chunk_counts_ptr"], args) + args["routing"].block_map.nbytes)
+
+
+def _place_work(args: Mapping[str, Any]) -> Work:
+    routing = args["routing"]
+    return Work(_counts_bytes(args["chunk_starts_ptr"], args) + routing.experts.nbytes + routing.order.nbytes)
 
 
 @triton.jit
@@ -170,14 +210,14 @@ def route_batch(logits_ptr, given, num_tokens_ptr, routing, T, E, MAX_BLOCKS, SI
     _store_blocks(counts, starts, routing, shared_rows, E, MAX_BLOCKS, SIZES)
 
 
-@triton.jit(do_not_specialize=["T", "MAX_BLOCKS"])
+@triton.jit(do_not_specialize=["T", "MAX_BLOCKS"], launch_metadata=declares(_route_work))
 def _route_kernel(logits_ptr, given, num_tokens_ptr, routing, T, E, MAX_BLOCKS, SIZES: tl.constexpr):
     """Grid: (1,)."""
     after_inputs()
     route_batch(logits_ptr, given, num_tokens_ptr, routing, T, E, MAX_BLOCKS, SIZES)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], launch_metadata=declares(_top_k_work))
 def _top_k_kernel(
     logits_ptr,
     given,
@@ -198,7 +238,7 @@ def _top_k_kernel(
     tl.store(chunk_counts_ptr + chunk * E + e, tl.sum(chosen, axis=0), mask=e < E)
 
 
-@triton.jit(do_not_specialize=["CHUNKS", "MAX_BLOCKS"])
+@triton.jit(do_not_specialize=["CHUNKS", "MAX_BLOCKS"], launch_metadata=declares(_scan_work))
 def _scan_kernel(
     chunk_counts_ptr,  # (chunks, E) int32: in, counts; out, first position of each (chunk, expert)
     routing,
@@ -228,7 +268,7 @@ def _scan_kernel(
     _store_blocks(counts, starts, routing, 0, E, MAX_BLOCKS, SIZES)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], launch_metadata=declares(_place_work))
 def _place_kernel(chunk_starts_ptr, num_tokens_ptr, routing, T, E, SIZES: tl.constexpr):
     """Grid: (chunks,)."""
     after_inputs()

@@ -51,7 +51,7 @@ from torch import Tensor
 
 from ..launches import Case
 from ..ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights, KernelError, Linear
-from ._delta_net import CHUNK, _chunk_kernel, _conv_kernel, _finish_kernel, _recurrent_kernel, _state_kernel
+from ._delta_net import CHUNK, Sequences, _chunk_kernel, _conv_kernel, _finish_kernel, _recurrent_kernel, _state_kernel
 from .flat_batch import num_tiles
 from .norm import DTYPES
 from .tiles import capability_of, shared_limit
@@ -100,32 +100,33 @@ def gated_delta_net(
     if not tokens:
         return out
     scores, inverse, gates, qkv = _divided(workspace, _workspace_parts(dims, tokens, projected.dtype))
-    where = (metadata.state_slots, metadata.query_start, metadata.context_lens)
+    assert metadata.state_slots is not None, "layers of Gated DeltaNet have states"
+    where = Sequences(metadata.state_slots, metadata.query_start, metadata.context_lens)
     conv = (projected, weights.conv, conv_state)
     key_dim, value_dim = (max(triton.next_power_of_2(dim), 16) for dim in (dims.key_dim, dims.value_dim))
     block_v = min(value_dim, _BLOCK_V)
     slices = (sequences, dims.value_heads, triton.cdiv(dims.value_dim, block_v))
     _recurrent_kernel[slices](
-        *conv, weights.rate, weights.dt_bias, state, *where, qkv, dims, _ALL if batch_invariant else 1, key_dim,
+        *conv, weights.rate, weights.dt_bias, state, where, qkv, dims, _ALL if batch_invariant else 1, key_dim,
         block_v, num_warps=4,
     )  # fmt: skip
     # No sequence is without tokens: as many tokens as sequences means one each.
     if tokens > sequences and not batch_invariant:
         chunks = num_tiles(tokens, sequences, _CHUNK)
         _conv_kernel[(chunks, 2 * dims.key_heads + dims.value_heads)](
-            *conv, *where, qkv, sequences, dims, max(key_dim, value_dim), num_warps=8
+            *conv, where, qkv, sequences, dims, max(key_dim, value_dim), num_warps=8
         )
         _chunk_kernel[(chunks, dims.value_heads)](
             projected, qkv, weights.rate, weights.dt_bias, metadata.query_start, inverse, scores, gates, tokens,
             sequences, dims, key_dim, num_warps=4,
         )  # fmt: skip
         _state_kernel[slices](
-            qkv, inverse, scores, gates, state, *where, tokens, dims, key_dim, block_v, num_warps=4,
+            qkv, inverse, scores, gates, state, where, tokens, dims, key_dim, block_v, num_warps=4,
             num_stages=_state_stages(key_dim, block_v, qkv.dtype.itemsize, capability_of(projected.device)),
         )  # fmt: skip
     kept = sequences * triton.cdiv(dims.channels, _BLOCK_C)
     _finish_kernel[(tokens + kept,)](
-        projected, qkv, weights.norm, conv_state, *where, out, eps, tokens, dims,
+        projected, qkv, weights.norm, conv_state, where, out, eps, tokens, dims,
         triton.next_power_of_2(dims.value_heads), value_dim, triton.next_power_of_2(dims.taps), _BLOCK_C, num_warps=4,
     )  # fmt: skip
     return out

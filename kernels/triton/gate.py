@@ -11,9 +11,9 @@ the last-block reductions of CUDA's samples (threadFenceReduction).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..launches import Case
 from ..ops import KernelError
-from ._routing import route_batch
+from ..work import Work, declares
+from ._routing import chosen_bytes, route_batch
 from .portable import after_inputs, cast, dependent_launch, dot
 from .routing import Router, Routing
 from .tiles import Tile, capability_of, fit
@@ -47,7 +48,17 @@ def _normed(hidden_ptrs, norm_ptr, scale, k, HIDDEN: tl.constexpr):
     return cast(normed, x.dtype)
 
 
-@triton.jit(do_not_specialize=["T", "MAX_BLOCKS"])
+def _gate_work(args: Mapping[str, Any]) -> Work:
+    """Tokens, the router's weights, the norm, logits, and what routing makes of them."""
+    hidden, weights = args["hidden_ptr"], args["weights"]
+    outputs = args["E"] + (weights.score is not None)
+    matrix = outputs * args["HIDDEN"]
+    nbytes = hidden.nbytes + matrix * weights.router.element_size() + args["x_ptr"].nbytes
+    logits = args["T"] * outputs * args["logits_ptr"].element_size()
+    return Work(nbytes + logits + chosen_bytes(args["routing"]), 2.0 * args["T"] * matrix)
+
+
+@triton.jit(do_not_specialize=["T", "MAX_BLOCKS"], launch_metadata=declares(_gate_work))
 def _gate_kernel(
     hidden_ptr,  # (T, HIDDEN)
     weights,  # `GateWeights`

@@ -9,8 +9,9 @@ the product with the down matrix is linear, and so a shared expert ends in the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -18,13 +19,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launches import Case
+from ..work import Work, declares
 from .portable import after_inputs, cast, dependent_launch
 from .tiles import capability_of
 
 _BLOCK = 1024
 
 
-@triton.jit
+def _swiglu_work(args: Mapping[str, Any]) -> Work:
+    h = args["h_ptr"]
+    x = 0 if args["score_ptr"] is None else args["x_ptr"].nbytes
+    return Work(2 * args["N"] * len(h) * args["gate_up_ptr"].element_size() + x + h.nbytes)
+
+
+@triton.jit(launch_metadata=declares(_swiglu_work))
 def _swiglu_kernel(
     gate_up_ptr,  # (T, 2 * N), rows stride_t apart
     x_ptr,  # (T, HIDDEN); unread without score_ptr
@@ -53,7 +61,7 @@ def _swiglu_kernel(
     tl.store(h_ptr + t * N + i, cast(value, h_ptr.dtype.element_ty), mask=i < N)
 
 
-@triton.jit
+@triton.jit(launch_metadata=declares(lambda args: Work(2 * args["y_ptr"].nbytes + args["gate_ptr"].nbytes)))
 def _scale_kernel(y_ptr, gate_ptr, N, BLOCK: tl.constexpr):
     """Grid: (cdiv(N, BLOCK),)."""
     after_inputs()

@@ -201,6 +201,7 @@ def audit_cases() -> Iterator[Case]:
             formats[f"{name}, {tile.block_m} rows"] = name
     tiles["persistent"] = replace(largest, persistent=True)
     tiles["tma"] = replace(largest, tma=True)
+    tiles["persistent, tma"] = replace(largest, persistent=True, tma=True)
     tokens, block = 64, torch.zeros(16, dtype=torch.uint8)  # kernels see the table's addresses alone
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -6,8 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..work import declares, every_tensor_once
 
-@triton.jit
+
+@triton.jit(launch_metadata=declares(every_tensor_once))
 def _sum_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
     """Grid: (programs,). x: int32 [N] anywhere a GPU can read; y: int32 [programs]."""
     total = tl.zeros([BLOCK], tl.int32)

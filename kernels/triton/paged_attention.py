@@ -14,14 +14,14 @@ Example: block_size 16, group 8, contexts 40 and 3, queries 2 and 1: query_start
 0-7) is rows 8-15 of a tile and reads blocks block_table[0, 0:3] of KV head 0.
 
 The query heads that share a KV head (GQA) are rows of one tile, so K and V are read once for them. The inner loop is
-FlashAttention's (arXiv 2205.14135), base 2. Around it:
+FlashAttention's (arXiv 2205.14135), base 2; only tiles that some row sees in part are masked. Around it:
 
     decode   grid (B, kv_heads, splits): each program takes a share of one context, and a second kernel merges the
              shares in a fixed order (Flash-Decoding, pytorch.org/blog/flash-decoding). Shares are computed from
              context_lens on the device, hence a captured CUDA graph serves any contexts up to its maximum.
-    prefill  grid (T // BLOCK_Q + B, kv_heads): the tiles of `flat_batch`; those that no sequence needs leave at once.
+    prefill  grid (T // block_q + B, kv_heads): the tiles of `flat_batch`; those that no sequence needs leave at once.
 
-Neither synchronises with the host. Tile boundaries are multiples of BLOCK_KV counted from position 0, and a tile in
+Neither synchronises with the host. Tile boundaries are multiples of block_kv counted from position 0, and a tile in
 which a row sees nothing leaves it as it was, so with one tile shape a row's bits depend on its own context alone:
 that is `batch_invariant`.
 """
@@ -29,7 +29,6 @@ that is `batch_invariant`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -38,43 +37,43 @@ from torch import Tensor
 
 from ..launches import Case
 from ..ops import KernelError
-from ._paged_attention import _decode_kernel, _merge_kernel, _prefill_kernel
+from ._paged_attention import (
+    MIN_SPLIT,
+    AttentionDims,
+    AttentionTile,
+    PagedKV,
+    Partials,
+    _decode_kernel,
+    _merge_kernel,
+    _prefill_kernel,
+    padded_dim,
+)
 from .flat_batch import num_tiles
 from .norm import DTYPES
 from .tiles import capability_of, num_sms_of
 
 # Heads that share a KV head are rows of one tile, whose accumulator must fit in registers.
 MAX_GROUP = 64
-# Below this a share costs more to start and merge than it saves.
-MIN_SPLIT = 256
-MAX_SPLITS = 32
+# Two KV heads at batch 1 are then 128 programs for the 132 SMs of an H100.
+MAX_SPLITS = 64
 LOG2_E = 1.4426950408889634
 # One tile for every batch: as many queries as fill 64 rows, the least that wgmma takes.
 INVARIANT_ROWS = 64
-
-
-@dataclass(frozen=True)
-class AttentionTile:
-    """BLOCK_ROWS (query token, head of the group) pairs, of BLOCK_Q tokens, against BLOCK_KV positions at a time."""
-
-    BLOCK_ROWS: int
-    BLOCK_Q: int
-    BLOCK_KV: int
-    num_warps: int
-    num_stages: int
 
 
 def attention_tile(head_dim: int, group: int, itemsize: int, max_query_len: int, capability: int) -> AttentionTile:
     """The tile for at most `max_query_len` queries a sequence on capability 80, 89, 90, …; pure.
 
     Rows: what one sequence needs, in powers of two, from 16 (a matrix instruction's least) to 128, or to 64 for
-    head_dim > 128. 4 warps hold the fp32 accumulator of 64 x 128, more take 8.
-    BLOCK_KV: 64 positions of bf16 at head_dim 128 are 16 KiB; two programs an SM, each with K or V on its way, ask for
-    more than the 20 KiB that 3.35 TB/s times 0.8 us of latency need on an H100. 32 where 64 would spill: a
-    head_dim > 128, and 64 rows or more on GPUs whose matrix instructions take both operands from registers (all but
-    sm_90 and sm_100).
+    head_dim > 128. 4 warps hold the fp32 accumulator of 64 x 128, where matrix instructions take operands from
+    shared memory (see below); more take 8.
+    block_kv: 64 positions of bf16 at head_dim 128 are 16 KiB; two programs an SM, each with K or V on its way, ask for
+    more than the 20 KiB that 3.35 TB/s times 0.8 us of latency need on an H100. 128 with 128 rows on Hopper and later:
+    what a step does once (page numbers, addresses, waits) is half as much. 32 where 64 would spill: a head_dim > 128,
+    and 64 rows or more on GPUs whose matrix instructions take both operands from registers (all but sm_90 and sm_100).
     Stages: the pipeliner spends two on the block table before each buffer of K and V: 3 make one buffer, 5 two. Two
-    where few programs share an SM: 128 rows (one program), and decode where two fit in 227 KiB of shared memory.
+    where few programs share an SM: 128 rows (one program) of 32 positions, and decode where two fit in 227 KiB of
+    shared memory. 128 positions are 32 KiB, on their way while the 32 KiB before are used; two buffers would spill.
     fp32 has no matrix instructions without rounding to TF32: the tile is small enough for plain FMAs not to spill.
     """
     dim = padded_dim(head_dim)
@@ -85,16 +84,16 @@ def attention_tile(head_dim: int, group: int, itemsize: int, max_query_len: int,
     wgmma = 90 <= capability < 120
     most = 64 if dim > 128 else 128
     rows = max(min(triton.next_power_of_2(max_query_len * group), most), triton.next_power_of_2(group), 16)
-    block_kv = 32 if dim > 128 or (rows >= 64 and not wgmma) else 64
-    num_warps = 8 if rows * dim > 64 * 128 or rows >= 128 else 4
-    two_buffers = rows >= 128 or (rows <= 32 and wgmma)
+    block_kv = 32 if dim > 128 or (rows >= 64 and not wgmma) else 128 if rows >= 128 else 64
+    num_warps = 8 if rows * dim > 64 * 128 or rows >= 128 or (rows >= 64 and not wgmma) else 4
+    two_buffers = (rows >= 128 and block_kv < 128) or (rows <= 32 and wgmma)
     return AttentionTile(rows, rows // group, block_kv, num_warps, 5 if two_buffers else 3)
 
 
 def choose_num_splits(num_sequences: int, kv_heads: int, max_context: int, num_sms: int) -> int:
     """Shares of a context in decode: about two programs an SM, at least MIN_SPLIT tokens each, at most MAX_SPLITS."""
     programs = max(num_sequences * kv_heads, 1)
-    return max(1, min(-(-2 * num_sms // programs), max_context // MIN_SPLIT, MAX_SPLITS))
+    return max(1, min(-(-2 * num_sms // programs), max_context // MIN_SPLIT.value, MAX_SPLITS))
 
 
 def workspace_bytes(
@@ -108,42 +107,6 @@ def workspace_bytes(
         if splits > 1:
             partials = max(partials, sequences * splits)
     return partials * heads * (head_dim + 2) * 4
-
-
-def padded_dim(head_dim: int) -> int:
-    return max(triton.next_power_of_2(head_dim), 16)
-
-
-def _shape_constexprs(
-    tile: AttentionTile, heads: int, kv_heads: int, head_dim: int, block_size: int, window: int
-) -> dict:
-    return {
-        "KV_HEADS": kv_heads,
-        "GROUP": heads // kv_heads,
-        "HEAD_DIM": head_dim,
-        "BLOCK_SIZE": block_size,
-        "WINDOW": window,
-        "BLOCK_ROWS": tile.BLOCK_ROWS,
-        "BLOCK_KV": tile.BLOCK_KV,
-        "BLOCK_D": padded_dim(head_dim),
-    }
-
-
-def _decode_constexprs(shape: dict, direct: bool) -> dict:
-    return shape | {"MIN_TILES": MIN_SPLIT // shape["BLOCK_KV"], "DIRECT": direct}
-
-
-def _prefill_constexprs(shape: dict, tile: AttentionTile) -> dict:
-    return shape | {"BLOCK_Q": tile.BLOCK_Q}
-
-
-def _merge_constexprs(heads: int, head_dim: int, num_splits: int) -> dict:
-    return {
-        "HEADS": heads,
-        "HEAD_DIM": head_dim,
-        "SPLITS_P2": triton.next_power_of_2(num_splits),
-        "BLOCK_D": padded_dim(head_dim),
-    }
 
 
 def paged_attention(
@@ -175,6 +138,8 @@ def paged_attention(
     """
     tokens, heads, head_dim = _check(q, k_cache, v_cache, block_table, context_lens, query_start, out, block_size)
     kv_heads, sequences = k_cache.shape[1], context_lens.shape[0]
+    if not scale > 0:
+        raise KernelError(f"scale must be positive, got {scale}")
     if window < 0 or max_query_len < 0:
         raise KernelError(f"window and max_query_len must not be negative, got {window} and {max_query_len}")
     if not tokens or not sequences:
@@ -182,44 +147,38 @@ def paged_attention(
     group, itemsize = heads // kv_heads, q.dtype.itemsize
     queries = max(INVARIANT_ROWS // group, 1) if batch_invariant else max(max_query_len, 1)
     tile = attention_tile(head_dim, group, itemsize, queries, capability_of(q.device))
-    shape = _shape_constexprs(tile, heads, kv_heads, head_dim, block_size, window)
-    launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    inputs = (q, k_cache, v_cache, block_table, context_lens, query_start, out)
+    dims = AttentionDims(kv_heads, group, head_dim, block_size, window)
+    launch = {"DIMS": dims, "TILE": tile, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    kv = PagedKV(k_cache, v_cache, block_table, context_lens, query_start)
     scale_log2, stride_table = float(scale) * LOG2_E, block_table.stride(0)
     if batch_invariant or max_query_len > 1:
-        grid = (num_tiles(tokens, sequences, tile.BLOCK_Q), kv_heads)
-        _prefill_kernel[grid](
-            *inputs, scale_log2, sequences, stride_table, **_prefill_constexprs(shape, tile), **launch
-        )  # fmt: skip
+        tiles = num_tiles(tokens, sequences, tile.block_q)
+        _prefill_kernel[(tiles, kv_heads)](q, kv, out, scale_log2, sequences, stride_table, **launch)
         return out
     if num_splits is None:
         span = block_table.shape[1] * block_size if max_context is None else max_context
         num_splits = choose_num_splits(sequences, kv_heads, min(span, window) if window else span, num_sms_of(q.device))
     if not 1 <= num_splits <= MAX_SPLITS:
         raise KernelError(f"num_splits must be 1 to {MAX_SPLITS}, got {num_splits}")
-    direct = num_splits == 1
-    partials = (out, out, out) if direct else _partials(workspace, sequences, heads, head_dim, num_splits)
+    partials = None if num_splits == 1 else _partials(workspace, sequences, heads, head_dim, num_splits)
     _decode_kernel[(sequences, kv_heads, num_splits)](
-        *inputs, *partials, scale_log2, num_splits, stride_table, **_decode_constexprs(shape, direct), **launch
+        q, kv, out, partials, scale_log2, num_splits, stride_table, **launch
     )
-    if not direct:
-        _merge_kernel[(sequences, heads)](
-            *partials, query_start, out, num_splits, **_merge_constexprs(heads, head_dim, num_splits), num_warps=4
-        )
+    if partials is not None:
+        splits = triton.next_power_of_2(num_splits)
+        _merge_kernel[(sequences, heads)](partials, query_start, out, num_splits, dims, splits, num_warps=4)
     return out
 
 
-def _partials(
-    workspace: Tensor | None, sequences: int, heads: int, head_dim: int, num_splits: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 views of `workspace`: accumulators, largest scores, sums."""
+def _partials(workspace: Tensor | None, sequences: int, heads: int, head_dim: int, num_splits: int) -> Partials:
+    """fp32 views of `workspace`."""
     count = sequences * heads * num_splits
     needed = count * (head_dim + 2) * 4
     if workspace is None or workspace.nbytes < needed or not workspace.is_contiguous():
         got = "none" if workspace is None else f"{workspace.nbytes}"
         raise KernelError(f"{num_splits} splits of {sequences} sequences need {needed} contiguous bytes, got {got}")
     floats = workspace.view(-1).view(torch.uint8)[:needed].view(torch.float32)
-    return floats[: count * head_dim], floats[count * head_dim : count * (head_dim + 1)], floats[-count:]
+    return Partials(floats[: count * head_dim], floats[count * head_dim : count * (head_dim + 1)], floats[-count:])
 
 
 def _check(
@@ -278,23 +237,23 @@ def paged_attention_torch(
 
 
 def audit_cases() -> Iterator[Case]:
-    """For `kernels.audit`: decode, decode of long contexts in shares, prefill and batch-invariant, of three models."""
+    """For `kernels.audit`: decode, one long context in shares, prefill and batch-invariant, of three models."""
     bf16, ids = (partial(torch.empty, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.int32))
     for model, heads, kv_heads, dim, block_size in (
         ("qwen3-30b-a3b", 32, 4, 128, 32),
         ("mixtral-8x7b", 32, 8, 128, 16),
         ("qwen3-next", 16, 2, 256, 32),
     ):
-        workspace = torch.empty(workspace_bytes(2, heads, kv_heads, dim, 4096, 132), dtype=torch.uint8, device="meta")
+        workspace = torch.empty(workspace_bytes(1, heads, kv_heads, dim, 32768, 132), dtype=torch.uint8, device="meta")
         cache = bf16(256, kv_heads, block_size, dim)
-        for name, sequences, queries, extra in (
-            ("decode", 128, 1, {"num_splits": 1}),
-            ("split", 2, 1, {"num_splits": 8, "workspace": workspace}),
-            ("prefill", 2, 512, {}),
-            ("invariant", 64, 1, {"batch_invariant": True}),
+        for name, sequences, queries, context, extra in (
+            ("decode", 128, 1, 4096, {"num_splits": 1}),
+            ("split", 1, 1, 32768, {"workspace": workspace}),
+            ("prefill", 2, 512, 4096, {}),
+            ("invariant", 64, 1, 4096, {"batch_invariant": True}),
         ):
             q = bf16(sequences * queries, heads, dim)
-            tables = (ids(sequences, 4096 // block_size), ids(sequences))
+            tables = (ids(sequences, context // block_size), ids(sequences))
             launch = partial(
                 paged_attention, q, cache, cache, *tables, ids(sequences + 1), scale=dim**-0.5,
                 block_size=block_size, max_query_len=queries, out=torch.empty_like(q), **extra,

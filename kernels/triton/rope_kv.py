@@ -19,8 +19,10 @@ Example: block_size 16, slot 37 is block 2, offset 5; its key of head h goes to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,43 +31,91 @@ from torch import Tensor
 
 from ..launches import Case
 from ..ops import KernelError
+from ..work import Work, declares
 from . import portable
 from .norm import DTYPES
 
 QK_NORMS = ("none", "head", "full")
 
 
+class QkNorms(NamedTuple):
+    q: Tensor  # (D,) or (heads * D,) fp32
+    k: Tensor  # (D,) or (kv_heads * D,) fp32
+
+
+class Angles(NamedTuple):
+    cos: Tensor  # (positions, D / 2) fp32
+    sin: Tensor
+
+
+class Caches(NamedTuple):
+    k: Tensor  # (num_blocks, kv_heads, block_size, D)
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class RopeDims:
+    """Sizes of `rope_and_cache`, as it has them; clips: whether it clips."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    qk_norm: str
+    clips: bool
+
+    @property
+    def half(self) -> int:
+        return self.head_dim // 2
+
+    @property
+    def half_p2(self) -> int:
+        return triton.next_power_of_2(self.half)
+
+    @property
+    def heads_p2(self) -> int:
+        return triton.next_power_of_2(self.heads)
+
+    @property
+    def kv_heads_p2(self) -> int:
+        return triton.next_power_of_2(self.kv_heads)
+
+    @property
+    def num_warps(self) -> int:
+        """16 elements a thread keep 32 query heads of 128 in 8 warps, without spills."""
+        return min(max(self.heads_p2 * self.half_p2 * 2 // (32 * 16), 1), 8)
+
+
 @triton.jit
 def _clipped_halves(
-    x_ptr,  # (HEADS, HEAD_DIM), of one token
-    weight_ptr,  # (HEAD_DIM,) or (HEADS * HEAD_DIM,) fp32
+    x_ptr,  # (HEADS, D), of one token
+    weight_ptr,  # (D,) or (HEADS * D,) fp32, or None
     eps,
     clip,
     HEADS: tl.constexpr,
     HEADS_P2: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HALF_P2: tl.constexpr,
-    QK_NORM: tl.constexpr,
-    CLIP: tl.constexpr,
+    DIMS: tl.constexpr,
 ):
-    """First and second halves of all heads, normalised and clipped, fp32 [HEADS_P2, HALF_P2] each."""
-    HALF: tl.constexpr = HEAD_DIM // 2
+    """First and second halves of all heads, normalised and clipped, fp32 [HEADS_P2, half_p2] each."""
+    HALF: tl.constexpr = DIMS.half
+    HEAD_DIM: tl.constexpr = DIMS.head_dim
     head = tl.arange(0, HEADS_P2)[:, None]
-    d = tl.arange(0, HALF_P2)[None, :]
+    d = tl.arange(0, DIMS.half_p2)[None, :]
     mask = (head < HEADS) & (d < HALF)
     a = tl.load(x_ptr + head * HEAD_DIM + d, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + head * HEAD_DIM + HALF + d, mask=mask, other=0.0).to(tl.float32)
-    if QK_NORM == "full":
-        total = tl.sum(tl.sum(a * a + b * b, axis=1), axis=0)
-        scale = 1.0 / tl.sqrt(total / (HEADS * HEAD_DIM) + eps)
-        a = a * scale * tl.load(weight_ptr + head * HEAD_DIM + d, mask=mask, other=0.0)
-        b = b * scale * tl.load(weight_ptr + head * HEAD_DIM + HALF + d, mask=mask, other=0.0)
-    elif QK_NORM == "head":
-        total = tl.sum(a * a + b * b, axis=1)
-        scale = (1.0 / tl.sqrt(total / HEAD_DIM + eps))[:, None]
-        a = a * scale * tl.load(weight_ptr + d, mask=d < HALF, other=0.0)
-        b = b * scale * tl.load(weight_ptr + HALF + d, mask=d < HALF, other=0.0)
-    if CLIP:
+    if weight_ptr is not None:
+        if DIMS.qk_norm == "full":
+            total = tl.sum(tl.sum(a * a + b * b, axis=1), axis=0)
+            scale = 1.0 / tl.sqrt(total / (HEADS * HEAD_DIM) + eps)
+            a = a * scale * tl.load(weight_ptr + head * HEAD_DIM + d, mask=mask, other=0.0)
+            b = b * scale * tl.load(weight_ptr + head * HEAD_DIM + HALF + d, mask=mask, other=0.0)
+        else:
+            total = tl.sum(a * a + b * b, axis=1)
+            scale = (1.0 / tl.sqrt(total / HEAD_DIM + eps))[:, None]
+            a = a * scale * tl.load(weight_ptr + d, mask=d < HALF, other=0.0)
+            b = b * scale * tl.load(weight_ptr + HALF + d, mask=d < HALF, other=0.0)
+    if DIMS.clips:
         # Comparisons, not min and max, which would turn a NaN into a number and hide it.
         a = tl.where(a > clip, clip, tl.where(a < -clip, -clip, a))
         b = tl.where(b > clip, clip, tl.where(b < -clip, -clip, b))
@@ -74,31 +124,26 @@ def _clipped_halves(
 
 @triton.jit
 def _part(
-    x_ptr,  # (HEADS, HEAD_DIM), of one token
+    x_ptr,  # (HEADS, D), of one token
     weight_ptr,
-    cos_ptr,  # (HEAD_DIM / 2,) at the token's position
-    sin_ptr,
-    out_ptr,  # (HEADS, …), rows stride_out_h apart
+    angles,  # cos and sin at the token's position, (D / 2,) each; None: no rotation
+    out_ptr,  # (HEADS, …), rows STRIDE_OUT_H apart
     keep,  # false: store nothing
     eps,
     clip,
-    stride_out_h: tl.constexpr,
+    STRIDE_OUT_H: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_P2: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HALF_P2: tl.constexpr,
-    QK_NORM: tl.constexpr,
-    CLIP: tl.constexpr,
-    ROTATE: tl.constexpr,
+    DIMS: tl.constexpr,
 ):
     """The q, k or v of one token, from the projection to where it belongs."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    a, b = _clipped_halves(x_ptr, weight_ptr, eps, clip, HEADS, HEADS_P2, HEAD_DIM, HALF_P2, QK_NORM, CLIP)
+    HALF: tl.constexpr = DIMS.half
+    a, b = _clipped_halves(x_ptr, weight_ptr, eps, clip, HEADS, HEADS_P2, DIMS)
     head = tl.arange(0, HEADS_P2)[:, None]
-    d = tl.arange(0, HALF_P2)[None, :]
-    if ROTATE:
-        cos = tl.load(cos_ptr + d, mask=d < HALF, other=0.0)
-        sin = tl.load(sin_ptr + d, mask=d < HALF, other=0.0)
+    d = tl.arange(0, DIMS.half_p2)[None, :]
+    if angles is not None:
+        cos = tl.load(angles[0] + d, mask=d < HALF, other=0.0)
+        sin = tl.load(angles[1] + d, mask=d < HALF, other=0.0)
         first = a * cos - b * sin
         second = b * cos + a * sin
     else:
@@ -106,78 +151,56 @@ def _part(
         second = b
     mask = (head < HEADS) & (d < HALF) & keep
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    tl.store(out_ptr + head * stride_out_h + d, portable.cast(first, dtype), mask=mask)
-    tl.store(out_ptr + head * stride_out_h + HALF + d, portable.cast(second, dtype), mask=mask)
+    tl.store(out_ptr + head * STRIDE_OUT_H + d, portable.cast(first, dtype), mask=mask)
+    tl.store(out_ptr + head * STRIDE_OUT_H + HALF + d, portable.cast(second, dtype), mask=mask)
 
 
-@triton.jit
+def _rope_work(args: Mapping[str, Any]) -> Work:
+    """The projection, the queries made of it, and the K and V of all tokens, also of those that are not kept."""
+    qkv, q_out, cache, dims = (args[name] for name in ("qkv_ptr", "q_out_ptr", "cache", "DIMS"))
+    kept = 2 * len(qkv) * dims.kv_heads * dims.head_dim * cache.k.element_size()
+    return Work(qkv.nbytes + q_out.nbytes + kept)
+
+
+@triton.jit(launch_metadata=declares(_rope_work))
 def _rope_and_cache_kernel(
-    qkv_ptr,  # (T, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
-    q_norm_ptr,  # (HEAD_DIM,) or (HEADS * HEAD_DIM,) fp32; unused without QK-norm
-    k_norm_ptr,  # (HEAD_DIM,) or (KV_HEADS * HEAD_DIM,) fp32; unused without QK-norm
-    cos_ptr,  # (positions, HEAD_DIM / 2) fp32
-    sin_ptr,  # (positions, HEAD_DIM / 2) fp32
+    qkv_ptr,  # (T, (heads + 2 * kv_heads) * D)
+    norms,  # `QkNorms`, or None without QK-norm
+    table,  # `Angles`
     positions_ptr,  # (T,) int32
     slot_mapping_ptr,  # (T,) int64
-    k_cache_ptr,  # (num_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
-    v_cache_ptr,  # (num_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
-    q_out_ptr,  # (T, HEADS, HEAD_DIM)
+    cache,  # `Caches`
+    q_out_ptr,  # (T, heads, D)
     eps,
     clip,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    QK_NORM: tl.constexpr,
-    CLIP: tl.constexpr,
-    HEADS_P2: tl.constexpr,
-    KV_HEADS_P2: tl.constexpr,
-    HALF_P2: tl.constexpr,
+    DIMS: tl.constexpr,
 ):
     """Grid: (T, 3): the q, k and v of a token are independent."""
+    HEADS: tl.constexpr = DIMS.heads
+    KV_HEADS: tl.constexpr = DIMS.kv_heads
+    HEAD_DIM: tl.constexpr = DIMS.head_dim
+    ROW: tl.constexpr = DIMS.block_size * HEAD_DIM
     # int64: T and the pool of blocks may both pass 2^31 elements.
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     qkv_ptr += token * (HEADS + 2 * KV_HEADS) * HEAD_DIM
-    position = tl.load(positions_ptr + token).to(tl.int64)
-    cos_ptr += position * (HEAD_DIM // 2)
-    sin_ptr += position * (HEAD_DIM // 2)
+    position = tl.load(positions_ptr + token).to(tl.int64) * DIMS.half
+    angles = (table.cos + position, table.sin + position)
     slot = tl.load(slot_mapping_ptr + token).to(tl.int64)
     keep = slot >= 0
     slot = tl.maximum(slot, 0)
-    at = slot // BLOCK_SIZE * (KV_HEADS * BLOCK_SIZE * HEAD_DIM) + slot % BLOCK_SIZE * HEAD_DIM
+    at = slot // DIMS.block_size * (KV_HEADS * ROW) + slot % DIMS.block_size * HEAD_DIM
+    q_norm = None if norms is None else norms.q
+    k_norm = None if norms is None else norms.k
     if part == 0:
-        _part(
-            qkv_ptr, q_norm_ptr, cos_ptr, sin_ptr, q_out_ptr + token * HEADS * HEAD_DIM, True, eps, clip,
-            HEAD_DIM, HEADS, HEADS_P2, HEAD_DIM, HALF_P2, QK_NORM, CLIP, True,
-        )  # fmt: skip
+        q_ptr = q_out_ptr + token * HEADS * HEAD_DIM
+        _part(qkv_ptr, q_norm, angles, q_ptr, True, eps, clip, HEAD_DIM, HEADS, DIMS.heads_p2, DIMS)
     elif part == 1:
-        _part(
-            qkv_ptr + HEADS * HEAD_DIM, k_norm_ptr, cos_ptr, sin_ptr, k_cache_ptr + at, keep, eps, clip,
-            BLOCK_SIZE * HEAD_DIM, KV_HEADS, KV_HEADS_P2, HEAD_DIM, HALF_P2, QK_NORM, CLIP, True,
-        )  # fmt: skip
+        k_ptr = qkv_ptr + HEADS * HEAD_DIM
+        _part(k_ptr, k_norm, angles, cache.k + at, keep, eps, clip, ROW, KV_HEADS, DIMS.kv_heads_p2, DIMS)
     else:
-        _part(
-            qkv_ptr + (HEADS + KV_HEADS) * HEAD_DIM, k_norm_ptr, cos_ptr, sin_ptr, v_cache_ptr + at, keep, eps, clip,
-            BLOCK_SIZE * HEAD_DIM, KV_HEADS, KV_HEADS_P2, HEAD_DIM, HALF_P2, "none", CLIP, False,
-        )  # fmt: skip
-
-
-def _launch(heads: int, kv_heads: int, head_dim: int, block_size: int, qk_norm: str, clip: float) -> tuple[dict, int]:
-    """(constexprs, warps): 16 elements a thread keep 32 query heads of 128 in 8 warps, without spills."""
-    constexprs = {
-        "HEADS": heads,
-        "KV_HEADS": kv_heads,
-        "HEAD_DIM": head_dim,
-        "BLOCK_SIZE": block_size,
-        "QK_NORM": qk_norm,
-        "CLIP": clip > 0,
-        "HEADS_P2": triton.next_power_of_2(heads),
-        "KV_HEADS_P2": triton.next_power_of_2(kv_heads),
-        "HALF_P2": triton.next_power_of_2(head_dim // 2),
-    }
-    elements = constexprs["HEADS_P2"] * constexprs["HALF_P2"] * 2
-    return constexprs, min(max(elements // (32 * 16), 1), 8)
+        v_ptr = qkv_ptr + (HEADS + KV_HEADS) * HEAD_DIM
+        _part(v_ptr, None, None, cache.v + at, keep, eps, clip, ROW, KV_HEADS, DIMS.kv_heads_p2, DIMS)
 
 
 def rope_and_cache(
@@ -226,10 +249,12 @@ def rope_and_cache(
         "v_cache": (v_cache, cache_shape, k_cache.dtype),
         "q_out": (q_out, (tokens, heads, head_dim), qkv.dtype),
     }
+    norms = None
     if qk_norm != "none":
         widths = (head_dim, head_dim) if qk_norm == "head" else (heads * head_dim, kv_heads * head_dim)
         if q_norm is None or k_norm is None:
             raise KernelError(f"qk_norm {qk_norm!r} needs the weights q_norm and k_norm")
+        norms = QkNorms(q_norm, k_norm)
         expected["q_norm"] = (q_norm, (widths[0],), torch.float32)
         expected["k_norm"] = (k_norm, (widths[1],), torch.float32)
     for name, (tensor, shape, dtype) in expected.items():
@@ -237,13 +262,10 @@ def rope_and_cache(
             raise KernelError(f"{name} must be contiguous {shape} {dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
     if not tokens:
         return q_out
-    constexprs, num_warps = _launch(heads, kv_heads, head_dim, block_size, qk_norm, clip)
-    if qk_norm == "none":
-        # Never read; a tensor rather than None keeps one signature.
-        q_norm = k_norm = cos
+    dims = RopeDims(heads, kv_heads, head_dim, block_size, qk_norm, clip > 0)
     _rope_and_cache_kernel[(tokens, 3)](
-        qkv, q_norm, k_norm, cos, sin, positions, slot_mapping, k_cache, v_cache, q_out, eps, float(clip),
-        **constexprs, num_warps=num_warps,
+        qkv, norms, Angles(cos, sin), positions, slot_mapping, Caches(k_cache, v_cache), q_out, eps, float(clip),
+        dims, num_warps=dims.num_warps,
     )  # fmt: skip
     return q_out
 

@@ -12,10 +12,9 @@ from functools import partial
 import pytest
 import torch
 from fluxmoe.experiments.bench import attention as bench_attention
-from fluxmoe.experiments.bench import bit_equality, check_engine, compile_kernels, gpu_tests, gpu_tools
+from fluxmoe.experiments.bench import bit_equality, check_engine, compile_kernels, gpu_tests, gpu_tools, predict
 from fluxmoe.experiments.bench import delta_net as bench_delta_net
 from fluxmoe.experiments.bench import moe as bench_grouped_gemm
-from fluxmoe.experiments.bench import predict as predict_other_kernels
 from fluxmoe.experiments.bench import tune as tune_grouped_gemm
 from fluxmoe.experiments.bench.peers import PEERS
 from fluxmoe.experiments.bench.predict import expected_blocks
@@ -27,15 +26,13 @@ from fluxmoe.experiments.lib.results import UsageError, write_csv
 from fluxmoe.experiments.lib.sweep import EXIT_AGAIN, AbsentError, Sweep, WrongError
 from fluxmoe.kernels.audit import Report
 from fluxmoe.kernels.triton.tiles import Tile, read_tuned, tuned_tiles
+from fluxmoe.kernels.work import Work
 
 CPU = torch.device("cpu")
 SMALL = Shape(hidden=32, intermediate=16, experts=6, top_k=2)
 
 
-def test_bytes_and_flops_of_one_token():
-    nbytes, flops = SMALL.work(1, touched=2)
-    assert nbytes == 2 * 6 * 32 * 16 + 2 * (3 * 32 + 2 * 2 * 16 + 2 * 2 * 32)
-    assert flops == 6 * 2 * 32 * 16
+def test_uniform_routing_touches_so_many_experts():
     assert SMALL.touched(1) == pytest.approx(2)
     assert SMALL.touched(10_000) == pytest.approx(6)
 
@@ -93,11 +90,26 @@ def test_zipf_routing_prefers_the_first_experts():
 
 def test_rows_carry_shares_and_ratios():
     roofs, timing = Roofs(1e10, 1e12), Timing(4e-6, 5e-6, 6e-6, "graph")
-    dense = bench_grouped_gemm.layer_columns(SMALL, 1, 2, timing, 2e-6, roofs)
+    dense = bench_grouped_gemm.layer_columns(Work(6144, 6144), 2, timing, 2e-6, roofs)
     assert dense["time_over_ours"] == pytest.approx(2.5)
     assert dense["share_of_copy_bandwidth"] == pytest.approx(dense["bytes"] / 5e-6 / 1e10)
-    packed = bench_grouped_gemm.layer_columns(SMALL, 1, 2, timing, 2e-6, roofs, bits=12.0)
-    assert dense["bytes"] - packed["bytes"] == 2 * SMALL.expert_bytes / 4  # the floor is that of its own bytes
+    assert dense["floor_us"] == pytest.approx(6144 / 1e10 * 1e6)
+    assert dense["share_of_floor"] == pytest.approx(dense["floor_us"] / 5)
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("provider", "bits"), [("fluxmoe", 16), ("fluxmoe planar12", 12.006)])
+def test_the_floor_of_a_row_is_what_our_launches_declare(provider, bits):
+    """Logits, rows and places of routing; weights of the experts with tokens; h and y written and read; the sum."""
+    shape, tokens = SHAPES["tiny"], 3
+    point = bench_grouped_gemm.Point([bench_grouped_gemm.Layer(shape, CPU)], tokens, "uniform", None)
+    columns = bench_grouped_gemm._columns(point, provider, Roofs(1.0, 1.0))
+    hidden, intermediate, rows = shape.hidden, shape.intermediate, tokens * shape.top_k
+    routing = 4 * tokens * shape.experts + 12 * rows
+    weights = int(point.touched * 2 * intermediate * hidden * bits / 8 + 2 * tokens * hidden + 2 * rows * intermediate)
+    weights += int(point.touched * intermediate * hidden * bits / 8 + 2 * rows * intermediate + 2 * rows * hidden)
+    assert columns["bytes"] == routing + weights + 2 * rows * hidden + 2 * 2 * tokens * hidden
+    assert columns["flops"] == 6 * rows * hidden * intermediate
 
 
 def read(folder) -> list[dict[str, str]]:
@@ -339,7 +351,6 @@ def test_paged_and_contiguous_inputs_hold_the_same_numbers():
     assert expected.shape == case.q.shape
     if not torch.cuda.is_available():
         torch.testing.assert_close(case.ours(), expected, rtol=0.02, atol=0.02)
-    assert bench_attention.work((4, 2, 16), 1, 3, 3)[1] == 4 * 4 * 16 * 6
 
 
 def test_tuning_candidates_fit_and_contain_the_rule():
@@ -375,15 +386,18 @@ def test_engine_check_sees_differences_and_forgives_ties():
 
 
 def test_predictions_of_other_kernels_are_their_slowest_limit():
-    pytest.importorskip("triton.backends.nvidia")
-    norm = Report("rms_norm/x", "sm_90", "_rms_norm_kernel", {"HIDDEN": 2048}, num_warps=4, instructions=100)
-    few, many = predict_other_kernels.predict_kernel(norm)[1::2]
+    norm = Report("rms_norm/x", "sm_90", "_rms_norm_kernel", num_warps=4, programs=32, nbytes=1e5, instructions=100)
+    few, many = (predict.predict_kernel(replace(norm, programs=n, nbytes=8192 * n), f"{n} tokens") for n in (32, 4096))
     assert (few["limit"], many["limit"]) == ("launch", "hbm")
     assert many["predicted_us"] == pytest.approx(1e6 * (4 * 4096 * 2048 / (0.9 * 3.35e12) + 4e-6))
-    busy = predict_other_kernels.predict_kernel(replace(norm, instructions=10_000))[-1]
-    assert busy["limit"] == "issue"
-    shape = {"KV_HEADS": 4, "GROUP": 8, "HEAD_DIM": 128, "BLOCK_ROWS": 16, "BLOCK_KV": 64}
-    decode = Report("attention_decode/x", "sm_90", "_decode_kernel", shape, num_warps=4, loops=[{"all": 400}])
-    rows = predict_other_kernels.predict_kernel(decode)
-    assert [row["bytes"] // 4096 // 2048 for row in rows] == [1, 32, 128]  # K and V of 4 heads of 128, bf16
-    assert predict_other_kernels.predict_kernel(Report("grouped_gemm", "sm_90", "_grouped_gemm_kernel")) == []
+    assert predict.predict_kernel(replace(norm, programs=4096, instructions=10_000), "")["limit"] == "issue"
+    assert predict.predict_kernel(replace(norm, nbytes=0.0), "")["issue_us"] == 0, "every program leaves at once"
+
+
+def test_instructions_of_a_loop_are_as_many_as_flops_ask_for():
+    sizes = {"group": 8, "head_dim": 128, "block_q": 2, "block_kv": 64}
+    flops = 4.0 * 3 * 4096 * 32 * 128  # three sequences' 32 heads at 4096 positions
+    code = Report(
+        "attention/x", "sm_90", "_decode_kernel", sizes, num_warps=4, nbytes=1.0, flops=flops, loops=[{"all": 400}]
+    )
+    assert predict.issued(code) == 3 * (32 // 8) * (4096 // 64) * 4 * 400

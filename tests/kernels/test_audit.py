@@ -92,19 +92,24 @@ from functools import partial
 import torch, triton, triton.language as tl
 from fluxmoe.kernels.audit import audit
 from fluxmoe.kernels.launches import Case
+from fluxmoe.kernels.work import declares, every_tensor_once
 
-@triton.jit
+@triton.jit(launch_metadata=declares(every_tensor_once))
 def narrow(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK) * 3
     tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < N))
 
-@triton.jit
+@triton.jit(launch_metadata=declares(every_tensor_once))
 def spilling(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i)
     tl.store(y_ptr + i, x * tl.sum(x))
 
 @triton.jit
+def silent(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    tl.store(y_ptr, tl.load(x_ptr))
+
+@triton.jit(launch_metadata=declares(every_tensor_once))
 def scratching(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
     rows = tl.make_tensor_descriptor(x_ptr, shape=[N, 64], strides=[64, 1], block_shape=[BLOCK, 64])
     i = tl.arange(0, BLOCK)[:, None] * 64 + tl.arange(0, 64)[None, :]
@@ -114,7 +119,7 @@ x = torch.empty(1 << 20, device="meta")
 def launch(kernel, size, warps, **options):
     kernel[(1,)](x, x, 77, BLOCK=size, num_warps=warps, **options)
 
-for kernel, size, warps in ((narrow, 128, 4), (spilling, 16384, 1), (scratching, 16, 4)):
+for kernel, size, warps in ((narrow, 128, 4), (spilling, 16384, 1), (scratching, 16, 4), (silent, 16, 4)):
     case = Case(kernel.__name__, partial(launch, kernel, size, warps), wide=(narrow,))
     print(audit(case, "sm_90")[0].problems)
 hasty = Case("hasty", partial(launch, spilling, 128, 4, launch_pdl=True))
@@ -122,9 +127,10 @@ print(audit(hasty, "sm_90")[0].problems)
 accepting = Case("accepting", partial(launch, spilling, 16384, 1), accepts={"spills": "it is a test"})
 print(audit(accepting, "sm_90")[0].problems)
 """)
-    narrow, spilling, scratching, hasty, accepting = run_file(path)
+    narrow, spilling, scratching, silent, hasty, accepting = run_file(path)
     assert "4 bytes wide" in narrow
     assert "spilled" in spilling
+    assert silent == "['the kernel does not declare its bytes and flops']"
     assert "of global scratch a program, and the launch sets no allocator" in scratching
     assert "it may start before the kernel before it has ended" in hasty
     assert accepting == "[]"

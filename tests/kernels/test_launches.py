@@ -29,7 +29,7 @@ compiled = Counter()
 
 def count(kernel, key, signature, device, constexprs, options, attrs, warmup):
     tile = {kernel.params[path[0]].name: value for path, value in constexprs.items()
-            if kernel.params[path[0]].is_constexpr}
+            if kernel.params[path[0]].is_constexpr or value is None}
     compiled[kernel.__name__, str(tile), options.num_warps, options.num_stages] += 1
     done = SimpleNamespace(src=SimpleNamespace(constants=constexprs), metadata=SimpleNamespace(num_warps=1, name=""))
     kernel.device_caches[device][0][key] = done

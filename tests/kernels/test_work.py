@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
+import pkgutil
 import subprocess
 import sys
+from functools import partial
 
+import fluxmoe.kernels.packing
+import fluxmoe.kernels.triton
 import pytest
 import torch
 from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.launches import recorded_work, work_of
 from fluxmoe.kernels.triton._grouped_gemm import TableArrays, work_of_gemm
-from fluxmoe.kernels.triton.norm import normed_row
+from fluxmoe.kernels.triton._paged_attention import AttentionDims, PagedKV, _attention_work
+from fluxmoe.kernels.triton.gates import scale
+from fluxmoe.kernels.triton.host_read import sum_in_place
+from fluxmoe.kernels.triton.norm import normed_row, rms_norm
 from fluxmoe.kernels.triton.routing import Router
 from fluxmoe.kernels.work import touched_experts
 
@@ -45,11 +54,17 @@ def test_a_grouped_gemm_reads_the_experts_that_have_tokens(formats, bits, tensor
     assert flops == 2 * 2 * N * K
 
 
-@pytest.mark.parametrize("module", ["_routing", "gate", "gates", "_grouped_gemm", "planar12_gemm", "norm"])
+MODULES = [
+    f"{package.__name__}.{found.name}"
+    for package in (fluxmoe.kernels.triton, fluxmoe.kernels.packing)
+    for found in pkgutil.iter_modules(package.__path__)
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_no_kernel_has_more_arguments_than_a_reader_holds(module):
-    found = vars(importlib.import_module(f"fluxmoe.kernels.triton.{module}"))
+    found = vars(importlib.import_module(module))
     kernels = {name: each.fn for name, each in found.items() if isinstance(each, type(normed_row))}
-    assert kernels
     assert {name: count for name, fn in kernels.items() if (count := len(inspect.signature(fn).parameters)) > 14} == {}
 
 
@@ -60,22 +75,121 @@ def test_uniform_routing_touches_so_many_where_nobody_knows():
     assert touched_experts(torch.tensor([0, 2, 2, 3]), 3, 1) == 2
 
 
-def test_recorded_launches_have_their_work(tmp_path):
-    pytest.importorskip("triton.backends.nvidia")
-    path = tmp_path / "work.py"
-    path.write_text("""
+WALK = """
+import json
+from types import SimpleNamespace
+
+from triton.runtime.jit import JITFunction
+
 from fluxmoe.kernels.audit import cases_of
 from fluxmoe.kernels.launches import compile_only
 
-cases = {case.name: case for case in cases_of("sm_90")}
-with compile_only(90) as launches:
-    for name in ("combine", "combine_and_norm", "rms_norm/qwen3-30b-a3b", "gate/128 experts, 1 tokens"):
-        cases[name].launch()
-for launch in launches:
-    print(launch.work and launch.work.nbytes)
-""")
+
+def count(kernel, key, signature, device, constexprs, options, attrs, warmup):
+    # What it would be compiled to is not what is asked for here.
+    done = SimpleNamespace(src=SimpleNamespace(constants=constexprs), metadata=SimpleNamespace(num_warps=1, name=""))
+    kernel.device_caches[device][0][key] = done
+    return done
+
+
+JITFunction._do_compile = count
+rows = []
+for case in cases_of("sm_90"):
+    with compile_only(90) as launches:
+        case.launch()
+    rows += [[case.name, each.kernel.__name__, len(each.kernel.params), each.work] for each in launches]
+print(json.dumps(rows))
+"""
+# Bytes and flops of launches of the audit, by what they compute: sizes as `audit_cases` of their modules have them.
+_ROW, _LOGITS = 2 * 2048, 4 * 32 * 128  # a token of bf16; 32 tokens' logits
+_TOUCHED = 128 * (1 - (1 - 8 / 128) ** 64)  # experts that 64 tokens of top 8 reach
+_KV = 2 * 2 * 4 * 128  # K and V of a position: 4 heads of 128
+DECLARED = {
+    ("rms_norm/qwen3-30b-a3b", "_rms_norm_kernel"): (64 * 2 * _ROW, 0),
+    ("combine", "_combine_kernel"): (64 * (8 + 2) * _ROW, 0),
+    ("combine_and_norm", "_combine_and_norm_kernel"): (64 * (8 + 3) * _ROW, 0),
+    ("grouped_gemm gate_up, 16 rows", "_grouped_gemm_kernel"): (
+        _TOUCHED * 2 * 1536 * 2048 + 64 * _ROW + 512 * 2 * 768, 2 * 512 * 1536 * 2048,
+    ),
+    ("grouped_gemm down, planar12, 16 rows", "_grouped_gemm_kernel"): (
+        _TOUCHED * 12.006 / 8 * 768 * 2048 + 512 * (2 * 768 + _ROW), 2 * 512 * 768 * 2048,
+    ),
+    # Logits in; of every row its expert, weight and place in the order out.
+    ("routing/128 experts, 32 tokens", "_route_kernel"): (_LOGITS + 32 * 8 * 12, 0),
+    ("routing/128 experts, 256 tokens", "_scan_kernel"): (2 * 8 * 4 * 128 + 16 * (256 * 8 // 16 + 128), 0),
+    ("gate/128 experts, 32 tokens", "_gate_kernel"): (
+        32 * 2 * _ROW + 128 * _ROW + _LOGITS + 32 * 8 * 12, 2 * 32 * 128 * 2048,
+    ),
+    ("swiglu/qwen3-next", "_swiglu_kernel"): (64 * (2 * 3 * 512 + _ROW), 0),
+    ("scale/qwen3-next", "_scale_kernel"): (3 * 64 * 2 * 4096, 0),
+    ("rope_and_cache/qwen3-30b-a3b", "_rope_and_cache_kernel"): (64 * 2 * 2 * (32 + 4 + 4) * 128, 0),
+    ("attention_decode/qwen3-30b-a3b", "_decode_kernel"): (
+        128 * (4096 * _KV + 2 * 2 * 32 * 128), 128 * 4 * 4096 * 32 * 128,
+    ),
+    ("attention_split/qwen3-30b-a3b", "_merge_kernel"): (32 * (64 * 4 * (128 + 2) + 2 * 128), 0),
+    # Of 512 queries the first sees 3585 keys, the last 4096.
+    ("attention_prefill/qwen3-30b-a3b", "_prefill_kernel"): (
+        2 * 4096 * _KV + 2 * 1024 * 2 * 32 * 128, 2 * 4 * sum(range(3585, 4097)) * 32 * 128,
+    ),
+    ("delta_net_decode/qwen3-next", "_recurrent_kernel"): (
+        64 * (2 * 4 * 32 * 128 * 128 + 2 * (8192 + 64 + 4096 + 3 * 8192)), 0,
+    ),
+    # 256 tokens each: 4 chunks. The inverse takes four products of 64 by 64 in three parts.
+    ("delta_net_prefill/qwen3-next", "_chunk_kernel"): (
+        512 * (2 * (2 * 2048 + 2 * 32) + 32 * (2 * 2 * 64 + 8)), 8 * 32 * 2 * 64 * 64 * (128 + 128 + 12 * 64),
+    ),
+    ("delta_net_prefill/qwen3-next", "_recurrent_kernel"): (0, 0),
+}  # fmt: skip
+
+
+def test_every_launch_declares_its_work(tmp_path):
+    pytest.importorskip("triton.backends.nvidia")
+    path = tmp_path / "walk.py"
+    path.write_text(WALK)
     compiling = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=compiling, timeout=120)
     assert done.returncode == 0, done.stderr
-    row = 64 * 2048 * 2
-    assert done.stdout.split() == [str((8 + 2) * row), str((8 + 3) * row), str(2 * row), "None"]
+    rows = json.loads(done.stdout)
+    assert [row for row in rows if row[2] > 14] == []
+    assert [row for row in rows if row[3] is None] == []
+    declared = {(name, kernel): work for name, kernel, _, work in rows}
+    assert len({kernel for _, kernel in declared}) == 24
+    for launch, expected in DECLARED.items():
+        assert declared[launch] == pytest.approx(expected, rel=1e-6), launch
+
+
+def attention_arguments(contexts, queries, window=0) -> dict:
+    """Of a launch over two sequences of 2 KV heads of 16, groups of 2."""
+    tokens = sum(queries)
+    ids = partial(torch.tensor, dtype=torch.int32)
+    cache = torch.zeros(8, 2, 16, 16, dtype=torch.bfloat16)
+    starts = [0, queries[0], tokens]
+    kv = PagedKV(cache, cache, ids([[0, 1, 2], [3, 4, 5]]), ids(contexts), ids(starts))
+    q = torch.zeros(tokens, 4, 16, dtype=torch.bfloat16)
+    return {"q_ptr": q, "kv": kv, "out_ptr": q, "DIMS": AttentionDims(2, 2, 16, 16, window)}
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 100])
+@pytest.mark.parametrize(
+    ("contexts", "queries"), [([40, 3], [1, 1]), ([40, 7], [33, 7]), ([9, 20], [0, 4])],
+    ids=["decode", "prompts", "a sequence without queries"],
+)  # fmt: skip
+def test_attention_counts_what_is_seen(contexts, queries, window):
+    nbytes, flops = _attention_work(attention_arguments(contexts, queries, window))
+    keys, pairs = set(), 0
+    for s, (context, count) in enumerate(zip(contexts, queries, strict=True)):
+        for position in range(context - count, context):
+            seen = range(max(0, position - window + 1) if window else 0, position + 1)
+            keys |= {(s, key) for key in seen}
+            pairs += len(seen)
+    assert nbytes == len(keys) * 2 * 2 * 2 * 16 + 2 * sum(queries) * 2 * 4 * 16
+    assert flops == 4 * pairs * 4 * 16
+
+
+def test_work_is_recorded_of_launches_that_run():
+    x, gate = torch.randn(3, 8), torch.randn(3, 8)
+    work = work_of(lambda: scale(rms_norm(x, torch.ones(8), 1e-6), gate))
+    assert work == (2 * x.nbytes + 3 * x.nbytes, 0)
+    with recorded_work() as works:
+        sum_in_place(torch.ones(5, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), 1)
+    assert works == [(4 * 5 + 4, 0)]

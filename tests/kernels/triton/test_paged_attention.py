@@ -226,13 +226,13 @@ def test_output_does_not_depend_on_which_blocks_hold_the_context():
 def test_splits_fill_the_device_with_shares_worth_starting():
     assert choose_num_splits(1, 4, 255, 132) == 1
     assert choose_num_splits(1, 4, 512, 132) == 2
-    assert choose_num_splits(1, 4, 1 << 20, 132) == 32
+    assert choose_num_splits(1, 4, 1 << 20, 132) == 64
     assert choose_num_splits(16, 4, 1 << 20, 132) == 5
     assert choose_num_splits(66, 4, 1 << 20, 132) == 1
     assert choose_num_splits(0, 4, 0, 132) == 1
     for sequences, kv_heads, context, sms in itertools.product((1, 7, 64), (1, 4, 8), (300, 5000), (1, 108)):
         splits = choose_num_splits(sequences, kv_heads, context, sms)
-        assert 1 <= splits <= 32
+        assert 1 <= splits <= 64
         assert splits == 1 or context // splits >= 256
         assert splits == 1 or sequences * kv_heads * (splits - 1) < 2 * sms
 
@@ -264,17 +264,17 @@ def test_default_splits_fit_the_workspace_promised(monkeypatch):
 def test_tiles_hold_whole_tokens_and_fit_shared_memory():
     assert attention_tile(128, 8, 2, 1, 89) == AttentionTile(16, 2, 64, 4, 3)
     assert attention_tile(128, 8, 2, 1, 90) == AttentionTile(16, 2, 64, 4, 5)
-    assert attention_tile(128, 4, 2, 512, 90) == AttentionTile(128, 32, 64, 8, 5)
+    assert attention_tile(128, 4, 2, 512, 90) == AttentionTile(128, 32, 128, 8, 3)
     assert attention_tile(128, 4, 2, 512, 89) == AttentionTile(128, 32, 32, 8, 5)
     shapes = itertools.product((24, 80, 128, 256), (1, 3, 8, 64), (2, 4), (1, 5, 999), (80, 89, 90, 100, 120))
     for dim, group, itemsize, queries, capability in shapes:
         tile = attention_tile(dim, group, itemsize, queries, capability)
-        assert tile.BLOCK_Q >= 1
-        assert tile.BLOCK_Q * group <= tile.BLOCK_ROWS
-        assert tile.BLOCK_ROWS & (tile.BLOCK_ROWS - 1) == 0
+        assert tile.block_q >= 1
+        assert tile.block_q * group <= tile.block_rows
+        assert tile.block_rows & (tile.block_rows - 1) == 0
         buffers = max(1, (tile.num_stages - 1) // 2)
         # K and V, and the queries; 99 KiB is the least of any GPU since sm_80.
-        needed = (2 * buffers * tile.BLOCK_KV + tile.BLOCK_ROWS) * padded_dim(dim) * itemsize
+        needed = (2 * buffers * tile.block_kv + tile.block_rows) * padded_dim(dim) * itemsize
         assert needed <= (227 if capability in (90, 100) else 99) * 1024
 
 
@@ -288,7 +288,8 @@ def test_says_what_it_expected():
         ("contexts", b.contexts.long(), "context_lens must be int32"),
         ("options", b.options | {"block_size": 24}, "multiple of 16, got 24"),
         ("options", b.options | {"window": -1}, "must not be negative"),
-        ("options", b.options | {"num_splits": 33}, "1 to 32, got 33"),
+        ("options", b.options | {"scale": 0.0}, "scale must be positive, got 0.0"),
+        ("options", b.options | {"num_splits": 65}, "1 to 64, got 65"),
     ):
         with pytest.raises(ValueError, match=message):
             run(SimpleNamespace(**(vars(b) | {name: value})))

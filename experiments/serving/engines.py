@@ -103,8 +103,10 @@ class WorkerPeer:
 
 
 def reason_in(log: list[str]) -> str:
-    """The first error that a log names: what came after it followed from it."""
+    """The first error that a log names, but for what it only warns of: what came after it followed from it."""
     for line in log:
+        if re.search(r"\bWARNING\b", line):
+            continue
         if found := re.search(r"\b((?:[A-Z]\w*)?(?:Error|Exception): .+)", line):
             return found[1].strip()
     return ""

@@ -219,7 +219,8 @@ def ask_vllm(python: str, environment: Mapping[str, str], code: str) -> str | No
         found = subprocess.run([python, "-c", code], capture_output=True, text=True, env={**os.environ, **environment})
     except OSError as error:
         raise UsageError(f"cannot start --vllm-python {python}: {error.strerror}") from None
-    return (found.stdout.strip().splitlines() or [None])[-1]
+    lines = found.stdout.strip().splitlines()
+    return lines[-1] if lines else None
 
 
 def version_of_vllm(python: str, environment: Mapping[str, str]) -> str:

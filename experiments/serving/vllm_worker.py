@@ -37,7 +37,8 @@ def serve(engine, prompts, output_tokens):
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=output_tokens, ignore_eos=True, temperature=0, detokenize=False)
-    first, last = {}, {}
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
     begin = time.perf_counter()
     for number, ids in enumerate(prompts):
         engine.add_request(str(number), {"prompt_token_ids": ids}, sampling)

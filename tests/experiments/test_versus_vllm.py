@@ -188,7 +188,12 @@ def test_a_budget_counts_fp32_weights_twice(model_dir):
 
 
 def test_the_first_error_of_a_log_is_the_reason():
-    log = ["INFO all well\n", "(Engine pid=3) ValueError: too small\n", "RuntimeError: see above\n"]
+    log = [
+        "INFO all well\n",
+        "WARNING 11-25 fallback. Exception: no primitive\n",
+        "(Engine pid=3) ValueError: too small\n",
+        "RuntimeError: see above\n",
+    ]
     assert peers.reason_in(log) == "ValueError: too small"
     assert peers.reason_in(["nothing"]) == ""
 

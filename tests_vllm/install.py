@@ -1,4 +1,6 @@
-"""Put vLLM's build for the CPU and this project into the environment that runs this: `VENV/bin/python install.py [VERSION]`.
+"""Put vLLM's build for the CPU and this project into the environment that runs this.
+
+    VENV/bin/python install.py [VERSION]
 
 A model of text needs none of vLLM's packages for pictures and sound, whose builds ask for other builds of torch.
 """

@@ -27,7 +27,7 @@ def run(python: Path | str, *arguments: str, **environment: str) -> bool:
 
 def passes(version: str) -> dict[str, bool]:
     """By version: what runs, and with the last one what is read."""
-    with tempfile.TemporaryDirectory(prefix="vllm-", dir=HERE.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".venv-vllm-", dir=HERE.parent) as folder:
         python = Path(folder, "bin", "python")
         if not (run(sys.executable, "-m", "venv", folder) and run(python, str(HERE / "install.py"), version)):
             return {version: False}

@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test thorough compat audit figures notebooks reproduce lint format clean vllm-test vllm-demo
+.PHONY: demo test thorough compat audit figures notebooks reproduce lint format clean vllm-test vllm-demo vllm-matrix
 
 $(STAMP): requirements.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -51,6 +51,10 @@ vllm-test: $(VLLM)/.installed
 
 vllm-demo: $(VLLM)/.installed
 	$(VLLM)/bin/python -m tests_vllm.demo
+
+# The same tests with each version that there is a build for the CPU of, in environments that are removed after.
+vllm-matrix:
+	$(PYTHON) tests_vllm/matrix.py
 
 # Every figure again, from the committed results alone.
 figures: $(STAMP)

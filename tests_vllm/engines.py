@@ -3,7 +3,8 @@
     python engines.py TASKS RESULTS
 
 TASKS, JSON: a list of {"llm": arguments of vllm.LLM, "prompts": lists of token ids, "new_tokens": N}. RESULTS: for
-each, the tokens generated, and for each prompt the likeliest token after each of its prefixes.
+each, the tokens generated, for each prompt the likeliest token after each of its prefixes, and how many tokens of KV
+cache there were; of an engine that refuses, what it says.
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ ALIKE = {
 def answer(task: dict) -> dict:
     from vllm import LLM, SamplingParams
 
-    llm = LLM(**ALIKE | task["llm"])
+    try:
+        llm = LLM(**ALIKE | task["llm"])
+    except ValueError as error:
+        return {"refused": str(error)}
     greedy = SamplingParams(temperature=0, max_tokens=task["new_tokens"], ignore_eos=True, prompt_logprobs=1)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in task["prompts"]], greedy, use_tqdm=False)
+    cache = llm.llm_engine.vllm_config.cache_config
     return {
+        "kv_tokens": cache.num_gpu_blocks * cache.block_size,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "likeliest": [
             [min(choices, key=lambda token: choices[token].rank) for choices in output.prompt_logprobs[1:]]

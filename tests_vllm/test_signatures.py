@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from fluxmoe.runtime.vllm.config import FluxMoEConfig
 from fluxmoe.runtime.vllm.features import check_features
 from fluxmoe.runtime.vllm.method import FluxMoEMethod
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, MoERunner, RoutedExperts
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.fused_moe import MoERunner
+
+from .sources import Sources
 
 
 def parameters(function) -> list[str]:
@@ -22,19 +24,63 @@ def parameters(function) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", ["create_weights", "apply", "get_fused_moe_quant_config"])
-def test_methods(name):
-    assert parameters(getattr(FluxMoEMethod, name)) == parameters(getattr(FusedMoEMethodBase, name))
+WHEELS = [None, *filter(None, [os.environ.get("VLLM_WHEEL")])]
+
+
+@pytest.fixture(scope="module", params=WHEELS, ids=["installed", "wheel"][: len(WHEELS)])
+def sources(request) -> Sources:
+    """vLLM as it is installed, and what VLLM_WHEEL names: another version, or a build for GPUs."""
+    return Sources(request.param)
+
+
+LAYERS = "model_executor/layers"
+BASE = f"{LAYERS}/quantization/base_config.py"
+OURS = [
+    (f"{LAYERS}/fused_moe/fused_moe_method_base.py", "FusedMoEMethodBase", FluxMoEMethod.create_weights),
+    (f"{LAYERS}/fused_moe/fused_moe_method_base.py", "FusedMoEMethodBase", FluxMoEMethod.apply),
+    (f"{LAYERS}/fused_moe/fused_moe_method_base.py", "FusedMoEMethodBase", FluxMoEMethod.get_fused_moe_quant_config),
+    (BASE, "QuantizationConfig", FluxMoEConfig.get_quant_method),
+    (BASE, "QuantizationConfig", FluxMoEConfig.get_supported_act_dtypes),
+]
+
+
+@pytest.mark.parametrize(("path", "cls", "ours"), OURS, ids=[ours.__name__ for *_, ours in OURS])
+def test_what_we_override_has_the_same_parameters(sources, path, cls, ours):
+    assert parameters(ours) == sources.parameters(path, cls, ours.__name__)
+
+
+def test_the_weight_loader(sources):
+    loader = sources.parameters(f"{LAYERS}/fused_moe/routed_experts.py", "RoutedExperts", "weight_loader")
+    assert ["self", *parameters(FluxMoEMethod._load)[1:]] == loader
+
+
+MENTIONED = [
+    (f"{LAYERS}/fused_moe/routed_experts.py", "RoutedExperts",
+     "_map_global_expert_id_to_local_expert_id expert_map apply_router_weight_on_input moe_config"),
+    (f"{LAYERS}/fused_moe/config.py", "FusedMoEConfig",
+     "experts_per_token tp_rank tp_size has_bias swiglu_limit activation"),
+    (f"{LAYERS}/fused_moe/config.py", "FusedMoEQuantConfig", "make"),
+    (f"{LAYERS}/quantization/__init__.py", "register_quantization_config", "QUANTIZATION_METHODS"),
+    (f"{LAYERS}/attention_layer_base.py", "AttentionLayerBase", "get_kv_cache_spec"),
+    ("config/parallel.py", "ParallelConfig", "use_ubatching enable_eplb data_parallel_size"),
+    ("config/model.py", "ModelConfig", "is_moe enable_sleep_mode get_hidden_size get_vocab_size"),
+    ("config/cache.py", "CacheConfig", "kv_cache_memory_bytes gpu_memory_utilization"),
+    ("config/offload.py", "OffloadConfig", "uva prefetch"),
+    ("config/offload.py", "UVAOffloadConfig", "cpu_offload_gb"),
+    ("config/offload.py", "PrefetchOffloadConfig", "offload_group_size"),
+    ("config/vllm.py", "VllmConfig", "lora_config offload_config additional_config device_config scheduler_config"),
+    ("v1/kv_cache_interface.py", "AttentionSpec", "page_size_bytes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "cls", "names"), MENTIONED, ids=[cls for _, cls, _ in MENTIONED])
+def test_what_we_ask_for_is_there(sources, path, cls, names):
+    assert not set(names.split()) - sources.says(path, cls)
 
 
 def test_nothing_is_left_abstract():
     assert not inspect.isabstract(FluxMoEMethod)
     assert not inspect.isabstract(FluxMoEConfig)
-    assert parameters(FluxMoEConfig.get_quant_method) == parameters(QuantizationConfig.get_quant_method)
-
-
-def test_the_weight_loader():
-    assert parameters(FluxMoEMethod._load) == parameters(RoutedExperts.weight_loader)
 
 
 def test_a_layer_on_a_gpu_is_one_operation_of_vllms(monkeypatch):

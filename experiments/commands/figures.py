@@ -20,6 +20,7 @@ from ..plots.serving import (
     plot_memory_budget,
     plot_overhead,
     plot_versus,
+    plot_vllm_plugin,
 )
 
 # Whose results the first page shows, as a figure of their own.
@@ -29,6 +30,7 @@ DRAW: dict[str, Callable[[Path], Path]] = {
     "memory-budget": plot_memory_budget,
     "sensitivity": plot_sensitivity,
     "versus": plot_versus,
+    "versus vllm-plugin": plot_vllm_plugin,
     "paper fig1": plot_memory_split,
     "paper fig2": plot_kv_capacity,
     "paper fig5": plot_exponents,

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "profile": ("commands.profile", "measure what this machine can move and compute"),
     "memory-budget": ("serving.memory_budget", "throughput against memory budget, for several placements"),
     "versus": ("serving.versus", "vLLM and transformers beside ours, in turns"),
+    "versus vllm-plugin": ("serving.vllm_plugin", "vLLM as it is, with us inside, and our engine, in turns"),
     "ablation": ("serving.ablation", "what each idea is worth: one at a time taken away"),
     "sensitivity": ("serving.sensitivity", "longer contexts, other links, other GPUs"),
     "packed-overhead": ("serving.packed_overhead", "what compressed experts cost or gain at equal batch"),

@@ -255,6 +255,55 @@ def plot_versus(directory: Path) -> Path:
     return save(figure, directory / "versus.png")
 
 
+def plot_vllm_plugin(directory: Path) -> Path:
+    """vllm_plugin.png beside rows.csv of `versus vllm-plugin`: throughput, times to the first token and between tokens,
+    and tokens of KV, over the budget, or over requests at once where there is one budget; medians of rounds, ranges as
+    bars. Over budgets with the most requests. Crosses below the axis: does not start, or stopped. Our own engine makes
+    no more KV cache than so many requests can use, so that panel is without it."""
+    rows = pd.read_csv(directory / "rows.csv", dtype={"budget": str})
+    about = json.loads((directory / "provenance.json").read_text())
+    over = "budget" if rows.budget.nunique() > 1 else "sequences"
+    ok, most = rows[rows.status == "ok"], max(about["sequences"])
+    if over == "budget":
+        ok = ok[ok.sequences == most]
+    x_of = (lambda text: (parse_bytes(text) or 0) / MIB) if over == "budget" else float
+    panels = (("tokens_per_s", "output tokens/s", 1), ("ttft_s", "time to the first token (s)", 1),
+              ("tpot_s", "time between tokens (ms)", 1000), ("kv_tokens", "tokens of KV cache", 1))  # fmt: skip
+    figure, axes = plt.subplots(2, 2, figsize=(8.4, 6.4), layout="constrained")
+    names = list(rows.provider.unique())
+    for axis, (column, label, scale) in zip(axes.flat, panels, strict=True):
+        for index, provider in enumerate(names):
+            if column == "kv_tokens" and provider.startswith("fluxmoe"):
+                continue
+            inside, placement = "vllm" in provider, provider.rpartition("fluxmoe ")[2]
+            colour = "#000000" if provider == "vllm" else style_of(placement)[0]
+            found = ok[ok.provider == provider].groupby(over)[column].agg(["median", "min", "max"]) * scale
+            found = found.set_axis([x_of(x) for x in found.index]).sort_index()
+            axis.errorbar(
+                found.index, found["median"], yerr=[found["median"] - found["min"], found["max"] - found["median"]],
+                color=colour, label=provider, capsize=2, linewidth=1.5, linestyle=line_of(about), markersize=6,
+                marker="o" if provider == "vllm" else "D" if inside else "*",
+            )  # fmt: skip
+            refused = rows[(rows.provider == provider) & (rows.status != "ok")][over].dropna().unique()
+            if over == "budget" and len(ok):
+                low = -0.03 * scale * ok[column].max() * (index + 1)
+                axis.plot([x_of(x) for x in refused], [low] * len(refused), "x", color=colour, markersize=5)
+        ticks = sorted({x_of(x) for x in rows[over].dropna()})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks], fontsize=8)
+        axis.minorticks_off()
+        axis.axhline(0, color="0.6", linewidth=0.6)
+        axis.set_xlabel("memory of the process (MiB)" if over == "budget" else "requests at once")
+        axis.set_ylabel(axis_label(label, about))
+        axis.spines[["top", "right"]].set_visible(False)
+    which = f"{most} requests" if over == "budget" else f"{rows.budget.iloc[0]} in all"
+    title = f"vLLM {about['vllm']}, model {Path(about['model']).name}, {which}; {where_of(about)}"
+    figure.suptitle(title, fontsize=9)
+    handles = axes.flat[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=7.5, frameon=False)
+    return save(figure, directory / "vllm_plugin.png")
+
+
 def plot_exponents(directory: Path) -> Path:
     """exponents.png beside histogram.csv and summary.json: shares of exponents and of mantissas; returns its path."""
     counts, (low, high) = pd.read_csv(directory / "histogram.csv"), stated.TRAINED_EXPONENT_BITS

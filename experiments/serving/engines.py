@@ -12,6 +12,8 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.runtime.serving.config import EngineConfig
@@ -25,12 +27,25 @@ from ..lib.serve import placed
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 
 
+class Timing(NamedTuple):
+    """Of one call: seconds in all; medians over its requests of the time to the first token and of that between tokens,
+    None where an engine does not tell; the most memory that its process has held so far."""
+
+    seconds: float
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    peak_bytes: int | None = None
+
+
 class RefusedError(Exception):
     """An engine that does not start; the message says why, as the engine says it."""
 
 
 class WorkerPeer:
-    """An engine in a process of its own that serves batches on request; RefusedError if it does not start."""
+    """An engine in a process of its own that serves batches on request; RefusedError if it does not start.
+
+    kv_tokens: that its KV cache holds, None where it does not tell.
+    """
 
     def __init__(
         self, name: str, python: str, script: str, settings: dict, environment: dict[str, str] | None = None
@@ -55,7 +70,7 @@ class WorkerPeer:
         self._stdin, self._stdout = stdin, stdout
         self._said: list[str] = []
         try:
-            self._answer()
+            self.kv_tokens: int | None = self._answer().get("kv_tokens")
         except RefusedError:
             self.close()
             raise
@@ -69,12 +84,12 @@ class WorkerPeer:
         self._log.seek(0)
         raise RefusedError(reason_in([*self._said, *self._log.readlines()]) or f"{self.name} stopped without a word")
 
-    def run(self, prompts: list[list[int]], output_tokens: int) -> float:
-        """Seconds of one call that generates `output_tokens` for each of `prompts`."""
+    def run(self, prompts: list[list[int]], output_tokens: int) -> Timing:
+        """One call that generates `output_tokens` for each of `prompts`."""
         with suppress(BrokenPipeError):  # it has stopped; its log says why
             self._stdin.write(json.dumps({"prompts": prompts, "output_tokens": output_tokens}) + "\n")
             self._stdin.flush()
-        return self._answer()["seconds"]
+        return Timing(**self._answer())
 
     def close(self) -> None:
         with suppress(BrokenPipeError):
@@ -88,8 +103,10 @@ class WorkerPeer:
 
 
 def reason_in(log: list[str]) -> str:
-    """The first error that a log names: what came after it followed from it."""
+    """The first error that a log names, but for what it only warns of: what came after it followed from it."""
     for line in log:
+        if re.search(r"\bWARNING\b", line):
+            continue
         if found := re.search(r"\b((?:[A-Z]\w*)?(?:Error|Exception): .+)", line):
             return found[1].strip()
     return ""
@@ -101,15 +118,18 @@ class OurPeer:
     def __init__(self, machine: Machine, source: Source, placement: str, settings: EngineConfig) -> None:
         self.name = f"fluxmoe {placement}"
         self._engine = machine.engine(source, replace(settings, **placed(placement)))
+        self.kv_tokens: int | None = self._engine.scheduler.num_blocks * settings.block_size
 
-    def run(self, prompts: list[list[int]], output_tokens: int) -> float:
+    def run(self, prompts: list[list[int]], output_tokens: int) -> Timing:
         params = SamplingParams(max_new_tokens=output_tokens, ignore_eos=True)
         requests = [Request(tuple(ids), params) for ids in prompts]
         begin = time.perf_counter()
         outputs = self._engine.generate(requests)
         seconds = time.perf_counter() - begin
         assert all(len(output.token_ids) == output_tokens for output in outputs)
-        return seconds
+        times = [(output.first_token_s or 0.0, output.finish_s or 0.0) for output in outputs]
+        between = [(last - first) / max(1, output_tokens - 1) for first, last in times]
+        return Timing(seconds, median(first for first, _ in times), median(between))
 
     def close(self) -> None:
         self._engine.close()
@@ -128,15 +148,47 @@ def vllm(python: str, dtype: str, settings: dict, environment: dict[str, str], k
     GPU)."""
     if kv is not None and kv + int(offload_gib * 2**30) <= 0:
         raise RefusedError(f"its weights in {dtype} alone are {-kv >> 20} MiB more than the budget")
-    offload = {"cpu_offload_gb": offload_gib} if offload_gib else {}
     if kv is not None:
         kv += int(offload_gib * 2**30)
     elif settings["device"] == "cpu":
         kv = 2 << 30
+    llm = {**_llm(settings), "dtype": dtype, "kv_cache_memory_bytes": kv}
+    if offload_gib:
+        llm["cpu_offload_gb"] = offload_gib
     name = f"vllm {dtype}" + (f", {offload_gib:g} GiB offloaded" if offload_gib else "")
+    return WorkerPeer(name, python, "vllm_worker.py", {"llm": llm}, environment)
+
+
+def _llm(settings: dict) -> dict:
+    """Arguments of vllm.LLM."""
+    return {
+        "model": settings["model"],
+        "max_model_len": settings["max_model_len"],
+        "max_num_seqs": settings["max_batch"],
+        "enforce_eager": settings["eager"],
+    }
+
+
+def vllm_within(python: str, total: int, settings: dict, environment: dict[str, str], placement: str | None = None):
+    """vLLM in one process that takes `total` bytes in all, its code too: KV gets what the rest leaves. placement: of
+    our plug-in's; None: vLLM as it is."""
+    llm = {**_llm(settings), "distributed_executor_backend": "uni"}
+    if placement is not None:
+        chosen = {name: value for name, value in placed(placement).items() if value is not None}
+        llm |= {"quantization": "fluxmoe", "additional_config": {"fluxmoe": chosen}}
+    # In one process it can neither bind threads nor set how many there are.
+    alike = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    alike |= {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    name = "vllm" if placement is None else f"vllm + fluxmoe {placement}"
+    return WorkerPeer(name, python, "vllm_worker.py", {"llm": llm, "total_bytes": total}, alike | environment)
+
+
+def fluxmoe_within(placement: str, total: int, settings: dict):
+    """Our engine in one process that takes `total` bytes in all."""
     return WorkerPeer(
-        name, python, "vllm_worker.py", {**settings, "dtype": dtype, "kv_bytes": kv, "offload": offload}, environment
-    )
+        f"fluxmoe {placement}", sys.executable, "fluxmoe_worker.py",
+        {**settings, "placement": placement, "total_bytes": total},
+    )  # fmt: skip
 
 
 def transformers(dtype: str, settings: dict, model: ModelConfig, kv: int | None):

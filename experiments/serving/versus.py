@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from fluxmoe.runtime.devices import resolve_device
@@ -36,9 +37,10 @@ from .engines import OurPeer, RefusedError
 
 # Idle OpenMP threads of the engine that ran before spin for some 200 ms, on cores that the next one needs.
 _SETTLE_S = 1.0
-_COLUMNS = dict.fromkeys(
-    ("budget", "sequences", "provider", "round", "status", "reason", "seconds", "tokens_per_s"), ""
-)
+COLUMNS = dict.fromkeys(
+    ("budget", "sequences", "provider", "round", "status", "reason", "seconds", "tokens_per_s", "ttft_s", "tpot_s",
+     "kv_tokens", "peak_bytes"), "",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,32 +111,43 @@ def starters(args: Arguments, source: Source, budget: int | None) -> dict[str, C
     return found
 
 
-def run_budget(args: Arguments, source: Source, text: str, save: Callable[[dict], None]) -> None:
+class Work(NamedTuple):
+    """What all are asked: batches of so many requests, so many rounds after one that is not counted."""
+
+    sequences: tuple[int, ...]
+    rounds: int
+    prompt_tokens: int
+    output_tokens: int
+    vocab_size: int
+
+
+def take_turns(budget: str, starting: Mapping[str, Callable], work: Work, save: Callable[[dict], None]) -> None:
     """All rounds of all providers under one budget; `save` takes each row as it is made."""
     running = {}
     try:
-        for name, start in starters(args, source, parse_bytes(text)).items():
+        for name, start in starting.items():
             try:
                 running[name] = start()
             except (BudgetError, RefusedError) as error:
-                save({"budget": text, "provider": name, "status": "refused", "reason": str(error)})
+                save({"budget": budget, "provider": name, "status": "refused", "reason": str(error)})
         rng = np.random.default_rng(0)
-        for sequences in args.sequences:
-            for number in range(-1, args.rounds):  # the first round warms up
-                prompts = rng.integers(0, source.config.vocab_size, size=(sequences, args.prompt_tokens)).tolist()
+        for sequences in work.sequences:
+            for number in range(-1, work.rounds):  # the first round warms up
+                prompts = rng.integers(0, work.vocab_size, size=(sequences, work.prompt_tokens)).tolist()
                 for name, runner in list(running.items()):
                     time.sleep(_SETTLE_S)
                     try:
-                        seconds = runner.run(prompts, args.output_tokens)
+                        timing = runner.run(prompts, work.output_tokens)
                     except RefusedError as error:
-                        save({"budget": text, "provider": name, "status": "stopped", "reason": str(error)})
+                        save({"budget": budget, "provider": name, "status": "stopped", "reason": str(error)})
                         running.pop(name).close()
                         continue
-                    rate = sequences * args.output_tokens / seconds
                     if number >= 0:
-                        timed = {"seconds": round(seconds, 4), "tokens_per_s": round(rate, 1)}
-                        which = {"sequences": sequences, "provider": name, "round": number}
-                        save({"budget": text, **which, "status": "ok", **timed})
+                        rate = sequences * work.output_tokens / timing.seconds
+                        which = {"sequences": sequences, "provider": name, "round": number, "status": "ok"}
+                        timed = {name: value and round(value, 4) for name, value in timing._asdict().items()}
+                        known = {"tokens_per_s": round(rate, 1), "kv_tokens": runner.kv_tokens}
+                        save({"budget": budget, **which, **timed, **known})
     finally:
         for runner in running.values():
             runner.close()
@@ -142,22 +155,21 @@ def run_budget(args: Arguments, source: Source, text: str, save: Callable[[dict]
 
 def run(args: Arguments) -> None:
     machine = args.machine
-    version = _version(args.vllm_python, args.environment) if args.vllm_python else None
+    version = version_of_vllm(args.vllm_python, args.environment) if args.vllm_python else None
     source = checkpoint_source(args.model) if args.model else preset_source("small", args.checkpoints)
     asked = {k: getattr(args, k) for k in ("placements", "dtypes", "sequences", "rounds", "prompt_tokens",
                                            "output_tokens", "vllm_offload", "transformers", "eager")}  # fmt: skip
     made = asked | {"machine": machine.content, "model": source.content, "vllm": version, "env": args.vllm_env}
     facts = {**machine.about, "model": source.name, "vllm": version, "vllm_env": sorted(args.environment), **asked}
+    work = Work(args.sequences, args.rounds, args.prompt_tokens, args.output_tokens, source.config.vocab_size)
     with Sweep(args.out, "versus", "rows.csv", made, **facts) as sweep:
         for text in args.budgets:
-            if any(
-                row["budget"] == text and row["made"] == sweep.identity(None, {"budget": text}) for row in sweep.rows
-            ):
+            if sweep.made_together(budget=text):
                 continue
             fresh: list[dict] = []
-            run_budget(args, source, text, fresh.append)
+            take_turns(text, starters(args, source, parse_bytes(text)), work, fresh.append)
             # A budget's rows are kept together or not at all: they were made in turns.
-            sweep.replace({"budget": text}, [_COLUMNS | row for row in fresh])
+            sweep.replace({"budget": text}, [COLUMNS | row for row in fresh])
             report(text, fresh, instructions() if machine.device == "cpu" else None)
         rows = sweep.rows
     for provider in dict.fromkeys(row["provider"] for row in rows):
@@ -180,7 +192,7 @@ def report(budget: str, rows: list[dict], kind: str | None) -> None:
                 rates.setdefault(row["provider"], []).append(row["tokens_per_s"])
         medians = {name: float(np.median(values)) for name, values in rates.items()}
         ours, others = (
-            [rate for name, rate in medians.items() if name.startswith("fluxmoe") == mine] for mine in (True, False)
+            [rate for name, rate in medians.items() if ("fluxmoe" in name) == mine] for mine in (True, False)
         )
         shown = ", ".join(f"{name} {rate:.1f}" for name, rate in medians.items())
         ratio = f"; our best is {max(ours) / max(others):.2f}x theirs{on}" if ours and others else ""
@@ -201,10 +213,16 @@ def near_peak(rows: Sequence[Mapping], provider: str, share: float = 0.9) -> tup
     return peak, min(enough, key=lambda text: parse_bytes(text) or float("inf"))
 
 
-def _version(python: str, environment: dict[str, str]) -> str:
-    command = [python, "-c", "import vllm; print(vllm.__version__)"]
+def ask_vllm(python: str, environment: Mapping[str, str], code: str) -> str | None:
+    """The last line that `code` prints under vLLM's Python; None if it fails there. UsageError where there is no such
+    Python."""
     try:
-        found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+        found = subprocess.run([python, "-c", code], capture_output=True, text=True, env={**os.environ, **environment})
     except OSError as error:
         raise UsageError(f"cannot start --vllm-python {python}: {error.strerror}") from None
-    return (found.stdout.strip().splitlines() or ["unknown"])[-1]
+    lines = found.stdout.strip().splitlines()
+    return lines[-1] if lines else None
+
+
+def version_of_vllm(python: str, environment: Mapping[str, str]) -> str:
+    return ask_vllm(python, environment, "import vllm; print(vllm.__version__)") or "unknown"

@@ -1,13 +1,17 @@
-"""The other side of versus_vllm: runs under vLLM's own Python, which knows nothing of this project.
+"""The other side of `versus` and `versus vllm-plugin`: runs under vLLM's own Python, which knows nothing of this file's
+project.
 
-Answers on standard output in lines that begin with RESULT (vLLM logs there too): first {} once the engine is up, then
-{"seconds": …} for each JSON object a line of standard input, {"prompts": [[ids]], "output_tokens": n}.
+Answers on standard output in lines that begin with RESULT (vLLM logs there too): first {"kv_tokens": n} once the engine
+is up, then {"seconds", "ttft_s", "tpot_s", "peak_bytes"} for each JSON object a line of standard input,
+{"prompts": [[ids]], "output_tokens": n}. Times to the first token and between tokens are medians over the requests.
 """
 
 import json
 import os
+import resource
 import sys
 import time
+from statistics import median
 
 
 def main() -> None:
@@ -17,30 +21,54 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
-    llm = LLM(
-        model=settings["model"],
-        dtype=settings["dtype"],
-        skip_tokenizer_init=True,
-        max_model_len=settings["max_model_len"],
-        max_num_seqs=settings["max_batch"],
-        kv_cache_memory_bytes=settings["kv_bytes"],
-        enforce_eager=settings["eager"],
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        **settings["offload"],
-    )
-    print("RESULT {}", flush=True)
+    arguments = settings["llm"]
+    if settings.get("total_bytes"):
+        arguments["gpu_memory_utilization"] = settings["total_bytes"] / total_memory()
+    engine = LLM(skip_tokenizer_init=True, enable_prefix_caching=False, disable_log_stats=True, **arguments).llm_engine
+    cache = engine.vllm_config.cache_config
+    print("RESULT " + json.dumps({"kv_tokens": cache.num_gpu_blocks * cache.block_size}), flush=True)
     for line in sys.stdin:
-        job = json.loads(line)
-        prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-        sampling = SamplingParams(max_tokens=job["output_tokens"], ignore_eos=True, temperature=0, detokenize=False)
-        begin = time.perf_counter()
-        outputs = llm.generate(prompts, sampling, use_tqdm=False)
-        seconds = time.perf_counter() - begin
-        assert all(len(output.outputs[0].token_ids) == job["output_tokens"] for output in outputs)
-        print("RESULT " + json.dumps({"seconds": seconds}), flush=True)
+        print("RESULT " + json.dumps(serve(engine, **json.loads(line))), flush=True)
+
+
+def serve(engine, prompts, output_tokens):
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=output_tokens, ignore_eos=True, temperature=0, detokenize=False)
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    begin = time.perf_counter()
+    for number, ids in enumerate(prompts):
+        engine.add_request(str(number), {"prompt_token_ids": ids}, sampling)
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        now = time.perf_counter() - begin
+        for output in outputs:
+            first.setdefault(output.request_id, now)
+            if output.finished:
+                assert len(output.outputs[0].token_ids) == output_tokens
+                last[output.request_id] = now
+    seconds = time.perf_counter() - begin
+    assert len(last) == len(prompts)
+    return {
+        "seconds": seconds,
+        "ttft_s": median(first.values()),
+        "tpot_s": median((last[each] - first[each]) / max(1, output_tokens - 1) for each in last),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def total_memory():
+    """What vLLM takes its share of."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return current_platform.get_device_total_memory()
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
+
+    return get_memory_node_info(get_allowed_cpu_list()[0].numa_node).total_memory
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
     __init__    the entry point
     config      vLLM's QuantizationConfig: which layers are ours
     settings    PagingConfig from --additional-config and the environment
+    kv_tokens   the least paging that leaves so much KV cache
+    room        what vLLM has for experts and KV cache
     method      vLLM's FusedMoEMethodBase: one layer, its weights and its call
     loading     experts, put together from the matrices that a loader brings
     paged_model all layers of a model around one ExpertPager
@@ -11,7 +13,7 @@
     report      what a user is told: where experts lie, and what was brought
     metrics     the same as counters at /metrics
 
-Only `config` and `method` import vLLM. Written for vLLM 0.32 (MoERunner and RoutedExperts).
+Only `config`, `room` and `method` import vLLM. Written for vLLM 0.32 (MoERunner and RoutedExperts).
 """
 
 from __future__ import annotations

@@ -49,12 +49,13 @@ class FluxMoEConfig(QuantizationConfig):
 
         vllm_config = get_current_vllm_config()
         check_features(vllm_config)
+        model = paged_model_of(self, vllm_config)
+        if model.room is not None:
+            model.room.see(layer)
         if isinstance(layer, RoutedExperts):
             from .method import FluxMoEMethod
 
-            return FluxMoEMethod(
-                layer.moe_config, prefix, paged_model_of(self, vllm_config), vllm_config.model_config.model
-            )
+            return FluxMoEMethod(layer.moe_config, prefix, model, vllm_config.model_config.model)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 
@@ -75,6 +76,10 @@ def paged_model_of(quant_config: FluxMoEConfig, vllm_config: Any) -> PagedModel:
         if device.type == "cpu" and settings.threads is None:
             # Those that vLLM has bound this worker to; the main thread itself may be pinned to one core.
             settings = replace(settings, threads=torch.get_num_threads())
-        tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        model = _models[quant_config] = PagedModel(settings, device, tokens)
+        tokens, room = vllm_config.scheduler_config.max_num_batched_tokens, None
+        if settings.kv_tokens is not None:
+            from .room import RoomInVllm
+
+            room = RoomInVllm(vllm_config)
+        model = _models[quant_config] = PagedModel(settings, device, tokens, room)
     return model

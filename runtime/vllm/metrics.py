@@ -18,6 +18,8 @@ _METRICS: tuple[tuple[str, str, Callable[[Counters], float]], ...] = (
     ("fluxmoe_host_bytes", "Bytes of experts loaded from host memory", lambda c: c.host_bytes),
     ("fluxmoe_disk_bytes", "Bytes of experts loaded from files", lambda c: c.disk_bytes),
     ("fluxmoe_in_place_bytes", "Bytes of experts that kernels read in host memory", lambda c: c.on_demand_bytes),
+    ("fluxmoe_cache_hits", "Routed experts of files that were in the cache", lambda c: c.cache_hits),
+    ("fluxmoe_cache_misses", "Routed experts of files that were read for a pass", lambda c: c.cache_misses),
     ("fluxmoe_load_seconds", "Time that loads took", lambda c: c.transfer_ns / 1e9),
     ("fluxmoe_stall_seconds", "Time that passes waited for loads", lambda c: c.stall_ns / 1e9),
 )

@@ -15,19 +15,33 @@ from __future__ import annotations
 import logging
 import time
 from multiprocessing.util import Finalize
+from typing import Protocol
 
 import torch
-from fluxmoe.kernels.ops import ExpertDims
+from fluxmoe.kernels.ops import ExpertDims, ExpertSizes
 from torch import Tensor
 
+from ..devices import device_of
 from ..experts.config import PagingConfig, SettingError
+from ..experts.footprint import Footprint, lay_out
 from ..experts.pager import ExpertPager
 from ..memory.budget import BudgetError, by_line, format_bytes
 from ..memory.check import FreeMemory
 from . import report
+from .kv_tokens import Room, described, least_paging
 from .metrics import Metrics
+from .settings import PluginConfig
 
 logger = logging.getLogger("vllm.fluxmoe")
+
+
+class RoomOf(Protocol):
+    """What room a host has, told of the layers as they are made."""
+
+    def see(self, layer: torch.nn.Module) -> None: ...
+    def __call__(self) -> Room: ...
+
+
 # On a CPU a layer's weights are read once for so many tokens, where arithmetic is the limit: more would only take
 # memory for the workspace, from KV. A GPU takes the largest pass at once.
 _CPU_TOKENS = 1024
@@ -37,10 +51,13 @@ _REPORT_EVERY_S = 60
 
 
 class PagedModel:
-    """config: settings; device: of the model; max_tokens: of the largest pass."""
+    """config: settings; device: of the model; max_tokens: of the largest pass; room: for experts and KV, asked for when
+    the first expert comes, where config.kv_tokens chooses by it."""
 
-    def __init__(self, config: PagingConfig, device: torch.device | str, max_tokens: int) -> None:
-        self.config, self.device = config, torch.device(device)
+    def __init__(
+        self, config: PluginConfig, device: torch.device | str, max_tokens: int, room: RoomOf | None = None
+    ) -> None:
+        self.config, self.device, self.room = config, torch.device(device), room
         self.max_tokens = min(max_tokens, _CPU_TOKENS) if self.device.type == "cpu" else max_tokens
         self.dims: ExpertDims | None = None
         self.layers = self._ready = 0
@@ -79,12 +96,13 @@ class PagedModel:
         """BudgetError for what does not fit the memory that is free, SettingError for placements that this device
         cannot serve inside vLLM, and what ExpertPager raises."""
         assert self.dims is not None
-        pager = ExpertPager(self.dims, self.layers, self.config, self.device, self.max_tokens)
+        config = self._chosen() if self.config.kv_tokens is not None else self.config
+        pager = ExpertPager(self.dims, self.layers, config, self.device, self.max_tokens)
         try:
             layout = pager.footprint.layout
             if self.device.type != "cpu" and (layout.streamed_layers or layout.cached):
                 raise SettingError(
-                    f"placement {self.config.placement} brings experts into slots, which fluxmoe does inside vLLM on "
+                    f"placement {config.placement} brings experts into slots, which fluxmoe does inside vLLM on "
                     'the CPU only: choose placement packed with expert_format planar12, or "transfer": "on_demand"'
                 )
             free, lines, host_lines = FreeMemory.now(pager.device), pager.lines(), pager.host_lines()
@@ -102,6 +120,27 @@ class PagedModel:
             pager.close()
             raise
         return pager
+
+    def _chosen(self) -> PagingConfig:
+        """The least paging that leaves room for config.kv_tokens, which a line says. BudgetError where none does."""
+        assert self.dims is not None
+        assert self.room is not None, "who asks for tokens says what room there is"
+        dims, device = self.dims, device_of(self.device)
+        kernels: dict[frozenset[str], ExpertSizes] = {}
+
+        def footprint(config: PagingConfig) -> Footprint:
+            formats = frozenset(config.formats_met)
+            if formats not in kernels:
+                kernels[formats] = device.make_expert_ops(dims, self.max_tokens, config)
+            ops = kernels[formats]
+            return Footprint(lay_out(self.layers, config, ops, dict), config, ops)
+
+        config, tokens = least_paging(self.config, self.room(), footprint)
+        logger.info(
+            "FluxMoE: kv_tokens %s: %s, which leaves room for about %s tokens of KV cache",
+            f"{self.config.kv_tokens:,}", described(config), f"{tokens:,}",
+        )  # fmt: skip
+        return config
 
     def loaded(self) -> None:
         """One more layer has all of its experts. StoreError where one is missing."""

@@ -10,14 +10,18 @@ from ..memory.budget import format_bytes
 
 
 def placement_table(pager: ExpertPager) -> str:
-    """One row a tier that holds experts, then slots and workspace, then what of the device's memory is free that dense
-    experts would take."""
+    """One row a tier that holds experts, then cache, slots and workspace, then what of the device's memory is free that
+    dense experts would take."""
     layout, lines = pager.footprint.layout, pager.lines()
     counts = pager.placement.counts()
     rows = [("experts", "where", "format", "bytes")]
     for tier in Tier:
         if number := counts[tier.name.lower()]:
             rows.append((str(number), _WHERE[tier], layout.stored(tier), format_bytes(layout.tier_bytes(tier))))
+    if layout.cached:
+        places = pager.footprint.cache_places()
+        cache = f"cache of {places} experts" if places < layout.cached else "cache of all that are in a file"
+        rows.append(("", cache, layout.stored(Tier.DISK), format_bytes(lines["expert_cache"])))
     slots = "streaming slots" if lines["slots"] else "no streaming slots"
     rows += [("", slots, "", format_bytes(lines["slots"])), ("", "workspace", "", format_bytes(lines["workspace"]))]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -45,10 +49,12 @@ _WHERE = {
 
 
 def served(pager: ExpertPager) -> str:
-    """What crossed to the device since the start, and what passes waited for it."""
+    """What crossed to the device since the start, what the cache spared, and what passes waited for it."""
     c = pager.counters()
+    asked = c.cache_hits + c.cache_misses
+    cache = f"; of {asked} routed experts of files, {c.cache_hits} were in the cache" if asked else ""
     return (
         f"{c.loads} loads brought {format_bytes(c.host_bytes)} from host memory and {format_bytes(c.disk_bytes)} from "
         f"disk in {c.transfer_ns / 1e9:.2f} s, for which passes waited {c.stall_ns / 1e9:.2f} s; kernels read "
-        f"{format_bytes(c.on_demand_bytes)} of host memory in place"
+        f"{format_bytes(c.on_demand_bytes)} of host memory in place{cache}"
     )

@@ -3,26 +3,42 @@
     --additional-config '{"fluxmoe": {"placement": "host", "slots": 3}}'      first
     FLUXMOE_PLACEMENT=host FLUXMOE_SLOTS=3                                    second, for containers
 
-Experts are packed unless another placement is given.
+Experts are packed unless another placement is given, or `kv_tokens` chooses one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 import pydantic
 
-from ..experts.config import PagingConfig, SettingError
+from ..experts.config import PagingConfig, SettingError, setting
 
 _PREFIX = "FLUXMOE_"
 # Experts do not move inside vLLM, so nothing plans; profiles and delays are given from Python only.
 _NOT_HERE = ("adaptive", "planning", "least_alpha", "profile", "load_delay")
-NAMES = tuple(f.name for f in fields(PagingConfig) if f.name not in _NOT_HERE)
+# What `kv_tokens` chooses.
+_CHOSEN = ("placement", "alpha", "dense_share", "cache_bytes")
 
 
-def read_settings(given: object, environ: Mapping[str, str]) -> PagingConfig:
+@dataclass(frozen=True, kw_only=True)
+class PluginConfig(PagingConfig):
+    """How experts are paged inside vLLM."""
+
+    kv_tokens: int | None = setting(None, "chooses the least paging that leaves room for so many tokens of KV cache")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kv_tokens is not None and self.kv_tokens < 1:
+            raise SettingError(f"kv_tokens must be at least 1, got {self.kv_tokens}")
+
+
+NAMES = tuple(f.name for f in fields(PluginConfig) if f.name not in _NOT_HERE)
+
+
+def read_settings(given: object, environ: Mapping[str, str]) -> PluginConfig:
     """given: what --additional-config has under `fluxmoe`; environ: of the process. SettingError for names that do not
     exist and values that are not valid, whoever gave them."""
     if not isinstance(given, Mapping):
@@ -30,8 +46,8 @@ def read_settings(given: object, environ: Mapping[str, str]) -> PagingConfig:
     named = {name: value for name, value in environ.items() if name.startswith(_PREFIX)}
     sources = [(name.removeprefix(_PREFIX).lower(), name, value) for name, value in named.items()]
     sources += [(name, f"fluxmoe.{name} in --additional-config", value) for name, value in given.items()]
-    types = get_type_hints(PagingConfig)
-    values: dict[str, Any] = {"placement": "packed"}
+    types = get_type_hints(PluginConfig)
+    values: dict[str, Any] = {}
     for name, source, value in sources:
         if name not in NAMES:
             raise SettingError(f"{source}: there is no such setting inside vLLM; choose among {', '.join(NAMES)}")
@@ -39,4 +55,8 @@ def read_settings(given: object, environ: Mapping[str, str]) -> PagingConfig:
             values[name] = pydantic.TypeAdapter(types[name]).validate_python(value)
         except pydantic.ValidationError as error:
             raise SettingError(f"{source}: {error.errors()[0]['msg']}, got {value!r}") from None
-    return PagingConfig(**values)
+    if values.get("kv_tokens") is None:
+        return PluginConfig(**{"placement": "packed"} | values)
+    if beside := [name for name in _CHOSEN if values.get(name) is not None]:
+        raise SettingError(f"kv_tokens chooses the placement: leave out {', '.join(beside)}, or kv_tokens")
+    return PluginConfig(**{"placement": "balanced"} | values)

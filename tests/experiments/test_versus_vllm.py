@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 
 import pytest
@@ -24,17 +25,41 @@ class SamplingParams:
     def __init__(self, max_tokens, **rest):
         self.max_tokens = max_tokens
 
+class Engine:
+    def __init__(self, kv_tokens):
+        cache = SimpleNamespace(num_gpu_blocks=kv_tokens // 16, block_size=16)
+        self.vllm_config = SimpleNamespace(cache_config=cache)
+        self.waiting = {}
+
+    def add_request(self, name, prompt, params):
+        assert isinstance(prompt["prompt_token_ids"], list)
+        self.waiting[name] = [0, params.max_tokens]
+
+    def has_unfinished_requests(self):
+        return bool(self.waiting)
+
+    def step(self):
+        time.sleep(0.001)
+        outputs = []
+        for name, progress in list(self.waiting.items()):
+            progress[0] += 1
+            finished = progress[0] == progress[1]
+            tokens = SimpleNamespace(token_ids=[0] * progress[0])
+            outputs.append(SimpleNamespace(request_id=name, outputs=[tokens], finished=finished))
+            if finished:
+                del self.waiting[name]
+        return outputs
+
 class LLM:
-    def __init__(self, model, kv_cache_memory_bytes, max_model_len, **rest):
-        assert rest["dtype"] in ("bfloat16", "float32")
+    def __init__(self, model, max_model_len, kv_cache_memory_bytes=None, gpu_memory_utilization=None, **rest):
         print("INFO starting", flush=True)
+        if gpu_memory_utilization is not None:
+            kv_cache_memory_bytes = int(gpu_memory_utilization * 1e9) - (0 if "quantization" in rest else 10**9)
+        else:
+            assert rest["dtype"] in ("bfloat16", "float32")
         if kv_cache_memory_bytes < 300_000:
             raise ValueError(f"KV cache of {kv_cache_memory_bytes} is too small for {max_model_len} tokens")
-
-    def generate(self, prompts, sampling, use_tqdm):
-        time.sleep(0.001)
-        tokens = SimpleNamespace(token_ids=[0] * sampling.max_tokens)
-        return [SimpleNamespace(outputs=[tokens]) for _ in prompts]
+        self.llm_engine = Engine(kv_cache_memory_bytes // 1000)
 """
 
 
@@ -81,6 +106,64 @@ def test_all_under_a_row_of_budgets(model_dir, tmp_path, capsys):
     assert (tmp_path / "out" / "versus.png").stat().st_size > 5000
 
 
+# What the worker asks of vLLM's platform: a GPU of 1 GB.
+PLATFORMS = """
+from types import SimpleNamespace
+
+current_platform = SimpleNamespace(is_cpu=lambda: False, get_device_total_memory=lambda: 10**9)
+"""
+
+
+@pytest.fixture
+def vllm_package(tmp_path, monkeypatch):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text(STAND_IN)
+    (tmp_path / "vllm" / "platforms.py").write_text(PLATFORMS)
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+
+
+@pytest.mark.thorough
+def test_the_plugin_beside_vllm_as_it_is_and_our_engine(vllm_package, model_dir, tmp_path, capsys):
+    arguments = [
+        "--vllm-python", sys.executable, "--model", str(model_dir), "--device", "cpu", "--budgets", "999MB",
+        "--placements", "packed", "disk", "--sequences", "2", "--prompt-tokens", "8", "--output-tokens", "4",
+        "--rounds", "1", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    call(["versus", "vllm-plugin", *arguments])
+    assert "vllm + fluxmoe packed holds 998992 tokens of KV" in capsys.readouterr().out
+    with (tmp_path / "out" / "rows.csv").open() as file:
+        rows = {row["provider"]: row for row in csv.DictReader(file)}
+    assert rows["vllm"]["reason"] == "ValueError: KV cache of -1000000 is too small for 12 tokens"
+    ran = ["vllm + fluxmoe packed", "vllm + fluxmoe disk", "fluxmoe packed"]
+    assert list(rows) == ["vllm", *ran]
+    for name in ran:
+        row = rows[name]
+        assert (row["status"], row["sequences"]) == ("ok", "2")
+        assert 0 < float(row["ttft_s"]) < float(row["seconds"])
+        assert float(row["tpot_s"]) > 0
+        assert int(row["kv_tokens"]) > 0
+        assert int(row["peak_bytes"]) > 1 << 20
+    assert (tmp_path / "out" / "vllm_plugin.png").stat().st_size > 5000
+    call(["versus", "vllm-plugin", *arguments])  # all is there
+    assert "holds" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--budgets", "all"], "`all` is no number"),
+        (["--vllm-python", "/bin/true"], "has no fluxmoe; install this one there"),
+        (["--budgets", "900GiB"], r"6 engines of 900 GiB run at the same time, and .* are free; give fewer"),
+    ],
+)
+def test_what_the_plugins_experiment_refuses(arguments, match, model_dir, tmp_path):
+    given = ["--vllm-python", sys.executable, "--model", str(model_dir), "--device", "cpu", *arguments]
+    with pytest.raises(UsageError, match=match):
+        call(["versus", "vllm-plugin", *given, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "rows.csv").exists()
+
+
 def test_an_engine_that_stops_is_a_row(model_dir, tmp_path, capsys):
     dies = STAND_IN.replace("time.sleep(0.001)", 'raise MemoryError("out of blocks")')
     (tmp_path / "vllm.py").write_text(dies)
@@ -105,7 +188,12 @@ def test_a_budget_counts_fp32_weights_twice(model_dir):
 
 
 def test_the_first_error_of_a_log_is_the_reason():
-    log = ["INFO all well\n", "(Engine pid=3) ValueError: too small\n", "RuntimeError: see above\n"]
+    log = [
+        "INFO all well\n",
+        "WARNING 11-25 fallback. Exception: no primitive\n",
+        "(Engine pid=3) ValueError: too small\n",
+        "RuntimeError: see above\n",
+    ]
     assert peers.reason_in(log) == "ValueError: too small"
     assert peers.reason_in(["nothing"]) == ""
 

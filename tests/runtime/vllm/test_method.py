@@ -25,6 +25,7 @@ from fluxmoe.runtime.memory.check import FreeMemory
 from fluxmoe.runtime.vllm import metrics
 from fluxmoe.runtime.vllm.features import FeatureError
 from fluxmoe.runtime.vllm.paged_model import PagedModel
+from fluxmoe.runtime.vllm.report import served
 from fluxmoe.runtime.vllm.settings import read_settings
 
 from .conftest import LinearBase, RoutedExperts, UnquantizedLinearMethod, moe_config, vllm_config
@@ -281,8 +282,9 @@ def test_what_was_served_is_said_once_in_a_while(vllm, caplog, monkeypatch):
     assert all("MiB from host memory" in message for message in caplog.messages)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_counters_are_at_metrics_where_processes_share_them(vllm, monkeypatch, tmp_path, shared):
+@pytest.fixture
+def counted(monkeypatch) -> dict[str, float]:
+    """What prometheus counts, by name."""
     counted: dict[str, float] = {}
 
     class Counter:
@@ -294,8 +296,14 @@ def test_counters_are_at_metrics_where_processes_share_them(vllm, monkeypatch, t
             counted[self.name] += amount
 
     monkeypatch.setitem(sys.modules, "prometheus_client", SimpleNamespace(Counter=Counter))
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path) if shared else "")
     metrics._counters.cache_clear()
+    yield counted
+    metrics._counters.cache_clear()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_counters_are_at_metrics_where_processes_share_them(vllm, counted, monkeypatch, tmp_path, shared):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path) if shared else "")
     models = [loaded(vllm, fluxmoe=dict(placement="host")) for _ in range(2)]
     for model in models:
         for _ in range(3):
@@ -308,7 +316,25 @@ def test_counters_are_at_metrics_where_processes_share_them(vllm, monkeypatch, t
         assert counted["fluxmoe_disk_bytes"] == 0
     else:
         assert not counted
-    metrics._counters.cache_clear()
+
+
+def test_what_comes_on_demand_is_counted_where_users_look(vllm, counted, monkeypatch, tmp_path, caplog):
+    """At /metrics and in the line at the end: hits, misses and bytes of experts that are read from files by need."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    caplog.set_level("INFO", logger="vllm.fluxmoe")
+    model = loaded(vllm, fluxmoe=dict(placement="disk"))
+    assert "cache of 8 experts" in caplog.text
+    before = dict(counted)
+    x, weights, ids = inputs(tokens=1)
+    model.run(x, weights, ids)
+    model.run(x, weights, ids)
+    now = {name: value - before[name] for name, value in counted.items()}
+    assert now["fluxmoe_cache_hits"] + now["fluxmoe_cache_misses"] == 2 * LAYERS * TOP_K
+    assert now["fluxmoe_cache_hits"] > 0  # two passes touch 6 experts, and 8 have a place
+    layout = model.paged.pager.footprint.layout
+    assert counted["fluxmoe_disk_bytes"] >= counted["fluxmoe_cache_misses"] * layout.expert_bytes("dense")
+    asked = int(counted["fluxmoe_cache_hits"] + counted["fluxmoe_cache_misses"])
+    assert f"of {asked} routed experts of files, {counted['fluxmoe_cache_hits']:.0f} were" in served(model.paged.pager)
 
 
 def test_layers_that_are_not_ours_keep_vllms_method(vllm):

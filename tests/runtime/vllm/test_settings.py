@@ -6,15 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fluxmoe.runtime.experts.config import PagingConfig, SettingError
+from fluxmoe.runtime.experts.config import SettingError
 from fluxmoe.runtime.vllm.features import FeatureError, check_features
-from fluxmoe.runtime.vllm.settings import NAMES, read_settings
+from fluxmoe.runtime.vllm.settings import NAMES, PluginConfig, read_settings
 
 from .conftest import vllm_config
 
 
 def test_experts_are_packed_unless_told_otherwise():
-    assert read_settings({}, {}) == PagingConfig(placement="packed")
+    assert read_settings({}, {}) == PluginConfig(placement="packed")
 
 
 @pytest.mark.parametrize(
@@ -27,18 +27,21 @@ def test_experts_are_packed_unless_told_otherwise():
         ({}, {"FLUXMOE_PLACEMENT": "host", "FLUXMOE_SLOTS": "4"}, dict(placement="host", slots=4)),
         ({}, {"FLUXMOE_POISON": "true", "FLUXMOE_ALPHA": "1"}, dict(placement="packed", poison=True, alpha=1.0)),
         ({}, {"FLUXMOE_DISK_DIR": "/y", "OTHER": "x"}, dict(placement="packed", disk_dir=Path("/y"))),
+        ({"kv_tokens": 9, "slots": 3}, {}, dict(kv_tokens=9, placement="balanced", slots=3)),
         ({"placement": "host"}, {"FLUXMOE_PLACEMENT": "disk"}, dict(placement="host")),
     ],
 )
 def test_names_are_those_of_the_settings(given, environ, settings):
-    assert read_settings(given, environ) == PagingConfig(**settings)
+    assert read_settings(given, environ) == PluginConfig(**settings)
 
 
 @pytest.mark.parametrize(
     ("given", "environ", "sentence"),
     [
         ({"place": "host"}, {}, "fluxmoe.place in --additional-config: there is no such setting .*placement, alpha"),
-        ({"kv_tokens": 100}, {}, "fluxmoe.kv_tokens .*no such setting"),
+        ({"kv_tokens": 0}, {}, "kv_tokens must be at least 1, got 0"),
+        ({"kv_tokens": 9, "placement": "host", "alpha": 0.5}, {}, "leave out placement, alpha, or kv_tokens"),
+        ({"kv_tokens": 9}, {"FLUXMOE_DENSE_SHARE": "0.5"}, "leave out dense_share, or kv_tokens"),
         ({"adaptive": True}, {}, "fluxmoe.adaptive .*no such setting inside vLLM"),
         ({}, {"FLUXMOE_PLACE": "host"}, "FLUXMOE_PLACE: there is no such setting"),
         ({"slots": "two"}, {}, "fluxmoe.slots in --additional-config: .*integer.* got 'two'"),

@@ -269,7 +269,7 @@ def plot_vllm_plugin(directory: Path) -> Path:
     x_of = (lambda text: (parse_bytes(text) or 0) / MIB) if over == "budget" else float
     panels = (("tokens_per_s", "output tokens/s", 1), ("ttft_s", "time to the first token (s)", 1),
               ("tpot_s", "time between tokens (ms)", 1000), ("kv_tokens", "tokens of KV cache", 1))  # fmt: skip
-    figure, axes = plt.subplots(2, 2, figsize=(8.4, 6.4), layout="constrained")
+    figure, axes = subplots(2, 2, figsize=(8.4, 6.4))
     names = list(rows.provider.unique())
     for axis, (column, label, scale) in zip(axes.flat, panels, strict=True):
         for index, provider in enumerate(names):

@@ -1,7 +1,7 @@
 """Mover: experts change tier between passes, none of which waits for a copy (PAPER §4.3).
 
-    to HOST       a change of the layer's plan, since every expert has a copy in host memory
-    to PACKED     a slab of the pool, a copy from host memory in the background, then the change of plan
+    to HOST       a change of the layer's load plan, since every expert has a copy in host memory
+    to PACKED     a slab of the pool, a copy from host memory in the background, then the change of load plan
     to RESIDENT   likewise; in a compressed store decoded from the packed block on the device
 
 A move that cannot be made (no slab, a slot that is full, a copy that fails) leaves the old state, and says why in

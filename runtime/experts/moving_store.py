@@ -4,7 +4,7 @@
     PACKED    such blocks on the device, a slab an expert             (absent where the host's format is dense)
     RESIDENT  dense blocks on the device, a slab an expert; beside packed ones, whose slabs are smaller, two
 
-What changes is a layer's plan and its table, never a block that a kernel may be reading.
+What changes is a layer's load plan and its table, never a block that a kernel may be reading.
 
 An expert that has left the device streams from the next load of its layer on. For loads that were begun before, the
 table has its address in host memory: there kernels read it in place, once or twice.
@@ -27,7 +27,7 @@ from .disk import StoreError
 from .footprint import EXPERT_LINES
 from .layout import ExpertLayout
 from .placement import DEVICE_TIERS, Placement, Tier
-from .store import Block, DecodeExpert, ExpertStore, LayerPlan, Where
+from .store import Block, DecodeExpert, ExpertStore, LoadPlan, Where
 
 Copy = Callable[[Tensor, Tensor], object]
 Slabs = tuple[int, ...]
@@ -70,16 +70,16 @@ class MovingStore(ExpertStore):
         except BaseException:
             self.close()
             raise
-        self.plans = [self._plan(i) for i in range(layout.num_layers)]
+        self.load_plans = [self._load_plan(i) for i in range(layout.num_layers)]
 
-    def _plan(self, layer: int) -> LayerPlan:
+    def _load_plan(self, layer: int) -> LoadPlan:
         places = (self.layout.slot_places(layer, GATE_UP), self.layout.slot_places(layer, DOWN))
         runs: tuple[list, list] = ([], [])
         for d, stride in enumerate(self._strides):
             for first, last in _runs(places[d]):
                 source = self._host[layer][d][first * stride : (last + 1) * stride]
                 runs[d].append((source, places[d][first][0]))
-        return LayerPlan(layer, tuple(self.layout.streamed(layer)), places, runs)
+        return LoadPlan(layer, tuple(self.layout.streamed(layer)), places, runs)
 
     def slot_bytes(self, tensor_type: int) -> int:
         return self.most_streamed * self._strides[tensor_type]
@@ -177,7 +177,7 @@ class MovingStore(ExpertStore):
         tiers[where] = tier
         tiers.setflags(write=False)
         self.layout = ExpertLayout(Placement(old.placement.name, tiers), old.sizes, old.formats, old.fused)
-        self.plans[layer] = self._plan(layer)
+        self.load_plans[layer] = self._load_plan(layer)
         self.epochs[layer] += 1
         self.give(self._slabs.pop(where, ()))
         if slabs:
@@ -189,7 +189,7 @@ class MovingStore(ExpertStore):
         formats = replace(old.formats, transfer=transfer)
         self.layout = ExpertLayout(old.placement, old.sizes, formats, old.fused)
         for layer in range(old.num_layers):
-            self.plans[layer] = self._plan(layer)
+            self.load_plans[layer] = self._load_plan(layer)
             self.epochs[layer] += 1
 
     def check_integrity(self) -> None:

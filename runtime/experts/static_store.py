@@ -19,7 +19,7 @@ from ..memory.host_memory import HostMemoryError
 from .disk import DiskTier, StoreError
 from .layout import ExpertLayout
 from .placement import DEVICE_TIERS, Tier
-from .store import Block, DecodeExpert, ExpertStore, LayerPlan, Where
+from .store import Block, DecodeExpert, ExpertStore, LoadPlan, Where
 
 
 class StaticStore(ExpertStore):
@@ -50,9 +50,9 @@ class StaticStore(ExpertStore):
         except BaseException:
             self.close()
             raise
-        self.plans = [self._plan(i) for i in layers]
+        self.load_plans = [self._load_plan(i) for i in layers]
 
-    def _plan(self, layer: int) -> LayerPlan:
+    def _load_plan(self, layer: int) -> LoadPlan:
         places = (self.layout.slot_places(layer, 0), self.layout.slot_places(layer, 1))
         host_runs: tuple[list, list] = ([], [])
         for d in (0, 1):
@@ -60,7 +60,7 @@ class StaticStore(ExpertStore):
                 host_runs[d].append((self._arenas[Tier.HOST][layer][d], places[d][members[0]][0]))
         streamed = tuple(self.layout.streamed(layer))
         disk = tuple(expert for expert, tier in streamed if tier is Tier.DISK)
-        return LayerPlan(layer, streamed, places, host_runs, disk, self._arenas[Tier.PACKED][layer])
+        return LoadPlan(layer, streamed, places, host_runs, disk, self._arenas[Tier.PACKED][layer])
 
     def _stride(self, tier: Tier, tensor_type: int) -> int:
         return self.layout.stride(self.layout.stored(tier), tensor_type)

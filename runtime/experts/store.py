@@ -50,7 +50,7 @@ class Decode(NamedTuple):
     recipe: Packed | None
 
 
-class LayerPlan(NamedTuple):
+class LoadPlan(NamedTuple):
     """What a load of one layer brings, and where: fixed when the load begins, whatever moves meanwhile.
 
     streamed: experts with their tiers, in the order of the slot; places: begin and end of each in the two buffers.
@@ -78,7 +78,7 @@ class ExpertStore(ABC):
     call `close`.
 
     decode: None where no expert is ever decoded. Nothing here waits for the device. Only the thread that runs passes
-    may call what changes a store; loads, in other threads, read the plans that they were given.
+    may call what changes a store; loads, in other threads, read the load plans that they were given.
     """
 
     # Whether experts may change tier, so that any layer may come to stream.
@@ -91,9 +91,9 @@ class ExpertStore(ABC):
         self._memory = HostMemory(device.asynchronous)
         self._recipes: dict[Where, Recipes] = {}
         self._missing = {(i, e) for i in range(layout.num_layers) for e in range(layout.num_experts)}
-        # By layer: what its next load brings; and how often addresses or plans have changed: tables of an older epoch
-        # are made again.
-        self.plans: list[LayerPlan] = []
+        # By layer: what its next load brings; and how often addresses or load plans have changed: tables of an older
+        # epoch are made again.
+        self.load_plans: list[LoadPlan] = []
         self.epochs = [0] * layout.num_layers
 
     def tier_of(self, layer: int, expert: int) -> Tier:
@@ -112,7 +112,7 @@ class ExpertStore(ABC):
 
     def put(self, layer: int, expert: int, blocks: Sequence[Tensor], recipes: Recipes = (None, None)) -> None:
         """Store one expert: its (gate/up, down) uint8 blocks, in host memory, in the format that `stored` says; they
-        are copied. Changes no plan and no table. StoreError for an expert that is here already, or that does not exist.
+        are copied. Changes no load plan and no table. StoreError for an expert that is here already, or does not exist.
         """
         where = layer, expert
         if where not in self._missing:
@@ -159,26 +159,26 @@ class ExpertStore(ABC):
         """Blocks of the layer's experts that kernels read where they are stored, by expert; those of a slot take
         precedence. They are right for as long as the layer's epoch does not change."""
 
-    def slot_blocks(self, plan: LayerPlan, slot: tuple[Tensor, Tensor]) -> dict[int, Block]:
-        """Blocks of a plan's streamed experts inside a slot's two buffers, by expert."""
+    def slot_blocks(self, load_plan: LoadPlan, slot: tuple[Tensor, Tensor]) -> dict[int, Block]:
+        """Blocks of a load plan's streamed experts inside a slot's two buffers, by expert."""
         blocks: dict[int, Block] = {}
-        for expert, tier in plan.streamed:
-            gate_up, down = (slot[d][slice(*plan.places[d][expert])] for d in (0, 1))
+        for expert, tier in load_plan.streamed:
+            gate_up, down = (slot[d][slice(*load_plan.places[d][expert])] for d in (0, 1))
             blocks[expert] = Block((gate_up, down), self.layout.read(tier))
         return blocks
 
-    def decodes(self, plan: LayerPlan, tensor_type: int, lie: Mapping[Tier, Tensor]) -> Iterator[Decode]:
+    def decodes(self, load_plan: LoadPlan, tensor_type: int, lie: Mapping[Tier, Tensor]) -> Iterator[Decode]:
         """What must be decoded into a slot; `lie`: where the payload of HOST and DISK experts lies now."""
-        sources: dict[Tier, Tensor | None] = {Tier.PACKED: plan.packed[tensor_type], **lie}
+        sources: dict[Tier, Tensor | None] = {Tier.PACKED: load_plan.packed[tensor_type], **lie}
         for tier in (Tier.PACKED, Tier.HOST, Tier.DISK):
             if not self.layout.decodes(tier):
                 continue
             expert_format = self.layout.stored(tier)
-            members = [expert for expert, where in plan.streamed if where is tier]
+            members = [expert for expert, where in load_plan.streamed if where is tier]
             blocks = self._blocks(expert_format, tensor_type, sources.get(tier), members)
             for expert, block in zip(members, blocks, strict=True):
-                begin, end = plan.places[tensor_type][expert]
-                yield Decode(expert_format, block, begin, end, self._recipes[plan.layer, expert][tensor_type])
+                begin, end = load_plan.places[tensor_type][expert]
+                yield Decode(expert_format, block, begin, end, self._recipes[load_plan.layer, expert][tensor_type])
 
     def _blocks(
         self, expert_format: str, tensor_type: int, source: Tensor | None, members: Sequence[int]
@@ -192,7 +192,7 @@ class ExpertStore(ABC):
 
     def read_into(
         self,
-        plan: LayerPlan,
+        load_plan: LoadPlan,
         tensor_type: int,
         slot: Tensor,
         staging: Tensor | None = None,
@@ -207,7 +207,7 @@ class ExpertStore(ABC):
         """
         lie: dict[Tier, Tensor] = {}
         copied = 0
-        for host, at in plan.host_runs[tensor_type]:
+        for host, at in load_plan.host_runs[tensor_type]:
             if self.layout.decodes(Tier.HOST):
                 lie[Tier.HOST] = host  # decoded from where it lies
                 copied += host.numel()
@@ -219,17 +219,19 @@ class ExpertStore(ABC):
                 stream_copy(slot[at + begin : at + end], host[begin:end])
                 copied += end - begin
         read = 0
-        if plan.disk:
+        if load_plan.disk:
             stride = self.layout.stride(self.layout.stored(Tier.DISK), tensor_type)
             if self.layout.decodes(Tier.DISK):
                 assert staging is not None, "compressed experts on disk are read into a staging buffer"
                 lie[Tier.DISK] = target = staging
-                begins = [place * stride for place in range(len(plan.disk))]
+                begins = [place * stride for place in range(len(load_plan.disk))]
             else:
-                target, begins = slot, [plan.places[tensor_type][expert][0] for expert in plan.disk]
+                target, begins = slot, [load_plan.places[tensor_type][expert][0] for expert in load_plan.disk]
             targets = [target[begin : begin + stride] for begin in begins]
-            read = self.on_disk.read(plan.layer, tensor_type, list(zip(plan.disk, targets, strict=True)), cancelled)
-        for step in self.decodes(plan, tensor_type, lie):
+            read = self.on_disk.read(
+                load_plan.layer, tensor_type, list(zip(load_plan.disk, targets, strict=True)), cancelled
+            )
+        for step in self.decodes(load_plan, tensor_type, lie):
             if cancelled():
                 break
             self.decode(step.expert_format, tensor_type, step.block, slot[step.begin : step.end], step.recipe)

@@ -22,7 +22,7 @@ from torch import Tensor
 from .cache import CachedExperts
 from .footprint import slot_schedule
 from .placement import Tier
-from .store import ExpertStore, LayerPlan
+from .store import ExpertStore, LoadPlan
 
 # NaN in bf16 and in fp32.
 _POISON = 0xFF
@@ -74,7 +74,7 @@ class LayerPage:
 class _Known(NamedTuple):
     """A layer's table, and what it was made from."""
 
-    plan: LayerPlan
+    load_plan: LoadPlan
     epoch: int
     table: ExpertTable
 
@@ -101,7 +101,7 @@ class Streamer(ABC):
             self._spoil(slot)
         self._tables: dict[int, _Known] = {}
         # What each load brings that was begun or is read; settled by whoever of loader and reader comes first.
-        self._plans: dict[int, LayerPlan] = {}
+        self._load_plans: dict[int, LoadPlan] = {}
         self._planning = threading.Lock()
         self._rank = {layer: rank for rank, layer in enumerate(self.order)}
         self._next_visit = 0
@@ -137,29 +137,29 @@ class Streamer(ABC):
     def _slot_of(self, visit: int) -> tuple[Tensor, Tensor]:
         return self._slots[self.schedule.slot(visit)]
 
-    def _plan_of(self, visit: int) -> LayerPlan:
+    def _load_plan_of(self, visit: int) -> LoadPlan:
         with self._planning:
-            return self._plans.setdefault(visit, self.store.plans[self._layer_of(visit)])
+            return self._load_plans.setdefault(visit, self.store.load_plans[self._layer_of(visit)])
 
     def _forget(self, visit: int) -> None:
-        """Drop the plans of `visit` and of those before it, which nobody reads any more."""
+        """Drop the load plans of `visit` and of those before it, which nobody reads any more."""
         if not self.keeps_all:
             with self._planning:
-                self._plans = {v: plan for v, plan in self._plans.items() if v > visit}
+                self._load_plans = {v: plan for v, plan in self._load_plans.items() if v > visit}
 
-    def _table(self, plan: LayerPlan) -> ExpertTable:
-        """Addresses of the experts of the plan's layer, its slot holding what the plan brings.
+    def _table(self, load_plan: LoadPlan) -> ExpertTable:
+        """Addresses of the experts of the load plan's layer, its slot holding what that brings.
 
         One table a layer for ever, updated in place when experts have moved.
         """
-        layer, epoch = plan.layer, self.store.epochs[plan.layer]
+        layer, epoch = load_plan.layer, self.store.epochs[load_plan.layer]
         known = self._tables.get(layer)
-        if known is not None and known.plan is plan and known.epoch == epoch:
+        if known is not None and known.load_plan is load_plan and known.epoch == epoch:
             return known.table
         assert not self._capturing, "tables must be prepared before a capture: a graph would keep what they are now"
         blocks = self.store.blocks_in_place(layer)
         if layer in self._rank:
-            blocks |= self.store.slot_blocks(plan, self._slot_of(self._rank[layer]))
+            blocks |= self.store.slot_blocks(load_plan, self._slot_of(self._rank[layer]))
         ordered = [blocks[expert] for expert in sorted(blocks)]
         pairs, formats = [block.pair for block in ordered], [block.expert_format for block in ordered]
         if known is None:
@@ -167,20 +167,20 @@ class Streamer(ABC):
         else:
             table = known.table
             table.update(pairs, formats)
-        self._tables[layer] = _Known(plan, epoch, table)
+        self._tables[layer] = _Known(load_plan, epoch, table)
         return table
 
     @contextmanager
     def layer(self, index: int) -> Iterator[LayerPage]:
         """Experts of layer `index`; leaving the context lets its slot be recycled."""
         if index not in self._rank:
-            table = self._table(self.store.plans[index])
+            table = self._table(self.store.load_plans[index])
             yield LayerPage(table, _no_wait, self._find(index, table))
             return
         visit = self._visit_of(index)
         self._begin(visit)
         try:
-            table = self._table(self._plan_of(visit))
+            table = self._table(self._load_plan_of(visit))
             yield LayerPage(table, lambda d: self._wait(visit, d), self._find(index, table))
         finally:
             if self.poison and not self.keeps_all and self._is_loaded(visit):

@@ -68,12 +68,12 @@ class ThreadStreamer(Streamer):
         return self._computed > follows or self._closing.is_set()
 
     def _load(self, visit: int) -> None:
-        layer, slot, plan = self._layer_of(visit), self._slot_of(visit), self._plan_of(visit)
+        layer, slot, load_plan = self._layer_of(visit), self._slot_of(visit), self._load_plan_of(visit)
         for d in (GATE_UP, DOWN):
             begin = time.perf_counter_ns()
             if self._delay is not None and self._closing.wait(self._delay(layer, d)):
                 return
-            host, disk = self.store.read_into(plan, d, slot[d], self._staging[d], self._closing.is_set)
+            host, disk = self.store.read_into(load_plan, d, slot[d], self._staging[d], self._closing.is_set)
             if self._link_bandwidth:
                 self._closing.wait(
                     max(0.0, (host + disk) / self._link_bandwidth - (time.perf_counter_ns() - begin) / 1e9)

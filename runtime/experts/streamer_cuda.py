@@ -10,7 +10,7 @@ from fluxmoe.kernels.expert_table import DOWN, GATE_UP
 from torch import Tensor
 
 from .placement import Tier
-from .store import ExpertStore, LayerPlan
+from .store import ExpertStore, LoadPlan
 from .streamer import Counters, Streamer
 
 
@@ -43,7 +43,7 @@ class CudaStreamer(Streamer):
         # What the host has chosen for the launches of each layer, and how often that has changed.
         self._chosen: list[tuple] = []
         self._changes = 0
-        # The store's epochs for which all tables are right, once no load of an older plan is under way.
+        # The store's epochs for which all tables are right, once no load of an older load plan is under way.
         self._prepared: list[int] | None = None
 
     def _make_events(self) -> tuple[list, list]:
@@ -61,12 +61,12 @@ class CudaStreamer(Streamer):
         if epochs == self._prepared:
             return self._changes
         begin, chosen, settled = self.schedule.next_pass(self._next_visit), [], True
-        for layer, next_plan in enumerate(self.store.plans):
+        for layer, next_load in enumerate(self.store.load_plans):
             rank = self._rank.get(layer)
-            # The plan of the load that the pass reads may be older than that of the load which it begins.
-            plan = next_plan if rank is None else self._plan_of(rank if self.keeps_all else begin + rank)
-            chosen.append((self._table(plan).compressed, plan.copies(), next_plan.copies()))
-            settled &= plan is next_plan
+            # The load plan that the pass reads may be older than the one that it begins.
+            load_plan = next_load if rank is None else self._load_plan_of(rank if self.keeps_all else begin + rank)
+            chosen.append((self._table(load_plan).compressed, load_plan.copies(), next_load.copies()))
+            settled &= load_plan is next_load
         if chosen != self._chosen:
             self._chosen, self._changes = chosen, self._changes + 1
         self._prepared = epochs if settled else None
@@ -85,7 +85,7 @@ class CudaStreamer(Streamer):
         """While one whole pass is captured on the current stream. Nothing runs, so nothing here moves on, whatever is
         raised."""
         assert self.steady, "a graph begins where a whole pass has ended"
-        outside = (self._loaded, self._computed, self._issued, self._bytes, self._next_visit, dict(self._plans))
+        outside = (self._loaded, self._computed, self._issued, self._bytes, self._next_visit, dict(self._load_plans))
         try:
             self._loaded, self._computed = self._make_events()
             self._capturing = True
@@ -101,7 +101,7 @@ class CudaStreamer(Streamer):
         finally:
             self._capturing = False
             self._captured = set()
-            self._loaded, self._computed, self._issued, self._bytes, self._next_visit, self._plans = outside
+            self._loaded, self._computed, self._issued, self._bytes, self._next_visit, self._load_plans = outside
 
     @contextmanager
     def replay(self) -> Iterator[None]:
@@ -118,11 +118,11 @@ class CudaStreamer(Streamer):
             begin = self.schedule.next_pass(self._next_visit)
             self._next_visit = begin + len(self.order)
             for visit in range(self._issued, self._issued + len(self.order)):
-                self._plan_of(visit)
+                self._load_plan_of(visit)
             self._issued += len(self.order)
             self._forget(self._next_visit - 1)
-            plans = [self.store.plans[layer] for layer in self.order]
-            self._bytes += sum(plan.host_bytes(d) for plan in plans for d in (GATE_UP, DOWN))
+            load_plans = [self.store.load_plans[layer] for layer in self.order]
+            self._bytes += sum(load_plan.host_bytes(d) for load_plan in load_plans for d in (GATE_UP, DOWN))
 
     def _fork(self) -> None:
         event = self._cuda.Event()
@@ -151,22 +151,22 @@ class CudaStreamer(Streamer):
             self._issued += 1
 
     def _issue(self, visit: int) -> None:
-        plan, buffers, slot = self._plan_of(visit), self._slot_of(visit), self.schedule.slot(visit)
+        load_plan, buffers, slot = self._load_plan_of(visit), self._slot_of(visit), self.schedule.slot(visit)
         for d, stream in enumerate(self._streams):
             self._wait_event(stream, self._computed[slot])
             with self._cuda.stream(stream):
-                self._load(plan, d, buffers[d])
+                self._load(load_plan, d, buffers[d])
             self._record(self._loaded[slot][d], stream)
-            self._bytes += plan.host_bytes(d)
+            self._bytes += load_plan.host_bytes(d)
 
-    def _load(self, plan: LayerPlan, tensor_type: int, buffer: Tensor) -> None:
+    def _load(self, load_plan: LoadPlan, tensor_type: int, buffer: Tensor) -> None:
         """Copies and decoders of one load, in the order of the current stream."""
         store, staging = self.store, self._staging[tensor_type]
         staged = store.layout.decodes(Tier.HOST)
-        for source, at in plan.host_runs[tensor_type]:
+        for source, at in load_plan.host_runs[tensor_type]:
             target = staging[: source.numel()] if staged else buffer[at : at + source.numel()]
             self._copy(target, source)
-        for step in store.decodes(plan, tensor_type, {Tier.HOST: staging}):
+        for step in store.decodes(load_plan, tensor_type, {Tier.HOST: staging}):
             store.decode(step.expert_format, tensor_type, step.block, buffer[step.begin : step.end], step.recipe)
 
     def _copy(self, target: Tensor, source: Tensor) -> None:

@@ -362,7 +362,7 @@ def test_cuda_streamer_loads_what_was_stored(placement, formats):
 
 def arenas_of(store) -> dict[int, tuple[int, int]]:
     """(layer, tensor type) by the address of what its load copies from host memory."""
-    return {plan.host_runs[d][0][0].data_ptr(): (plan.layer, d) for plan in store.plans for d in (0, 1)}
+    return {plan.host_runs[d][0][0].data_ptr(): (plan.layer, d) for plan in store.load_plans for d in (0, 1)}
 
 
 def check_order(log, arenas) -> None:

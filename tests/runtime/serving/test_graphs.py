@@ -241,7 +241,7 @@ def test_replays_and_eager_passes_mix_in_order(layers, slots, poison):
 
 def state_of(streamer) -> tuple:
     events = [id(event) for pair in streamer._loaded for event in pair] + [id(event) for event in streamer._computed]
-    plans = {visit: id(plan) for visit, plan in streamer._plans.items()}
+    plans = {visit: id(plan) for visit, plan in streamer._load_plans.items()}
     return events, streamer._issued, streamer._next_visit, streamer.counters(), plans, streamer._capturing
 
 
@@ -345,7 +345,7 @@ def test_experts_that_move_change_their_tables_in_place_and_graphs_only_with_wha
     store, streamer = moving_streamer(Recorder())
     check_pass(streamer)
     known = streamer.prepare()
-    tables = {layer: streamer._table(plan) for layer, plan in enumerate(store.plans)}
+    tables = {layer: streamer._table(plan) for layer, plan in enumerate(store.load_plans)}
     memory = [(t.addresses.data_ptr(), t.formats.data_ptr()) for t in tables.values()]
 
     def becomes(where, tier):

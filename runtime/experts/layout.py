@@ -155,11 +155,10 @@ class ExpertLayout:
         """Bytes of one slot's buffer: what the layer that streams most needs."""
         return max((self._bytes(layer, tensor_type, self.read) for layer in self.streamed_layers), default=0)
 
-    def staging_bytes(self, tensor_type: int, tiers: tuple[Tier, ...]) -> int:
-        """Bytes in which the experts of `tiers` that are decoded wait for it, of one layer."""
-        decoded = tuple(tier for tier in tiers if self.decodes(tier))
-        layers = self.streamed_layers if decoded else []
-        return max((self._bytes(layer, tensor_type, self.stored, decoded) for layer in layers), default=0)
+    def staging_bytes(self, tensor_type: int, tier: Tier) -> int:
+        """Bytes in which a tier's experts of one layer wait until they are decoded, if they are."""
+        layers = self.streamed_layers if self.decodes(tier) else []
+        return max((self._bytes(layer, tensor_type, self.stored, (tier,)) for layer in layers), default=0)
 
     def _bytes(self, layer: int, tensor_type: int, expert_format, tiers: tuple[Tier, ...] = tuple(Tier)) -> int:
         return sum(self.stride(expert_format(tier), tensor_type) for _, tier in self.streamed(layer) if tier in tiers)

@@ -44,8 +44,7 @@ from .mover import MakeRoom, Mover
 from .moving_store import MovingStore
 from .placement import Placement, Tier
 from .planner import Move
-from .static_store import StaticStore
-from .store import ExpertStore
+from .store import ExpertStore, StaticStore
 from .streamer import Counters, Streamer
 from .streamer_cuda import CudaStreamer
 

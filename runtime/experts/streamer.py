@@ -82,8 +82,8 @@ class _Known(NamedTuple):
 class Streamer(ABC):
     """Slots, tables and the order of visits: what both kinds share. Layers must be visited in order."""
 
-    # Tiers whose compressed blocks wait in device memory until they are decoded.
-    staged: tuple[Tier, ...]
+    # The tier whose compressed blocks wait in device memory until they are decoded.
+    staged: Tier
 
     def __init__(self, store: ExpertStore, slots: int, poison: bool = False) -> None:
         self.store, self.poison = store, poison
@@ -95,8 +95,9 @@ class Streamer(ABC):
             for _ in range(self.num_slots)
         ]
         # One a tensor type for all loads: those of a type come one after the other.
-        staging = [layout.staging_bytes(d, self.staged) for d in (GATE_UP, DOWN)]
-        self._staging = [store.device.empty(nbytes) for nbytes in staging]
+        self._staging = [
+            {self.staged: store.device.empty(layout.staging_bytes(d, self.staged))} for d in (GATE_UP, DOWN)
+        ]
         for slot in self._slots if poison else ():
             self._spoil(slot)
         self._tables: dict[int, _Known] = {}
@@ -114,7 +115,8 @@ class Streamer(ABC):
 
     @property
     def slot_bytes(self) -> int:
-        return sum(buffer.nbytes for pair in (*self._slots, self._staging) for buffer in pair)
+        slots, staging = (sum(self._slots, ()), [staging[self.staged] for staging in self._staging])
+        return sum(buffer.nbytes for buffer in (*slots, *staging))
 
     def _spoil(self, slot: tuple[Tensor, ...]) -> None:
         for buffer in slot:

@@ -20,7 +20,7 @@ from .streamer import Counters, Streamer
 class ThreadStreamer(Streamer):
     """Loads on a copy thread. A load that fails is an error of the reader that needs it, and is tried again."""
 
-    staged = (Tier.DISK,)  # it decodes straight from its host tier
+    staged = Tier.DISK  # it decodes straight from its host tier
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class ThreadStreamer(Streamer):
             begin = time.perf_counter_ns()
             if self._delay is not None and self._closing.wait(self._delay(layer, d)):
                 return
-            host, disk = self.store.read_into(load_plan, d, slot[d], self._staging[d], self._closing.is_set)
+            host, disk = self.store.read_into(load_plan, d, slot[d], self._staging[d], cancelled=self._closing.is_set)
             if self._link_bandwidth:
                 self._closing.wait(
                     max(0.0, (host + disk) / self._link_bandwidth - (time.perf_counter_ns() - begin) / 1e9)

@@ -10,7 +10,7 @@ from fluxmoe.kernels.expert_table import DOWN, GATE_UP
 from torch import Tensor
 
 from .placement import Tier
-from .store import ExpertStore, LoadPlan
+from .store import Cancelled, ExpertStore
 from .streamer import Counters, Streamer
 
 
@@ -27,7 +27,7 @@ class CudaStreamer(Streamer):
     on the device and are not counted here.
     """
 
-    staged = (Tier.HOST,)
+    staged = Tier.HOST
 
     def __init__(self, store: ExpertStore, slots: int, poison: bool = False, cuda=torch.cuda) -> None:
         self._cuda = cuda
@@ -155,22 +155,12 @@ class CudaStreamer(Streamer):
         for d, stream in enumerate(self._streams):
             self._wait_event(stream, self._computed[slot])
             with self._cuda.stream(stream):
-                self._load(load_plan, d, buffers[d])
+                self._bytes += self.store.read_into(load_plan, d, buffers[d], self._staging[d], self._copy)[0]
             self._record(self._loaded[slot][d], stream)
-            self._bytes += load_plan.host_bytes(d)
 
-    def _load(self, load_plan: LoadPlan, tensor_type: int, buffer: Tensor) -> None:
-        """Copies and decoders of one load, in the order of the current stream."""
-        store, staging = self.store, self._staging[tensor_type]
-        staged = store.layout.decodes(Tier.HOST)
-        for source, at in load_plan.host_runs[tensor_type]:
-            target = staging[: source.numel()] if staged else buffer[at : at + source.numel()]
-            self._copy(target, source)
-        for step in store.decodes(load_plan, tensor_type, {Tier.HOST: staging}):
-            store.decode(step.expert_format, tensor_type, step.block, buffer[step.begin : step.end], step.recipe)
-
-    def _copy(self, target: Tensor, source: Tensor) -> None:
+    def _copy(self, target: Tensor, source: Tensor, cancelled: Cancelled) -> int:
         target.copy_(source, non_blocking=True)
+        return source.numel()
 
     def _wait(self, visit: int, tensor_type: int) -> None:
         self._wait_event(self._cuda.current_stream(), self._loaded[self.schedule.slot(visit)][tensor_type])

@@ -19,8 +19,7 @@ from fluxmoe.runtime.experts import store as store_module
 from fluxmoe.runtime.experts.disk import DiskTier, StoreError
 from fluxmoe.runtime.experts.layout import ExpertFormats, ExpertLayout
 from fluxmoe.runtime.experts.placement import Placement, Tier, place
-from fluxmoe.runtime.experts.static_store import StaticStore
-from fluxmoe.runtime.experts.store import ExpertStore
+from fluxmoe.runtime.experts.store import ExpertStore, StaticStore
 
 # Sizes that are no multiple of the alignment. A stand-in for compression: `tiered` holds the lower half of every byte,
 # and can only be decoded; `planar12` likewise, and is what the GEMM would read.
@@ -54,8 +53,8 @@ def small_chunks(monkeypatch):
 
 def read_all(store: ExpertStore, layer: int, d: int, **settings) -> tuple[int, torch.Tensor]:
     slot = HOST.empty(store.layout.slot_bytes(d)).fill_(0xFF)
-    staging = HOST.empty(store.layout.staging_bytes(d, (Tier.DISK,))).fill_(0xFF)
-    return sum(store.read_into(store.load_plans[layer], d, slot, staging, **settings)), slot
+    staging = HOST.empty(store.layout.staging_bytes(d, Tier.DISK)).fill_(0xFF)
+    return sum(store.read_into(store.load_plans[layer], d, slot, {Tier.DISK: staging}, **settings)), slot
 
 
 def layout_of(placement: Placement, formats: ExpertFormats = DENSE_HOST) -> ExpertLayout:

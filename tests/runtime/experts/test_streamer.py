@@ -311,8 +311,9 @@ class Recorder:
 class Logged(CudaStreamer):
     """Copies and poison are only logged."""
 
-    def _copy(self, target, source):
+    def _copy(self, target, source, cancelled):
         self._cuda.log.append(("copy", target.data_ptr(), source.data_ptr()))
+        return source.numel()
 
     def _spoil(self, slot):
         self._cuda.log.extend(("use", buffer.data_ptr(), None) for buffer in slot)

@@ -120,7 +120,7 @@ def test_a_store_locks_its_host_tier_and_gives_it_back(fake):
         sizes = sorted(fake.registered.values())
         assert sum(sizes) - held.tier_bytes(Tier.HOST) < len(sizes) * PAGE
         assert len(sizes) == 2 * 3
-        for expert, block in enumerate(held._blocks("dense", 0, held._arenas[Tier.HOST][1][0], range(5))):
+        for expert, block in enumerate(held._blocks(Tier.HOST, 0, held._arenas[Tier.HOST][1][0], 5)):
             assert torch.equal(block, block_of(1, expert, 0))
     assert fake.registered == {}
 

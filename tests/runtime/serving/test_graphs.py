@@ -439,8 +439,9 @@ class Deferred(CudaStreamer):
         else:
             self.work.append(action)
 
-    def _copy(self, target, source):
+    def _copy(self, target, source, cancelled):
         self.do(lambda: target.copy_(source))
+        return source.numel()
 
 
 class Launched(NamedTuple):

@@ -90,7 +90,6 @@ class Scheduler:
     has the filled ones copied into the `host_blocks` ("swap"; it falls back to "recompute" where they do not
     fit). Either way it keeps its tokens and its rank of arrival, and goes on before any request that has not
     started.
-    `watermark_blocks` must be left free when a sequence joins others: head room against preempting it at once.
 
     Every accepted request ends: the earliest running sequence always gets tokens and is never preempted, since
     the blocks of all others are enough (`add` refuses what would not fit alone).
@@ -107,7 +106,6 @@ class Scheduler:
         max_model_len: int,
         host_blocks: int = 0,
         eos_token_ids: tuple[int, ...] = (),
-        watermark_blocks: int = 0,
     ) -> None:
         for name, value, least in (
             ("num_blocks", blocks.num_blocks, 1),
@@ -116,14 +114,13 @@ class Scheduler:
             ("max_batched_tokens", max_batched_tokens, 1),
             ("max_model_len", max_model_len, 1),
             ("host_blocks", host_blocks, 0),
-            ("watermark_blocks", watermark_blocks, 0),
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if preemption not in get_args(Preemption):
             raise ValueError(f"preemption must be one of {', '.join(get_args(Preemption))}, got {preemption!r}")
         self.block_size, self.max_batch, self.max_batched_tokens = block_size, max_batch, max_batched_tokens
-        self.preemption, self.max_model_len, self.watermark_blocks = preemption, max_model_len, watermark_blocks
+        self.preemption, self.max_model_len = preemption, max_model_len
         self._eos = frozenset(eos_token_ids)
         self._device = blocks
         self._host = BlockAllocator(host_blocks)
@@ -325,7 +322,7 @@ class Scheduler:
             sequence = queue[0]
             known = len(sequence.token_ids)
             needed = self._blocks(known)
-            if needed + (self.watermark_blocks if self._running else 0) > self._device.num_free:
+            if needed > self._device.num_free:
                 return
             queue.popleft()
             sequence.block_ids = self._device.allocate(needed)
@@ -344,7 +341,6 @@ class Scheduler:
         are given in order of arrival.
         """
         sequence = self._running.pop()
-        sequence.num_preemptions += 1
         step.num_preempted += 1
         # Blocks reserved for tokens not yet computed hold nothing worth a copy. There is at least one filled, for
         # joining a batch comes with a first chunk.

@@ -3,6 +3,12 @@
 Scheduler, deployment (ledger, layout, placement) and planner are the runtime's own code; a CostModel stands in for
 kernels and copies, and a VirtualStreamer for the streamer. Deterministic: the same requests give the same steps.
 
+Loads are issued in order over one link and one decoder, neither of which idles while a slot is free, by the schedule
+that drives the real streamers (Algorithm 1): they run ahead as far as the slots allow, over the end of a pass too.
+
+    load v begins   once the link (the decoder) is free and visit `schedule.follows(v)` was computed
+    load v is done  after the longer of link and decode
+
 Within a pass, layer after layer of those with experts, with t the compute stream's time:
 
     t += what runs before the layer's experts;  t = max(t, its load done);  t += experts;  its slot is free at t
@@ -15,12 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from fluxmoe.models.config import ModelConfig
 
-from ..experts.footprint import EXPERT_LINES, Footprint, lay_out
+from ..experts.footprint import EXPERT_LINES, Footprint, lay_out, slot_schedule
 from ..experts.layout import ExpertLayout
 from ..experts.placement import Placement
 from ..experts.planner import Move, Observation, PlannerError
@@ -33,10 +40,68 @@ from ..serving.loop import Executed, ServingLoop
 from ..serving.residency import Sharing
 from ..serving.scheduler import Scheduler, Step
 from .cost_model import CostModel, CostParameters, SimOps
-from .streamer import Load, VirtualStreamer
 
 # Share of a device's memory that a run may use when no budget is given: vLLM's default.
 _USABLE = 0.9
+
+
+class Load(NamedTuple):
+    """What bringing a layer's experts takes: seconds on the link and of decoding, bytes that cross."""
+
+    link_s: float
+    decode_s: float
+    nbytes: int
+
+
+class Arrived(NamedTuple):
+    """A layer's experts: when they are there, and the load that brought them (None: they came in an earlier pass)."""
+
+    at_s: float
+    load: Load | None
+
+
+class VirtualStreamer:
+    """Loads of a layout's streamed layers on `slots` slots; moves: every layer has its turn, as experts come and go.
+
+    loads: by layer, read when a load is issued, so it may be replaced between passes.
+    """
+
+    def __init__(self, layout: ExpertLayout, slots: int, moves: bool, loads: list[Load]) -> None:
+        self.order, self.schedule = slot_schedule(layout, slots, moves)
+        self.loads = loads
+        self._rank = {layer: rank for rank, layer in enumerate(self.order)}
+        self._visit = self._issued = 0
+        self._link_free = self._decoder_free = 0.0
+        self._computed: dict[int, float] = {}
+        self._arrived: dict[int, Arrived] = {}
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self._rank
+
+    def begin(self, layer: int) -> Arrived:
+        """The next visit, which is of `layer`: all loads that may have begun by now are issued."""
+        visit = self._rank[layer] if self.schedule.keeps_all else self._visit
+        assert self.order[self.schedule.rank(visit)] == layer, f"layer {layer} visited out of order"
+        upto = self.schedule.loads_by(visit)
+        while self._issued < upto:
+            self._issue(self._issued)
+            self._issued += 1
+        return self._arrived.pop(visit, Arrived(0.0, None))
+
+    def finish(self, layer: int, now_s: float) -> None:
+        """The visit is computed at `now_s`: its slot may be overwritten."""
+        if not self.schedule.keeps_all:
+            self._computed[self._visit] = now_s
+            self._visit += 1
+
+    def _issue(self, visit: int) -> None:
+        load = self.loads[self.order[self.schedule.rank(visit)]]
+        # Each visit is followed by one load, so nobody asks again.
+        free_s = self._computed.pop(self.schedule.follows(visit), 0.0)
+        self._link_free = max(self._link_free, free_s) + load.link_s
+        self._decoder_free = max(self._decoder_free, free_s) + load.decode_s
+        done_s = max(self._link_free if load.link_s else free_s, self._decoder_free if load.decode_s else free_s)
+        self._arrived[visit] = Arrived(done_s, load)
 
 
 class SimEngine(ServingLoop):

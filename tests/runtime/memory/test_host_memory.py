@@ -146,7 +146,7 @@ def test_experts_that_move_have_locked_copies(fake):
 
 def test_the_swap_pool_is_locked(fake):
     cache = cache_of(KVLayout.of(PlainLayout(), 3, 4, 2, 8, torch.bfloat16), host_blocks=4)
-    assert sum(fake.registered.values()) - cache.host_nbytes < 2 * PAGE
+    assert sum(fake.registered.values()) - cache.host.nbytes < 2 * PAGE
     k, _ = cache.layer(1)
     k[1] = 3
     cache.swap_out([(1, 2)])

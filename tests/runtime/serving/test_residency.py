@@ -12,9 +12,9 @@ import torch
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.kernels.formats import FORMATS
 from fluxmoe.runtime.devices import HOST
-from fluxmoe.runtime.experts.courier import StreamCourier
 from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.layout import ExpertFormats, ExpertLayout
+from fluxmoe.runtime.experts.mover import StreamCourier
 from fluxmoe.runtime.experts.moving_store import MovingStore
 from fluxmoe.runtime.experts.placement import Tier, place
 from fluxmoe.runtime.experts.planner import Move, Plan

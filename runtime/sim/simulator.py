@@ -39,18 +39,10 @@ from ..serving.kv_cache import PagedKVCache
 from ..serving.loop import Executed, ServingLoop
 from ..serving.residency import Sharing
 from ..serving.scheduler import Scheduler, Step
-from .cost_model import CostModel, CostParameters, SimOps
+from .cost_model import CostModel, CostParameters, Load, SimOps
 
 # Share of a device's memory that a run may use when no budget is given: vLLM's default.
 _USABLE = 0.9
-
-
-class Load(NamedTuple):
-    """What bringing a layer's experts takes: seconds on the link and of decoding, bytes that cross."""
-
-    link_s: float
-    decode_s: float
-    nbytes: int
 
 
 class Arrived(NamedTuple):
@@ -159,9 +151,7 @@ class SimEngine(ServingLoop):
     def _adopt(self, layout: ExpertLayout) -> list[Load]:
         """Take a layout into use; returns the loads of its layers."""
         self.layout = layout
-        self.costs.bind(layout, self._cache_places)
-        layers = range(layout.num_layers)
-        return [Load(*self.costs.load_seconds(i, layout), self.costs.host_bytes(i, layout)) for i in layers]
+        return self.costs.bind(layout, self._cache_places)
 
     def __enter__(self) -> SimEngine:
         return self

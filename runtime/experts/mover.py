@@ -111,6 +111,7 @@ class _Arrival:
 
     move: Move
     slabs: Slabs
+    copied_bytes: int = 0
     error: Exception | None = None
 
     @property
@@ -166,7 +167,7 @@ class Mover:
         for arrival in arrivals:
             move = arrival.move
             if arrival.error is None:
-                self.copied_bytes += self.store.fetched_bytes(move.target)
+                self.copied_bytes += arrival.copied_bytes
                 self.store.land(arrival.where, move.target, arrival.slabs)
                 self.applied[f"to {Tier(move.target).name}"] += 1
             else:
@@ -176,6 +177,7 @@ class Mover:
     def _begin(self, make_room: MakeRoom | None) -> None:
         moves, self._requested = self._requested, []
         arrivals: list[_Arrival] = []
+        device = self.store.layout.moving_tiers
         for move in sorted(moves, key=lambda move: move.target != Tier.HOST):
             where = (move.layer, move.expert)
             tier = self.store.tier_of(*where)
@@ -183,7 +185,8 @@ class Mover:
                 self.refused.append(f"{_name(move)} is {_tier(tier)}, or on its way")
             elif move.target == Tier.HOST:
                 self._leave(move)
-            elif move.target not in self.store.layout.moving_tiers or self._skips(move):
+            elif move.target not in device or (tier == Tier.HOST and move.target != device[-1]):
+                # Compressed experts in host memory become dense by way of the packed tier.
                 self.refused.append(f"{_name(move)} cannot become {_tier(move.target)} from {_tier(tier)}")
             else:
                 arrivals += self._reserve(move, make_room)
@@ -191,18 +194,12 @@ class Mover:
             self.courier.send([partial(self._bring, arrival) for arrival in arrivals])
             self._arrivals = arrivals
 
-    def _skips(self, move: Move) -> bool:
-        """Compressed experts in host memory become dense by way of the packed tier."""
-        return (
-            move.source == Tier.HOST and move.target == Tier.RESIDENT and Tier.PACKED in self.store.layout.moving_tiers
-        )
-
     def _leave(self, move: Move) -> None:
         streamed = len(self.store.layout.placement.members(move.layer, Tier.HOST))
         if streamed >= self.store.most_streamed:
             self.refused.append(f"layer {move.layer} streams {streamed} experts already, all that a slot holds")
             return
-        self.store.leave((move.layer, move.expert))
+        self.store.land((move.layer, move.expert), Tier.HOST)
         self.applied["to HOST"] += 1
 
     def _reserve(self, move: Move, make_room: MakeRoom | None) -> list[_Arrival]:
@@ -220,7 +217,7 @@ class Mover:
 
     def _bring(self, arrival: _Arrival) -> None:
         try:
-            self.store.fetch(arrival.where, arrival.move.target, arrival.slabs, self.copy)
+            arrival.copied_bytes = self.store.fetch(arrival.where, arrival.move.target, arrival.slabs, self.copy)
         except Exception as error:
             arrival.error = error
 
@@ -234,6 +231,5 @@ def _name(move: Move) -> str:
 
 
 def _tier(tier: Tier) -> str:
-    return {Tier.RESIDENT: "dense", Tier.PACKED: "packed", Tier.HOST: "in host memory", Tier.DISK: "on disk"}[
-        Tier(tier)
-    ]
+    names = {Tier.RESIDENT: "dense", Tier.PACKED: "packed", Tier.HOST: "in host memory", Tier.DISK: "on disk"}
+    return names[Tier(tier)]

@@ -26,7 +26,7 @@ from ..memory.slabs import SlabError, SlabPool
 from .disk import StoreError
 from .footprint import EXPERT_LINES
 from .layout import ExpertLayout
-from .placement import DEVICE_TIERS, Placement, Tier
+from .placement import DEVICE_TIERS, Tier
 from .store import Block, DecodeExpert, ExpertStore, LoadPlan, Where
 
 Copy = Callable[[Tensor, Tensor], object]
@@ -144,8 +144,9 @@ class MovingStore(ExpertStore):
         for slab in slabs:
             self.pool.give(slab)
 
-    def fetch(self, where: Where, target: Tier, slabs: Slabs, copy: Copy) -> None:
-        """Bring an expert's bytes into slabs that were reserved for tier `target`; for the thread that copies.
+    def fetch(self, where: Where, target: Tier, slabs: Slabs, copy: Copy) -> int:
+        """Bring an expert's bytes into slabs that were reserved for tier `target`; for the thread that copies. Returns
+        how many come from host memory.
 
         A dense expert of a compressed store is decoded from its compressed block on the device, so it must be PACKED.
         """
@@ -153,44 +154,33 @@ class MovingStore(ExpertStore):
         if self.layout.stored(target) == self.format:
             for block, source in zip(blocks, self._host_pair(where), strict=True):
                 copy(block, source)
-            return
+            return sum(self.layout.sizes[self.format])
         packed = self._pair(Tier.PACKED, self._slabs[where])
         for d in (GATE_UP, DOWN):
             self.decode(self.format, d, packed[d], blocks[d], self._recipes[where][d])
+        return 0
 
-    def fetched_bytes(self, target: Tier) -> int:
-        """Bytes that `fetch` into a tier brings from host memory."""
-        return sum(self.layout.sizes[self.format]) if self.layout.stored(target) == self.format else 0
-
-    def land(self, where: Where, target: Tier, slabs: Slabs) -> None:
-        """An expert's bytes are in the slabs that were reserved for it in a tier: kernels read them there from the next
-        table on, and what it had before is freed."""
-        self._set(where, target, slabs)
-
-    def leave(self, where: Where) -> None:
-        """The expert streams from the next load of its layer on; its slabs are freed."""
-        self._set(where, Tier.HOST, ())
-
-    def _set(self, where: Where, tier: Tier, slabs: Slabs) -> None:
-        layer, old = where[0], self.layout
-        tiers = old.placement.tiers.copy()
+    def land(self, where: Where, tier: Tier, slabs: Slabs = ()) -> None:
+        """The expert is in a tier, on the device in slabs that were reserved for it: kernels read it there from the
+        next table on, from host memory from the next load of its layer on; what it had before is freed."""
+        tiers = self.layout.placement.tiers.copy()
         tiers[where] = tier
-        tiers.setflags(write=False)
-        self.layout = ExpertLayout(Placement(old.placement.name, tiers), old.sizes, old.formats, old.fused)
-        self.load_plans[layer] = self._load_plan(layer)
-        self.epochs[layer] += 1
+        self.layout = self.layout.placed(tiers)
+        self._plan(where[0])
         self.give(self._slabs.pop(where, ()))
         if slabs:
             self._slabs[where] = slabs
 
     def set_transfer(self, transfer: str) -> None:
         """How HOST experts reach kernels: whole | on_demand, see ExpertFormats."""
-        old = self.layout
-        formats = replace(old.formats, transfer=transfer)
-        self.layout = ExpertLayout(old.placement, old.sizes, formats, old.fused)
-        for layer in range(old.num_layers):
-            self.load_plans[layer] = self._load_plan(layer)
-            self.epochs[layer] += 1
+        self.layout = replace(self.layout, formats=replace(self.layout.formats, transfer=transfer))
+        for layer in range(self.layout.num_layers):
+            self._plan(layer)
+
+    def _plan(self, layer: int) -> None:
+        """Tiers of a layer's experts have changed, or how they cross."""
+        self.load_plans[layer] = self._load_plan(layer)
+        self.epochs[layer] += 1
 
     def check_integrity(self) -> None:
         """AssertionError unless every expert is where the placement says, in slabs of its own."""

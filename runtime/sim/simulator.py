@@ -29,7 +29,6 @@ from fluxmoe.models.config import ModelConfig
 
 from ..experts.footprint import EXPERT_LINES, Footprint, lay_out, slot_schedule
 from ..experts.layout import ExpertLayout
-from ..experts.placement import Placement
 from ..experts.planner import Move, Observation, PlannerError
 from ..hardware import HardwareProfile, ProfileError
 from ..memory.slabs import SlabError, SlabPool
@@ -230,10 +229,10 @@ class SimEngine(ServingLoop):
     def _apply(self) -> None:
         """Make the moves, if KV has slabs to spare for them, and give what they free to the KV cache."""
         moves, self._moves = self._moves, []
-        tiers, old = self.placement.tiers.copy(), self.layout
+        tiers = self.placement.tiers.copy()
         for move in moves:
             tiers[move.layer, move.expert] = move.target
-        layout = ExpertLayout(Placement(self.placement.name, tiers), old.sizes, old.formats, old.fused)
+        layout = self.layout.placed(tiers)
         if self._hold(layout):
             self.placement = layout.placement
             self._streamer.loads = self._adopt(layout)

@@ -368,7 +368,7 @@ def test_experts_that_move_change_their_tables_in_place_and_graphs_only_with_wha
     assert prepared() == known
     assert tables[1].addresses[2].tolist() != address
     # An expert leaves: its layer's load copies it from now on.
-    store.leave((1, 2))
+    store.land((1, 2), Tier.HOST)
     streams = prepared()
     assert streams > known
     # The last packed expert of a layer becomes dense: its kernels need not decode any more.
@@ -500,7 +500,7 @@ def test_graphs_read_the_right_experts_whatever_moves_between_steps(slots):
             others = {Tier.PACKED: [Tier.RESIDENT] * 4 + [Tier.HOST]}.get(source, [Tier.PACKED])
             target = rng.choice(others) if step > 20 else others[0]
             if target is Tier.HOST:
-                store.leave(where)
+                store.land(where, Tier.HOST)
             else:
                 slabs = store.reserve(target)
                 store.fetch(where, target, slabs, lambda to, block: to.copy_(block))

@@ -79,7 +79,7 @@ def test_kernels_find_every_expert_after_any_moves(slots, formats):
             source = Tier(store.layout.placement.tiers[where])
             target = rng.choice([tier for tier in (Tier.HOST, *store.layout.moving_tiers) if tier != source])
             if target is Tier.HOST:
-                store.leave(where)
+                store.land(where, Tier.HOST)
             elif target is Tier.PACKED or source is Tier.PACKED or formats is not PACKED:
                 slabs = store.reserve(target)
                 if rng.random() < 0.3:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import insort
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -213,7 +214,9 @@ class ServingLoop(ABC):
 
         A refused request has no tokens: its handle, in the order of `requests`, is not seen here.
         """
-        handles = [self.add(request) for request in requests]
+        yield from self._serve([self.add(request) for request in requests])
+
+    def _serve(self, handles: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
         mine = set(handles)
         try:
             while not all(handle.finished for handle in handles):
@@ -226,11 +229,7 @@ class ServingLoop(ABC):
     def generate(self, requests: Iterable[Request]) -> list[RequestOutput]:
         """Serve all requests; outputs in the order given. Refused ones carry their reason and no tokens."""
         handles = [self.add(request) for request in requests]
-        try:
-            while not all(handle.finished for handle in handles):
-                self.step()
-        finally:
-            self.abort(*handles)
+        deque(self._serve(handles), maxlen=0)
         return [handle.output for handle in handles]
 
     def abort(self, *handles: Sequence) -> None:

@@ -6,7 +6,8 @@ import json
 import os
 import tempfile
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,17 +23,6 @@ class Interval(NamedTuple):
     end_ns: int
 
 
-class _Span:
-    def __init__(self, timeline: Timeline, track: str, name: str) -> None:
-        self._timeline, self._track, self._name = timeline, track, name
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter_ns()
-
-    def __exit__(self, *exception: object) -> None:
-        self._timeline.add(self._track, self._name, self._start, time.perf_counter_ns())
-
-
 class Timeline:
     """Collects intervals from several threads (an append is atomic); disabled it records nothing."""
 
@@ -46,7 +36,15 @@ class Timeline:
 
     def span(self, track: str, name: str) -> AbstractContextManager[None]:
         """Record the time spent inside the context."""
-        return _Span(self, track, name) if self.enabled else _NOTHING
+        return self._timed(track, name) if self.enabled else _NOTHING
+
+    @contextmanager
+    def _timed(self, track: str, name: str) -> Iterator[None]:
+        start = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            self.add(track, name, start, time.perf_counter_ns())
 
     def overlap(self) -> float:
         """Share of load time during which something was computed: 1 when all loads are hidden, 0 without loads."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from functools import partial
 from itertools import count
 
@@ -39,7 +40,8 @@ class ThreadStreamer(Streamer):
         self._loaded = [0, 0]  # loads done, by tensor type
         self._computed = 0  # visits computed or given up
         self._error: BaseException | None = None
-        self._host_bytes = self._disk_bytes = self._stall_ns = self._transfer_ns = self._loads = 0
+        # By field of Counters.
+        self._totals: Counter[str] = Counter()
         self._thread: threading.Thread | None = None
         if self.order:
             self._thread = threading.Thread(target=self._run, name="expert-copy", daemon=True)
@@ -83,10 +85,7 @@ class ThreadStreamer(Streamer):
             end = time.perf_counter_ns()
             self._timeline.add(f"load {TENSOR_NAMES[d]}", f"layer {layer}", begin, end)
             with self._changed:
-                self._host_bytes += host
-                self._disk_bytes += disk
-                self._transfer_ns += end - begin
-                self._loads += 1
+                self._totals.update(host_bytes=host, disk_bytes=disk, transfer_ns=end - begin, loads=1)
                 self._loaded[d] = visit + 1
                 self._changed.notify_all()
 
@@ -107,7 +106,7 @@ class ThreadStreamer(Streamer):
                 lambda: self._loaded[tensor_type] > visit or self._error is not None or self._closing.is_set()
             )
         end = time.perf_counter_ns()
-        self._stall_ns += end - begin
+        self._totals["stall_ns"] += end - begin
         self._timeline.add("wait", f"layer {self._layer_of(visit)} {TENSOR_NAMES[tensor_type]}", begin, end)
         if self._loaded[tensor_type] > visit:
             return
@@ -127,13 +126,7 @@ class ThreadStreamer(Streamer):
 
     def counters(self) -> Counters:
         with self._changed:
-            return Counters(
-                self._host_bytes,
-                self._disk_bytes,
-                stall_ns=self._stall_ns,
-                transfer_ns=self._transfer_ns,
-                loads=self._loads,
-            )
+            return Counters(**self._totals)
 
     def close(self) -> None:
         """Stop the copy thread; a load under way ends with its chunk (milliseconds). Idempotent."""

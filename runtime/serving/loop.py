@@ -52,24 +52,17 @@ class StepMetrics:
 
 def summarise(steps: list[StepMetrics]) -> dict[str, float | int]:
     """Totals of a run: tokens per second over wall time, stalls, preemptions (keys of `generate --json`)."""
-    wall = steps[-1].time_s if steps else 0.0
     decode_only = [s for s in steps if s.prefill_tokens == 0]
     decode_s = sum(s.duration_s for s in decode_only)
-    generated = sum(s.decode_tokens for s in steps)
+    summed = ("prefill_tokens", "preemptions", "swapped_blocks", "streamed_bytes", "stall_s", "transfer_s")
     return {
-        "wall_s": wall,
+        "wall_s": steps[-1].time_s if steps else 0.0,
         "iterations": len(steps),
-        "prefill_tokens": sum(s.prefill_tokens for s in steps),
         "decode_tokens_per_s": sum(s.decode_tokens for s in decode_only) / decode_s if decode_s else 0.0,
-        "generated_by_decode": generated,
+        "generated_by_decode": sum(s.decode_tokens for s in steps),
         "peak_batch": max((s.batch for s in steps), default=0),
         "peak_kv_blocks": max((s.kv_blocks_used for s in steps), default=0),
-        "preemptions": sum(s.preemptions for s in steps),
-        "swapped_blocks": sum(s.swapped_blocks for s in steps),
-        "streamed_bytes": sum(s.streamed_bytes for s in steps),
-        "stall_s": sum(s.stall_s for s in steps),
-        "transfer_s": sum(s.transfer_s for s in steps),
-    }
+    } | {name: sum(getattr(s, name) for s in steps) for name in summed}
 
 
 class Executed(NamedTuple):

@@ -101,14 +101,14 @@ def test_a_container_leaves_what_its_tightest_cgroup_leaves(tmp_path, membership
 
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(membership + "\n")
-    assert machine._cgroup_free(tmp_path) == []
+    assert machine._cgroups(tmp_path) == []
     group("box/job", "max", 100)
     group("box", 1000, 400)
-    assert min(machine._cgroup_free(tmp_path)) == 630  # droppable page cache is free
+    assert min(free for _, free in machine._cgroups(tmp_path)) == 630  # droppable page cache is free
     group("box/job", 90, 120)
-    assert min(machine._cgroup_free(tmp_path)) == 0
+    assert min(free for _, free in machine._cgroups(tmp_path)) == 0
 
 
 def test_all_respects_the_container(monkeypatch):
-    monkeypatch.setattr(machine, "_cgroup_free", lambda: [10_000])
+    monkeypatch.setattr(machine, "_cgroups", lambda: [(20_000, 10_000)])
     assert HOST.available_bytes() == 8_000

@@ -302,20 +302,13 @@ class Ops(OpSizes, Protocol):
 
     def arrange(self, weight: Tensor, out: Tensor) -> None: ...
     def arrange_mlp(self, gate_up: Tensor, out: Tensor) -> None: ...
-    def restore(self, block: Tensor, n: int, k: int) -> Tensor: ...
     def embed(self, token_ids: Tensor, table: Linear) -> Tensor: ...
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor: ...
     def qkv(self, x: Tensor, weight: Linear) -> Tensor: ...
     def attention(
-        self,
-        qkv: Tensor,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        rope: RopeTable,
-        metadata: AttentionMetadata,
-        k_cache: Tensor,
-        v_cache: Tensor,
-    ) -> Tensor: ...
+        self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, rope: RopeTable, metadata: AttentionMetadata,
+        k_cache: Tensor, v_cache: Tensor,
+    ) -> Tensor: ...  # fmt: skip
     def gate_attention(self, attended: Tensor, x: Tensor, weight: Linear) -> Tensor: ...
     def delta_net(
         self, x: Tensor, weights: DeltaNetWeights, metadata: AttentionMetadata, conv_state: Tensor, state: Tensor
@@ -324,3 +317,20 @@ class Ops(OpSizes, Protocol):
     def mlp_add(self, x: Tensor, mlp: DenseMlp, residual: Tensor) -> Tensor: ...
     def router(self, x: Tensor, weight: Linear) -> Tensor: ...
     def logits(self, x: Tensor, weight: Linear) -> Tensor: ...
+
+
+class RowMajor:
+    """Weights as checkpoints have them, row after row: what the Triton kernels and the reference share of Ops."""
+
+    dims: LayerDims
+
+    def arranged_bytes(self, n: int, k: int) -> int:
+        return n * k * self.dims.dtype.itemsize
+
+    def arrange(self, weight: Tensor, out: Tensor) -> None:
+        out.view(self.dims.dtype).view(weight.shape).copy_(weight)
+
+    @staticmethod
+    def matrix(weight: Linear) -> Tensor:
+        """[n, k]: what was arranged, as a view."""
+        return weight.block.view(weight.dtype).view(weight.n, weight.k)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.cuda.streams import Event
 
     from .experts.config import PagingConfig
-    from .experts.courier import Courier
+    from .experts.mover import Courier
     from .experts.store import ExpertStore
     from .experts.streamer import Streamer
     from .experts.streamer_cpu import ThreadStreamer
@@ -233,7 +233,7 @@ class CpuDevice(Device):
         return self.streamer(store, config.slots, config.poison, timeline, config.load_delay, config.link_bandwidth)
 
     def make_courier(self) -> Courier:
-        from .experts.courier import ThreadCourier
+        from .experts.mover import ThreadCourier
 
         return ThreadCourier()
 
@@ -294,7 +294,7 @@ class CudaDevice(Device):
         return self.streamer(store, config.slots, config.poison, timeline)
 
     def make_courier(self) -> Courier:
-        from .experts.courier import StreamCourier
+        from .experts.mover import StreamCourier
 
         return StreamCourier()
 

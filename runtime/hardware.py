@@ -7,6 +7,7 @@ which. Rates are bytes/s and FLOP/s of one device, GB = 1e9.
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from .experts.planner import Links
 _SHIPPED = Path(__file__).resolve().parent / "profiles"
 _PROBE_BYTES = 128 << 20
 _REPEATS = 3
+# Fields that are checked: those without a default must be positive.
+_NUMBERS = ("int", "float")
 
 
 class ProfileError(ValueError):
@@ -76,23 +79,13 @@ class HardwareProfile:
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
             raise ProfileError(f"profile {self.name}: device must be cpu or cuda, got {self.device!r}")
-        positive: tuple[str, ...] = (
-            "num_devices",
-            "memory_bytes",
-            "host_memory_bytes",
-            "memory_bandwidth",
-            "matmul_flops",
-        )
-        positive += ("host_bandwidth", "kernel_host_bandwidth", "disk_bandwidth")
-        for name in positive:
-            if not _number(getattr(self, name)) or getattr(self, name) <= 0:
-                raise ProfileError(f"profile {self.name}: {name} must be positive, got {getattr(self, name)!r}")
-        rest: tuple[str, ...] = ("decode_latency_s", "host_latency_s", "host_link_shared", "launch_s", "iteration_s")
-        rest += ("link_bandwidth", "link_latency_s")
-        for name, value in [*((n, getattr(self, n)) for n in rest), *self.decode_bandwidth.items()]:
-            if not _number(value) or value < 0:
-                raise ProfileError(f"profile {self.name}: {name} must not be negative, got {value!r}")
-        if not _number(self.copy_overlap) or not 0 <= self.copy_overlap <= 1:
+        numbers = [(f.name, getattr(self, f.name), not _has_default(f)) for f in fields(self) if f.type in _NUMBERS]
+        numbers += [(name, rate, False) for name, rate in self.decode_bandwidth.items()]
+        for name, value, positive in numbers:
+            if not _number(value) or value < 0 or (positive and not value):
+                must = "be positive" if positive else "not be negative"
+                raise ProfileError(f"profile {self.name}: {name} must {must}, got {value!r}")
+        if self.copy_overlap > 1:
             raise ProfileError(f"profile {self.name}: copy_overlap must be from 0 to 1, got {self.copy_overlap!r}")
 
     @property
@@ -169,9 +162,8 @@ class HardwareProfile:
 
 
 def _number(value: object) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
-    )
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _has_default(f: Field) -> bool:

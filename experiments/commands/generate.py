@@ -13,7 +13,7 @@ from pathlib import Path
 from fluxmoe.models.config import load_config
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
-from fluxmoe.runtime.serving.metrics import summarise
+from fluxmoe.runtime.serving.loop import summarise
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 from ..lib.args import group, option

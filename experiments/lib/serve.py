@@ -12,7 +12,7 @@ from fluxmoe.runtime.experts.placement import Tier, place
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
-from fluxmoe.runtime.serving.metrics import StepMetrics, summarise
+from fluxmoe.runtime.serving.loop import StepMetrics, summarise
 from fluxmoe.runtime.serving.request import Request
 from fluxmoe.runtime.sim.cost_model import CostParameters
 from fluxmoe.runtime.sim.simulator import SimEngine

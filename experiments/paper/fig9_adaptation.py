@@ -31,7 +31,7 @@ from fluxmoe.runtime.experts.planner import Move
 from fluxmoe.runtime.memory.budget import parse_bytes
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
-from fluxmoe.runtime.serving.metrics import StepMetrics
+from fluxmoe.runtime.serving.loop import StepMetrics
 from fluxmoe.runtime.sim.simulator import SimEngine
 
 from ..lib.args import group, option

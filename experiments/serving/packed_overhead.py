@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
-from fluxmoe.runtime.serving.metrics import summarise
+from fluxmoe.runtime.serving.loop import summarise
 
 from ..lib.args import group, option
 from ..lib.machines import SWEPT, MachineChoice

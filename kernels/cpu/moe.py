@@ -34,7 +34,7 @@ from ..formats import FORMATS
 from ..ops import KernelError
 from . import gemm
 from .gemm import LANES, Scratch, fill_rows, padded, zeros
-from .planar import planar_panel
+from .planar_tile import planar_panel
 from .simd import exp_f32, fetch_add, gemm_panel
 
 _PLANAR12 = FORMATS["planar12"].number

@@ -10,16 +10,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from ..ops import (
-    AttentionMetadata,
-    DeltaNetWeights,
-    DenseMlp,
-    KernelError,
-    LayerDims,
-    Limits,
-    Linear,
-    RopeTable,
-)  # fmt: skip
+from ..ops import AttentionMetadata, DeltaNetWeights, DenseMlp, KernelError, LayerDims, Limits, Linear, RopeTable
 from . import attention as attn
 from . import delta_net, gates, gemm
 from .norm import rms_norm
@@ -87,9 +78,6 @@ class CpuOps:
     def arrange_mlp(self, gate_up: Tensor, out: Tensor) -> None:
         self.arrange(gate_up, out)
 
-    def restore(self, block: Tensor, n: int, k: int) -> Tensor:
-        return gemm.restore(block, n, k, self.dims.dtype)
-
     def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return attn.kv_block_shape(block_size, kv_heads, head_dim)
 
@@ -109,46 +97,20 @@ class CpuOps:
         return self._linear(x, weight, "qkv")
 
     def attention(
-        self,
-        qkv: Tensor,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        rope: RopeTable,
-        metadata: AttentionMetadata,
-        k_cache: Tensor,
-        v_cache: Tensor,
-    ) -> Tensor:
+        self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, rope: RopeTable, metadata: AttentionMetadata,
+        k_cache: Tensor, v_cache: Tensor,
+    ) -> Tensor:  # fmt: skip
         """QK-norm, RoPE, KV write, then causal attention over the paged context: [T, heads·D]."""
         d = self.dims
+        q_weight, k_weight = (self._no_norm if norm is None else norm for norm in (q_norm, k_norm))
         attn.prepare_qkv(
-            qkv,
-            d.heads,
-            d.kv_heads,
-            d.head_dim,
-            _NORMS[d.qk_norm],
-            self._no_norm if q_norm is None else q_norm,
-            self._no_norm if k_norm is None else k_norm,
-            d.eps,
-            d.clip_qkv,
-            rope,
-            metadata,
-            k_cache,
-            v_cache,
-        )
-        out = self._buffers["attended"][: len(qkv)]
+            qkv, d.heads, d.kv_heads, d.head_dim, _NORMS[d.qk_norm], q_weight, k_weight, d.eps, d.clip_qkv, rope,
+            metadata, k_cache, v_cache,
+        )  # fmt: skip
         return attn.attention(
-            qkv,
-            d.heads,
-            d.kv_heads,
-            d.head_dim,
-            d.window,
-            metadata,
-            k_cache,
-            v_cache,
-            out,
-            self._attention,
-            self._scratch,
-        )
+            qkv, d.heads, d.kv_heads, d.head_dim, d.window, metadata, k_cache, v_cache,
+            self._buffers["attended"][: len(qkv)], self._attention, self._scratch,
+        )  # fmt: skip
 
     def gate_attention(self, attended: Tensor, x: Tensor, weight: Linear) -> Tensor:
         """attended [T, heads·D] *= sigmoid(x @ W^T); returns attended."""

@@ -26,30 +26,31 @@ MAX_ROWS = 6
 # panel's end fetches what the thread most likely needs next; a prefetch never faults.
 _PREFETCH_STEPS = 32
 
-_F32, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_VEC_F32 = ir.VectorType(_F32, LANES)
-_VEC_I16 = ir.VectorType(_I16, LANES)
-_VEC_I32 = ir.VectorType(_I32, LANES)
+F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+VEC_F32 = ir.VectorType(F32, LANES)
+VEC_I16 = ir.VectorType(I16, LANES)
+VEC_I32 = ir.VectorType(I32, LANES)
 
 
-def _const(value: int) -> ir.Constant:
-    return ir.Constant(_I64, value)
+def const(value: int) -> ir.Constant:
+    return ir.Constant(I64, value)
 
 
-def _splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
-    undefined = ir.Constant(_VEC_F32, ir.Undefined)
-    lane0 = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(lane0, undefined, ir.Constant(_VEC_I32, [0] * LANES))
+def splat(builder: ir.IRBuilder, scalar: ir.Value, vector: ir.VectorType = VEC_F32) -> ir.Value:
+    """A vector whose every element is `scalar`."""
+    undefined = ir.Constant(vector, ir.Undefined)
+    lane0 = builder.insert_element(undefined, scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(lane0, undefined, ir.Constant(ir.VectorType(I32, vector.count), [0] * vector.count))
 
 
 def _load_panel_row(builder: ir.IRBuilder, panel: ir.Value, k: ir.Value, bf16: bool) -> ir.Value:
     """panel[k, 0:16] as fp32; bf16 is the upper half of fp32, so decoding is a shift."""
     if not bf16:
-        pointer = builder.gep(builder.inttoptr(panel, _VEC_F32.as_pointer()), [k])
+        pointer = builder.gep(builder.inttoptr(panel, VEC_F32.as_pointer()), [k])
         return builder.load(pointer, align=4)
-    pointer = builder.gep(builder.inttoptr(panel, _VEC_I16.as_pointer()), [k])
-    wide = builder.zext(builder.load(pointer, align=2), _VEC_I32)
-    return builder.bitcast(builder.shl(wide, ir.Constant(_VEC_I32, [16] * LANES)), _VEC_F32)
+    pointer = builder.gep(builder.inttoptr(panel, VEC_I16.as_pointer()), [k])
+    wide = builder.zext(builder.load(pointer, align=2), VEC_I32)
+    return builder.bitcast(builder.shl(wide, ir.Constant(VEC_I32, [16] * LANES)), VEC_F32)
 
 
 def _make_tile(rows: int, bf16: bool):
@@ -60,49 +61,49 @@ def _make_tile(rows: int, bf16: bool):
         def codegen(context, builder, signature, arguments):
             panel, x_rows, depth, y, y_stride, accumulate = arguments
             module = builder.module
-            fma_type = ir.FunctionType(_VEC_F32, [_VEC_F32] * 3)
+            fma_type = ir.FunctionType(VEC_F32, [VEC_F32] * 3)
             fma = cgutils.get_or_insert_function(module, fma_type, "llvm.fma.v16f32")
-            prefetch_type = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+            prefetch_type = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
             prefetch = cgutils.get_or_insert_function(module, prefetch_type, "llvm.prefetch.p0i8")
 
-            row_table = builder.inttoptr(x_rows, _I64.as_pointer())
+            row_table = builder.inttoptr(x_rows, I64.as_pointer())
             x = [
-                builder.inttoptr(builder.load(builder.gep(row_table, [_const(r)])), _F32.as_pointer())
+                builder.inttoptr(builder.load(builder.gep(row_table, [const(r)])), F32.as_pointer())
                 for r in range(rows)
             ]
             y_out = [
-                builder.inttoptr(builder.add(y, builder.mul(y_stride, _const(r))), _VEC_F32.as_pointer())
+                builder.inttoptr(builder.add(y, builder.mul(y_stride, const(r))), VEC_F32.as_pointer())
                 for r in range(rows)
             ]
             entry = builder.block
             resume = builder.append_basic_block("tile.resume")
             loop = builder.append_basic_block("tile.k")
             done = builder.append_basic_block("tile.done")
-            zero = ir.Constant(_VEC_F32, [0.0] * LANES)
-            builder.cbranch(builder.icmp_signed("!=", accumulate, _const(0)), resume, loop)
+            zero = ir.Constant(VEC_F32, [0.0] * LANES)
+            builder.cbranch(builder.icmp_signed("!=", accumulate, const(0)), resume, loop)
 
             builder.position_at_end(resume)
             previous = [builder.load(y_out[r], align=4) for r in range(rows)]
             builder.branch(loop)
 
             builder.position_at_end(loop)
-            k = builder.phi(_I64)
-            k.add_incoming(_const(0), entry)
-            k.add_incoming(_const(0), resume)
-            sums = [builder.phi(_VEC_F32) for _ in range(rows)]
+            k = builder.phi(I64)
+            k.add_incoming(const(0), entry)
+            k.add_incoming(const(0), resume)
+            sums = [builder.phi(VEC_F32) for _ in range(rows)]
             for r in range(rows):
                 sums[r].add_incoming(zero, entry)
                 sums[r].add_incoming(previous[r], resume)
             step_bytes = LANES * (2 if bf16 else 4)
-            ahead = builder.add(panel, builder.mul(builder.add(k, _const(_PREFETCH_STEPS)), _const(step_bytes)))
-            read_keep_data = [ir.Constant(_I32, v) for v in (0, 3, 1)]
-            builder.call(prefetch, [builder.inttoptr(ahead, _I8.as_pointer()), *read_keep_data])
+            ahead = builder.add(panel, builder.mul(builder.add(k, const(_PREFETCH_STEPS)), const(step_bytes)))
+            read_keep_data = [ir.Constant(I32, v) for v in (0, 3, 1)]
+            builder.call(prefetch, [builder.inttoptr(ahead, I8.as_pointer()), *read_keep_data])
             weights = _load_panel_row(builder, panel, k, bf16)
             updated = []
             for r in range(rows):
-                broadcast = _splat(builder, builder.load(builder.gep(x[r], [k])))
+                broadcast = splat(builder, builder.load(builder.gep(x[r], [k])))
                 updated.append(builder.call(fma, [broadcast, weights, sums[r]]))
-            k_next = builder.add(k, _const(1))
+            k_next = builder.add(k, const(1))
             k.add_incoming(k_next, loop)
             for r in range(rows):
                 sums[r].add_incoming(updated[r], loop)
@@ -172,8 +173,8 @@ def fetch_add(typing_context, address):
     """Atomically add 1 to the int64 at `address`, return the old value: work claimed tile by tile."""
 
     def codegen(context, builder, signature, arguments):
-        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
-        return builder.atomic_rmw("add", pointer, _const(1), "monotonic")
+        pointer = builder.inttoptr(arguments[0], I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, const(1), "monotonic")
 
     return types.int64(types.int64), codegen
 
@@ -183,7 +184,7 @@ def float_bits(typing_context, value):
     """fp32 → its uint32 bits."""
 
     def codegen(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], _I32)
+        return builder.bitcast(arguments[0], I32)
 
     return types.uint32(types.float32), codegen
 
@@ -193,7 +194,7 @@ def bits_float(typing_context, bits):
     """uint32 bits → fp32."""
 
     def codegen(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], _F32)
+        return builder.bitcast(arguments[0], F32)
 
     return types.float32(types.uint32), codegen
 
@@ -214,16 +215,6 @@ def _make_store(bits: int):
 
 
 store_u16, store_u32 = _make_store(16), _make_store(32)
-
-
-@intrinsic
-def load_f32(typing_context, address):
-    """The fp32 at `address`."""
-
-    def codegen(context, builder, signature, arguments):
-        return builder.load(builder.inttoptr(arguments[0], _F32.as_pointer()))
-
-    return types.float32(types.int64), codegen
 
 
 @njit(nogil=True, cache=True, inline="always")

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from ..ops import AttentionMetadata, DeltaNetWeights, DenseMlp, LayerDims, Limits, Linear, RopeTable  # fmt: skip
+from ..ops import AttentionMetadata, DeltaNetWeights, DenseMlp, LayerDims, Limits, Linear, RopeTable, RowMajor
 from .delta_net import gated_delta_net_torch
 
 
-class TorchOps:
+class TorchOps(RowMajor):
     """Same contract as CpuOps; `act_dtype` defaults to fp32 on the CPU and to the weights' dtype elsewhere.
 
     torch allocates its temporaries itself: `workspace_bytes` is an upper bound on those of one layer at a time,
@@ -38,29 +38,18 @@ class TorchOps:
         floats += 2 * limits.sequences * dims.vocab
         floats += limits.tokens * (4 * dims.mlp + 2 * dims.heads * dims.head_dim * dims.attention_gate)
         if dims.delta is not None:
-            floats += 6 * limits.tokens * dims.delta.projected + 4 * dims.delta.value_heads * (
-                dims.delta.key_dim * dims.delta.value_dim
-            )
+            d = dims.delta
+            floats += 6 * limits.tokens * d.projected + 4 * d.value_heads * d.key_dim * d.value_dim
         self.workspace_bytes = 4 * floats
-
-    def arranged_bytes(self, n: int, k: int) -> int:
-        return n * k * self.dims.dtype.itemsize
-
-    def arrange(self, weight: Tensor, out: Tensor) -> None:
-        out.view(self.dims.dtype).view(weight.shape).copy_(weight)
 
     def arrange_mlp(self, gate_up: Tensor, out: Tensor) -> None:
         self.arrange(gate_up, out)
-
-    def restore(self, block: Tensor, n: int, k: int) -> Tensor:
-        return block.view(self.dims.dtype).view(n, k)
 
     def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (block_size, kv_heads, head_dim), (block_size, kv_heads, head_dim)
 
     def embed(self, token_ids: Tensor, table: Linear) -> Tensor:
-        rows = self.restore(table.block, table.n, table.k)
-        return rows[token_ids.to(rows.device)].to(self.act_dtype)
+        return self.matrix(table)[token_ids.to(self.device)].to(self.act_dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._norm(x, weight)
@@ -69,15 +58,9 @@ class TorchOps:
         return self._linear(x, weight)
 
     def attention(
-        self,
-        qkv: Tensor,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        rope: RopeTable,
-        metadata: AttentionMetadata,
-        k_cache: Tensor,
-        v_cache: Tensor,
-    ) -> Tensor:
+        self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, rope: RopeTable, metadata: AttentionMetadata,
+        k_cache: Tensor, v_cache: Tensor,
+    ) -> Tensor:  # fmt: skip
         d = self.dims
         q, k, v = qkv.split([d.heads * d.head_dim, d.kv_heads * d.head_dim, d.kv_heads * d.head_dim], dim=-1)
         if d.qk_norm == "full":
@@ -135,7 +118,7 @@ class TorchOps:
         return self._linear(x, weight).float()
 
     def _linear(self, x: Tensor, weight: Linear) -> Tensor:
-        w = self.restore(weight.block, weight.n, weight.k).to(x.dtype)
+        w = self.matrix(weight).to(x.dtype)
         return F.linear(x, w, None if weight.bias is None else weight.bias.to(x.dtype))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -14,20 +14,12 @@ from ..expert_blocks import ExpertBlocks
 from ..expert_layer import ExpertLayer
 from ..expert_table import DOWN, GATE_UP
 from ..formats import FORMATS
-from ..ops import ExpertDims, Gated, KernelError, LayerExperts, Linear, MoeBlock
+from ..ops import ExpertDims, Gated, KernelError, LayerExperts, MoeBlock, RowMajor
 from . import grouped_gemm
 from .gate import GateWeights, norm_and_route
 from .ops import check_backend
 from .routing import Router, Routing
-from .tiles import (
-    Tiles,
-    capability_of,
-    choose_tiles,
-    fused_invariant_tile,
-    fused_tile,
-    invariant_tile,
-    num_sms_of,
-)
+from .tiles import Tiles, capability_of, choose_tiles, fused_invariant_tile, fused_tile, invariant_tile, num_sms_of
 
 
 class TritonBlocks(ExpertBlocks):
@@ -102,8 +94,8 @@ class TritonExperts(ExpertLayer[Routing], TritonBlocks):
             return super().gate(hidden, block, num_tokens)
         shared, x, pair, score = block.shared, self._x[: len(hidden)], None, None
         if shared is not None and shared.score is not None and shared.down.k == self.dims.intermediate:
-            pair, score = (self._weight(shared.gate_up), self._weight(shared.down)), self._weight(shared.score)
-        weights = GateWeights(block.norm, self._weight(block.router), score)
+            pair, score = (RowMajor.matrix(shared.gate_up), RowMajor.matrix(shared.down)), RowMajor.matrix(shared.score)
+        weights = GateWeights(block.norm, RowMajor.matrix(block.router), score)
         block_m = self._tiles(len(hidden)).gate_up.block_m
         routing = norm_and_route(hidden, weights, block.ops.dims.eps, self._router, x, block_m, num_tokens, pair)
         if shared is not None and pair is None:
@@ -125,9 +117,6 @@ class TritonExperts(ExpertLayer[Routing], TritonBlocks):
         grouped_gemm.gate_up(x, experts.table, routing, h, d.dtype, tiles.gate_up, self._num_sms)
         experts.wait(DOWN)
         return grouped_gemm.down(h, experts.table, routing, y, d.dtype, tiles.down, self._num_sms)
-
-    def _weight(self, linear: Linear) -> Tensor:
-        return linear.block.view(self.dims.dtype).view(linear.n, linear.k)
 
     def count_routed(self, routing: Routing, counts: Tensor) -> None:
         """counts fp32 [E] += how many tokens each expert got."""

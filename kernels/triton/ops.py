@@ -25,6 +25,7 @@ from ..ops import (
     Limits,
     Linear,
     RopeTable,
+    RowMajor,
 )  # fmt: skip
 from . import delta_net, gates, grouped_gemm, paged_attention
 from .norm import DTYPES, rms_norm
@@ -43,7 +44,7 @@ def check_backend(device: torch.device, dtype: torch.dtype) -> None:
         raise KernelError(f"Triton kernels take bfloat16, float16 or float32 weights, got {dtype}")
 
 
-class TritonOps:
+class TritonOps(RowMajor):
     """Same contract as CpuOps; one engine owns one (not thread-safe). A result is valid until the same operation runs
     again; the residual stream is updated in place.
 
@@ -99,18 +100,9 @@ class TritonOps:
 
     # Layouts: opaque to everybody else.
 
-    def arranged_bytes(self, n: int, k: int) -> int:
-        return n * k * self.dims.dtype.itemsize
-
-    def arrange(self, weight: Tensor, out: Tensor) -> None:
-        out.view(self.dims.dtype).view(weight.shape).copy_(weight)
-
     def arrange_mlp(self, gate_up: Tensor, out: Tensor) -> None:
         """Gate and up rows in turns."""
         grouped_gemm.interleave(gate_up, out.view(self.dims.dtype).view(gate_up.shape))
-
-    def restore(self, block: Tensor, n: int, k: int) -> Tensor:
-        return block.view(self.dims.dtype).view(n, k)
 
     def kv_block_shape(self, block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (kv_heads, block_size, head_dim), (kv_heads, block_size, head_dim)
@@ -119,8 +111,7 @@ class TritonOps:
 
     def embed(self, token_ids: Tensor, table: Linear) -> Tensor:
         """token_ids int64 [T] → [T, H]."""
-        rows = self.restore(table.block, table.n, table.k)
-        return torch.index_select(rows, 0, token_ids, out=self._buffers["hidden"][: len(token_ids)])
+        return torch.index_select(self.matrix(table), 0, token_ids, out=self._buffers["hidden"][: len(token_ids)])
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.dims.eps, self._buffers["normed"][: len(x)])
@@ -130,15 +121,9 @@ class TritonOps:
         return self._linear(x, weight, "qkv")
 
     def attention(
-        self,
-        qkv: Tensor,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        rope: RopeTable,
-        metadata: AttentionMetadata,
-        k_cache: Tensor,
-        v_cache: Tensor,
-    ) -> Tensor:
+        self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, rope: RopeTable, metadata: AttentionMetadata,
+        k_cache: Tensor, v_cache: Tensor,
+    ) -> Tensor:  # fmt: skip
         """QK-norm, RoPE and KV write in one kernel, then causal attention over the paged context: [T, heads·D]."""
         d, tokens = self.dims, len(qkv)
         q = rope_and_cache(
@@ -171,30 +156,27 @@ class TritonOps:
 
     def mlp_add(self, x: Tensor, mlp: DenseMlp, residual: Tensor) -> Tensor:
         """residual += SwiGLU MLP of x [T, H], times sigmoid(x·score) where there is one; returns residual."""
-        gate_up, score = self._linear(x, mlp.gate_up, "mlp_gate_up"), None
-        if mlp.score is not None:
-            score = self.restore(mlp.score.block, mlp.score.n, mlp.score.k)
+        gate_up = self._linear(x, mlp.gate_up, "mlp_gate_up")
+        score = None if mlp.score is None else self.matrix(mlp.score)
         h = self._buffers["mlp"][: len(x) * mlp.down.k].view(len(x), mlp.down.k)
         return self.project_add(gates.swiglu(gate_up, x, score, h), mlp.down, residual)
 
     def project_add(self, x: Tensor, weight: Linear, residual: Tensor) -> Tensor:
         """residual += x @ W^T; returns residual."""
-        w = self.restore(weight.block, weight.n, weight.k)
         if self.batch_invariant:
-            grouped_gemm.linear(x, w, residual, self._fixed_tile, add=True)
+            grouped_gemm.linear(x, self.matrix(weight), residual, self._fixed_tile, add=True)
         else:
-            residual.addmm_(x, w.t())
+            residual.addmm_(x, self.matrix(weight).t())
         return residual if weight.bias is None else residual.add_(weight.bias)
 
     def router(self, x: Tensor, weight: Linear) -> Tensor:
         """[T, H] → fp32 logits [T, experts]."""
         logits = self._buffers["router"][: len(x)]
-        w = self.restore(weight.block, weight.n, weight.k)
-        return grouped_gemm.linear(x, w, logits, self._router_tile(len(x)))
+        return grouped_gemm.linear(x, self.matrix(weight), logits, self._router_tile(len(x)))
 
     def logits(self, x: Tensor, weight: Linear) -> Tensor:
         """[B, H] → fp32 [B, vocab]."""
-        out, w = self._buffers["logits"][: len(x)], self.restore(weight.block, weight.n, weight.k)
+        out, w = self._buffers["logits"][: len(x)], self.matrix(weight)
         if self.batch_invariant or self.device.type != "cuda":
             return grouped_gemm.linear(x, w, out, self._fixed_tile)
         if self.act_dtype == torch.float32:
@@ -202,15 +184,13 @@ class TritonOps:
         return torch.mm(x, w.t(), out_dtype=torch.float32, out=out)
 
     def _linear(self, x: Tensor, weight: Linear, name: str) -> Tensor:
-        out = self._matmul(x, self.restore(weight.block, weight.n, weight.k), name)
-        return out if weight.bias is None else out.add_(weight.bias)
-
-    def _matmul(self, x: Tensor, w: Tensor, name: str) -> Tensor:
-        """x @ w^T into a buffer, which may be wider."""
-        out = self._buffers[name][: len(x), : len(w)]
+        """Into a buffer, which may be wider."""
+        w, out = self.matrix(weight), self._buffers[name][: len(x), : weight.n]
         if self.batch_invariant:
-            return grouped_gemm.linear(x, w, out, self._fixed_tile)
-        return torch.mm(x, w.t(), out=out)
+            grouped_gemm.linear(x, w, out, self._fixed_tile)
+        else:
+            torch.mm(x, w.t(), out=out)
+        return out if weight.bias is None else out.add_(weight.bias)
 
     # Tiles.
 

@@ -17,7 +17,7 @@ strides.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -52,29 +52,43 @@ class ExpertFormats:
     transfer: str = "whole"
 
 
+@dataclass(frozen=True, eq=False)
 class ExpertLayout:
     """Formats, order and sizes of every tier and slot of one placement.
 
     sizes: bytes of an expert's (GATE_UP, DOWN) blocks by format; fused: the formats that kernels read in place.
     """
 
-    def __init__(
-        self,
-        placement: Placement,
-        sizes: Mapping[str, TensorBytes],
-        formats: ExpertFormats = ExpertFormats(),
-        fused: frozenset[str] = frozenset(),
-    ) -> None:
-        self.placement, self.formats, self.sizes, self.fused = placement, formats, dict(sizes), fused
-        self.num_layers, self.num_experts = placement.tiers.shape
-        # What is read past the page cache comes in whole pages.
-        self._alignment = PAGE if (placement.tiers == Tier.DISK).any() else _ALIGNMENT
-        on_demand = formats.transfer == "on_demand" and np.isin(placement.tiers, (Tier.HOST, Tier.DISK)).any()
-        if on_demand and formats.host not in (DENSE, *fused):
+    placement: Placement
+    sizes: Mapping[str, TensorBytes]
+    formats: ExpertFormats = ExpertFormats()
+    fused: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        far, host = np.isin(self.placement.tiers, (Tier.HOST, Tier.DISK)).any(), self.formats.host
+        if self.formats.transfer == "on_demand" and far and host not in (DENSE, *self.fused):
             raise LayoutError(
-                f"these kernels cannot read format {formats.host} as it is; transfer it whole, or choose "
-                f"{' or '.join((DENSE, *sorted(fused)))}"
+                f"these kernels cannot read format {host} as it is; transfer it whole, or choose "
+                f"{' or '.join((DENSE, *sorted(self.fused)))}"
             )
+
+    def placed(self, tiers: np.ndarray) -> ExpertLayout:
+        """The same with experts in other tiers, int8 [L, E], which may be written to no more."""
+        tiers.setflags(write=False)
+        return replace(self, placement=replace(self.placement, tiers=tiers))
+
+    @property
+    def num_layers(self) -> int:
+        return self.placement.tiers.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.placement.tiers.shape[1]
+
+    @cached_property
+    def _alignment(self) -> int:
+        # What is read past the page cache comes in whole pages.
+        return PAGE if (self.placement.tiers == Tier.DISK).any() else _ALIGNMENT
 
     def stored(self, tier: Tier) -> str:
         """The format in which a tier holds its experts."""
@@ -157,11 +171,10 @@ class ExpertLayout:
         """Bytes of one slot's buffer: what the layer that streams most needs."""
         return max((self._bytes(layer, tensor_type, self.read) for layer in self.streamed_layers), default=0)
 
-    def staging_bytes(self, tensor_type: int, tiers: tuple[Tier, ...]) -> int:
-        """Bytes in which the experts of `tiers` that are decoded wait for it, of one layer."""
-        decoded = tuple(tier for tier in tiers if self.decodes(tier))
-        layers = self.streamed_layers if decoded else []
-        return max((self._bytes(layer, tensor_type, self.stored, decoded) for layer in layers), default=0)
+    def staging_bytes(self, tensor_type: int, tier: Tier) -> int:
+        """Bytes in which a tier's experts of one layer wait until they are decoded, if they are."""
+        layers = self.streamed_layers if self.decodes(tier) else []
+        return max((self._bytes(layer, tensor_type, self.stored, (tier,)) for layer in layers), default=0)
 
     def _bytes(self, layer: int, tensor_type: int, expert_format, tiers: tuple[Tier, ...] = tuple(Tier)) -> int:
         return sum(self.stride(expert_format(tier), tensor_type) for _, tier in self.streamed(layer) if tier in tiers)

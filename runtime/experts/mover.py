@@ -1,29 +1,109 @@
 """Mover: experts change tier between passes, none of which waits for a copy (PAPER §4.3).
 
-    to HOST       a change of the layer's plan, since every expert has a copy in host memory
-    to PACKED     a slab of the pool, a copy from host memory in the background, then the change of plan
+    to HOST       a change of the layer's load plan, since every expert has a copy in host memory
+    to PACKED     a slab of the pool, a copy from host memory in the background, then the change of load plan
     to RESIDENT   likewise; in a compressed store decoded from the packed block on the device
 
 A move that cannot be made (no slab, a slot that is full, a copy that fails) leaves the old state, and says why in
-`refused`.
+`refused`. Bytes are brought in the background by a Courier, one batch of moves at a time: on a CPU in a thread, on CUDA
+on a stream, where the host enqueues copies and asks later whether they are done.
 """
 
 from __future__ import annotations
 
+import threading
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from ..memory.slabs import SlabError
 from ..timeline import MOVES, Timeline
-from .courier import Courier
 from .moving_store import Copy, MovingStore, Slabs
 from .placement import Tier
 from .planner import Move
 from .store import Where
 
 MakeRoom = Callable[[int], None]
+Task = Callable[[], None]
+
+
+class Courier(ABC):
+    """Runs a batch of tasks, which must not raise, behind all work that was enqueued before."""
+
+    @abstractmethod
+    def send(self, tasks: Sequence[Task]) -> None:
+        """Begin a batch; the one before it must have arrived."""
+
+    @property
+    @abstractmethod
+    def arrived(self) -> bool:
+        """Whether the last batch is done; never waits."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give up tasks that have not begun, and return once nothing is written any more. Idempotent."""
+
+
+class ThreadCourier(Courier):
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._closing = threading.Event()
+
+    def send(self, tasks: Sequence[Task]) -> None:
+        assert self.arrived, "one batch at a time"
+        self._thread = threading.Thread(target=self._run, args=(tasks,), name="expert-arrivals", daemon=True)
+        self._thread.start()
+
+    def _run(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            if self._closing.is_set():
+                return
+            task()
+
+    @property
+    def arrived(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
+    def close(self) -> None:
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+class StreamCourier(Courier):
+    """cuda: torch.cuda, or a recorder with the same Stream, Event, stream and current_stream in tests.
+
+    The stream is made once: torch hands out a few dozen in turn, so one made for each batch would soon be the stream
+    of something else.
+    """
+
+    def __init__(self, cuda=torch.cuda) -> None:
+        self._cuda, self._stream = cuda, cuda.Stream()
+        self._before, self._done = cuda.Event(), cuda.Event()
+        self._sent = False
+
+    def send(self, tasks: Sequence[Task]) -> None:
+        assert self.arrived, "one batch at a time"
+        self._before.record(self._cuda.current_stream())
+        self._stream.wait_event(self._before)
+        try:
+            with self._cuda.stream(self._stream):
+                for task in tasks:
+                    task()
+        finally:
+            self._done.record(self._stream)
+            self._sent = True
+
+    @property
+    def arrived(self) -> bool:
+        return not self._sent or self._done.query()
+
+    def close(self) -> None:
+        self._stream.synchronize()
 
 
 @dataclass
@@ -32,6 +112,7 @@ class _Arrival:
 
     move: Move
     slabs: Slabs
+    copied_bytes: int = 0
     error: Exception | None = None
 
     @property
@@ -88,7 +169,7 @@ class Mover:
         for arrival in arrivals:
             move = arrival.move
             if arrival.error is None:
-                self.copied_bytes += self.store.fetched_bytes(move.target)
+                self.copied_bytes += arrival.copied_bytes
                 self.store.land(arrival.where, move.target, arrival.slabs)
                 self.applied[f"to {Tier(move.target).name}"] += 1
             else:
@@ -98,6 +179,7 @@ class Mover:
     def _begin(self, make_room: MakeRoom | None) -> None:
         moves, self._requested = self._requested, []
         arrivals: list[_Arrival] = []
+        device = self.store.layout.moving_tiers
         for move in sorted(moves, key=lambda move: move.target != Tier.HOST):
             where = (move.layer, move.expert)
             tier = self.store.tier_of(*where)
@@ -105,7 +187,8 @@ class Mover:
                 self.refused.append(f"{_name(move)} is {_tier(tier)}, or on its way")
             elif move.target == Tier.HOST:
                 self._leave(move)
-            elif move.target not in self.store.layout.moving_tiers or self._skips(move):
+            elif move.target not in device or (tier == Tier.HOST and move.target != device[-1]):
+                # Compressed experts in host memory become dense by way of the packed tier.
                 self.refused.append(f"{_name(move)} cannot become {_tier(move.target)} from {_tier(tier)}")
             else:
                 arrivals += self._reserve(move, make_room)
@@ -113,18 +196,12 @@ class Mover:
             self.courier.send([partial(self._bring, arrival) for arrival in arrivals])
             self._arrivals = arrivals
 
-    def _skips(self, move: Move) -> bool:
-        """Compressed experts in host memory become dense by way of the packed tier."""
-        return (
-            move.source == Tier.HOST and move.target == Tier.RESIDENT and Tier.PACKED in self.store.layout.moving_tiers
-        )
-
     def _leave(self, move: Move) -> None:
         streamed = len(self.store.layout.placement.members(move.layer, Tier.HOST))
         if streamed >= self.store.most_streamed:
             self.refused.append(f"layer {move.layer} streams {streamed} experts already, all that a slot holds")
             return
-        self.store.leave((move.layer, move.expert))
+        self.store.land((move.layer, move.expert), Tier.HOST)
         self.applied["to HOST"] += 1
 
     def _reserve(self, move: Move, make_room: MakeRoom | None) -> list[_Arrival]:
@@ -148,6 +225,7 @@ class Mover:
                 MOVES, f"move {layer}", "load", layer=layer, expert=expert, experts=1, bytes=nbytes
             ):
                 self.store.fetch(arrival.where, target, arrival.slabs, self.copy)
+            arrival.copied_bytes = nbytes
         except Exception as error:
             arrival.error = error
 
@@ -161,6 +239,5 @@ def _name(move: Move) -> str:
 
 
 def _tier(tier: Tier) -> str:
-    return {Tier.RESIDENT: "dense", Tier.PACKED: "packed", Tier.HOST: "in host memory", Tier.DISK: "on disk"}[
-        Tier(tier)
-    ]
+    names = {Tier.RESIDENT: "dense", Tier.PACKED: "packed", Tier.HOST: "in host memory", Tier.DISK: "on disk"}
+    return names[Tier(tier)]

@@ -4,7 +4,7 @@
     PACKED    such blocks on the device, a slab an expert             (absent where the host's format is dense)
     RESIDENT  dense blocks on the device, a slab an expert; beside packed ones, whose slabs are smaller, two
 
-What changes is a layer's plan and its table, never a block that a kernel may be reading.
+What changes is a layer's load plan and its table, never a block that a kernel may be reading.
 
 An expert that has left the device streams from the next load of its layer on. For loads that were begun before, the
 table has its address in host memory: there kernels read it in place, once or twice.
@@ -26,8 +26,8 @@ from ..memory.slabs import SlabError, SlabPool
 from .disk import StoreError
 from .footprint import EXPERT_LINES
 from .layout import ExpertLayout
-from .placement import DEVICE_TIERS, Placement, Tier
-from .store import Block, DecodeExpert, ExpertStore, LayerPlan, Where
+from .placement import DEVICE_TIERS, Tier
+from .store import Block, DecodeExpert, ExpertStore, LoadPlan, Where
 
 Copy = Callable[[Tensor, Tensor], object]
 Slabs = tuple[int, ...]
@@ -70,16 +70,16 @@ class MovingStore(ExpertStore):
         except BaseException:
             self.close()
             raise
-        self.plans = [self._plan(i) for i in range(layout.num_layers)]
+        self.load_plans = [self._load_plan(i) for i in range(layout.num_layers)]
 
-    def _plan(self, layer: int) -> LayerPlan:
+    def _load_plan(self, layer: int) -> LoadPlan:
         places = (self.layout.slot_places(layer, GATE_UP), self.layout.slot_places(layer, DOWN))
         runs: tuple[list, list] = ([], [])
         for d, stride in enumerate(self._strides):
             for first, last in _runs(places[d]):
                 source = self._host[layer][d][first * stride : (last + 1) * stride]
                 runs[d].append((source, places[d][first][0]))
-        return LayerPlan(layer, tuple(self.layout.streamed(layer)), places, runs)
+        return LoadPlan(layer, tuple(self.layout.streamed(layer)), places, runs)
 
     def slot_bytes(self, tensor_type: int) -> int:
         return self.most_streamed * self._strides[tensor_type]
@@ -162,35 +162,27 @@ class MovingStore(ExpertStore):
         """Bytes that `fetch` into a tier brings from host memory."""
         return sum(self.layout.sizes[self.format]) if self.layout.stored(target) == self.format else 0
 
-    def land(self, where: Where, target: Tier, slabs: Slabs) -> None:
-        """An expert's bytes are in the slabs that were reserved for it in a tier: kernels read them there from the next
-        table on, and what it had before is freed."""
-        self._set(where, target, slabs)
-
-    def leave(self, where: Where) -> None:
-        """The expert streams from the next load of its layer on; its slabs are freed."""
-        self._set(where, Tier.HOST, ())
-
-    def _set(self, where: Where, tier: Tier, slabs: Slabs) -> None:
-        layer, old = where[0], self.layout
-        tiers = old.placement.tiers.copy()
+    def land(self, where: Where, tier: Tier, slabs: Slabs = ()) -> None:
+        """The expert is in a tier, on the device in slabs that were reserved for it: kernels read it there from the
+        next table on, from host memory from the next load of its layer on; what it had before is freed."""
+        tiers = self.layout.placement.tiers.copy()
         tiers[where] = tier
-        tiers.setflags(write=False)
-        self.layout = ExpertLayout(Placement(old.placement.name, tiers), old.sizes, old.formats, old.fused)
-        self.plans[layer] = self._plan(layer)
-        self.epochs[layer] += 1
+        self.layout = self.layout.placed(tiers)
+        self._plan(where[0])
         self.give(self._slabs.pop(where, ()))
         if slabs:
             self._slabs[where] = slabs
 
     def set_transfer(self, transfer: str) -> None:
         """How HOST experts reach kernels: whole | on_demand, see ExpertFormats."""
-        old = self.layout
-        formats = replace(old.formats, transfer=transfer)
-        self.layout = ExpertLayout(old.placement, old.sizes, formats, old.fused)
-        for layer in range(old.num_layers):
-            self.plans[layer] = self._plan(layer)
-            self.epochs[layer] += 1
+        self.layout = replace(self.layout, formats=replace(self.layout.formats, transfer=transfer))
+        for layer in range(self.layout.num_layers):
+            self._plan(layer)
+
+    def _plan(self, layer: int) -> None:
+        """Tiers of a layer's experts have changed, or how they cross."""
+        self.load_plans[layer] = self._load_plan(layer)
+        self.epochs[layer] += 1
 
     def check_integrity(self) -> None:
         """AssertionError unless every expert is where the placement says, in slabs of its own."""

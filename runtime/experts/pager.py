@@ -44,10 +44,8 @@ from .mover import MakeRoom, Mover
 from .moving_store import MovingStore
 from .placement import Placement, Tier
 from .planner import Move
-from .static_store import StaticStore
-from .store import ExpertStore
+from .store import ExpertStore, StaticStore
 from .streamer import Counters, Streamer
-from .streamer_cuda import CudaStreamer
 
 # Of experts that are read ahead while a packed checkpoint is loaded.
 _READ_AHEAD_BYTES = 64 << 20
@@ -348,26 +346,6 @@ class ExpertPager:
         if read:
             self._on_demand_bytes += int(read) * layout.expert_bytes(layout.stored(Tier.HOST))
         self._reads.zero_()
-
-    # Captured passes; see CudaStreamer.
-
-    @property
-    def _captured(self) -> CudaStreamer:
-        assert isinstance(self.streamer, CudaStreamer), "passes are captured on CUDA only"
-        return self.streamer
-
-    @property
-    def steady(self) -> bool:
-        return self._captured.steady
-
-    def prepare(self) -> int:
-        return self._captured.prepare()
-
-    def capture(self) -> AbstractContextManager[None]:
-        return self._captured.capture()
-
-    def replay(self) -> AbstractContextManager[None]:
-        return self._captured.replay()
 
     # Experts that move.
 

@@ -1,15 +1,17 @@
-"""ExpertStore: the bytes of every expert, in the tier that placement chose; what static and moving stores both offer.
+"""ExpertStore: the bytes of every expert, in the tier that placement chose; StaticStore, where they stay there.
 
-    StaticStore   static_store.py   experts stay where they were put, in any tier
-    MovingStore   moving_store.py   experts change tier while serving; each has a copy in host memory
+    RESIDENT, PACKED   one device arena a layer and tensor type; kernels read it in place
+    HOST               one host arena a layer and tensor type (page-locked for CUDA): a layer's load is one copy a type
+    DISK               a file a layer: a load reads several experts at a time
 
-Blocks are made by the backend and opaque here; where which block lies, and in which format, says `layout`.
+Experts that change tier while serving are in a MovingStore (moving_store.py). Blocks are made by the backend and opaque
+here; where which block lies, and in which format, says `layout`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from fluxmoe.kernels.cpu.copy import stream_copy
@@ -18,11 +20,12 @@ from fluxmoe.kernels.packing import Packed
 from torch import Tensor
 
 from ..devices import Device
-from ..memory.host_memory import HostMemory
+from ..memory.budget import format_bytes
+from ..memory.host_memory import HostMemory, HostMemoryError
 from .cache import ExpertCache
 from .disk import DiskTier, StoreError
 from .layout import ExpertLayout
-from .placement import Tier
+from .placement import DEVICE_TIERS, Tier
 
 # Between chunks a load can be given up. 32 MiB are 2 ms of memory and 20 ms of a fast disk: quick enough to close,
 # and rare enough that the copy thread seldom has to ask for the GIL.
@@ -30,6 +33,9 @@ _CHUNK = 32 << 20
 Where = tuple[int, int]
 # `ExpertOps.decode_expert`.
 DecodeExpert = Callable[[str, int, Tensor, Tensor, Packed | None], None]
+Cancelled = Callable[[], bool]
+# Copies a source to its target; returns the bytes, fewer once cancelled.
+Copy = Callable[[Tensor, Tensor, Cancelled], int]
 
 
 class Block(NamedTuple):
@@ -39,21 +45,11 @@ class Block(NamedTuple):
     expert_format: str
 
 
-class Decode(NamedTuple):
-    """A compressed block on its way into a slot: its format, its bytes, what its dense form fills in the buffer."""
-
-    expert_format: str
-    block: Tensor
-    begin: int
-    end: int
-    recipe: Packed | None
-
-
-class LayerPlan(NamedTuple):
+class LoadPlan(NamedTuple):
     """What a load of one layer brings, and where: fixed when the load begins, whatever moves meanwhile.
 
-    streamed: experts with their tiers, in the order of the slot; places: begin and end of each in the two buffers.
-    disk: those that are read from files. By tensor type: host_runs (source, begin in the buffer) of every contiguous
+    streamed: experts with their tiers, in the order of the slot; places: begin and end of each in the two buffers. By
+    tensor type: host_runs (source, begin in the buffer) of every contiguous
     copy from host memory; packed: the compressed experts on the device that are decoded, if any.
     """
 
@@ -61,8 +57,11 @@ class LayerPlan(NamedTuple):
     streamed: tuple[tuple[int, Tier], ...]
     places: tuple[dict[int, tuple[int, int]], dict[int, tuple[int, int]]]
     host_runs: tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]
-    disk: tuple[int, ...] = ()
     packed: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def members(self, tier: Tier) -> list[int]:
+        """Streamed experts of a tier, in the order of the slot."""
+        return [expert for expert, each in self.streamed if each is tier]
 
     def host_bytes(self, tensor_type: int) -> int:
         return sum(source.numel() for source, _ in self.host_runs[tensor_type])
@@ -72,12 +71,21 @@ class LayerPlan(NamedTuple):
         return [(source.data_ptr(), source.numel(), at) for runs in self.host_runs for source, at in runs]
 
 
+def copy_in_chunks(target: Tensor, source: Tensor, cancelled: Cancelled) -> int:
+    """Copy inside host memory; asks `cancelled` before every chunk, and lets go of the GIL meanwhile."""
+    for begin in range(0, source.numel(), _CHUNK):
+        if cancelled():
+            return begin
+        stream_copy(target[begin : begin + _CHUNK], source[begin : begin + _CHUNK])
+    return source.numel()
+
+
 class ExpertStore(ABC):
     """Holds every expert once, or once and a copy. Fill with `put`, check with `seal`; use as a context manager, or
     call `close`.
 
     decode: None where no expert is ever decoded. Nothing here waits for the device. Only the thread that runs passes
-    may call what changes a store; loads, in other threads, read the plans that they were given.
+    may call what changes a store; loads, in other threads, read the load plans that they were given.
     """
 
     # Whether experts may change tier, so that any layer may come to stream.
@@ -90,9 +98,9 @@ class ExpertStore(ABC):
         self._memory = HostMemory(device.asynchronous)
         self._recipes: dict[Where, Recipes] = {}
         self._missing = {(i, e) for i in range(layout.num_layers) for e in range(layout.num_experts)}
-        # By layer: what its next load brings; and how often addresses or plans have changed: tables of an older epoch
-        # are made again.
-        self.plans: list[LayerPlan] = []
+        # By layer: what its next load brings; and how often addresses or load plans have changed: tables of an older
+        # epoch are made again.
+        self.load_plans: list[LoadPlan] = []
         self.epochs = [0] * layout.num_layers
 
     def tier_of(self, layer: int, expert: int) -> Tier:
@@ -111,7 +119,7 @@ class ExpertStore(ABC):
 
     def put(self, layer: int, expert: int, blocks: Sequence[Tensor], recipes: Recipes = (None, None)) -> None:
         """Store one expert: its (gate/up, down) uint8 blocks, in host memory, in the format that `stored` says; they
-        are copied. Changes no plan and no table. StoreError for an expert that is here already, or that does not exist.
+        are copied. Changes no load plan and no table. StoreError for an expert that is here already, or does not exist.
         """
         where = layer, expert
         if where not in self._missing:
@@ -158,80 +166,62 @@ class ExpertStore(ABC):
         """Blocks of the layer's experts that kernels read where they are stored, by expert; those of a slot take
         precedence. They are right for as long as the layer's epoch does not change."""
 
-    def slot_blocks(self, plan: LayerPlan, slot: tuple[Tensor, Tensor]) -> dict[int, Block]:
-        """Blocks of a plan's streamed experts inside a slot's two buffers, by expert."""
+    def slot_blocks(self, load_plan: LoadPlan, slot: tuple[Tensor, Tensor]) -> dict[int, Block]:
+        """Blocks of a load plan's streamed experts inside a slot's two buffers, by expert."""
         blocks: dict[int, Block] = {}
-        for expert, tier in plan.streamed:
-            gate_up, down = (slot[d][slice(*plan.places[d][expert])] for d in (0, 1))
+        for expert, tier in load_plan.streamed:
+            gate_up, down = (slot[d][slice(*load_plan.places[d][expert])] for d in (0, 1))
             blocks[expert] = Block((gate_up, down), self.layout.read(tier))
         return blocks
 
-    def decodes(self, plan: LayerPlan, tensor_type: int, lie: Mapping[Tier, Tensor]) -> Iterator[Decode]:
-        """What must be decoded into a slot; `lie`: where the payload of HOST and DISK experts lies now."""
-        sources: dict[Tier, Tensor | None] = {Tier.PACKED: plan.packed[tensor_type], **lie}
-        for tier in (Tier.PACKED, Tier.HOST, Tier.DISK):
-            if not self.layout.decodes(tier):
-                continue
-            expert_format = self.layout.stored(tier)
-            members = [expert for expert, where in plan.streamed if where is tier]
-            blocks = self._blocks(expert_format, tensor_type, sources.get(tier), members)
-            for expert, block in zip(members, blocks, strict=True):
-                begin, end = plan.places[tensor_type][expert]
-                yield Decode(expert_format, block, begin, end, self._recipes[plan.layer, expert][tensor_type])
+    def _blocks(self, tier: Tier, tensor_type: int, source: Tensor, count: int) -> list[Tensor]:
+        """The blocks of `count` experts of a tier, one behind the other in `source`."""
+        stride, size = self._stride(tier, tensor_type), self.layout.sizes[self.layout.stored(tier)][tensor_type]
+        return [source[place * stride : place * stride + size] for place in range(count)]
 
-    def _blocks(
-        self, expert_format: str, tensor_type: int, source: Tensor | None, members: Sequence[int]
-    ) -> list[Tensor]:
-        """The blocks of as many experts as they lie in `source`, one behind the other."""
-        if not members:
-            return []
-        assert source is not None, "whoever decodes experts says where their blocks lie"
-        stride, size = self.layout.stride(expert_format, tensor_type), self.layout.sizes[expert_format][tensor_type]
-        return [source[place * stride : place * stride + size] for place in range(len(members))]
+    def _stride(self, tier: Tier, tensor_type: int) -> int:
+        return self.layout.stride(self.layout.stored(tier), tensor_type)
 
     def read_into(
-        self,
-        plan: LayerPlan,
-        tensor_type: int,
-        slot: Tensor,
-        staging: Tensor | None = None,
-        cancelled: Callable[[], bool] = lambda: False,
-    ) -> tuple[int, int]:
-        """Bring a layer's streamed blocks of one type into a slot buffer (uint8, host memory); returns the bytes read
-        from (HOST, DISK). Changes nothing but the slot and the staging buffer.
+        self, load_plan: LoadPlan, tensor_type: int, slot: Tensor, staging: Mapping[Tier, Tensor],
+        copy: Copy = copy_in_chunks, cancelled: Cancelled = lambda: False,
+    ) -> tuple[int, int]:  # fmt: skip
+        """Bring a layer's streamed blocks of one type into a slot buffer (uint8); returns the bytes read from (HOST,
+        DISK). Changes nothing but the slot and the staging buffers.
 
-        staging: where compressed blocks of the DISK tier go first, if they are decoded. Releases the GIL. Asks
-        `cancelled` before every chunk of 32 MiB and returns early, with fewer bytes, once it says so. Raises
-        StoreError naming file, layer and tensor type when the disk fails.
+        staging: by tier, where compressed blocks go before they are decoded; HOST blocks without one are decoded where
+        they lie. Returns early, with fewer bytes, once `cancelled` says so. Raises StoreError naming file, layer and
+        tensor type when the disk fails.
         """
-        lie: dict[Tier, Tensor] = {}
-        copied = 0
-        for host, at in plan.host_runs[tensor_type]:
-            if self.layout.decodes(Tier.HOST):
-                lie[Tier.HOST] = host  # decoded from where it lies
-                copied += host.numel()
-                continue
-            for begin in range(0, host.numel(), _CHUNK):
-                if cancelled():
-                    return copied, 0
-                end = min(begin + _CHUNK, host.numel())
-                stream_copy(slot[at + begin : at + end], host[begin:end])
-                copied += end - begin
-        read = 0
-        if plan.disk:
-            stride = self.layout.stride(self.layout.stored(Tier.DISK), tensor_type)
-            if self.layout.decodes(Tier.DISK):
-                assert staging is not None, "compressed experts on disk are read into a staging buffer"
-                lie[Tier.DISK] = target = staging
-                begins = [place * stride for place in range(len(plan.disk))]
+        layout, copied, read = self.layout, 0, 0
+        compressed: dict[Tier, Tensor | None] = {Tier.PACKED: load_plan.packed[tensor_type], **staging}
+        for source, at in load_plan.host_runs[tensor_type]:
+            if not layout.decodes(Tier.HOST):
+                copied += copy(slot[at : at + source.numel()], source, cancelled)
+            elif Tier.HOST in staging:
+                copied += copy(staging[Tier.HOST][: source.numel()], source, cancelled)
             else:
-                target, begins = slot, [plan.places[tensor_type][expert][0] for expert in plan.disk]
-            targets = [target[begin : begin + stride] for begin in begins]
-            read = self.on_disk.read(plan.layer, tensor_type, list(zip(plan.disk, targets, strict=True)), cancelled)
-        for step in self.decodes(plan, tensor_type, lie):
-            if cancelled():
-                break
-            self.decode(step.expert_format, tensor_type, step.block, slot[step.begin : step.end], step.recipe)
+                compressed[Tier.HOST] = source
+                copied += source.numel()
+        if on_disk := load_plan.members(Tier.DISK):
+            stride, places = self._stride(Tier.DISK, tensor_type), load_plan.places[tensor_type]
+            if layout.decodes(Tier.DISK):
+                target, begins = staging[Tier.DISK], [place * stride for place in range(len(on_disk))]
+            else:
+                target, begins = slot, [places[expert][0] for expert in on_disk]
+            targets = [(expert, target[at : at + stride]) for expert, at in zip(on_disk, begins, strict=True)]
+            read = self.on_disk.read(load_plan.layer, tensor_type, targets, cancelled)
+        for tier, memory in compressed.items():
+            members = load_plan.members(tier) if layout.decodes(tier) else []
+            if not members:
+                continue
+            assert memory is not None, "blocks that are decoded lie somewhere"
+            for expert, block in zip(members, self._blocks(tier, tensor_type, memory, len(members)), strict=True):
+                if cancelled():
+                    return copied, read
+                begin, end = load_plan.places[tensor_type][expert]
+                recipe = self._recipes[load_plan.layer, expert][tensor_type]
+                self.decode(layout.stored(tier), tensor_type, block, slot[begin:end], recipe)
         return copied, read
 
     def close(self) -> None:
@@ -247,6 +237,104 @@ class ExpertStore(ABC):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class StaticStore(ExpertStore):
+    """disk: the files of the DISK tier, if there are experts in it; the store closes them."""
+
+    moves = False
+
+    def __init__(
+        self,
+        layout: ExpertLayout,
+        device: Device,
+        decode: DecodeExpert | None = None,
+        disk: DiskTier | None = None,
+    ) -> None:
+        super().__init__(layout, device, decode)
+        layers = range(layout.num_layers)
+        self._members = {tier: [layout.placement.members(i, tier) for i in layers] for tier in Tier}
+        self.disk = disk
+        on_disk = {(i, expert) for i in layers for expert in self._members[Tier.DISK][i]}
+        assert disk is not None or not on_disk, "experts on disk need files"
+        if disk is not None:
+            here = {where for where in on_disk if disk.has(*where)}
+            self._missing -= here
+            if layout.decodes(Tier.DISK):
+                self._recipes |= {where: disk.recipes(*where) for where in here}
+        try:
+            self._arenas = {tier: [self._arena(i, tier) for i in layers] for tier in (*DEVICE_TIERS, Tier.HOST)}
+        except BaseException:
+            self.close()
+            raise
+        self.load_plans = [self._load_plan(i) for i in layers]
+
+    def _load_plan(self, layer: int) -> LoadPlan:
+        places = (self.layout.slot_places(layer, 0), self.layout.slot_places(layer, 1))
+        host_runs: tuple[list, list] = ([], [])
+        if self.layout.streams(Tier.HOST) and (members := self._members[Tier.HOST][layer]):
+            for d, arena in enumerate(self._arenas[Tier.HOST][layer]):
+                host_runs[d].append((arena, places[d][members[0]][0]))
+        streamed = tuple(self.layout.streamed(layer))
+        return LoadPlan(layer, streamed, places, host_runs, self._arenas[Tier.PACKED][layer])
+
+    def _arena(self, layer: int, tier: Tier) -> tuple[Tensor, Tensor]:
+        members = self._members[tier][layer]
+        sizes = [len(members) * self._stride(tier, d) if members else 0 for d in (0, 1)]
+        make = self._memory.empty if tier is Tier.HOST else self.device.empty
+        try:
+            gate_up, down = (make(size) for size in sizes)
+        except (RuntimeError, HostMemoryError) as error:
+            reason = str(error)
+            if not isinstance(error, HostMemoryError):
+                where = "host" if self.device.is_host else self.device.kind
+                reason = f"cannot allocate {format_bytes(sum(sizes))} of {where} memory"
+            raise StoreError(
+                f"{reason} for the experts of a layer; another placement or alpha moves experts to another tier"
+            ) from None
+        return gate_up, down
+
+    def stored(self, layer: int, expert: int) -> str:
+        return self.layout.stored(self.tier_of(layer, expert))
+
+    def _put(self, where: Where, blocks: Sequence[Tensor], recipes: Recipes) -> None:
+        (layer, expert), tier = where, self.tier_of(*where)
+        if tier is Tier.DISK:
+            self.on_disk.put(layer, expert, blocks, recipes)
+        else:
+            place = self._members[tier][layer].index(expert)
+            for d, block in enumerate(blocks):
+                begin = place * self._stride(tier, d)
+                self._arenas[tier][layer][d][begin : begin + block.numel()].copy_(block)
+        if self.layout.decodes(tier):
+            self._recipes[where] = recipes
+
+    def seal(self) -> None:
+        super().seal()
+        if self.disk is not None:
+            self.disk.flush()
+
+    def slot_bytes(self, tensor_type: int) -> int:
+        return self.layout.slot_bytes(tensor_type)
+
+    def tier_bytes(self, tier: Tier) -> int:
+        return sum(arena.nbytes for pair in self._arenas[tier] for arena in pair)
+
+    def blocks_in_place(self, layer: int) -> dict[int, Block]:
+        blocks: dict[int, Block] = {}
+        for tier in (*DEVICE_TIERS, Tier.HOST):
+            members = self._members[tier][layer]
+            if members and not self.layout.streams(tier):
+                arenas = enumerate(self._arenas[tier][layer])
+                blocks_of = (self._blocks(tier, d, arena, len(members)) for d, arena in arenas)
+                read = self.layout.read(tier)
+                for expert, gate_up, down in zip(members, *blocks_of, strict=True):
+                    blocks[expert] = Block((gate_up, down), read)
+        if self.cache is not None:
+            # Until they come, when the cache says where to.
+            anywhere = Block(self.cache.pair(0), self.layout.read(Tier.DISK))
+            blocks |= dict.fromkeys(self._members[Tier.DISK][layer], anywhere)
+        return blocks
 
 
 def _no_decode(expert_format: str, tensor_type: int, block: Tensor, out: Tensor, recipe: Packed | None) -> None:

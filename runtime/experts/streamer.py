@@ -22,7 +22,7 @@ from torch import Tensor
 from .cache import CachedExperts
 from .footprint import slot_schedule
 from .placement import Tier
-from .store import ExpertStore, LayerPlan
+from .store import ExpertStore, LoadPlan
 
 # NaN in bf16 and in fp32.
 _POISON = 0xFF
@@ -74,7 +74,7 @@ class LayerPage:
 class _Known(NamedTuple):
     """A layer's table, and what it was made from."""
 
-    plan: LayerPlan
+    load_plan: LoadPlan
     epoch: int
     table: ExpertTable
 
@@ -82,8 +82,8 @@ class _Known(NamedTuple):
 class Streamer(ABC):
     """Slots, tables and the order of visits: what both kinds share. Layers must be visited in order."""
 
-    # Tiers whose compressed blocks wait in device memory until they are decoded.
-    staged: tuple[Tier, ...]
+    # The tier whose compressed blocks wait in device memory until they are decoded.
+    staged: Tier
 
     def __init__(self, store: ExpertStore, slots: int, poison: bool = False) -> None:
         self.store, self.poison = store, poison
@@ -95,13 +95,14 @@ class Streamer(ABC):
             for _ in range(self.num_slots)
         ]
         # One a tensor type for all loads: those of a type come one after the other.
-        staging = [layout.staging_bytes(d, self.staged) for d in (GATE_UP, DOWN)]
-        self._staging = [store.device.empty(nbytes) for nbytes in staging]
+        self._staging = [
+            {self.staged: store.device.empty(layout.staging_bytes(d, self.staged))} for d in (GATE_UP, DOWN)
+        ]
         for slot in self._slots if poison else ():
             self._spoil(slot)
         self._tables: dict[int, _Known] = {}
         # What each load brings that was begun or is read; settled by whoever of loader and reader comes first.
-        self._plans: dict[int, LayerPlan] = {}
+        self._load_plans: dict[int, LoadPlan] = {}
         self._planning = threading.Lock()
         self._rank = {layer: rank for rank, layer in enumerate(self.order)}
         self._next_visit = 0
@@ -114,7 +115,8 @@ class Streamer(ABC):
 
     @property
     def slot_bytes(self) -> int:
-        return sum(buffer.nbytes for pair in (*self._slots, self._staging) for buffer in pair)
+        slots, staging = (sum(self._slots, ()), [staging[self.staged] for staging in self._staging])
+        return sum(buffer.nbytes for buffer in (*slots, *staging))
 
     def _spoil(self, slot: tuple[Tensor, ...]) -> None:
         for buffer in slot:
@@ -137,29 +139,29 @@ class Streamer(ABC):
     def _slot_of(self, visit: int) -> tuple[Tensor, Tensor]:
         return self._slots[self.schedule.slot(visit)]
 
-    def _plan_of(self, visit: int) -> LayerPlan:
+    def _load_plan_of(self, visit: int) -> LoadPlan:
         with self._planning:
-            return self._plans.setdefault(visit, self.store.plans[self._layer_of(visit)])
+            return self._load_plans.setdefault(visit, self.store.load_plans[self._layer_of(visit)])
 
     def _forget(self, visit: int) -> None:
-        """Drop the plans of `visit` and of those before it, which nobody reads any more."""
+        """Drop the load plans of `visit` and of those before it, which nobody reads any more."""
         if not self.keeps_all:
             with self._planning:
-                self._plans = {v: plan for v, plan in self._plans.items() if v > visit}
+                self._load_plans = {v: plan for v, plan in self._load_plans.items() if v > visit}
 
-    def _table(self, plan: LayerPlan) -> ExpertTable:
-        """Addresses of the experts of the plan's layer, its slot holding what the plan brings.
+    def _table(self, load_plan: LoadPlan) -> ExpertTable:
+        """Addresses of the experts of the load plan's layer, its slot holding what that brings.
 
         One table a layer for ever, updated in place when experts have moved.
         """
-        layer, epoch = plan.layer, self.store.epochs[plan.layer]
+        layer, epoch = load_plan.layer, self.store.epochs[load_plan.layer]
         known = self._tables.get(layer)
-        if known is not None and known.plan is plan and known.epoch == epoch:
+        if known is not None and known.load_plan is load_plan and known.epoch == epoch:
             return known.table
         assert not self._capturing, "tables must be prepared before a capture: a graph would keep what they are now"
         blocks = self.store.blocks_in_place(layer)
         if layer in self._rank:
-            blocks |= self.store.slot_blocks(plan, self._slot_of(self._rank[layer]))
+            blocks |= self.store.slot_blocks(load_plan, self._slot_of(self._rank[layer]))
         ordered = [blocks[expert] for expert in sorted(blocks)]
         pairs, formats = [block.pair for block in ordered], [block.expert_format for block in ordered]
         if known is None:
@@ -167,20 +169,20 @@ class Streamer(ABC):
         else:
             table = known.table
             table.update(pairs, formats)
-        self._tables[layer] = _Known(plan, epoch, table)
+        self._tables[layer] = _Known(load_plan, epoch, table)
         return table
 
     @contextmanager
     def layer(self, index: int) -> Iterator[LayerPage]:
         """Experts of layer `index`; leaving the context lets its slot be recycled."""
         if index not in self._rank:
-            table = self._table(self.store.plans[index])
+            table = self._table(self.store.load_plans[index])
             yield LayerPage(table, _no_wait, self._find(index, table))
             return
         visit = self._visit_of(index)
         self._begin(visit)
         try:
-            table = self._table(self._plan_of(visit))
+            table = self._table(self._load_plan_of(visit))
             yield LayerPage(table, lambda d: self._wait(visit, d), self._find(index, table))
         finally:
             if self.poison and not self.keeps_all and self._is_loaded(visit):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from functools import partial
 from itertools import count
 
@@ -21,7 +22,7 @@ from .streamer import Counters, Streamer
 class ThreadStreamer(Streamer):
     """Loads on a copy thread. A load that fails is an error of the reader that needs it, and is tried again."""
 
-    staged = (Tier.DISK,)  # it decodes straight from its host tier
+    staged = Tier.DISK  # it decodes straight from its host tier
 
     def __init__(
         self,
@@ -40,7 +41,8 @@ class ThreadStreamer(Streamer):
         self._loaded = [0, 0]  # loads done, by tensor type
         self._computed = 0  # visits computed or given up
         self._error: BaseException | None = None
-        self._host_bytes = self._disk_bytes = self._stall_ns = self._transfer_ns = self._loads = 0
+        # By field of Counters.
+        self._totals: Counter[str] = Counter()
         self._thread: threading.Thread | None = None
         if self.order:
             self._thread = threading.Thread(target=self._run, name="expert-copy", daemon=True)
@@ -70,12 +72,12 @@ class ThreadStreamer(Streamer):
         return self._computed > follows or self._closing.is_set()
 
     def _load(self, visit: int) -> None:
-        layer, slot, plan = self._layer_of(visit), self._slot_of(visit), self._plan_of(visit)
+        layer, slot, load_plan = self._layer_of(visit), self._slot_of(visit), self._load_plan_of(visit)
         for d in (GATE_UP, DOWN):
             begin = time.perf_counter_ns()
             if self._delay is not None and self._closing.wait(self._delay(layer, d)):
                 return
-            host, disk = self.store.read_into(plan, d, slot[d], self._staging[d], self._closing.is_set)
+            host, disk = self.store.read_into(load_plan, d, slot[d], self._staging[d], cancelled=self._closing.is_set)
             if self._link_bandwidth:
                 self._closing.wait(
                     max(0.0, (host + disk) / self._link_bandwidth - (time.perf_counter_ns() - begin) / 1e9)
@@ -85,13 +87,10 @@ class ThreadStreamer(Streamer):
             end = time.perf_counter_ns()
             with self._changed:
                 self._timeline.add(
-                    COPY, f"{TENSOR_NAMES[d]} {layer}", "load", begin, end, layer=layer, experts=len(plan.streamed),
-                    bytes=host + disk,
+                    COPY, f"{TENSOR_NAMES[d]} {layer}", "load", begin, end, layer=layer,
+                    experts=len(load_plan.streamed), bytes=host + disk,
                 )  # fmt: skip
-                self._host_bytes += host
-                self._disk_bytes += disk
-                self._transfer_ns += end - begin
-                self._loads += 1
+                self._totals.update(host_bytes=host, disk_bytes=disk, transfer_ns=end - begin, loads=1)
                 self._loaded[d] = visit + 1
                 self._changed.notify_all()
 
@@ -112,7 +111,7 @@ class ThreadStreamer(Streamer):
                 lambda: self._loaded[tensor_type] > visit or self._error is not None or self._closing.is_set()
             )
         end = time.perf_counter_ns()
-        self._stall_ns += end - begin
+        self._totals["stall_ns"] += end - begin
         layer = self._layer_of(visit)
         self._timeline.add(COMPUTE, f"wait {TENSOR_NAMES[tensor_type]} {layer}", "wait", begin, end, layer=layer)
         if self._loaded[tensor_type] > visit:
@@ -133,13 +132,7 @@ class ThreadStreamer(Streamer):
 
     def counters(self) -> Counters:
         with self._changed:
-            return Counters(
-                self._host_bytes,
-                self._disk_bytes,
-                stall_ns=self._stall_ns,
-                transfer_ns=self._transfer_ns,
-                loads=self._loads,
-            )
+            return Counters(**self._totals)
 
     def close(self) -> None:
         """Stop the copy thread; a load under way ends with its chunk (milliseconds). Idempotent."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..timeline import COMPUTE, COPY, Timeline
 from .layout import TENSOR_NAMES
 from .placement import Tier
-from .store import ExpertStore, LayerPlan
+from .store import Cancelled, ExpertStore
 from .streamer import Counters, Streamer
 
 
@@ -29,7 +29,7 @@ class CudaStreamer(Streamer):
     on the device and are not counted here; a timeline of CUDA's clock shows them.
     """
 
-    staged = (Tier.HOST,)
+    staged = Tier.HOST
 
     def __init__(
         self, store: ExpertStore, slots: int, poison: bool = False, timeline: Timeline | None = None, cuda=torch.cuda
@@ -47,7 +47,7 @@ class CudaStreamer(Streamer):
         # What the host has chosen for the launches of each layer, and how often that has changed.
         self._chosen: list[tuple] = []
         self._changes = 0
-        # The store's epochs for which all tables are right, once no load of an older plan is under way.
+        # The store's epochs for which all tables are right, once no load of an older load plan is under way.
         self._prepared: list[int] | None = None
 
     def _make_events(self) -> tuple[list, list]:
@@ -65,12 +65,12 @@ class CudaStreamer(Streamer):
         if epochs == self._prepared:
             return self._changes
         begin, chosen, settled = self.schedule.next_pass(self._next_visit), [], True
-        for layer, next_plan in enumerate(self.store.plans):
+        for layer, next_load in enumerate(self.store.load_plans):
             rank = self._rank.get(layer)
-            # The plan of the load that the pass reads may be older than that of the load which it begins.
-            plan = next_plan if rank is None else self._plan_of(rank if self.keeps_all else begin + rank)
-            chosen.append((self._table(plan).compressed, plan.copies(), next_plan.copies()))
-            settled &= plan is next_plan
+            # The load plan that the pass reads may be older than the one that it begins.
+            load_plan = next_load if rank is None else self._load_plan_of(rank if self.keeps_all else begin + rank)
+            chosen.append((self._table(load_plan).compressed, load_plan.copies(), next_load.copies()))
+            settled &= load_plan is next_load
         if chosen != self._chosen:
             self._chosen, self._changes = chosen, self._changes + 1
         self._prepared = epochs if settled else None
@@ -89,7 +89,7 @@ class CudaStreamer(Streamer):
         """While one whole pass is captured on the current stream. Nothing runs, so nothing here moves on, whatever is
         raised."""
         assert self.steady, "a graph begins where a whole pass has ended"
-        outside = (self._loaded, self._computed, self._issued, self._bytes, self._next_visit, dict(self._plans))
+        outside = (self._loaded, self._computed, self._issued, self._bytes, self._next_visit, dict(self._load_plans))
         try:
             self._loaded, self._computed = self._make_events()
             self._capturing = True
@@ -105,7 +105,7 @@ class CudaStreamer(Streamer):
         finally:
             self._capturing = False
             self._captured = set()
-            self._loaded, self._computed, self._issued, self._bytes, self._next_visit, self._plans = outside
+            self._loaded, self._computed, self._issued, self._bytes, self._next_visit, self._load_plans = outside
 
     @contextmanager
     def replay(self) -> Iterator[None]:
@@ -122,11 +122,11 @@ class CudaStreamer(Streamer):
             begin = self.schedule.next_pass(self._next_visit)
             self._next_visit = begin + len(self.order)
             for visit in range(self._issued, self._issued + len(self.order)):
-                self._plan_of(visit)
+                self._load_plan_of(visit)
             self._issued += len(self.order)
             self._forget(self._next_visit - 1)
-            plans = [self.store.plans[layer] for layer in self.order]
-            self._bytes += sum(plan.host_bytes(d) for plan in plans for d in (GATE_UP, DOWN))
+            load_plans = [self.store.load_plans[layer] for layer in self.order]
+            self._bytes += sum(load_plan.host_bytes(d) for load_plan in load_plans for d in (GATE_UP, DOWN))
 
     def _fork(self) -> None:
         event = self._cuda.Event()
@@ -155,30 +155,21 @@ class CudaStreamer(Streamer):
             self._issued += 1
 
     def _issue(self, visit: int) -> None:
-        plan, buffers, slot = self._plan_of(visit), self._slot_of(visit), self.schedule.slot(visit)
-        layer, experts = plan.layer, len(plan.streamed)
+        load_plan, buffers, slot = self._load_plan_of(visit), self._slot_of(visit), self.schedule.slot(visit)
+        layer, experts = load_plan.layer, len(load_plan.streamed)
         for d, stream in enumerate(self._streams):
             track, name = f"{COPY} {TENSOR_NAMES[d]}", f"{TENSOR_NAMES[d]} {layer}"
             with self._cuda.stream(stream):
                 with self._timeline.span(track, f"wait slot {layer}", "wait", layer=layer):
                     self._wait_event(stream, self._computed[slot])
-                with self._timeline.span(track, name, "load", layer=layer, experts=experts, bytes=plan.host_bytes(d)):
-                    self._load(plan, d, buffers[d])
+                nbytes = load_plan.host_bytes(d)
+                with self._timeline.span(track, name, "load", layer=layer, experts=experts, bytes=nbytes):
+                    self._bytes += self.store.read_into(load_plan, d, buffers[d], self._staging[d], self._copy)[0]
             self._record(self._loaded[slot][d], stream)
-            self._bytes += plan.host_bytes(d)
 
-    def _load(self, plan: LayerPlan, tensor_type: int, buffer: Tensor) -> None:
-        """Copies and decoders of one load, in the order of the current stream."""
-        store, staging = self.store, self._staging[tensor_type]
-        staged = store.layout.decodes(Tier.HOST)
-        for source, at in plan.host_runs[tensor_type]:
-            target = staging[: source.numel()] if staged else buffer[at : at + source.numel()]
-            self._copy(target, source)
-        for step in store.decodes(plan, tensor_type, {Tier.HOST: staging}):
-            store.decode(step.expert_format, tensor_type, step.block, buffer[step.begin : step.end], step.recipe)
-
-    def _copy(self, target: Tensor, source: Tensor) -> None:
+    def _copy(self, target: Tensor, source: Tensor, cancelled: Cancelled) -> int:
         target.copy_(source, non_blocking=True)
+        return source.numel()
 
     def _wait(self, visit: int, tensor_type: int) -> None:
         layer, loaded = self._layer_of(visit), self._loaded[self.schedule.slot(visit)][tensor_type]

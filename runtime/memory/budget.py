@@ -85,8 +85,3 @@ class MemoryBudget:
         lines = {**self._lines, **held}
         require(self.total, lines)
         self._lines = lines
-
-    def release(self, line: str, nbytes: int) -> None:
-        held = self._lines.get(line, 0)
-        assert 0 <= nbytes <= held, f"{line} holds {held} bytes, cannot release {nbytes}"
-        self._lines[line] = held - nbytes

@@ -10,7 +10,7 @@ from .budget import BudgetError
 
 def free_bytes() -> int:
     """Memory that is free now: the least of the machine's and what the cgroups of this process leave."""
-    return min([_meminfo("MemAvailable"), *_cgroup_free()])
+    return min([_meminfo("MemAvailable"), *(free for _, free in _cgroups())])
 
 
 def total_bytes() -> int:
@@ -54,13 +54,9 @@ _CGROUP_FILES = {
 }
 
 
-def _cgroup_free(root: Path = Path("/")) -> list[int]:
-    """Bytes that each memory cgroup around this process leaves: a container knows no limit of its own elsewhere."""
-    return [free for _, free in _cgroups(root)]
-
-
 def _cgroups(root: Path = Path("/")) -> list[tuple[int, int]]:
-    """(limit, free) bytes of each memory cgroup around this process that has a limit."""
+    """(limit, free) bytes of each memory cgroup around this process that has a limit: a container knows no limit of its
+    own elsewhere."""
     found: list[tuple[int, int]] = []
     try:
         memberships = (root / "proc/self/cgroup").read_text().splitlines()

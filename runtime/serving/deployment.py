@@ -59,14 +59,12 @@ class Deployment:
             ops, len(model.attention_layers), config.block_size, model.num_kv_heads, model.head_dim, model.dtype
         )
         self.block_bytes = self.kv_layout.block_bytes
-        others = non_expert_bytes(model, ops, self.limits.context) + ops.workspace_bytes + graph_bytes
+        weights = non_expert_bytes(model, ops, self.limits.context)
+        others = weights + ops.workspace_bytes + graph_bytes
         self.slab_bytes = self._choose_slab(total - others) if config.adaptive else 0
         # What KV takes at a time: blocks and bytes of a slab, or a block alone.
         self._step = max(1, self.slab_bytes // self.block_bytes), self.slab_bytes or self.block_bytes
-        lines = {
-            "non_expert_weights": non_expert_bytes(model, ops, self.limits.context),
-            **experts.lines(self.slab_bytes),
-        }
+        lines = {"non_expert_weights": weights, **experts.lines(self.slab_bytes)}
         lines["workspace"] += ops.workspace_bytes
         if graph_bytes:
             lines["graphs"] = graph_bytes

@@ -25,6 +25,7 @@ from ..experts.pager import ExpertPager
 from ..experts.placement import Tier
 from ..experts.planner import Links
 from ..experts.streamer import Counters
+from ..experts.streamer_cuda import CudaStreamer
 from ..hardware import measure_links
 from ..memory.check import FreeMemory, MemoryCheck
 from ..memory.slabs import FREE
@@ -116,8 +117,9 @@ class Engine(ServingLoop):
             self.states = StateCache(model.delta, *self.deployment.state_sizes, self.device)
         self.graphs: DecodeGraphs | None = None
         if graphs:
-            spare = self.deployment.max_sequences
-            self.graphs = DecodeGraphs(self._forward, self.pager, *per_graph, self.device, spare)
+            spare, streamer = self.deployment.max_sequences, self.pager.streamer
+            assert isinstance(streamer, CudaStreamer), "passes are captured on CUDA only"
+            self.graphs = DecodeGraphs(self._forward, streamer, *per_graph, self.device, spare)
         if config.adaptive:
             self.residency = self._make_residency()
         self._counted = Counters()

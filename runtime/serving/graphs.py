@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -29,20 +28,12 @@ from .batch import Batch
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE
 
+    from ..experts.streamer_cuda import CudaStreamer
+
 # Bytes between the arrays of a packed step: what the widest of them (int64) and a vector load ask for.
 _ALIGNMENT = 16
 # What torch gives cuBLAS on each stream (its default for Hopper, the largest), and the least that its allocator takes.
 _CUBLAS_BYTES, _SEGMENT = 32 << 20, 2 << 20
-
-
-class CapturedPass(Protocol):
-    """What a streamer offers to graphs; see CudaStreamer."""
-
-    @property
-    def steady(self) -> bool: ...
-    def prepare(self) -> int: ...
-    def capture(self) -> AbstractContextManager[None]: ...
-    def replay(self) -> AbstractContextManager[None]: ...
 
 
 class Graph(Protocol):
@@ -146,7 +137,7 @@ class DecodeGraphs:
     def __init__(
         self,
         forward: Callable[[Tensor, AttentionMetadata, Tensor], Tensor],
-        streamer: CapturedPass,
+        streamer: CudaStreamer,
         max_batch: int,
         max_blocks: int,
         block_size: int,

@@ -243,10 +243,6 @@ class PagedKVCache:
         """Of the slabs that the cache holds."""
         return self.pool.bytes_of(KV_LINE)
 
-    @property
-    def host_nbytes(self) -> int:
-        return self.host.nbytes
-
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """(k [ids, *k_shape], v [ids, *v_shape]) of one layer, as views of the arena, to be read at ids of blocks."""
         return self._layers[layer]

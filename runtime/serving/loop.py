@@ -16,16 +16,54 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import insort
+from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from ..experts.placement import DEVICE_TIERS
 from ..timeline import STEPS, Timeline
-from .metrics import StepMetrics
 from .request import Request, RequestOutput, Sequence
 from .scheduler import Scheduler, Step
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One iteration. Times in seconds, `time_s` since the run began; blocks as they stood during the pass."""
+
+    iteration: int
+    time_s: float
+    duration_s: float
+    batch: int
+    prefill_tokens: int
+    decode_tokens: int
+    kv_blocks_used: int
+    kv_blocks: int
+    waiting: int
+    streamed_bytes: int
+    stall_s: float
+    transfer_s: float
+    preemptions: int
+    swapped_blocks: int
+    finished: int
+    device_experts: int
+
+
+def summarise(steps: list[StepMetrics]) -> dict[str, float | int]:
+    """Totals of a run: tokens per second over wall time, stalls, preemptions (keys of `generate --json`)."""
+    decode_only = [s for s in steps if s.prefill_tokens == 0]
+    decode_s = sum(s.duration_s for s in decode_only)
+    summed = ("prefill_tokens", "preemptions", "swapped_blocks", "streamed_bytes", "stall_s", "transfer_s")
+    return {
+        "wall_s": steps[-1].time_s if steps else 0.0,
+        "iterations": len(steps),
+        "decode_tokens_per_s": sum(s.decode_tokens for s in decode_only) / decode_s if decode_s else 0.0,
+        "generated_by_decode": sum(s.decode_tokens for s in steps),
+        "peak_batch": max((s.batch for s in steps), default=0),
+        "peak_kv_blocks": max((s.kv_blocks_used for s in steps), default=0),
+    } | {name: sum(getattr(s, name) for s in steps) for name in summed}
 
 
 class Executed(NamedTuple):
@@ -187,7 +225,9 @@ class ServingLoop(ABC):
 
         A refused request has no tokens: its handle, in the order of `requests`, is not seen here.
         """
-        handles = [self.add(request) for request in requests]
+        yield from self._serve([self.add(request) for request in requests])
+
+    def _serve(self, handles: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
         mine = set(handles)
         try:
             while not all(handle.finished for handle in handles):
@@ -200,11 +240,7 @@ class ServingLoop(ABC):
     def generate(self, requests: Iterable[Request]) -> list[RequestOutput]:
         """Serve all requests; outputs in the order given. Refused ones carry their reason and no tokens."""
         handles = [self.add(request) for request in requests]
-        try:
-            while not all(handle.finished for handle in handles):
-                self.step()
-        finally:
-            self.abort(*handles)
+        deque(self._serve(handles), maxlen=0)
         return [handle.output for handle in handles]
 
     def abort(self, *handles: Sequence) -> None:

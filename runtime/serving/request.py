@@ -131,7 +131,6 @@ class Sequence:
     host_block_ids: list[int] = field(default_factory=list)
     state_slot: int = -1
     state: SequenceState = SequenceState.WAITING
-    num_preemptions: int = 0
     finish_reason: FinishReason | None = None
     first_token_s: float | None = None
     finish_s: float | None = None

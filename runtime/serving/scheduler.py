@@ -90,7 +90,6 @@ class Scheduler:
     has the filled ones copied into the `host_blocks` ("swap"; it falls back to "recompute" where they do not
     fit). Either way it keeps its tokens and its rank of arrival, and goes on before any request that has not
     started.
-    `watermark_blocks` must be left free when a sequence joins others: head room against preempting it at once.
 
     Every accepted request ends: the earliest running sequence always gets tokens and is never preempted, since
     the blocks of all others are enough (`add` refuses what would not fit alone).
@@ -107,7 +106,6 @@ class Scheduler:
         max_model_len: int,
         host_blocks: int = 0,
         eos_token_ids: tuple[int, ...] = (),
-        watermark_blocks: int = 0,
     ) -> None:
         for name, value, least in (
             ("num_blocks", blocks.num_blocks, 1),
@@ -116,14 +114,13 @@ class Scheduler:
             ("max_batched_tokens", max_batched_tokens, 1),
             ("max_model_len", max_model_len, 1),
             ("host_blocks", host_blocks, 0),
-            ("watermark_blocks", watermark_blocks, 0),
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if preemption not in get_args(Preemption):
             raise ValueError(f"preemption must be one of {', '.join(get_args(Preemption))}, got {preemption!r}")
         self.block_size, self.max_batch, self.max_batched_tokens = block_size, max_batch, max_batched_tokens
-        self.preemption, self.max_model_len, self.watermark_blocks = preemption, max_model_len, watermark_blocks
+        self.preemption, self.max_model_len = preemption, max_model_len
         self._eos = frozenset(eos_token_ids)
         self._device = blocks
         self._host = BlockAllocator(host_blocks)
@@ -227,15 +224,9 @@ class Scheduler:
     def abort(self, sequence: Sequence) -> None:
         """End a live sequence now, between steps; its blocks are free at once."""
         assert self._uncommitted is None, "commit the last step, or give it up, before aborting"
-        if sequence.state is SequenceState.RUNNING:
-            self._running.remove(sequence)
-            self._release(sequence)
-        elif sequence.state is SequenceState.SWAPPED:
-            self._swapped.remove(sequence)
-            self._host.free(sequence.host_block_ids)
-            sequence.host_block_ids = []
-        else:
-            self._waiting.remove(sequence)
+        queues = {SequenceState.RUNNING: self._running, SequenceState.SWAPPED: self._swapped}
+        queues.get(sequence.state, self._waiting).remove(sequence)
+        self._release(sequence)
         self._live.remove(sequence)
         sequence.end("aborted")
 
@@ -258,13 +249,9 @@ class Scheduler:
         copied_out = {order for _, order in step.state_out}
         for sequence in [s for s in self._swapped if s.order in copied_out]:
             self._swapped.remove(sequence)
-            self._host.free(sequence.host_block_ids)
-            sequence.host_block_ids = []
             self._compute_again(sequence)
         while self._running:
-            sequence = self._running.pop()
-            self._release(sequence)
-            self._compute_again(sequence)
+            self._compute_again(self._running.pop())
 
     def commit(self, step: Step, tokens: list[int]) -> list[Sequence]:
         """Record that `step` was computed; `tokens`: one for every chunk with `sample`, in order.
@@ -325,7 +312,7 @@ class Scheduler:
             sequence = queue[0]
             known = len(sequence.token_ids)
             needed = self._blocks(known)
-            if needed + (self.watermark_blocks if self._running else 0) > self._device.num_free:
+            if needed > self._device.num_free:
                 return
             queue.popleft()
             sequence.block_ids = self._device.allocate(needed)
@@ -344,29 +331,31 @@ class Scheduler:
         are given in order of arrival.
         """
         sequence = self._running.pop()
-        sequence.num_preemptions += 1
         step.num_preempted += 1
         # Blocks reserved for tokens not yet computed hold nothing worth a copy. There is at least one filled, for
         # joining a batch comes with a first chunk.
         filled = self._blocks(sequence.num_computed)
-        if self.preemption == "swap" and filled <= self._host.num_free:
-            sequence.host_block_ids = self._host.allocate(filled)
-            step.swap_out += zip(sequence.block_ids, sequence.host_block_ids, strict=False)
-            step.state_out.append((sequence.state_slot, sequence.order))
-            sequence.state = SequenceState.SWAPPED
-            insort(self._swapped, sequence, key=_by_order)
-        else:
+        if self.preemption != "swap" or filled > self._host.num_free:
             self._compute_again(sequence)
+            return
+        host_blocks = self._host.allocate(filled)
+        step.swap_out += zip(sequence.block_ids, host_blocks, strict=False)
+        step.state_out.append((sequence.state_slot, sequence.order))
         self._release(sequence)
+        sequence.host_block_ids, sequence.state = host_blocks, SequenceState.SWAPPED
+        insort(self._swapped, sequence, key=_by_order)
 
     def _compute_again(self, sequence: Sequence) -> None:
+        self._release(sequence)
         sequence.num_computed, sequence.state = 0, SequenceState.WAITING
         insort(self._waiting, sequence, key=_by_order)
 
     def _release(self, sequence: Sequence) -> None:
+        """Free all that it holds."""
         self._device.free(sequence.block_ids)
-        self._states.free([sequence.state_slot])
-        sequence.block_ids, sequence.state_slot = [], -1
+        self._host.free(sequence.host_block_ids)
+        self._states.free([sequence.state_slot] if sequence.state_slot >= 0 else [])
+        sequence.block_ids, sequence.host_block_ids, sequence.state_slot = [], [], -1
 
     def check_integrity(self) -> None:
         """AssertionError unless every block has one owner or is free, and every sequence is what its queue says."""

@@ -29,10 +29,8 @@ class StateCache:
         self._swapped: dict[int, tuple[Tensor, Tensor]] = {}
 
     @staticmethod
-    def bytes_of(dims: DeltaNetDims | None, layers: int, slots: int, dtype: torch.dtype) -> int:
+    def bytes_of(dims: DeltaNetDims, layers: int, slots: int, dtype: torch.dtype) -> int:
         """Device bytes, for the ledger."""
-        if dims is None:
-            return 0
         matrices = dims.value_heads * dims.key_dim * dims.value_dim * 4
         return layers * slots * ((dims.taps - 1) * dims.channels * dtype.itemsize + matrices)
 

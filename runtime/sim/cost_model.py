@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats
@@ -106,6 +107,26 @@ class LayerCost:
     experts: float
 
 
+class Load(NamedTuple):
+    """What bringing a layer's experts takes: seconds on the link and of decoding, bytes that cross; how many. The tiers
+    load at the same time (arXiv 2604.02715 §4.2), so a load takes the longer of the two."""
+
+    link_s: float
+    decode_s: float
+    nbytes: int
+    experts: int = 0
+
+
+class _Reads(NamedTuple):
+    """Bytes of a layer's experts as the GEMM reads them: in device memory, in the host's, of these in files on demand;
+    and of device memory that its load reads and writes beside the kernels."""
+
+    near: int
+    far: int
+    deep: int
+    traffic: float
+
+
 class CostModel:
     """Times of layers and loads for one deployment. devices: how many share the model."""
 
@@ -130,13 +151,43 @@ class CostModel:
         self._kv_bytes = 2 * kv_heads * model.head_dim * item
         self._launch_s = parameters.eager_launch_s if parameters.eager else profile.launch_s
 
-    def bind(self, layout: ExpertLayout, cache_places: int = 0) -> None:
-        """Take a layout: bytes that all experts of each layer have for the GEMM, near and far, and what loads move.
-        cache_places: for experts that come on demand from files."""
-        layers = range(layout.num_layers)
+    def bind(self, layout: ExpertLayout, cache_places: int = 0) -> list[Load]:
+        """Take a layout; returns the loads of its layers. cache_places: for experts that come on demand from files."""
         # A cache that forgets has its share of all under uniform routing.
         self._missed = 1 - cache_places / layout.cached if layout.cached else 0.0
-        self._reads = [(*self._expert_reads(layer, layout), self._load_traffic(layer, layout)) for layer in layers]
+        layers = [self._layer(layer, layout) for layer in range(layout.num_layers)]
+        self._reads = [reads for reads, _ in layers]
+        return [load for _, load in layers]
+
+    def _layer(self, layer: int, layout: ExpertLayout) -> tuple[_Reads, Load]:
+        """What the experts of a layer cost: read by the GEMM, and brought by its load, of one device."""
+        near = far = deep = crossed = brought = 0
+        traffic = link = decode = 0.0
+        for tier in Tier:
+            count = int((layout.placement.tiers[layer] == tier).sum())
+            if not count:
+                continue
+            name = layout.stored(tier)
+            stored, read = count * layout.expert_bytes(name), count * layout.expert_bytes(layout.read(tier))
+            if tier is Tier.HOST and not layout.streams(tier):
+                far += read
+                continue
+            near += read
+            if tier is Tier.DISK and not layout.streams(tier):
+                deep += read
+            elif tier not in DEVICE_TIERS:
+                rate = self.profile.disk_bandwidth / self.devices if tier is Tier.DISK else self._host_bandwidth
+                link += 2 * self.profile.host_latency_s + stored / rate
+                crossed += stored
+                brought += count
+                traffic += stored
+            if layout.decodes(tier):
+                if not self.profile.decode_bandwidth.get(name):
+                    raise ProfileError(f"profile {self.profile.name} has no decode_bandwidth of {name}; measure it")
+                each = layout.expert_bytes(DENSE) / self.profile.decode_bandwidth[name]
+                decode += count * (each + 2 * self.profile.decode_latency_s)
+                traffic += stored + read
+        return _Reads(near, far, deep, traffic), Load(link, decode, crossed, brought)
 
     def pass_costs(self, step: Step) -> tuple[list[LayerCost], float]:
         """Costs of all layers with experts for a step's tokens, loads apart; and seconds outside them (embedding,
@@ -174,13 +225,13 @@ class CostModel:
             before, moved = before + seconds, moved + nbytes
             if dense:
                 continue
-            near, far, deep, traffic = self._reads[len(costs)]
-            seconds = max(share * near / (self.parameters.expert_share * bandwidth), work_s) + half_layer
-            seconds += share * far / profile.kernel_host_bandwidth
-            if deep:
-                seconds += share * deep * self._missed / (profile.disk_bandwidth / n)
+            reads = self._reads[len(costs)]
+            seconds = max(share * reads.near / (self.parameters.expert_share * bandwidth), work_s) + half_layer
+            seconds += share * reads.far / profile.kernel_host_bandwidth
+            if reads.deep:
+                seconds += share * reads.deep * self._missed / (profile.disk_bandwidth / n)
             # Loads and decoders take what bandwidth the kernels leave; beyond it, they make the layer longer.
-            busy = (moved + share * near + traffic) / bandwidth
+            busy = (moved + share * reads.near + reads.traffic) / bandwidth
             costs.append(LayerCost(before, max(seconds, busy - before)))
             before = moved = 0.0
         vocab = model.vocab_size * model.hidden_size * model.dtype.itemsize / n
@@ -191,51 +242,6 @@ class CostModel:
         payload = tokens * self.model.hidden_size * self.model.dtype.itemsize
         return self.profile.link_latency_s + payload / self.profile.link_bandwidth
 
-    def _expert_reads(self, layer: int, layout: ExpertLayout) -> tuple[int, int, int]:
-        """Bytes of a layer's experts as the GEMM reads them: in device memory, in the host's, in files on demand."""
-        near = far = deep = 0
-        for tier, count in self._counts(layer, layout):
-            nbytes = count * layout.expert_bytes(layout.read(tier))
-            if tier is Tier.HOST and not layout.streams(tier):
-                far += nbytes
-                continue
-            near += nbytes
-            if tier is Tier.DISK and not layout.streams(tier):
-                deep += nbytes
-        return near, far, deep
-
-    def _counts(self, layer: int, layout: ExpertLayout) -> list[tuple[Tier, int]]:
-        counts = [(tier, int((layout.placement.tiers[layer] == tier).sum())) for tier in Tier]
-        return [(tier, count) for tier, count in counts if count]
-
-    def _load_traffic(self, layer: int, layout: ExpertLayout) -> float:
-        """Bytes of device memory that a layer's load reads and writes beside the kernels."""
-        traffic = 0.0
-        for tier, count in self._counts(layer, layout):
-            if layout.streams(tier):
-                stored, read = (layout.expert_bytes(f(tier)) for f in (layout.stored, layout.read))
-                crossed = 0 if tier in DEVICE_TIERS else stored
-                traffic += count * (crossed + (stored + read if layout.decodes(tier) else 0))
-        return traffic
-
-    def load_seconds(self, layer: int, layout: ExpertLayout) -> tuple[float, float]:
-        """Seconds of a layer's load: (on the link, decoding). The tiers load at the same time (§4.2), so a load takes
-        the longer of the two."""
-        link = decode = 0.0
-        for tier, count in self._counts(layer, layout):
-            if not layout.streams(tier):
-                continue
-            stored = layout.stored(tier)
-            if tier not in DEVICE_TIERS:
-                rate = self.profile.disk_bandwidth / self.devices if tier is Tier.DISK else self._host_bandwidth
-                link += 2 * self.profile.host_latency_s + count * layout.expert_bytes(stored) / rate
-            if layout.decodes(tier):
-                if not self.profile.decode_bandwidth.get(stored):
-                    raise ProfileError(f"profile {self.profile.name} has no decode_bandwidth of {stored}; measure it")
-                each = layout.expert_bytes(DENSE) / self.profile.decode_bandwidth[stored]
-                decode += count * (each + 2 * self.profile.decode_latency_s)
-        return link, decode
-
     @property
     def _host_bandwidth(self) -> float:
         shared = self.profile.host_link_shared
@@ -244,11 +250,3 @@ class CostModel:
     def link_seconds(self, nbytes: float) -> float:
         """What swapped KV and states take to cross the link, before a pass may begin; each device moves its own."""
         return nbytes / self._host_bandwidth
-
-    def host_bytes(self, layer: int, layout: ExpertLayout) -> int:
-        """Bytes of a layer's load that cross the link, of one device."""
-        return sum(
-            count * layout.expert_bytes(layout.stored(tier))
-            for tier, count in self._counts(layer, layout)
-            if tier not in DEVICE_TIERS and layout.streams(tier)
-        )

@@ -3,6 +3,12 @@
 Scheduler, deployment (ledger, layout, placement) and planner are the runtime's own code; a CostModel stands in for
 kernels and copies, and a VirtualStreamer for the streamer. Deterministic: the same requests give the same steps.
 
+Loads are issued in order over one link and one decoder, neither of which idles while a slot is free, by the schedule
+that drives the real streamers (Algorithm 1): they run ahead as far as the slots allow, over the end of a pass too.
+
+    load v begins   once the link (the decoder) is free and visit `schedule.follows(v)` was computed
+    load v is done  after the longer of link and decode
+
 Within a pass, layer after layer of those with experts, with t the compute stream's time:
 
     t += what runs before the layer's experts;  t = max(t, its load done);  t += experts;  its slot is free at t
@@ -15,14 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from fluxmoe.models.config import ModelConfig
 
-from ..experts.footprint import EXPERT_LINES, Footprint, lay_out
+from ..experts.footprint import EXPERT_LINES, Footprint, lay_out, slot_schedule
 from ..experts.layout import ExpertLayout
-from ..experts.placement import Placement, Tier
 from ..experts.planner import Move, Observation, PlannerError
 from ..hardware import HardwareProfile, ProfileError
 from ..memory.slabs import SlabError, SlabPool
@@ -32,9 +38,8 @@ from ..serving.kv_cache import PagedKVCache
 from ..serving.loop import Executed, ServingLoop
 from ..serving.residency import Sharing
 from ..serving.scheduler import Scheduler, Step
-from ..timeline import COMPUTE, HostClock, Timeline
-from .cost_model import CostModel, CostParameters, SimOps
-from .streamer import Load, VirtualStreamer
+from ..timeline import COMPUTE, COPY, DECODE, HostClock, Timeline
+from .cost_model import CostModel, CostParameters, Load, SimOps
 
 # Share of a device's memory that a run may use when no budget is given: vLLM's default.
 _USABLE = 0.9
@@ -46,6 +51,73 @@ class _VirtualClock(HostClock):
 
     def mark(self) -> int:
         return round(self._now_s() * 1e9)
+
+
+class Arrived(NamedTuple):
+    """A layer's experts: when they are there, and the load that brought them (None: they came in an earlier pass)."""
+
+    at_s: float
+    load: Load | None
+
+
+class VirtualStreamer:
+    """Loads of a layout's streamed layers on `slots` slots; moves: every layer has its turn, as experts come and go.
+
+    loads: by layer, read when a load is issued, so it may be replaced between passes.
+    """
+
+    def __init__(
+        self, layout: ExpertLayout, slots: int, moves: bool, loads: list[Load], timeline: Timeline | None = None
+    ) -> None:
+        self._timeline = timeline or Timeline(enabled=False)
+        self.order, self.schedule = slot_schedule(layout, slots, moves)
+        self.loads = loads
+        self._rank = {layer: rank for rank, layer in enumerate(self.order)}
+        self._visit = self._issued = 0
+        self._link_free = self._decoder_free = 0.0
+        self._computed: dict[int, float] = {}
+        self._arrived: dict[int, Arrived] = {}
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self._rank
+
+    def begin(self, layer: int) -> Arrived:
+        """The next visit, which is of `layer`: all loads that may have begun by now are issued."""
+        visit = self._rank[layer] if self.schedule.keeps_all else self._visit
+        assert self.order[self.schedule.rank(visit)] == layer, f"layer {layer} visited out of order"
+        upto = self.schedule.loads_by(visit)
+        while self._issued < upto:
+            self._issue(self._issued)
+            self._issued += 1
+        return self._arrived.pop(visit, Arrived(0.0, None))
+
+    def finish(self, layer: int, now_s: float) -> None:
+        """The visit is computed at `now_s`: its slot may be overwritten."""
+        if not self.schedule.keeps_all:
+            self._computed[self._visit] = now_s
+            self._visit += 1
+
+    def _issue(self, visit: int) -> None:
+        layer = self.order[self.schedule.rank(visit)]
+        load = self.loads[layer]
+        # Each visit is followed by one load, so nobody asks again.
+        free_s = self._computed.pop(self.schedule.follows(visit), 0.0)
+        self._link_free = self._use(COPY, layer, self._link_free, free_s, load.link_s, load)
+        self._decoder_free = self._use(DECODE, layer, self._decoder_free, free_s, load.decode_s, load)
+        done_s = max(self._link_free if load.link_s else free_s, self._decoder_free if load.decode_s else free_s)
+        self._arrived[visit] = Arrived(done_s, load)
+
+    def _use(self, track: str, layer: int, idle_s: float, free_s: float, takes_s: float, load: Load) -> float:
+        """Link or decoder, idle since `idle_s`, is used once the slot is free; until when."""
+        begin_s = max(idle_s, free_s)
+        if takes_s and self._timeline.enabled:
+            idle, begin, end = (round(s * 1e9) for s in (idle_s, begin_s, begin_s + takes_s))
+            nbytes = load.nbytes if track == COPY else 0
+            self._timeline.add(track, f"wait slot {layer}", "wait", idle, begin, layer=layer)
+            self._timeline.add(
+                track, f"{track} {layer}", "load", begin, end, layer=layer, experts=load.experts, bytes=nbytes
+            )
+        return begin_s + takes_s
 
 
 class SimEngine(ServingLoop):
@@ -104,11 +176,7 @@ class SimEngine(ServingLoop):
     def _adopt(self, layout: ExpertLayout) -> list[Load]:
         """Take a layout into use; returns the loads of its layers."""
         self.layout = layout
-        self.costs.bind(layout, self._cache_places)
-        layers = range(layout.num_layers)
-        streamed = [tier for tier in Tier if layout.streams(tier)]
-        counts = np.isin(layout.placement.tiers, streamed).sum(axis=1).tolist()
-        return [Load(*self.costs.load_seconds(i, layout), self.costs.host_bytes(i, layout), counts[i]) for i in layers]
+        return self.costs.bind(layout, self._cache_places)
 
     def __enter__(self) -> SimEngine:
         return self
@@ -201,10 +269,10 @@ class SimEngine(ServingLoop):
     def _apply(self) -> None:
         """Make the moves, if KV has slabs to spare for them, and give what they free to the KV cache."""
         moves, self._moves = self._moves, []
-        tiers, old = self.placement.tiers.copy(), self.layout
+        tiers = self.placement.tiers.copy()
         for move in moves:
             tiers[move.layer, move.expert] = move.target
-        layout = ExpertLayout(Placement(self.placement.name, tiers), old.sizes, old.formats, old.fused)
+        layout = self.layout.placed(tiers)
         if self._hold(layout):
             self.placement = layout.placement
             self._streamer.loads = self._adopt(layout)

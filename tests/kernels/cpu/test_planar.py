@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fluxmoe.kernels.cpu import planar
+from fluxmoe.kernels.cpu import planar, planar_tile
 from fluxmoe.kernels.cpu.simd import gemm_panel
 from fluxmoe.kernels.ops import KernelError
 from hypothesis import given, settings
@@ -94,7 +94,7 @@ def test_the_gemm_has_the_bits_of_the_uncompressed_one(rows, escapes):
     for p in range(3):
         expected, got = torch.empty(rows, 16), torch.full((rows, 16), float("nan"))
         gemm_panel(panels[p].data_ptr(), True, table.ctypes.data, rows, depth, expected.data_ptr(), 64)
-        planar.planar_panel(block.data_ptr(), p, 3, table.ctypes.data, rows, depth, got.data_ptr(), 64)
+        planar_tile.planar_panel(block.data_ptr(), p, 3, table.ctypes.data, rows, depth, got.data_ptr(), 64)
         assert torch.equal(got, expected)
 
 
@@ -102,8 +102,8 @@ def test_portable_decoding_agrees_with_the_byte_shuffle(monkeypatch):
     """What machines without AVX2 run: the same IR but for one lookup."""
     from numba import njit
 
-    monkeypatch.setattr(planar, "_HAS_AVX2", False)
-    portable = planar._make_tile(0)
+    monkeypatch.setattr(planar_tile, "_HAS_AVX2", False)
+    portable = planar_tile._make_tile(0)
     panels = gaussian(1, 64)
     block, out = encoded(panels), torch.empty(64, 16, dtype=torch.bfloat16)
 
@@ -112,7 +112,7 @@ def test_portable_decoding_agrees_with_the_byte_shuffle(monkeypatch):
         portable(data, base, escapes, data, 64, y, 0)
 
     base = block[:8].view(torch.int64).item()
-    index = planar.HEADER_BYTES + 32 * planar.PAIR_BYTES
+    index = planar_tile.HEADER_BYTES + 32 * planar_tile.PAIR_BYTES
     escapes = block.data_ptr() + block[index : index + 8].view(torch.int64).item()
-    decode(block.data_ptr() + planar.HEADER_BYTES, base, escapes, out.data_ptr())
+    decode(block.data_ptr() + planar_tile.HEADER_BYTES, base, escapes, out.data_ptr())
     assert torch.equal(bits_of(out), bits_of(panels[0]))

@@ -139,7 +139,7 @@ def test_a_failed_read_is_an_error_once_and_is_tried_again(monkeypatch, expected
 def test_closing_gives_up_what_was_not_read():
     threads = threading.active_count()
     pager = opened(load_delay=lambda layer, d: 60.0)
-    pager.store.cache.need(0, np.arange(8), pager.streamer._table(pager.store.plans[0]))
+    pager.store.cache.need(0, np.arange(8), pager.streamer._table(pager.store.load_plans[0]))
     begin = time.monotonic()
     pager.close()
     assert time.monotonic() - begin < 30

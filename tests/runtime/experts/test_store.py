@@ -19,8 +19,7 @@ from fluxmoe.runtime.experts import store as store_module
 from fluxmoe.runtime.experts.disk import DiskTier, StoreError
 from fluxmoe.runtime.experts.layout import ExpertFormats, ExpertLayout
 from fluxmoe.runtime.experts.placement import Placement, Tier, place
-from fluxmoe.runtime.experts.static_store import StaticStore
-from fluxmoe.runtime.experts.store import ExpertStore
+from fluxmoe.runtime.experts.store import ExpertStore, StaticStore
 
 # Sizes that are no multiple of the alignment. A stand-in for compression: `tiered` holds the lower half of every byte,
 # and can only be decoded; `planar12` likewise, and is what the GEMM would read.
@@ -54,8 +53,8 @@ def small_chunks(monkeypatch):
 
 def read_all(store: ExpertStore, layer: int, d: int, **settings) -> tuple[int, torch.Tensor]:
     slot = HOST.empty(store.layout.slot_bytes(d)).fill_(0xFF)
-    staging = HOST.empty(store.layout.staging_bytes(d, (Tier.DISK,))).fill_(0xFF)
-    return sum(store.read_into(store.plans[layer], d, slot, staging, **settings)), slot
+    staging = HOST.empty(store.layout.staging_bytes(d, Tier.DISK)).fill_(0xFF)
+    return sum(store.read_into(store.load_plans[layer], d, slot, {Tier.DISK: staging}, **settings)), slot
 
 
 def layout_of(placement: Placement, formats: ExpertFormats = DENSE_HOST) -> ExpertLayout:
@@ -128,7 +127,7 @@ def test_reads_back_what_was_put(placement, formats, tmp_path):
                 copies = len(placement.members(layer, Tier.HOST)) if layout.streams(Tier.HOST) else 0
                 assert copied == copies * stride + len(placement.members(layer, Tier.DISK)) * size
                 slot.append(buffer)
-            blocks = store.blocks_in_place(layer) | store.slot_blocks(store.plans[layer], tuple(slot))
+            blocks = store.blocks_in_place(layer) | store.slot_blocks(store.load_plans[layer], tuple(slot))
             assert sorted(blocks) == list(range(placement.tiers.shape[1]))
             for expert, block in blocks.items():
                 read = layout.read(Tier(placement.tiers[layer, expert]))
@@ -184,7 +183,7 @@ def test_a_folder_keeps_its_experts_for_the_next_store(tmp_path):
             store.put(layer, expert, [block_of(layer, expert, d) for d in (0, 1)], RECIPES)
         store.seal()
         _, slot = read_all(store, 1, 0)
-        for expert, block in store.slot_blocks(store.plans[1], (slot, slot)).items():
+        for expert, block in store.slot_blocks(store.load_plans[1], (slot, slot)).items():
             assert torch.equal(block.pair[0], block_of(1, expert, 0))
     os.chmod(folder, 0o555)
     disk_of(layout_of(half), tmp_path, folder).close()
@@ -226,7 +225,7 @@ def test_a_cancelled_load_stops_at_the_next_chunk():
         assert (slot[copied:] == 0xFF).all()
         copied, slot = read_all(store, 0, 0)
         assert copied == 20 * store.layout.stride("dense", 0)
-        for expert, block in store.slot_blocks(store.plans[0], (slot, slot)).items():
+        for expert, block in store.slot_blocks(store.load_plans[0], (slot, slot)).items():
             assert torch.equal(block.pair[0], block_of(0, expert, 0))
 
 
@@ -258,7 +257,7 @@ def test_a_file_system_that_refuses_direct_reads_is_read_buffered(tmp_path, monk
         monkeypatch.setattr(os, "preadv", preadv)
         _, slot = read_all(store, 0, 0)
         assert not file.direct_io
-        assert torch.equal(store.slot_blocks(store.plans[0], (slot, slot))[19].pair[0], block_of(0, 19, 0))
+        assert torch.equal(store.slot_blocks(store.load_plans[0], (slot, slot))[19].pair[0], block_of(0, 19, 0))
 
 
 @pytest.mark.parametrize("call", ["ftruncate", "pwrite", "fdatasync"])

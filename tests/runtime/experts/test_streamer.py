@@ -311,8 +311,9 @@ class Recorder:
 class Logged(CudaStreamer):
     """Copies and poison are only logged."""
 
-    def _copy(self, target, source):
+    def _copy(self, target, source, cancelled):
         self._cuda.log.append(("copy", target.data_ptr(), source.data_ptr()))
+        return source.numel()
 
     def _spoil(self, slot):
         self._cuda.log.extend(("use", buffer.data_ptr(), None) for buffer in slot)
@@ -362,7 +363,7 @@ def test_cuda_streamer_loads_what_was_stored(placement, formats):
 
 def arenas_of(store) -> dict[int, tuple[int, int]]:
     """(layer, tensor type) by the address of what its load copies from host memory."""
-    return {plan.host_runs[d][0][0].data_ptr(): (plan.layer, d) for plan in store.plans for d in (0, 1)}
+    return {plan.host_runs[d][0][0].data_ptr(): (plan.layer, d) for plan in store.load_plans for d in (0, 1)}
 
 
 def check_order(log, arenas) -> None:

@@ -171,7 +171,7 @@ def test_the_host_ledger_is_what_is_held(model_dir):
         with Engine(model_dir, EngineConfig(**COMMON, **settings)) as engine:
             lines = engine.host_budget.lines()
             assert lines.get("host_experts", 0) == engine.pager.store.tier_bytes(Tier.HOST)
-            assert lines.get("swapped_kv", 0) == engine.kv.host_nbytes
+            assert lines.get("swapped_kv", 0) == engine.kv.host.nbytes
 
 
 def test_workspace_is_not_charged_twice(model_dir, monkeypatch):

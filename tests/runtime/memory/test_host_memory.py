@@ -120,7 +120,7 @@ def test_a_store_locks_its_host_tier_and_gives_it_back(fake):
         sizes = sorted(fake.registered.values())
         assert sum(sizes) - held.tier_bytes(Tier.HOST) < len(sizes) * PAGE
         assert len(sizes) == 2 * 3
-        for expert, block in enumerate(held._blocks("dense", 0, held._arenas[Tier.HOST][1][0], range(5))):
+        for expert, block in enumerate(held._blocks(Tier.HOST, 0, held._arenas[Tier.HOST][1][0], 5)):
             assert torch.equal(block, block_of(1, expert, 0))
     assert fake.registered == {}
 
@@ -146,7 +146,7 @@ def test_experts_that_move_have_locked_copies(fake):
 
 def test_the_swap_pool_is_locked(fake):
     cache = cache_of(KVLayout.of(PlainLayout(), 3, 4, 2, 8, torch.bfloat16), host_blocks=4)
-    assert sum(fake.registered.values()) - cache.host_nbytes < 2 * PAGE
+    assert sum(fake.registered.values()) - cache.host.nbytes < 2 * PAGE
     k, _ = cache.layer(1)
     k[1] = 3
     cache.swap_out([(1, 2)])

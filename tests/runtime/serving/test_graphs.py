@@ -241,7 +241,7 @@ def test_replays_and_eager_passes_mix_in_order(layers, slots, poison):
 
 def state_of(streamer) -> tuple:
     events = [id(event) for pair in streamer._loaded for event in pair] + [id(event) for event in streamer._computed]
-    plans = {visit: id(plan) for visit, plan in streamer._plans.items()}
+    plans = {visit: id(plan) for visit, plan in streamer._load_plans.items()}
     return events, streamer._issued, streamer._next_visit, streamer.counters(), plans, streamer._capturing
 
 
@@ -345,7 +345,7 @@ def test_experts_that_move_change_their_tables_in_place_and_graphs_only_with_wha
     store, streamer = moving_streamer(Recorder())
     check_pass(streamer)
     known = streamer.prepare()
-    tables = {layer: streamer._table(plan) for layer, plan in enumerate(store.plans)}
+    tables = {layer: streamer._table(plan) for layer, plan in enumerate(store.load_plans)}
     memory = [(t.addresses.data_ptr(), t.formats.data_ptr()) for t in tables.values()]
 
     def becomes(where, tier):
@@ -368,7 +368,7 @@ def test_experts_that_move_change_their_tables_in_place_and_graphs_only_with_wha
     assert prepared() == known
     assert tables[1].addresses[2].tolist() != address
     # An expert leaves: its layer's load copies it from now on.
-    store.leave((1, 2))
+    store.land((1, 2), Tier.HOST)
     streams = prepared()
     assert streams > known
     # The last packed expert of a layer becomes dense: its kernels need not decode any more.
@@ -439,8 +439,9 @@ class Deferred(CudaStreamer):
         else:
             self.work.append(action)
 
-    def _copy(self, target, source):
+    def _copy(self, target, source, cancelled):
         self.do(lambda: target.copy_(source))
+        return source.numel()
 
 
 class Launched(NamedTuple):
@@ -499,7 +500,7 @@ def test_graphs_read_the_right_experts_whatever_moves_between_steps(slots):
             others = {Tier.PACKED: [Tier.RESIDENT] * 4 + [Tier.HOST]}.get(source, [Tier.PACKED])
             target = rng.choice(others) if step > 20 else others[0]
             if target is Tier.HOST:
-                store.leave(where)
+                store.land(where, Tier.HOST)
             else:
                 slabs = store.reserve(target)
                 store.fetch(where, target, slabs, lambda to, block: to.copy_(block))

@@ -139,7 +139,7 @@ def test_a_cache_of_one_slab_is_contiguous_by_layer(layout):
     cache = cache_of(layout, blocks=7, host_blocks=4)
     assert all_ids(cache) == list(range(7))
     assert cache.nbytes == 7 * layout.block_bytes
-    assert cache.host_nbytes == 4 * layout.block_bytes
+    assert cache.host.nbytes == 4 * layout.block_bytes
     assert not cache.pool.memory.any()
     begin = cache.pool.memory.data_ptr()
     for layer in range(3):

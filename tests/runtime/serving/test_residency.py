@@ -12,9 +12,9 @@ import torch
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.kernels.formats import FORMATS
 from fluxmoe.runtime.devices import HOST
-from fluxmoe.runtime.experts.courier import StreamCourier
 from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.layout import ExpertFormats, ExpertLayout
+from fluxmoe.runtime.experts.mover import StreamCourier
 from fluxmoe.runtime.experts.moving_store import MovingStore
 from fluxmoe.runtime.experts.placement import Tier, place
 from fluxmoe.runtime.experts.planner import Move, Plan
@@ -79,7 +79,7 @@ def test_kernels_find_every_expert_after_any_moves(slots, formats):
             source = Tier(store.layout.placement.tiers[where])
             target = rng.choice([tier for tier in (Tier.HOST, *store.layout.moving_tiers) if tier != source])
             if target is Tier.HOST:
-                store.leave(where)
+                store.land(where, Tier.HOST)
             elif target is Tier.PACKED or source is Tier.PACKED or formats is not PACKED:
                 slabs = store.reserve(target)
                 if rng.random() < 0.3:

@@ -163,19 +163,17 @@ def workloads(draw):
     max_batched_tokens=st.integers(1, 18),
     preemption=st.sampled_from(["recompute", "swap"]),
     host_blocks=st.integers(0, 10),
-    watermark=st.integers(0, 2),
 )
 def test_tokens_do_not_depend_on_limits(
-    workload, spare_blocks, block_size, max_batch, max_batched_tokens, preemption, host_blocks, watermark
+    workload, spare_blocks, block_size, max_batch, max_batched_tokens, preemption, host_blocks
 ):
     requests, arrivals = workload
     # Around what the largest request needs: below it is refused, far above nothing is ever preempted.
     largest = max(len(r.prompt_ids) + r.params.max_new_tokens for r in requests)
     num_blocks = max(1, (largest - 1) // block_size + spare_blocks)
     scheduler = Scheduler(
-        BlockAllocator(num_blocks), block_size, max_batch, max_batched_tokens, preemption, 18, host_blocks, (EOS,),
-        watermark,
-    )  # fmt: skip
+        BlockAllocator(num_blocks), block_size, max_batch, max_batched_tokens, preemption, 18, host_blocks, (EOS,)
+    )
     outputs, _ = drive(scheduler, requests, host_blocks, arrivals)
     assert outputs.keys() == {r.request_id for r in requests}
     for r in requests:
@@ -308,16 +306,6 @@ def test_admission_waits_for_the_blocks_of_the_whole_prompt():
     assert [c.sequence.request.request_id for c in step.chunks] == ["a"]
     assert scheduler.blocks_used == 3
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_swapped) == (1, 2, 0)
-
-
-def test_watermark_keeps_room_only_beside_others():
-    free = Scheduler(BlockAllocator(5), 4, 4, 64, "recompute", 100)
-    careful = Scheduler(BlockAllocator(5), 4, 4, 64, "recompute", 100, watermark_blocks=2)
-    for scheduler in (free, careful):
-        added(scheduler, request("a", [1] * 12, 1))
-        added(scheduler, request("b", [1] * 4, 1))
-        scheduler.schedule()
-    assert (free.num_running, careful.num_running) == (2, 1)
 
 
 def test_more_blocks_let_more_in():

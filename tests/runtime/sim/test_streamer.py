@@ -8,7 +8,8 @@ from fluxmoe.kernels.formats import DENSE
 from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.layout import ExpertLayout
 from fluxmoe.runtime.experts.placement import Placement, Tier
-from fluxmoe.runtime.sim.streamer import Load, VirtualStreamer
+from fluxmoe.runtime.sim.cost_model import Load
+from fluxmoe.runtime.sim.simulator import VirtualStreamer
 from hypothesis import given
 from hypothesis import strategies as st
 

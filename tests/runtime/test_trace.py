@@ -257,8 +257,9 @@ class PlayedCuda:
 
 
 class PlayedStreamer(CudaStreamer):
-    def _copy(self, target, source):
+    def _copy(self, target, source, cancelled):
         self._cuda.active.now += source.numel()
+        return source.numel()
 
 
 def test_on_cuda_spans_are_those_of_the_streams(tmp_path):
@@ -273,7 +274,7 @@ def test_on_cuda_spans_are_those_of_the_streams(tmp_path):
                     for tensor_type in (0, 1):
                         page.wait(tensor_type)
                         cuda.compute.now += 300
-        counters, plan = streamer.counters(), store.plans[0]
+        counters, load_plan = streamer.counters(), store.load_plans[0]
         timeline.save(tmp_path / "trace.json")
     trace = Trace(tmp_path / "trace.json")
     check_tracks(trace)
@@ -283,7 +284,7 @@ def test_on_cuda_spans_are_those_of_the_streams(tmp_path):
     # The first load is waited for from the beginning on; then the pass is computed where loads do not hold it up.
     first = trace.tracks["compute"][0]
     assert (first.name, first.begin) == ("wait gate_up 0", 0)
-    assert first.end == pytest.approx(plan.host_bytes(0) / 1e3)
+    assert first.end == pytest.approx(load_plan.host_bytes(0) / 1e3)
     computed = sum(s.end - s.begin for s in trace.tracks["compute"] if s.kind == "compute")
     assert computed == pytest.approx(2 * LAYERS * 2 * 0.3)
     last = max(trace.tracks["compute"], key=lambda span: span.end)

@@ -124,7 +124,7 @@ def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, Any]:
         if (changed := _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/results")) is None
         else bool(changed),
         "code": code_digest(),
-        "command": " ".join(["fluxmoe", *sys.argv[1:]]),
+        "command": " ".join(["fluxmoe", *map(_anywhere, sys.argv[1:])]),
         "device": device,
         "hardware": device_name(device),
         "instructions": instructions() if device == "cpu" else None,
@@ -134,6 +134,14 @@ def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, Any]:
         "seed": seed,
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _anywhere(word: str) -> str:
+    """A word of a command line as it may stand in a published file: absolute paths are those of one machine."""
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else f"…/{path.name}"
 
 
 def instructions() -> str | None:

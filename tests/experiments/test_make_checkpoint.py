@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SIZES = dict(layers=2, experts=4, top_k=2, hidden=64, moe_intermediate=32, heads=4, kv_heads=2, vocab=512)
+SIZES = dict[str, Any](layers=2, experts=4, top_k=2, hidden=64, moe_intermediate=32, heads=4, kv_heads=2, vocab=512)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 from ..kernels.packing.crafted import reseal
 
-SIZES = dict(layers=3, experts=4, top_k=2, hidden=128, moe_intermediate=128, heads=2, vocab=512, max_positions=128)
+SIZES = dict[str, Any](
+    layers=3, experts=4, top_k=2, hidden=128, moe_intermediate=128, heads=2, vocab=512, max_positions=128
+)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +188,9 @@ def test_same_tokens_from_files_of_any_kernels(model_dir, tmp_path, backend, pla
     script.pack_checkpoint(model_dir, "planar12", out, backend)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.flux")}
     expected = tokens_of(model_dir)
-    settings = dict(placement=placement, expert_format=None if placement in ("resident", "packed") else "planar12")
+    settings = dict[str, Any](
+        placement=placement, expert_format=None if placement in ("resident", "packed") else "planar12"
+    )
     assert tokens_of(out, **settings) == expected
     # The disk tier of these kernels is the packed checkpoint itself; for others it is made once beside it.
     made = [path for path in out.iterdir() if path.is_dir()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from fluxmoe.experiments.commands import plan
@@ -45,7 +46,9 @@ def calibration(tmp_path):
 @pytest.fixture
 def tiny_presets(monkeypatch):
     """Every preset that a script serves on a CPU, small enough for a test."""
-    tiny = dict(experts=4, top_k=2, hidden=64, moe_intermediate=32, heads=2, kv_heads=2, head_dim=32, vocab=512)
+    tiny = dict[str, Any](
+        experts=4, top_k=2, hidden=64, moe_intermediate=32, heads=2, kv_heads=2, head_dim=32, vocab=512
+    )
     for name in ("small", "next", "deep-next", "deep-mixtral"):
         model = replace(PRESETS[name].model, **tiny, layers=8)
         if name == "deep-mixtral":  # so large that compressing it leaves room for a request

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def runs(monkeypatch):
 
 
 def test_results_are_made_again_and_compared(runs, tmp_path, capfd):
-    where = dict(results=tmp_path / "results", scratch=tmp_path / "scratch")
+    where = dict[str, Any](results=tmp_path / "results", scratch=tmp_path / "scratch")
     call(["paper", "fig1", "--out", str(tmp_path / "results" / "simulated" / "a" / "fig1_memory")])
     with pytest.raises(SystemExit):
         reproduce.run(reproduce.Arguments(**where))

@@ -8,6 +8,7 @@ import multiprocessing
 import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fluxmoe.experiments.commands.main import call
@@ -94,7 +95,7 @@ def test_rows_of_other_code_or_of_another_profile_of_that_name_are_not_taken(ran
 
 
 def test_a_model_is_known_by_its_content(tmp_path):
-    sizes = dict(layers=1, experts=2, hidden=32, moe_intermediate=16, heads=2, vocab=300)
+    sizes = dict[str, Any](layers=1, experts=2, hidden=32, moe_intermediate=16, heads=2, vocab=300)
     one, same, other = (
         models.checkpoint_source(str(make_checkpoint("olmoe", tmp_path / name, seed=seed, **sizes)))
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
@@ -136,6 +137,14 @@ def test_a_file_for_settings_gives_way_to_the_command_line(ran, tmp_path):
         settings.write_text(text)
         with pytest.raises(UsageError, match=match):
             run(tmp_path / "out", "--config", str(settings))
+
+
+def test_a_published_command_names_no_place_of_this_machine(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    elsewhere = tmp_path.parent / "elsewhere"
+    words = ["versus", "--model", str(elsewhere), "--out", str(tmp_path / "results" / "mine"), "--budgets", "1GiB"]
+    monkeypatch.setattr("sys.argv", ["fluxmoe", *words])
+    assert provenance()["command"] == "fluxmoe versus --model …/elsewhere --out results/mine --budgets 1GiB"
 
 
 def test_code_that_lies_in_somebody_elses_repository_says_no_commit(monkeypatch, tmp_path):

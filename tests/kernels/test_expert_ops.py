@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ BACKENDS = {
     "triton": lambda dims, tokens: TritonExperts(dims, tokens, DEVICE),
 }
 # Sums in another order; Triton's activations are rounded to the weights' dtype, here fp32.
-TOLERANCE = dict(rtol=1e-4, atol=1e-4)
+TOLERANCE = dict[str, Any](rtol=1e-4, atol=1e-4)
 
 
 def random_experts(dims: ExpertDims) -> list[tuple[torch.Tensor, torch.Tensor]]:

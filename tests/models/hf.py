@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
-_BASE = dict(
+_BASE = dict[str, Any](
     vocab_size=96, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=128, initializer_range=0.15, pad_token_id=None, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
-_ARCHS = {
+_ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": (
         "Mixtral",
         dict(intermediate_size=40, num_local_experts=5, num_experts_per_tok=2, sliding_window=None),

@@ -13,6 +13,7 @@ from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import xxhash
@@ -28,7 +29,9 @@ from fluxmoe.models.rope import rope_tables
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-SIZES = dict(layers=4, experts=4, top_k=2, hidden=128, moe_intermediate=128, heads=2, vocab=512, max_positions=128)
+SIZES = dict[str, Any](
+    layers=4, experts=4, top_k=2, hidden=128, moe_intermediate=128, heads=2, vocab=512, max_positions=128
+)
 ODD = [
     0, 1, -1, 2, 3, 1.5, -0.0, 1e308, float("nan"), float("inf"), 10**6, 300_000, 30_000, 2**31, 2**53, 2**63, 2**64,
     10**400, -(10**400),

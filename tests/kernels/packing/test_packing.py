@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -247,7 +249,7 @@ def run_ptx(source: str, registers: dict[str, np.ndarray]) -> dict[str, np.ndarr
                 result = result | (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
         return result
 
-    operations = {
+    operations: dict[str, Callable[..., int]] = {
         "mov.b32": lambda a: a,
         "shr.u32": lambda a, n: a >> n,
         "and.b32": lambda a, b: a & b,

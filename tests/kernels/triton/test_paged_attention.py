@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def run(b, **options) -> torch.Tensor:
     guarded[len(b.q) :] = 7.0
     # Poisoned: empty shares must not be read.
     workspace = torch.full((1 << 20,), float("nan"), device=DEVICE)
-    options = dict(max_query_len=b.max_query_len, workspace=workspace) | b.options | options
+    options = dict[str, Any](max_query_len=b.max_query_len, workspace=workspace) | b.options | options
     out = paged_attention(b.q, b.k, b.v, b.table, b.contexts, b.starts, out=guarded[: len(b.q)], **options)
     assert (guarded[len(b.q) :] == 7.0).all(), "written past the last token"
     return out
@@ -238,7 +239,7 @@ def test_splits_fill_the_device_with_shares_worth_starting():
 
 
 def test_workspace_holds_every_smaller_batch():
-    sizes = dict(heads=32, kv_heads=4, head_dim=128, max_context=4096, num_sms=132)
+    sizes = dict[str, Any](heads=32, kv_heads=4, head_dim=128, max_context=4096, num_sms=132)
     most = workspace_bytes(64, **sizes)
     assert most == max(
         sequences * choose_num_splits(sequences, 4, 4096, 132) * 32 * 130 * 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from fluxmoe.kernels.triton.rope_kv import rope_and_cache, rope_and_cache_torch
@@ -50,7 +52,7 @@ def test_matches_float64_and_touches_only_its_slots(
     tokens, heads, kv_heads, head_dim, block_size, qk_norm, clip, dtype
 ):  # fmt: skip
     args = inputs(tokens, heads, kv_heads, head_dim, block_size, qk_norm, dtype)
-    options = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size)
+    options = dict[str, Any](heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size)
     options |= dict(qk_norm=qk_norm, clip=clip, eps=1e-6)
     got = outputs(tokens, heads, kv_heads, head_dim, block_size, dtype)
     expected = outputs(tokens, heads, kv_heads, head_dim, block_size, torch.float64)
@@ -121,7 +123,7 @@ def test_clipping_does_not_hide_a_nan():
 def test_a_token_has_the_same_bits_in_any_batch():
     args = inputs(6, 4, 2, 24, 16, "head", torch.bfloat16)
     whole, alone = outputs(6, 4, 2, 24, 16, torch.bfloat16), outputs(1, 4, 2, 24, 16, torch.bfloat16)
-    options = dict(heads=4, kv_heads=2, head_dim=24, block_size=16, qk_norm="head")
+    options = dict[str, Any](heads=4, kv_heads=2, head_dim=24, block_size=16, qk_norm="head")
     rope_and_cache(*args, *whole, **options)
     one = [args[0][4:5], *args[1:5], args[5][4:5], args[6][4:5]]
     rope_and_cache(*one, *alone, **options)
@@ -134,7 +136,7 @@ def test_a_token_has_the_same_bits_in_any_batch():
 def test_says_what_it_expected():
     args = inputs(2, 4, 2, 24, 16, "none", torch.float32)
     results = outputs(2, 4, 2, 24, 16, torch.float32)
-    options = dict(heads=4, kv_heads=2, head_dim=24, block_size=16)
+    options = dict[str, Any](heads=4, kv_heads=2, head_dim=24, block_size=16)
     with pytest.raises(ValueError, match="head_dim must be even"):
         rope_and_cache(*args, *results, **(options | {"head_dim": 23}))
     with pytest.raises(ValueError, match="qkv must be"):

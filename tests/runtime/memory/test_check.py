@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 CPU, CUDA = HOST, device_of("cuda:0")
 GIB, MIB = 1 << 30, 1 << 20
-COMMON = dict(device="cpu", max_batch=8, max_batched_tokens=16, max_context=256)
+COMMON = dict[str, Any](device="cpu", max_batch=8, max_batched_tokens=16, max_context=256)
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from fluxmoe.runtime.memory.host_memory import HostMemory, HostMemoryError
 from fluxmoe.runtime.serving import kv_cache
 from fluxmoe.runtime.serving.kv_cache import KVLayout
 
+from ..experts.test_moving_store import moving_store as filled_moving
 from ..experts.test_store import block_of, filled
 from ..serving.test_kv_cache import PlainLayout, cache_of
-from ..serving.test_residency import moving_store as filled_moving
 
 
 class FakeCuda:

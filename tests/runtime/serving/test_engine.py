@@ -7,6 +7,7 @@ import random
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_too_small_a_budget_names_the_least(model_dir):
     roomy = serve(model_dir)[2]
     block = roomy.kv.nbytes // roomy.kv.num_blocks
     least = sum(v for k, v in roomy.budget.lines().items() if k != "kv_cache") + block
-    common = dict(device="cpu", max_batch=6, max_batched_tokens=48, max_context=160)
+    common = dict[str, Any](device="cpu", max_batch=6, max_batched_tokens=48, max_context=160)
     with pytest.raises(BudgetError):
         Engine(model_dir, EngineConfig(budget_bytes=least - 1, **common))
     Engine(model_dir, EngineConfig(budget_bytes=least, **common)).close()
@@ -136,7 +137,9 @@ def test_too_small_a_budget_names_the_least(model_dir):
 )
 def test_an_adaptive_run_starts_with_the_least_that_its_refusal_names(model_dir, settings):
     """Pages and quanta of KV, which it is rounded up to, included."""
-    common = dict(device="cpu", max_batch=6, max_batched_tokens=48, max_context=160, adaptive=True, **settings)
+    common = dict[str, Any](
+        device="cpu", max_batch=6, max_batched_tokens=48, max_context=160, adaptive=True, **settings
+    )
     with pytest.raises(BudgetError) as info:
         Engine(model_dir, EngineConfig(budget_bytes=1 << 16, **common))
     least = info.value.least
@@ -301,7 +304,7 @@ def test_layers_without_experts_are_not_the_pagers(dense_layers_dir, settings):
 def test_the_reference_kernels_read_compressed_experts_from_decoded_slots(wide_model_dir, expert_format):
     work = [Request(tuple(range(20)), SamplingParams(max_new_tokens=4, ignore_eos=True))]
     plain = serve(wide_model_dir, work, kernels="torch")[0]
-    packed = dict(kernels="torch", placement="packed", expert_format=expert_format, poison=True)
+    packed = dict[str, Any](kernels="torch", placement="packed", expert_format=expert_format, poison=True)
     tokens, _, engine = serve(wide_model_dir, work, **packed)
     assert tokens == plain
     assert engine.held_bytes() == engine.budget.lines()
@@ -326,7 +329,9 @@ def test_formats_that_cannot_be_meant(settings, match):
 
 
 def test_kernels_that_cannot_read_a_format_do_not_read_it_on_demand(wide_model_dir):
-    settings = dict(device="cpu", placement="host", expert_format="huffman", transfer="on_demand", max_context=64)
+    settings = dict[str, Any](
+        device="cpu", placement="host", expert_format="huffman", transfer="on_demand", max_context=64
+    )
     with pytest.raises(ValueError, match="cannot read format huffman as it is"):
         Engine(wide_model_dir, EngineConfig(**settings))
 
@@ -366,7 +371,7 @@ def test_a_refused_start_leaves_nothing_open(wide_model_dir, monkeypatch, part, 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc to see open files")
 def test_a_budget_without_a_slab_for_kv_leaves_nothing_open(wide_model_dir):
-    settings = dict(device="cpu", max_context=64, placement="packed", adaptive=True)
+    settings = dict[str, Any](device="cpu", max_context=64, placement="packed", adaptive=True)
     with pytest.raises(BudgetError) as info:
         Engine(wide_model_dir, EngineConfig(budget_bytes=1 << 20, **settings))
     before = held_by_process()

@@ -262,16 +262,20 @@ def test_refuses_impossible_caches(settings, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_swap_through_pinned_memory():
-    cache = PagedKVCache(PlainLayout(), 3, 6, 4, 2, 8, torch.bfloat16, "cuda", host_blocks=4, pin=True)
-    cache.k.copy_(torch.randn(cache.k.shape))
-    cache.v.copy_(torch.randn(cache.v.shape))
-    k, v = cache.k.clone(), cache.v.clone()
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_block_may_be_used_again_as_soon_as_it_is_swapped_out(device):
+    """Without a wait in between: on CUDA what reuses it is ordered behind its copy to page-locked memory by the stream
+    alone."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    cache = cache_of(KVLayout.of(PlainLayout(), 3, 4, 2, 8, torch.bfloat16), device=device, host_blocks=4,
+                     pin=device == "cuda")  # fmt: skip
+    for part in (part for layer in range(3) for part in cache.layer(layer)):
+        part.copy_(torch.randn(part.shape))
+    before = [part.clone() for layer in range(3) for part in cache.layer(layer)]
     cache.swap_out([(5, 0), (1, 3)])
-    # Without a wait in between: reuse of a block is ordered behind its copy out by the stream alone.
-    cache.k[:, [5, 1]] = float("nan")
-    cache.v[:, [5, 1]] = float("nan")
+    for part in (part for layer in range(3) for part in cache.layer(layer)):
+        part[[5, 1]] = float("nan")
     cache.swap_in([(0, 2), (3, 5)])
-    assert torch.equal(cache.k[:, [2, 5]], k[:, [5, 1]])
-    assert torch.equal(cache.v[:, [2, 5]], v[:, [5, 1]])
+    after = [part for layer in range(3) for part in cache.layer(layer)]
+    assert all(torch.equal(new[[2, 5]], old[[5, 1]]) for new, old in zip(after, before, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.runtime import Engine, EngineConfig, Request, SamplingParams
 from fluxmoe.runtime.experts.disk import StoreError
 
-COMMON = dict(device="cpu", max_batch=6, max_batched_tokens=48, max_context=160)
+COMMON = dict[str, Any](device="cpu", max_batch=6, max_batched_tokens=48, max_context=160)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from fluxmoe.runtime.serving.engine import Engine, EngineConfig
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 from fluxmoe.runtime.serving.state_cache import StateCache
 
-COMMON = dict(device="cpu", max_batch=6, max_batched_tokens=40, max_context=160, poison=True)
+COMMON = dict[str, Any](device="cpu", max_batch=6, max_batched_tokens=40, max_context=160, poison=True)
 DIMS = DeltaNetDims(key_heads=2, value_heads=4, key_dim=6, value_dim=8, taps=4)
 
 

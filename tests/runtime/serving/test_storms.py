@@ -10,6 +10,7 @@ import os
 import random
 import threading
 from collections import Counter
+from typing import Any
 
 import pytest
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
@@ -37,7 +38,7 @@ def request(number: int) -> Request:
     return Request(prompt, SamplingParams(max_new_tokens=rng.randrange(1, 30), ignore_eos=True))
 
 
-COMMON = dict(threads=1, block_size=16, max_context=128, max_batch=6, max_batched_tokens=48)
+COMMON = dict[str, Any](threads=1, block_size=16, max_context=128, max_batch=6, max_batched_tokens=48)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ class Storm:
 
 
 def weather(model_dir, expected, preemption: str, slots: int, moves: int, aborts: int) -> Counter[str]:
-    settings = dict(placement="packed", least_alpha=0.0, slots=slots, preemption=preemption, adaptive=True)
+    settings = dict[str, Any](placement="packed", least_alpha=0.0, slots=slots, preemption=preemption, adaptive=True)
     budget = tight_budget(model_dir, **settings)
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     storm: Storm | None = None

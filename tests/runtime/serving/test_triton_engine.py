@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from fluxmoe.kernels.ops import KernelError, LayerDims, Limits
@@ -32,7 +34,7 @@ def test_layers_without_experts(arch, tmp_path):
     """The MLP is wider than the shared expert of Qwen3-Next, whose buffers it shares."""
     kinds = {"layer_types": ["linear_attention", "full_attention"]} if arch == "qwen3_next" else {}
     model = save_random_model(arch, tmp_path, 0, num_hidden_layers=2, mlp_only_layers=[0], **kinds)
-    settings = dict(kernels="triton", device=DEVICE, placement="host", poison=True)
+    settings = dict[str, Any](kernels="triton", device=DEVICE, placement="host", poison=True)
     check_parity(model, tmp_path, FP32[arch], lengths=(1, 7), **settings)
 
 
@@ -58,11 +60,11 @@ def test_same_tokens_wherever_experts_live(tmp_path):
 
 def test_same_tokens_from_compressed_experts(tmp_path):
     """In place, in slots, decoded into slots; all with the tiles of planar12, so with the same order of summation."""
-    sizes = dict(hidden_size=128, moe_intermediate_size=128, num_hidden_layers=2)
+    sizes = dict[str, Any](hidden_size=128, moe_intermediate_size=128, num_hidden_layers=2)
     save_random_model("qwen3_moe", tmp_path, 2, dtype=torch.bfloat16, **sizes)
     packed = tokens_of(tmp_path, placement="packed")
     assert tokens_of(tmp_path, placement="host", expert_format="planar12", poison=True) == packed
-    decoded = dict(placement="packed", expert_format="huffman", poison=True)
+    decoded = dict[str, Any](placement="packed", expert_format="huffman", poison=True)
     assert tokens_of(tmp_path, **decoded) == tokens_of(tmp_path)
 
 
@@ -70,7 +72,7 @@ def test_batch_invariant_engine_gives_the_same_tokens_alone(tmp_path):
     save_random_model("qwen3_moe", tmp_path, 3, dtype=torch.bfloat16, num_hidden_layers=1)
     request = Request((5, 6, 7), SamplingParams(max_new_tokens=4, ignore_eos=True))
     others = [Request(tuple(range(i, i + 6)), SamplingParams(max_new_tokens=4, ignore_eos=True)) for i in (1, 2)]
-    settings = dict(device=DEVICE, kernels="triton", batch_invariant=True, max_batch=4, max_batched_tokens=8)
+    settings = dict[str, Any](device=DEVICE, kernels="triton", batch_invariant=True, max_batch=4, max_batched_tokens=8)
     with Engine(tmp_path, EngineConfig(**settings)) as engine:
         alone = engine.generate([request])[0].token_ids
     with Engine(tmp_path, EngineConfig(**settings)) as engine:

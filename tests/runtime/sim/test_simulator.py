@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def requests(count=16, prompt=100, output=20) -> list[Request]:
 
 
 def engine(model=MODEL, profile=PROFILE, parameters=None, devices=None, **settings) -> SimEngine:
-    common = dict(device="cpu", max_batch=16, max_batched_tokens=512, max_context=128)
+    common = dict[str, Any](device="cpu", max_batch=16, max_batched_tokens=512, max_context=128)
     return SimEngine(model, profile, EngineConfig(**{**common, **settings}), parameters, devices)
 
 
@@ -120,7 +121,7 @@ def test_streaming_takes_the_longer_of_link_and_compute():
 
 def test_the_same_share_of_each_layer_hides_better_than_whole_layers():
     # A link that would just do if all layers shared it.
-    settings = dict(alpha=0.9, expert_format="planar12", profile=replace(PROFILE, host_bandwidth=1e12))
+    settings = dict[str, Any](alpha=0.9, expert_format="planar12", profile=replace(PROFILE, host_bandwidth=1e12))
     balanced, _, _ = run(placement="balanced", **settings)
     hybrid, _, _ = run(placement="hybrid", **settings)
     assert balanced[-1].time_s < hybrid[-1].time_s
@@ -136,7 +137,9 @@ def test_slots_are_bounded_loads_ahead():
 def test_a_short_budget_preempts_and_swaps():
     need = sum(engine().budget.lines().values()) - engine().budget.lines()["kv_cache"]
     for preemption in ("swap", "recompute"):
-        tight = dict(budget_bytes=need + 12 * engine().deployment.block_bytes, block_size=32, preemption=preemption)
+        tight = dict[str, Any](
+            budget_bytes=need + 12 * engine().deployment.block_bytes, block_size=32, preemption=preemption
+        )
         steps, outputs, _ = run(requests(16, 60, 60), **tight)
         assert sum(step.preemptions for step in steps) > 0
         assert (sum(step.swapped_blocks for step in steps) > 0) == (preemption == "swap")
@@ -218,7 +221,7 @@ def test_the_planner_lowers_alpha_while_requests_wait():
 def test_states_for_a_full_batch_if_asked():
     """As vLLM reserves them: as many states as the batch has sequences, and less KV than where the batch is fitted."""
     model, four = published_config("qwen3-next-80b-a3b"), HardwareProfile.load("4xL40")
-    tight = dict(model=model, profile=four, max_batch=256, max_context=4096)
+    tight = dict[str, Any](model=model, profile=four, max_batch=256, max_context=4096)
     fitted, full = (run(fit_batch=fit, **tight)[2] for fit in (True, False))
     assert fitted.deployment.max_sequences < full.deployment.max_sequences == 256
     assert fitted.scheduler.num_blocks > full.scheduler.num_blocks
@@ -242,7 +245,7 @@ def test_copies_that_take_compute_make_layers_longer():
 
 def test_every_decoded_tensor_costs_its_latency():
     slow = replace(PROFILE, decode_latency_s=1e-4)
-    packed = dict(placement="packed", expert_format="huffman")
+    packed = dict[str, Any](placement="packed", expert_format="huffman")
     with_latency, without = run(profile=slow, **packed)[0], run(**packed)[0]
     added = sum(a.transfer_s - b.transfer_s for a, b in zip(with_latency, without, strict=True))
     assert added == pytest.approx(len(without) * 2 * MODEL.num_layers * MODEL.num_experts * 1e-4, rel=1e-3)
@@ -259,7 +262,7 @@ def test_a_link_may_be_held_to_a_rate():
 def test_a_run_of_full_size():
     """256 requests of 4,096 tokens on Qwen3-Next over 4 devices: seconds here, where the real machine takes minutes."""
     model, four = published_config("qwen3-next-80b-a3b"), HardwareProfile.load("4xL40")
-    settings = dict(max_batch=256, max_batched_tokens=2048, max_context=4096, placement="packed")
+    settings = dict[str, Any](max_batch=256, max_batched_tokens=2048, max_context=4096, placement="packed")
     sim = engine(model, four, **settings)
     steps = list(serve(sim, requests(256, 3072, 1024)))
     assert sum(step.finished for step in steps) == 256

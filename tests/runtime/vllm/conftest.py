@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ class QuantizationConfig:
 
 def moe_config(**changes) -> SimpleNamespace:
     """vLLM's FusedMoEConfig of a small layer."""
-    values = dict(
+    values = dict[str, Any](
         num_experts=4, num_local_experts=4, experts_per_token=2, hidden_dim=128, intermediate_size_per_partition=128,
         in_dtype=torch.bfloat16, activation=SimpleNamespace(value="silu"), has_bias=False, swiglu_limit=None,
         tp_rank=0, tp_size=1,

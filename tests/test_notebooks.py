@@ -16,7 +16,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # What a cell says that draws.
 PLOTS = re.compile(r"\bplt\.show\(|\bdraw_\w+\(|\.(plot|hist|barh?|loglog)[.(]")
 # Of machines: absolute paths, and who is where.
-PLACES = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|usr|opt|var|mnt|Users)\b|\w@[\w-]+:|site-packages")
+PLACES = re.compile(r"(?<![\w.:/])/(?:[\w.-]+/)+[\w.-]+|\w@[\w-]+:|site-packages")
 
 spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks" / "execute.py")
 execute = importlib.util.module_from_spec(spec)

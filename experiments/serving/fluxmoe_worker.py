@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import sys
+from pathlib import Path
 
 from fluxmoe.experiments.lib.machines import Machine
 from fluxmoe.experiments.lib.models import checkpoint_source
@@ -25,7 +26,7 @@ def main() -> None:
     context, total = settings["max_model_len"], settings["total_bytes"]
     if settings["device"] == "cpu":
         # As vLLM counts it: files that are mapped, too.
-        pages = int(open("/proc/self/statm").read().split()[1])  # noqa: SIM115
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
         total -= pages * os.sysconf("SC_PAGE_SIZE") + _COMPILED_BYTES
     if total <= 0:
         raise BudgetError(f"code alone takes {format_bytes(settings['total_bytes'] - total)}")

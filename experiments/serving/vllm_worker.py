@@ -1,5 +1,4 @@
-"""The other side of `versus` and `versus vllm-plugin`: runs under vLLM's own Python, which knows nothing of this file's
-project.
+"""The other side of `versus` and `versus vllm-plugin`: runs under vLLM's own Python, and imports nothing of ours.
 
 Answers on standard output in lines that begin with RESULT (vLLM logs there too): first {"kv_tokens": n} once the engine
 is up, then {"seconds", "ttft_s", "tpot_s", "peak_bytes"} for each JSON object a line of standard input,

@@ -49,9 +49,10 @@ class Room(NamedTuple):
 def choices(config: PluginConfig, reads_files: bool) -> Iterator[PagingConfig]:
     """Placements from the least paging to the most, with formats, slots and the rest as `config` has them."""
     compressed = config.expert_format or DEFAULT_COMPRESSED
-    choose = lambda placement, alpha, expert_format: replace(  # noqa: E731
-        config, kv_tokens=None, placement=placement, alpha=alpha, expert_format=expert_format
-    )
+
+    def choose(placement: str, alpha: float | None, expert_format: str | None) -> PagingConfig:
+        return replace(config, kv_tokens=None, placement=placement, alpha=alpha, expert_format=expert_format)
+
     yield choose("resident", None, None)
     if compressed != DENSE:
         yield choose("packed", None, compressed)

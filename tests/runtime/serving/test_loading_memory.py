@@ -23,7 +23,7 @@ def status(key):
             return int(line.split()[1]) * 1024
 
 tiny, model, placement = sys.argv[1:]
-settings = dict[str, Any](device="cpu", placement=placement, max_context=64, max_batch=2, max_batched_tokens=16)
+settings = dict(device="cpu", placement=placement, max_context=64, max_batch=2, max_batched_tokens=16)
 # Libraries are imported and kernels loaded before the baseline is taken.
 Engine(tiny, EngineConfig(**settings)).close()
 Path("/proc/self/clear_refs").write_text("5")

@@ -3,10 +3,10 @@
     fluxmoe bench check-engine --out results/measured/<gpu>/check_engine [--device cuda]
 
 Small random models in fp32 and bf16, one configuration a row: every placement and format, compressed experts first.
-Logits must agree within the dtype's precision and greedy tokens be the CPU's, up to the first place where the CPU's two
-best logits are that close; there either is right. Tokens must be exactly the same within a group of configurations,
-whatever the placement and the number of slots; and with graphs, which pad the batch, as without them where the kernels
-are batch-invariant.
+Logits must agree within the dtype's precision (in bf16 nine rows of ten: a router near a tie may choose otherwise), and
+greedy tokens be the CPU's, up to the first place where the CPU's two best logits are that close; there either is right.
+Tokens must be exactly the same within a group of configurations, whatever the placement and the number of slots; and
+with graphs, which pad the batch, as without them where the kernels are batch-invariant.
 Exits 1 and says what differs. Without a GPU it runs where kernels are interpreted (TRITON_INTERPRET=1, slowly).
 """
 
@@ -93,8 +93,9 @@ DENSE_GROUPS = {
     "no graphs": {"resident": _EAGER, "host": _EAGER | _HOST},
     "batch-invariant": {"graphs": _INVARIANT, "no graphs": _INVARIANT | _EAGER, "host": _INVARIANT | _HOST},
 }
-# Relative to the largest logit: roundings of activations (bf16), sums in another order (fp32).
-TOLERANCES = {"bfloat16": 0.05, "float32": 1e-4}
+# (relative to the largest logit, share of the rows of logits that may be further off): roundings of activations (bf16),
+# sums in another order (fp32). Rounded, a near tie in a router may fall the other way: one row in ten.
+TOLERANCES = {"bfloat16": (0.05, 0.1), "float32": (1e-4, 0.0)}
 GROUPS = {"bfloat16": PACKED_GROUPS | DENSE_GROUPS, "float32": DENSE_GROUPS}
 _REHEARSAL: dict[str, dict] = {"bfloat16": {"decoded first": {"resident": {}}}}
 
@@ -136,21 +137,21 @@ def serve(model: Path, asked: list[Request], **settings) -> tuple[list[list[int]
     return [list(output.token_ids) for output in outputs], [torch.stack(rows[i]) for i in sorted(rows)]
 
 
-def first_difference(
+def compare(
     tokens: list[int], logits: torch.Tensor, expected: list[int], expected_logits: torch.Tensor, tolerance: float
-) -> str | None:
-    """What is wrong with one request's greedy tokens, or None. Compared up to the first undecidable token."""
-    scale = expected_logits.abs().max().item()
+) -> list[float]:
+    """Errors of one request's logits, relative to the largest, up to where its greedy tokens part from those expected.
+    WrongError where they part though the logits agree and are not near a tie."""
+    errors = []
     for place, (token, wanted) in enumerate(zip(tokens, expected, strict=True)):
-        error = (logits[place] - expected_logits[place]).abs().max().item() / scale
-        if error > tolerance:
-            return f"logits of token {place} differ by {error:.2g} of the largest"
+        scale = expected_logits[place].abs().max().item()
+        errors.append((logits[place] - expected_logits[place]).abs().max().item() / scale)
         if token != wanted:
             best = expected_logits[place].topk(2).values
-            if (best[0] - best[1]).item() <= 2 * tolerance * scale:
-                return None
-            return f"token {place} is {token}, not {wanted}"
-    return None
+            if errors[-1] <= tolerance and (best[0] - best[1]).item() > 2 * tolerance * scale:
+                raise WrongError(f"token {place} is {token}, not {wanted}")
+            break
+    return errors
 
 
 class Model:
@@ -172,13 +173,16 @@ class Model:
         """Columns of a configuration's row. first_digest: of the tokens of its group's first, where that was right."""
         tokens, logits = serve(self.path, self.asked, device=device, kernels="triton", **settings)
         digest = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
-        for i, (expected, expected_logits) in enumerate(zip(*self.expected, strict=True)):
-            wrong = first_difference(tokens[i], logits[i], expected, expected_logits, TOLERANCES[self.dtype])
-            if wrong:
-                raise WrongError(f"request {i}: {wrong}")
+        tolerance, share = TOLERANCES[self.dtype]
+        errors: list[float] = []
+        for i, expected in enumerate(zip(*self.expected, strict=True)):
+            errors += compare(tokens[i], logits[i], *expected, tolerance)
+        far = sum(not error <= tolerance for error in errors)  # nor is NaN near
+        if far > share * len(errors):
+            raise WrongError(f"{far} of {len(errors)} rows of logits differ by up to {max(errors):.2g} of the largest")
         if first_digest not in (None, digest):
             raise WrongError("other tokens than the first of its group")
-        return {"tokens_sha256": digest}
+        return {"tokens_sha256": digest, "logits": len(errors), "far": far, "largest_error": max(errors)}
 
 
 def check_model(model: Model, groups: dict, device: str, results: Sweep) -> None:

@@ -86,10 +86,7 @@ class Case:
         inputs = torch.cat([past.float(), x.view(*shape, -1).float()], dim=1)
         taps = [inputs[:, tap : tap + self.tokens] * self.weights.conv[:, tap] for tap in range(d.taps)]
         q, k, v = F.silu(sum(taps[1:], taps[0])).bfloat16().split([d.key_size, d.key_size, d.value_size], dim=-1)
-        q, k = (
-            part.view(*shape, d.key_heads, d.key_dim).repeat_interleave(heads // d.key_heads, dim=2).contiguous()
-            for part in (q, k)
-        )
+        q, k = (part.view(*shape, d.key_heads, d.key_dim).contiguous() for part in (q, k))
         g = -self.weights.rate * F.softplus(a.float() + self.weights.dt_bias)
         arguments = dict(
             q=q, k=k, v=v.view(*shape, heads, d.value_dim).contiguous(), g=g.view(*shape, heads),

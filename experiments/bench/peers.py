@@ -82,7 +82,7 @@ def vllm_fused(gate_up: Tensor, down: Tensor) -> Run:
 def triton_kernels_matmul(gate_up: Tensor, down: Tensor) -> Run:
     """OpenAI's triton_kernels, from Triton's repository: top-k, two matmuls with SwiGLU fused in the first, a sum.
 
-    Its module was called matmul_ogs, with a routing module beside it, until Triton 3.5.
+    Its module is called matmul_ogs up to Triton 3.6. Its top-k takes powers of two alone.
     """
     half = gate_up.shape[1] // 2
     mixed = torch.stack([gate_up[:, :half], gate_up[:, half:]], dim=2).flatten(1, 2)
@@ -96,7 +96,7 @@ def triton_kernels_matmul(gate_up: Tensor, down: Tensor) -> Run:
     except ImportError:
         pass
     try:
-        return _triton_kernels_old(first, second, swiglu_fn)
+        return _triton_kernels_36(first, second, swiglu_fn)
     except ImportError as error:
         raise AbsentError(f"this version of triton_kernels is not known: {error}") from None
 
@@ -126,20 +126,35 @@ def _triton_kernels_new(first: Tensor, second: Tensor, swiglu_fn: object) -> Run
     return run
 
 
-def _triton_kernels_old(first: Tensor, second: Tensor, swiglu_fn: object) -> Run:
-    from triton_kernels.matmul_ogs import FnSpecs, FusedActivation, PrecisionConfig, matmul_ogs
-    from triton_kernels.routing import routing
+def _triton_kernels_36(first: Tensor, second: Tensor, swiglu_fn: object) -> Run:
+    from triton_kernels.matmul_ogs import (
+        FnSpecs,
+        FusedActivation,
+        GatherIndx,
+        PrecisionConfig,
+        RoutingData,
+        ScatterIndx,
+        matmul_ogs,
+    )
+    from triton_kernels.tensor import make_ragged_tensor_metadata
+    from triton_kernels.topk import topk
 
-    activation = FusedActivation(FnSpecs("swiglu", swiglu_fn, ("alpha", "limit")), (1.0, None), 2)
+    activation = FusedActivation(FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2), (1.0, None))
+    precision = PrecisionConfig()
 
     def run(x: Tensor, logits: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        data, gather, scatter = routing(logits, chosen.shape[1])
+        top_k = chosen.shape[1]
+        sparse = topk(logits, top_k, apply_softmax=True)
+        to_sorted, to_rows = sparse.mask_metadata.row_sorted_indx, sparse.mask_metadata.col_sorted_indx
+        ragged = make_ragged_tensor_metadata(sparse.mask_metadata.col_sum, len(to_rows))
+        data = RoutingData(sparse.vals.flatten()[to_rows], ragged.slice_sizes, len(first), top_k, ragged)
+        gather, scatter = GatherIndx(to_rows, to_sorted), ScatterIndx(to_sorted, to_rows)
         h = matmul_ogs(
-            x, first, None, data, gather_indx=gather, precision_config=PrecisionConfig(), fused_activation=activation
-        )
+            x, first, None, data, gather_indx=gather, precision_config=precision, fused_activation=activation
+        )  # fmt: skip
         return matmul_ogs(
-            h, second, None, data, scatter_indx=scatter, precision_config=PrecisionConfig(), gammas=data.gate_scal
-        )
+            h, second, None, data, scatter_indx=scatter, precision_config=precision, gammas=data.gate_scal
+        )  # fmt: skip
 
     return run
 

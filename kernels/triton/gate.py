@@ -90,20 +90,21 @@ def _gate_kernel(
         squares += tl.sum(values * values, axis=1)
     scale = 1.0 / tl.sqrt(squares / HIDDEN + eps)
 
-    n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
+    outputs = E + SIZES.shared
+    n, end = pid * BLOCK_N + tl.arange(0, BLOCK_N), E
     w_ptrs = weights.router + tl.minimum(n, E - 1)[:, None] * HIDDEN
     if weights.score is not None:
+        # The score's column is the last program's alone.
         last = pid == tl.num_programs(0) - 1
-        n = tl.where(last, E + tl.arange(0, BLOCK_N), n)
+        n, end = tl.where(last, E + tl.arange(0, BLOCK_N), n), tl.where(last, outputs, E)
         w_ptrs = tl.where(last, weights.score + tl.zeros_like(n)[:, None], w_ptrs)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in tl.range(0, HIDDEN, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         w = tl.load(w_ptrs + k[None, :], mask=k[None, :] < HIDDEN, other=0.0)
         acc = dot(_normed(hidden_ptrs, weights.norm, scale, k, HIDDEN), w.T, acc)
-    outputs = E + SIZES.shared
     logits_ptrs = logits_ptr + rows[:, None] * outputs + n[None, :]
-    tl.store(logits_ptrs, acc, mask=(rows[:, None] < T) & (n[None, :] < outputs))
+    tl.store(logits_ptrs, acc, mask=(rows[:, None] < T) & (n[None, :] < end))
 
     for k0 in tl.range(pid * BLOCK_K, HIDDEN, tl.num_programs(0) * BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)

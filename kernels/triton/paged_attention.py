@@ -68,12 +68,12 @@ def attention_tile(head_dim: int, group: int, itemsize: int, max_query_len: int,
     head_dim > 128. 4 warps hold the fp32 accumulator of 64 x 128, where matrix instructions take operands from
     shared memory (see below); more take 8.
     block_kv: 64 positions of bf16 at head_dim 128 are 16 KiB; two programs an SM, each with K or V on its way, ask for
-    more than the 20 KiB that 3.35 TB/s times 0.8 us of latency need on an H100. 128 with 128 rows on Hopper and later:
-    what a step does once (page numbers, addresses, waits) is half as much. 32 where 64 would spill: a head_dim > 128,
-    and 64 rows or more on GPUs whose matrix instructions take both operands from registers (all but sm_90 and sm_100).
+    more than the 20 KiB that 3.35 TB/s times 0.8 us of latency need on an H100. 128 positions halve what a step does
+    once (page numbers, addresses, waits), and are 5 % slower with 128 rows on an H200. 32 where 64 would spill: a
+    head_dim > 128, and 64 rows or more on GPUs whose matrix instructions take both operands from registers (all but
+    sm_90 and sm_100).
     Stages: the pipeliner spends two on the block table before each buffer of K and V: 3 make one buffer, 5 two. Two
-    where few programs share an SM: 128 rows (one program) of 32 positions, and decode where two fit in 227 KiB of
-    shared memory. 128 positions are 32 KiB, on their way while the 32 KiB before are used; two buffers would spill.
+    where few programs share an SM: 128 rows (one program), and decode where two fit in 227 KiB of shared memory.
     fp32 has no matrix instructions without rounding to TF32: the tile is small enough for plain FMAs not to spill.
     """
     dim = padded_dim(head_dim)
@@ -84,9 +84,9 @@ def attention_tile(head_dim: int, group: int, itemsize: int, max_query_len: int,
     wgmma = 90 <= capability < 120
     most = 64 if dim > 128 else 128
     rows = max(min(triton.next_power_of_2(max_query_len * group), most), triton.next_power_of_2(group), 16)
-    block_kv = 32 if dim > 128 or (rows >= 64 and not wgmma) else 128 if rows >= 128 else 64
+    block_kv = 32 if dim > 128 or (rows >= 64 and not wgmma) else 64
     num_warps = 8 if rows * dim > 64 * 128 or rows >= 128 or (rows >= 64 and not wgmma) else 4
-    two_buffers = (rows >= 128 and block_kv < 128) or (rows <= 32 and wgmma)
+    two_buffers = rows >= 128 or (rows <= 32 and wgmma)
     return AttentionTile(rows, rows // group, block_kv, num_warps, 5 if two_buffers else 3)
 
 

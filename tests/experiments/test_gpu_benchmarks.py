@@ -379,10 +379,14 @@ def test_no_gpu_is_a_clear_error_that_names_a_flag_which_exists(command, tmp_pat
 
 def test_engine_check_sees_differences_and_forgives_ties():
     logits = torch.tensor([[0.0, 5.0, 1.0], [4.0, 0.0, 3.9999]])
-    assert check_engine.first_difference([1, 0], logits, [1, 0], logits, 1e-4) is None
-    assert check_engine.first_difference([1, 2], logits, [1, 0], logits, 1e-4) is None
-    assert "token 0 is 2" in check_engine.first_difference([2, 0], logits, [1, 0], logits, 1e-4)
-    assert "logits of token 0" in check_engine.first_difference([1, 0], logits + 1, [1, 0], logits, 1e-4)
+    assert check_engine.compare([1, 0], logits, [1, 0], logits, 1e-4) == [0.0, 0.0]
+    assert check_engine.compare([1, 2], logits, [1, 0], logits, 1e-4) == [0.0, 0.0]
+    assert check_engine.compare([2, 0], logits + 1, [1, 0], logits, 1e-4) == pytest.approx([0.2]), (
+        "nothing compares behind"
+    )
+    assert check_engine.compare([1, 0], logits + 1, [1, 0], logits, 1e-4) == pytest.approx([0.2, 0.25])
+    with pytest.raises(WrongError, match="token 0 is 2, not 1"):
+        check_engine.compare([2, 0], logits, [1, 0], logits, 1e-4)
 
 
 def test_predictions_of_other_kernels_are_their_slowest_limit():

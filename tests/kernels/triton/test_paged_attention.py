@@ -265,7 +265,7 @@ def test_default_splits_fit_the_workspace_promised(monkeypatch):
 def test_tiles_hold_whole_tokens_and_fit_shared_memory():
     assert attention_tile(128, 8, 2, 1, 89) == AttentionTile(16, 2, 64, 4, 3)
     assert attention_tile(128, 8, 2, 1, 90) == AttentionTile(16, 2, 64, 4, 5)
-    assert attention_tile(128, 4, 2, 512, 90) == AttentionTile(128, 32, 128, 8, 3)
+    assert attention_tile(128, 4, 2, 512, 90) == AttentionTile(128, 32, 64, 8, 5)
     assert attention_tile(128, 4, 2, 512, 89) == AttentionTile(128, 32, 32, 8, 5)
     shapes = itertools.product((24, 80, 128, 256), (1, 3, 8, 64), (2, 4), (1, 5, 999), (80, 89, 90, 100, 120))
     for dim, group, itemsize, queries, capability in shapes:

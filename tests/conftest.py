@@ -22,3 +22,13 @@ hypothesis.settings.load_profile("same")
 def _deterministic():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def exact_bf16():
+    """CPU kernels that do not round what they multiply with bf16 weights, for references that do not either."""
+    from fluxmoe.kernels.cpu import tile
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile, "BF16_KIND", tile.BF16)
+        yield

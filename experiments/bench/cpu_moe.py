@@ -4,8 +4,8 @@
 
 One MoE layer (gate/up, SwiGLU, down) with the same number of rows for every expert, uncompressed and in planar12.
 Weights are cold: the layers that are rotated through exceed every cache. The floor is the larger of weight bytes over
-the read bandwidth and flops over the FMA rate, both measured in this run; torch loops over experts with bf16 and with
-fp32 weights.
+the read bandwidth and flops over the tile's rate, both measured in this run; torch loops over experts with bf16 and
+with fp32 weights.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from fluxmoe.kernels.cpu import gemm, moe, planar
 from fluxmoe.kernels.cpu.gemm import default_threads
+from fluxmoe.kernels.cpu.tile import kind_of
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.hardware import measure_bandwidths
@@ -83,12 +84,12 @@ def median_seconds(work: Callable[[int], object], layers: int) -> tuple[float, f
 
 
 def peak_flops(threads: int) -> float:
-    """FMA rate of the tile on a product that is far from memory-bound, flop/s."""
+    """Rate of the tile on a product that is far from memory-bound, flop/s."""
     n, k, rows = 2048, 512, 256
     block = torch.empty(gemm.arranged_bytes(n, k, torch.bfloat16), dtype=torch.uint8)
     gemm.arrange(torch.randn(n, k).bfloat16(), block)
-    x, y, scratch = torch.randn(rows, k), torch.empty(rows, n), gemm.Scratch(rows, threads)
-    seconds, _ = median_seconds(lambda i: gemm.linear(x, block, n, torch.bfloat16, y, scratch), 1)
+    x, y, scratch = torch.randn(rows, k), torch.empty(rows, n), gemm.Scratch(rows, threads, k)
+    seconds, _ = median_seconds(lambda i: gemm.linear(x, block, n, kind_of(torch.bfloat16), y, scratch), 1)
     return 2 * n * k * rows / seconds
 
 

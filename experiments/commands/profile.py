@@ -21,6 +21,7 @@ import torch
 from fluxmoe.kernels.cpu import gemm
 from fluxmoe.kernels.cpu.copy import stream_copy
 from fluxmoe.kernels.cpu.gemm import default_threads
+from fluxmoe.kernels.cpu.tile import kind_of
 from fluxmoe.kernels.formats import codec_of, compressed_formats
 from fluxmoe.runtime.devices import HOST, PAGE, resolve_device
 from fluxmoe.runtime.experts.placement import Tier
@@ -93,7 +94,7 @@ def copy_overlap(device: torch.device, host_bytes: int) -> float:
     if device.type == "cuda":
         return 1.0
     rows, n, k = 4, 2048, 2048
-    scratch = gemm.Scratch(rows, default_threads())
+    scratch = gemm.Scratch(rows, default_threads(), k)
     weights = [torch.empty(gemm.arranged_bytes(n, k, torch.bfloat16), dtype=torch.uint8) for _ in range(24)]
     for block in weights:
         gemm.arrange(torch.randn(n, k).bfloat16(), block)
@@ -101,7 +102,7 @@ def copy_overlap(device: torch.device, host_bytes: int) -> float:
 
     def compute() -> None:
         for block in weights:
-            gemm.linear(x, block, n, torch.bfloat16, y, scratch)
+            gemm.linear(x, block, n, kind_of(torch.bfloat16), y, scratch)
 
     host, target = torch.ones(host_bytes, dtype=torch.uint8), torch.empty(1 << 20, dtype=torch.uint8)
     pieces = host.split(target.numel())

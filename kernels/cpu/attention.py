@@ -1,6 +1,6 @@
 """Paged attention on the CPU, its KV layout, and the fused QK-norm + RoPE + KV write before it.
 
-The KV cache is laid out so that both products of attention are the GEMM tile of `simd`. A block of one layer,
+The KV cache is laid out so that both products of attention are the GEMM tile of `tile`. A block of one layer,
 `block_size` a multiple of 16, dtype bf16 or fp32:
 
     k  [kv_heads, block_size/16, head_dim, 16]      scores[rows, 16 positions] = q[rows, D] @ panel
@@ -24,7 +24,8 @@ from torch import Tensor
 from ..ops import AttentionMetadata, KernelError, RopeTable
 from .gemm import LANES, Scratch, padded, zeros
 from .norm import rms_scale
-from .simd import MAX_ROWS, exp_f32, fetch_add, float_bits, gemm_tile, round_bf16, store_u16, store_u32
+from .simd import exp_f32, fetch_add, float_bits, round_bf16, store_u16, store_u32
+from .tile import BF16, FP32, MAX_ROWS, gemm_tile
 
 NO_NORM, HEAD_NORM, FULL_NORM = 0, 1, 2
 
@@ -121,12 +122,12 @@ def _softmax(row):
 @njit(parallel=True, nogil=True, cache=True)
 def _attention(
     qkv, heads, kv_heads, dim, softmax_scale, window, tile_sequence, tile_first_row, query_start, context_lens,
-    block_table, k_cache, v_cache, k_block_bytes, v_block_bytes, block_size, bf16, out, q_tile, scores, out_tile,
+    block_table, k_cache, v_cache, k_block_bytes, v_block_bytes, block_size, kind, out, q_tile, scores, out_tile,
     row_tables, counter, threads,
 ):  # fmt: skip
     group = heads // kv_heads
     tiles = tile_sequence.shape[0]
-    item = 2 if bf16 else 4
+    item = 4 if kind == FP32 else 2
     v_panels = (dim + 15) // 16
     score_stride = scores.shape[2] * 4
     panels_per_block = block_size // 16
@@ -161,7 +162,7 @@ def _attention(
                 base += kv_head * panels_per_block * dim * 16 * item
                 for p in range(min(panels_per_block, (end - b * block_size + 15) // 16)):
                     y = score.ctypes.data + ((b - first_block) * block_size + p * 16) * 4
-                    gemm_tile(base + p * dim * 16 * item, bf16, rows_at.ctypes.data, rows, dim, y, score_stride, 0)
+                    gemm_tile(base + p * dim * 16 * item, kind, rows_at.ctypes.data, rows, dim, y, score_stride, 0)
             for r in range(rows):
                 position = past + (first_row + r) // group
                 low = max(0, position + 1 - window) if window > 0 else 0
@@ -176,7 +177,7 @@ def _attention(
                     base = v_cache + block_table[sequence, b] * v_block_bytes
                     base += (kv_head * v_panels + panel) * block_size * 16 * item
                     depth = min(block_size, end - b * block_size)
-                    gemm_tile(base, bf16, rows_at.ctypes.data, rows, depth, y, result.shape[1] * 4, b - first_block)
+                    gemm_tile(base, kind, rows_at.ctypes.data, rows, depth, y, result.shape[1] * 4, b - first_block)
             for r in range(rows):
                 token, head = (first_row + r) // group, kv_head * group + (first_row + r) % group
                 for d in range(dim):
@@ -281,7 +282,7 @@ def attention(
         k_cache.stride(0) * k_cache.itemsize,
         v_cache.stride(0) * v_cache.itemsize,
         metadata.block_size,
-        k_cache.dtype == torch.bfloat16,
+        BF16 if k_cache.dtype == torch.bfloat16 else FP32,
         out.numpy(),
         buffers.q.numpy(),
         buffers.scores.numpy(),

@@ -1,6 +1,6 @@
 """CpuExperts: routing, experts' blocks and the grouped GEMM on the CPU kernels, with every buffer made once.
 
-Activations are fp32, as in `cpu.ops`; blocks are panels (see `moe`), dense or compressed.
+Activations are fp32, rounded inside as in `cpu.ops`; blocks are panels (see `moe`), dense or compressed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class CpuExperts(ExpertLayer[moe.Routing], CpuBlocks):
         self.threads = gemm.use_threads(threads)
         self._scratch = gemm.Scratch(max_tokens * dims.top_k, self.threads)
         self._buffers = moe.MoeBuffers(
-            max_tokens, dims.hidden, dims.intermediate, dims.experts, dims.top_k, self.threads
+            max_tokens, dims.hidden, dims.intermediate, dims.experts, dims.top_k, self.threads, dims.dtype
         )
         self.workspace_bytes = self._scratch.nbytes + self._buffers.nbytes
 

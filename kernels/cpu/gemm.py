@@ -1,4 +1,4 @@
-"""Dense linear layers on the CPU: weights arranged once into panels, multiplied by the tile of `simd`.
+"""Dense linear layers on the CPU: weights arranged once into panels, multiplied by the tile of `tile`.
 
 Layout of a weight [N, K] (out_features, in_features), dtype bf16 or fp32:
 
@@ -18,10 +18,12 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from .simd import LANES, fetch_add, gemm_panel
+from .simd import LANES, fetch_add, round_row
+from .tile import BF16_DOT, FP32, gemm_panel, kind_of
 
-# Claiming a task costs an atomic and a branch (~50 ns); this many weight bytes take some µs to read.
-_TASK_BYTES = 64 * 1024
+# Weight bytes of a task. A thread that goes elsewhere in memory begins with nothing fetched ahead: 41 GB/s in tasks of
+# 64 KiB, 45 of 1 MiB (two Zen 5 cores, a plain read 49); but all threads must end at about the same time.
+_LEAST_TASK_BYTES, _MOST_TASK_BYTES, _TASKS_PER_THREAD = 64 * 1024, 1024 * 1024, 32
 
 
 def padded(n: int) -> int:
@@ -59,17 +61,37 @@ def restore(block: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
 
 
 @njit(nogil=True, cache=True)
+def panels_per_task(panel_bytes, panels, threads):
+    """How many panels are claimed at once, of all that are to be read."""
+    task_bytes = panels * panel_bytes // (threads * _TASKS_PER_THREAD)
+    return max(1, min(max(task_bytes, _LEAST_TASK_BYTES), _MOST_TASK_BYTES) // panel_bytes)
+
+
+@njit(nogil=True, cache=True)
 def fill_rows(row_table, first_address, stride_bytes, rows):
     """row_table[r] = address of row r of a matrix: the tile reads x through a table of rows."""
     for r in range(rows):
         row_table[r] = first_address + r * stride_bytes
 
 
+@njit(nogil=True, cache=True)
+def round_rows(x, x_stride, rows, columns, out, out_stride):
+    """fp32 [rows, columns] at address `x` → bf16 at address `out`; strides in bytes."""
+    for r in range(rows):
+        round_row(x + r * x_stride, out + r * out_stride, columns)
+
+
 @njit(parallel=True, nogil=True, cache=True)
-def _linear(weight, bf16, depth, panels, x, x_stride, rows, y, y_stride, row_table, counter, task_bytes, threads):
-    fill_rows(row_table, x, x_stride, rows)
-    panel_bytes = depth * 16 * (2 if bf16 else 4)
-    per_task = max(1, task_bytes // panel_bytes)
+def _linear(
+    weight, kind, depth, panels, x, x_stride, rows, rounded, y, y_stride, row_table, counter, threads
+):  # fmt: skip
+    if kind == BF16_DOT:
+        round_rows(x, x_stride, rows, depth, rounded, 2 * depth)
+        fill_rows(row_table, rounded, 2 * depth, rows)
+    else:
+        fill_rows(row_table, x, x_stride, rows)
+    panel_bytes = depth * 16 * (4 if kind == FP32 else 2)
+    per_task = panels_per_task(panel_bytes, panels, threads)
     tasks = (panels + per_task - 1) // per_task
     counter[0] = 0
     claim = counter.ctypes.data
@@ -80,30 +102,31 @@ def _linear(weight, bf16, depth, panels, x, x_stride, rows, y, y_stride, row_tab
             if task >= tasks:
                 break
             for p in range(task * per_task, min(panels, (task + 1) * per_task)):
-                gemm_panel(weight + p * panel_bytes, bf16, table, rows, depth, y + p * 64, y_stride)
+                gemm_panel(weight + p * panel_bytes, kind, table, rows, depth, y + p * 64, y_stride)
 
 
-def linear(x: Tensor, weight: Tensor, n: int, dtype: torch.dtype, y: Tensor, scratch: Scratch) -> Tensor:
-    """y[:, :n] = x @ W^T.
+def linear(x: Tensor, weight: Tensor, n: int, kind: int, y: Tensor, scratch: Scratch) -> Tensor:
+    """y[:, :n] = x @ W^T, multiplied as `kind` says (see `tile`): x is rounded to bf16 for BF16_DOT.
 
-    x fp32 [M, K]; weight: arranged [n, K] of `dtype`; y fp32 [M, ≥ padded(n)] with contiguous rows, written in its
-    first padded(n) columns. Returns the view [M, n].
+    x fp32 [M, K]; weight: arranged [n, K] of the kind's dtype; y fp32 [M, ≥ padded(n)] with contiguous rows, written in
+    its first padded(n) columns. Returns the view [M, n].
     """
     rows, depth = x.shape
+    assert kind != BF16_DOT or scratch.rounded.numel() >= rows * depth, f"{list(x.shape)} do not fit"
     if rows:
         _linear(
             weight.data_ptr(),
-            dtype == torch.bfloat16,
+            kind,
             depth,
             padded(n) // LANES,
             x.data_ptr(),
             x.stride(0) * 4,
             rows,
+            scratch.rounded.data_ptr(),
             y.data_ptr(),
             y.stride(0) * 4,
             scratch.row_table,
             scratch.counter,
-            _TASK_BYTES,
             scratch.threads,
         )
     return y[:rows, :n]
@@ -123,17 +146,19 @@ def use_threads(threads: int | None = None) -> int:
 
 
 class Scratch:
-    """What parallel kernels of one engine share: a work counter, a table of row addresses, a thread count."""
+    """What parallel kernels of one engine share: a work counter, a table of row addresses, a thread count, and room for
+    rows that are rounded to bf16, up to `depth` wide, where kernels take those."""
 
-    def __init__(self, max_rows: int, threads: int) -> None:
+    def __init__(self, max_rows: int, threads: int, depth: int = 0, dtype: torch.dtype = torch.bfloat16) -> None:
         # A cache line to itself: every thread hits the counter.
         self.counter = np.zeros(16, dtype=np.int64)
         self.row_table = np.zeros(max(1, max_rows), dtype=np.int64)
+        self.rounded = zeros(max_rows if kind_of(dtype) == BF16_DOT else 0, depth, dtype=torch.bfloat16)
         self.threads = threads
 
     @property
     def nbytes(self) -> int:
-        return self.counter.nbytes + self.row_table.nbytes
+        return self.counter.nbytes + self.row_table.nbytes + self.rounded.nbytes
 
 
 def linear_torch(x: Tensor, weight: Tensor) -> Tensor:

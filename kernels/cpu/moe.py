@@ -7,9 +7,10 @@ Data map for T tokens, E experts, R = T·top_k rows, one a token and choice:
                                     (-1: an expert that is elsewhere)
     row_token     int32 [R]         token of each row, rows sorted by expert, stable  route → gate_up
     expert_start  int32 [E + 1]     first row of each expert                         route → gate_up, down
-    activation    fp32  [R, I]      silu(gate) * up                                  gate_up → down
+    activation    [R, I]            silu(gate) * up, fp32 or bf16                    gate_up → down
     expert_out    fp32  [R, H]      down projection                                  down → combine
 
+x and activation are rounded to bf16 where the tile multiplies bf16 (`tile.kind_of`), else fp32 all along.
 The gate/up GEMM gathers its rows through the tile's row table, so no copy of the tokens is made; combine adds
 each token's top_k rows in the order of the router, so the result does not depend on who did the work.
 
@@ -33,12 +34,12 @@ from ..expert_table import ExpertTable
 from ..formats import FORMATS
 from ..ops import KernelError
 from . import gemm
-from .gemm import LANES, Scratch, fill_rows, padded, zeros
+from .gemm import LANES, Scratch, fill_rows, padded, panels_per_task, round_rows, zeros
 from .planar_tile import planar_panel
-from .simd import exp_f32, fetch_add, gemm_panel
+from .simd import copy_16, exp_f32, fetch_add, round_16
+from .tile import BF16_DOT, FP32, gemm_panel, kind_of, x_dtype
 
 _PLANAR12 = FORMATS["planar12"].number
-_TASK_BYTES = 64 * 1024
 # Rows of gate and up kept per thread between the GEMM and SwiGLU: 2 x 48 x 16 fp32 = 6 KiB stay in L1.
 _CHUNK_ROWS = 48
 
@@ -132,24 +133,39 @@ def _sort_by_expert(topk_ids, row_of, row_token, expert_start):
 
 
 @njit(nogil=True, cache=True)
-def _expert_panel(block, planar, panel, panels, panel_bytes, bf16, x_rows, rows, depth, y, y_stride):
+def _expert_panel(block, planar, panel, panels, panel_bytes, kind, x_rows, rows, depth, y, y_stride):
     """gemm_panel on panel `panel` of `panels` of an expert's block, whatever its format."""
     if planar:
-        planar_panel(block, panel, panels, x_rows, rows, depth, y, y_stride)
+        planar_panel(block, panel, panels, kind, x_rows, rows, depth, y, y_stride)
     else:
-        gemm_panel(block + panel * panel_bytes, bf16, x_rows, rows, depth, y, y_stride)
+        gemm_panel(block + panel * panel_bytes, kind, x_rows, rows, depth, y, y_stride)
+
+
+@njit(nogil=True, cache=True)
+def _count_busy(expert_start, chosen):
+    """How many of the chosen experts have rows."""
+    busy = 0
+    for e in range(chosen.shape[0]):
+        if chosen[e] and expert_start[e] < expert_start[e + 1]:
+            busy += 1
+    return busy
 
 
 @njit(parallel=True, nogil=True, cache=True)
 def _gate_up(
-    table, formats, chosen, bf16, hidden, panels, x, x_stride, row_token, expert_start, activation, row_table, tiles,
-    counter, task_bytes, threads,
+    table, formats, chosen, kind, hidden, panels, x, x_stride, tokens, rounded, row_token, expert_start, activation,
+    act_stride, row_table, tiles, counter, threads,
 ):  # fmt: skip
     experts = expert_start.shape[0] - 1
+    if kind == BF16_DOT:
+        round_rows(x, x_stride, tokens, hidden, rounded, 2 * hidden)
+        x, x_stride = rounded, 2 * hidden
     for r in range(expert_start[experts]):
         row_table[r] = x + row_token[r] * x_stride
-    panel_bytes = hidden * 16 * (2 if bf16 else 4)
-    per_task = max(1, task_bytes // (2 * panel_bytes))
+    panel_bytes = hidden * 16 * (4 if kind == FP32 else 2)
+    act_panel_bytes = 16 * (2 if kind == BF16_DOT else 4)
+    busy = _count_busy(expert_start, chosen)
+    per_task = panels_per_task(2 * panel_bytes, busy * panels, threads)
     groups = (panels + per_task - 1) // per_task
     counter[0] = 0
     claim = counter.ctypes.data
@@ -172,28 +188,33 @@ def _gate_up(
                     count = min(chunk, last - begin)
                     rows_at = rows_base + 8 * begin
                     _expert_panel(
-                        table[expert, 0], planar, 2 * p, 2 * panels, panel_bytes, bf16, rows_at, count, hidden,
+                        table[expert, 0], planar, 2 * p, 2 * panels, panel_bytes, kind, rows_at, count, hidden,
                         gate.ctypes.data, 64,
                     )  # fmt: skip
                     _expert_panel(
-                        table[expert, 0], planar, 2 * p + 1, 2 * panels, panel_bytes, bf16, rows_at, count, hidden,
+                        table[expert, 0], planar, 2 * p + 1, 2 * panels, panel_bytes, kind, rows_at, count, hidden,
                         up.ctypes.data, 64,
                     )  # fmt: skip
                     for r in range(count):
                         for lane in range(16):
                             g = gate[r, lane]
-                            activation[begin + r, p * 16 + lane] = g / (types.float32(1.0) + exp_f32(-g)) * up[r, lane]
+                            gate[r, lane] = g / (types.float32(1.0) + exp_f32(-g)) * up[r, lane]
+                        out = activation + (begin + r) * act_stride + p * act_panel_bytes
+                        if kind == BF16_DOT:
+                            round_16(gate.ctypes.data + r * 64, out)
+                        else:
+                            copy_16(gate.ctypes.data + r * 64, out)
 
 
 @njit(parallel=True, nogil=True, cache=True)
 def _down(
-    table, formats, chosen, bf16, depth, panels, activation, act_stride, expert_start, out, out_stride, row_table,
-    counter, task_bytes, threads,
+    table, formats, chosen, kind, depth, panels, activation, act_stride, expert_start, out, out_stride, row_table,
+    counter, threads,
 ):  # fmt: skip
     experts = expert_start.shape[0] - 1
     fill_rows(row_table, activation, act_stride, expert_start[experts])
-    panel_bytes = depth * 16 * (2 if bf16 else 4)
-    per_task = max(1, task_bytes // panel_bytes)
+    panel_bytes = depth * 16 * (4 if kind == FP32 else 2)
+    per_task = panels_per_task(panel_bytes, _count_busy(expert_start, chosen) * panels, threads)
     groups = (panels + per_task - 1) // per_task
     counter[0] = 0
     claim = counter.ctypes.data
@@ -211,7 +232,7 @@ def _down(
             planar = formats[expert, 1] == _PLANAR12
             for p in range(group * per_task, min(panels, (group + 1) * per_task)):
                 _expert_panel(
-                    table[expert, 1], planar, p, panels, panel_bytes, bf16, rows_base + 8 * first, last - first, depth,
+                    table[expert, 1], planar, p, panels, panel_bytes, kind, rows_base + 8 * first, last - first, depth,
                     out + first * out_stride + p * 64, out_stride,
                 )  # fmt: skip
 
@@ -233,14 +254,19 @@ def _combine(expert_out, topk_weights, row_of, residual, out):
 class MoeBuffers:
     """Buffers of one MoE layer for at most `max_tokens` tokens; all layers share them."""
 
-    def __init__(self, max_tokens: int, hidden: int, intermediate: int, experts: int, top_k: int, threads: int) -> None:
+    def __init__(
+        self, max_tokens: int, hidden: int, intermediate: int, experts: int, top_k: int, threads: int,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:  # fmt: skip
         rows = max_tokens * top_k
         self.topk_ids = zeros(max_tokens, top_k, dtype=torch.int32)
         self.topk_weights = zeros(max_tokens, top_k)
         self.row_of = zeros(max_tokens, top_k, dtype=torch.int32)
         self.row_token = zeros(rows, dtype=torch.int32)
         self.expert_start = zeros(experts + 1, dtype=torch.int32)
-        self.activation = zeros(rows, padded(intermediate))
+        kind = kind_of(dtype)
+        self.rounded = zeros(max_tokens if kind == BF16_DOT else 0, hidden, dtype=torch.bfloat16)
+        self.activation = zeros(rows, padded(intermediate), dtype=x_dtype(kind))
         self.expert_out = zeros(rows, padded(hidden))
         self.tiles = zeros(threads, 2, _CHUNK_ROWS, LANES)
         self.all = torch.ones(experts, dtype=torch.uint8, device="cpu")
@@ -293,18 +319,20 @@ def gate_up(
         table.addresses.numpy(),
         table.formats.numpy(),
         (b.all if chosen is None else chosen).numpy(),
-        dtype == torch.bfloat16,
+        kind_of(dtype),
         x.shape[1],
         padded(intermediate) // LANES,
         x.data_ptr(),
         x.stride(0) * 4,
+        len(x),
+        b.rounded.data_ptr(),
         routing.row_token.numpy(),
         routing.expert_start.numpy(),
-        b.activation.numpy(),
+        b.activation.data_ptr(),
+        b.activation.stride(0) * b.activation.itemsize,
         s.row_table,
         b.tiles.numpy(),
         s.counter,
-        _TASK_BYTES,
         s.threads,
     )
 
@@ -318,17 +346,16 @@ def down(
         table.addresses.numpy(),
         table.formats.numpy(),
         (b.all if chosen is None else chosen).numpy(),
-        dtype == torch.bfloat16,
+        kind_of(dtype),
         intermediate,
         b.expert_out.shape[1] // LANES,
         b.activation.data_ptr(),
-        b.activation.stride(0) * 4,
+        b.activation.stride(0) * b.activation.itemsize,
         routing.expert_start.numpy(),
         b.expert_out.data_ptr(),
         b.expert_out.stride(0) * 4,
         s.row_table,
         s.counter,
-        _TASK_BYTES,
         s.threads,
     )
 

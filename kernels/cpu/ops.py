@@ -1,7 +1,8 @@
 """CpuOps: the operations of a decoder but its experts on the CPU kernels, with every buffer made once.
 
-Activations are fp32 whatever the weights are: upcasting bf16 is free in the kernels, and the result is closer to
-exact arithmetic than bf16 activations would be. Weights and KV cache keep the model's dtype.
+Activations between operations are fp32 whatever the weights are. Products with bf16 weights round them to bf16 where
+the CPU has dot products of bf16 (`tile`), as every bf16 engine does, and keep them elsewhere, where upcasting weights
+is free. Weights and KV cache keep the model's dtype.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from ..ops import AttentionMetadata, DeltaNetWeights, DenseMlp, KernelError, Lay
 from . import attention as attn
 from . import delta_net, gates, gemm
 from .norm import rms_norm
+from .tile import kind_of
 
 _NORMS = {"none": attn.NO_NORM, "head": attn.HEAD_NORM, "full": attn.FULL_NORM}
 
@@ -40,7 +42,8 @@ class CpuOps:
         self.dims, self.limits = dims, limits
         self.threads = gemm.use_threads(threads)
         tokens, pad = limits.tokens, gemm.padded
-        self._scratch = gemm.Scratch(tokens, self.threads)
+        widths = [dims.hidden, dims.heads * dims.head_dim, dims.mlp, dims.delta.value_size if dims.delta else 0]
+        self._scratch = gemm.Scratch(tokens, self.threads, max(widths), dims.dtype)
         self._attention = attn.AttentionBuffers(dims.head_dim, limits.context, limits.block_size, self.threads)
         self._buffers = {
             "hidden": gemm.zeros(tokens, dims.hidden),
@@ -143,15 +146,16 @@ class CpuOps:
         return residual
 
     def router(self, x: Tensor, weight: Linear) -> Tensor:
-        """[T, H] → fp32 logits [T, experts]."""
-        return self._linear(x, weight, "router")
+        """[T, H] → fp32 logits [T, experts]; x is not rounded: which experts a token gets is worth the little work."""
+        return self._linear(x, weight, "router", exact=True)
 
     def logits(self, x: Tensor, weight: Linear) -> Tensor:
         """[B, H] → fp32 [B, vocab]."""
         return self._linear(x, weight, "logits")
 
-    def _linear(self, x: Tensor, weight: Linear, name: str) -> Tensor:
-        y = gemm.linear(x, weight.block, weight.n, weight.dtype, self._buffers[name][: len(x)], self._scratch)
+    def _linear(self, x: Tensor, weight: Linear, name: str, exact: bool = False) -> Tensor:
+        kind = kind_of(weight.dtype, exact)
+        y = gemm.linear(x, weight.block, weight.n, kind, self._buffers[name][: len(x)], self._scratch)
         if weight.bias is not None:
             y += weight.bias
         return y

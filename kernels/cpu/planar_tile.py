@@ -1,24 +1,50 @@
 """The register tile of compressed panels (the layout of `planar`), in LLVM IR: decoded in registers, then multiplied.
 
-It adds in the order of `simd`'s, on the same numbers: the result has the same bits as that of the uncompressed block.
+It adds in the order of `tile`'s, on the same numbers: the result has the same bits as that of the uncompressed block.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .simd import F32, I8, I32, I64, LANES, MAX_ROWS, VEC_F32, const, splat
+from .simd import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    VEC_F32,
+    ZERO,
+    Values,
+    const,
+    fma,
+    function,
+    load_at,
+    load_i64,
+    loop,
+    prefetch,
+    repeat,
+    row_addresses,
+    splat,
+    store_at,
+    when,
+)  # fmt: skip
+from .tile import BF16, BF16_DOT, DOT_ROWS, HAS_DOT, MAX_ROWS, PAIRS, add_dots, store_sums
 
 HEADER_BYTES = 128
 PAIR_BYTES = 48
-# How far ahead panels are prefetched, in pairs of rows: 4.6 KB, some 0.3 µs of one thread.
-_PREFETCH_PAIRS = 96
+# How far ahead panels are prefetched, in pairs of rows: 6 KB, some 0.3 µs of one thread.
+_PREFETCH_PAIRS = 128
 
-_BYTES16, _BYTES32, _WORDS16 = ir.VectorType(I8, 16), ir.VectorType(I8, 32), ir.VectorType(ir.IntType(16), 16)
+_BYTES16, _BYTES32, _WORDS16 = ir.VectorType(I8, 16), ir.VectorType(I8, 32), ir.VectorType(I16, 16)
+# An escape is (k * 16 + lane) << 16 | bits: where its k begins.
+_K_BIT = 16 + 4
 _HAS_AVX2 = bool(llvm.get_host_cpu_features().get("avx2"))
 
 
@@ -32,8 +58,7 @@ def _high_bytes(builder: ir.IRBuilder, nibbles: ir.Value, base: ir.Value) -> ir.
         vector = ir.Constant(_BYTES32, ir.Undefined)
         for i in range(32):
             vector = builder.insert_element(vector, table[i % 16], ir.Constant(I32, i))
-        kind = ir.FunctionType(_BYTES32, [_BYTES32, _BYTES32])
-        shuffle = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pshuf.b")
+        shuffle = function(builder, "llvm.x86.avx2.pshuf.b", _BYTES32, [_BYTES32] * 2)
         return builder.call(shuffle, [vector, nibbles])
     sign = builder.and_(builder.shl(nibbles, _splat8(4)), _splat8(0x80))
     bases = splat(builder, builder.trunc(base, I8), _BYTES32)
@@ -44,29 +69,117 @@ def _splat8(value: int) -> ir.Constant:
     return ir.Constant(_BYTES32, [value] * 32)
 
 
-def _decode_pair(builder: ir.IRBuilder, address: ir.Value, base: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Rows k and k + 1 as words <16 x i16>, lanes in `_ORDER`'s word order; base: i64."""
-    low_byte = builder.load(builder.inttoptr(address, _BYTES32.as_pointer()), align=1)
-    packed = builder.load(builder.inttoptr(builder.add(address, ir.Constant(I64, 32)), _BYTES16.as_pointer()), align=1)
+def _bytes_of_pair(builder: ir.IRBuilder, address: ir.Value, base: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Low and high bytes <32 x i8> of rows k and k + 1, in the order of `planar`; base: i64."""
+    low_byte = load_at(builder, address, _BYTES32)
+    packed = load_at(builder, builder.add(address, const(32)), _BYTES16)
     # Both halves get all 16 bytes; the upper one is shifted to its nibbles.
     twice = builder.shuffle_vector(packed, packed, ir.Constant(ir.VectorType(I32, 32), [*range(16)] * 2))
     shifts = ir.Constant(ir.VectorType(I32, 8), [0] * 4 + [4] * 4)
     shifted = builder.bitcast(builder.lshr(builder.bitcast(twice, shifts.type), shifts), _BYTES32)
-    high_byte = _high_bytes(builder, builder.and_(shifted, _splat8(15)), base)
-    rows = []
-    for row in range(2):
-        first = 8 * row
-        mask = []
-        for half in (first, first + 16):
-            for i in range(8):
-                mask += [half + i, 32 + half + i]
-        mixed = builder.shuffle_vector(low_byte, high_byte, ir.Constant(ir.VectorType(I32, 32), mask))
-        rows.append(builder.bitcast(mixed, _WORDS16))
-    return rows[0], rows[1]
+    return low_byte, _high_bytes(builder, builder.and_(shifted, _splat8(15)), base)
+
+
+def _byte_of(row: int, word: int) -> int:
+    """Which of 32 low or high bytes the word of a row is made of."""
+    return 8 * row + word + (8 if word >= 8 else 0)
 
 
 # Lane l of a row is word _WORD_OF[l] of its vector.
 _WORD_OF = [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15]
+
+
+class _Rows:
+    """Two rows of K at a time, each <16 x i16> in word order, multiplied by FMA: the sums of tile.BF16.
+
+    step: rows of K that are decoded together; places: of each element of the decoded vectors, where in those rows it
+    is, 16 · row + lane.
+    """
+
+    step = 2
+    places: ClassVar = [[16 * row + _WORD_OF.index(word) for word in range(LANES)] for row in range(2)]
+
+    def __init__(self, builder: ir.IRBuilder, x: Values) -> None:
+        self.builder, self.x = builder, x
+        self.first = [ZERO] * len(x)
+
+    def decode(self, address: ir.Value, base: ir.Value, whole: ir.Value | None = None) -> Values:
+        """The vectors of `step` rows of K; whole: i1, false at an end of half a step, which this kind does not have."""
+        low, high = _bytes_of_pair(self.builder, address, base)
+        rows = []
+        for row in range(2):
+            mask = [part for word in range(LANES) for part in (_byte_of(row, word), 32 + _byte_of(row, word))]
+            rows.append(self._shuffle(low, high, mask, _WORDS16))
+        return rows
+
+    def multiply(self, k: ir.Value, decoded: Values, sums: Values, whole: ir.Value | None = None) -> Values:
+        """The sums with rows k … of K added."""
+        for row, words in enumerate(decoded):
+            at = self.builder.mul(self.builder.add(k, const(row)), const(4))
+            scalars = [load_at(self.builder, self.builder.add(x, at), F32, 4) for x in self.x]
+            weights = _to_f32(self.builder, words)
+            sums = [fma(self.builder, splat(self.builder, s), weights, t) for s, t in zip(scalars, sums, strict=True)]
+        return sums
+
+    def store(self, sums: Values, out: Values) -> None:
+        for total, at in zip(sums, out, strict=True):
+            store_at(self.builder, total, at, 4)
+
+    def _shuffle(self, low: ir.Value, high: ir.Value, mask: list[int], kind: ir.Type) -> ir.Value:
+        indices = ir.Constant(ir.VectorType(I32, len(mask)), mask)
+        return self.builder.bitcast(self.builder.shuffle_vector(low, high, indices), kind)
+
+
+class _Decoded(_Rows):
+    """No x at all: rows are stored, bf16 [K, 16] from address `y` on."""
+
+    def __init__(self, builder: ir.IRBuilder, y: ir.Value) -> None:
+        super().__init__(builder, [])
+        self.y = y
+
+    def multiply(self, k: ir.Value, decoded: Values, sums: Values, whole: ir.Value | None = None) -> Values:
+        in_lanes = ir.Constant(ir.VectorType(I32, LANES), _WORD_OF)
+        for row, words in enumerate(decoded):
+            at = self.builder.mul(self.builder.add(k, const(row)), const(2 * LANES))
+            lanes = self.builder.shuffle_vector(words, words, in_lanes)
+            store_at(self.builder, lanes, self.builder.add(self.y, at), 2)
+        return sums
+
+
+class _Pairs(_Rows):
+    """Two pairs of rows at a time, each <32 x i16> with a pair a lane, multiplied by dot products: the sums of
+    tile.BF16_DOT, those of even pairs first."""
+
+    step = 4
+    places: ClassVar = [[32 * p + 16 * row + lane for lane in range(LANES) for row in range(2)] for p in range(2)]
+
+    def __init__(self, builder: ir.IRBuilder, x: Values) -> None:
+        super().__init__(builder, x)
+        self.first = [ZERO] * (2 * len(x))
+
+    def decode(self, address: ir.Value, base: ir.Value, whole: ir.Value | None = None) -> Values:
+        places = [_byte_of(row, _WORD_OF[lane]) for lane in range(LANES) for row in range(2)]
+        mask = [part for place in places for part in (place, 32 + place)]
+        following = _second(self.builder, whole, PAIR_BYTES)
+        both = (address, self.builder.add(address, following))
+        return [self._shuffle(*_bytes_of_pair(self.builder, at, base), mask, PAIRS) for at in both]
+
+    def multiply(self, k: ir.Value, decoded: Values, sums: Values, whole: ir.Value | None = None) -> Values:
+        even, odd = sums[: len(self.x)], sums[len(self.x) :]
+        even = add_dots(self.builder, self.x, k, decoded[0], even)
+        following = self.builder.add(k, _second(self.builder, whole, 2))
+        added = add_dots(self.builder, self.x, following, decoded[1], odd)
+        if whole is not None:
+            added = [self.builder.select(whole, a, t) for a, t in zip(added, odd, strict=True)]
+        return even + added
+
+    def store(self, sums: Values, out: Values) -> None:
+        store_sums(self.builder, sums[: len(out)], sums[len(out) :], out)
+
+
+def _second(builder: ir.IRBuilder, whole: ir.Value | None, distance: int) -> ir.Value:
+    """How far the second pair is from the first: the first once more where there is no second."""
+    return const(distance) if whole is None else builder.select(whole, const(distance), const(0))
 
 
 def _to_f32(builder: ir.IRBuilder, words: ir.Value) -> ir.Value:
@@ -77,181 +190,142 @@ def _to_f32(builder: ir.IRBuilder, words: ir.Value) -> ir.Value:
     return builder.bitcast(wide, VEC_F32)
 
 
-def _store_words(builder: ir.IRBuilder, row: ir.Value, address: ir.Value) -> None:
-    """Store <16 x float>, which are bf16 numbers, as 16 bf16."""
-    wide = ir.VectorType(I32, LANES)
-    upper = builder.lshr(builder.bitcast(row, wide), ir.Constant(wide, [16] * LANES))
-    builder.store(builder.trunc(upper, _WORDS16), builder.inttoptr(address, _WORDS16.as_pointer()), align=2)
+def _replace(
+    builder: ir.IRBuilder, decoded: Values, places: list[list[int]], place: ir.Value, bits: ir.Value
+) -> Values:
+    """The vectors with `bits` (i16) at a place (i64)."""
+    wanted = builder.trunc(place, I16)
+    replaced = []
+    for vector, here in zip(decoded, places, strict=True):
+        is_it = builder.icmp_signed("==", ir.Constant(vector.type, here), splat(builder, wanted, vector.type))
+        replaced.append(builder.select(is_it, splat(builder, bits, vector.type), vector))
+    return replaced
 
 
-def _make_tile(rows: int):
+def _make_tile(rows: int, kind: int = BF16):
     """The tile for `rows` rows; 0 rows: decode to memory, `y` is the panel's bf16 [K, 16]."""
 
     @intrinsic
     def tile(typing_context, panel, base, escapes, x_rows, depth, y, y_stride):
-        signature = types.void(*[types.int64] * 7)
-
         def codegen(context, builder, signature, arguments):
             panel, base, escapes, x_rows, depth, y, y_stride = arguments
-            module = builder.module
-            fma = cgutils.get_or_insert_function(module, ir.FunctionType(VEC_F32, [VEC_F32] * 3), "llvm.fma.v16f32")
-            prefetch = cgutils.get_or_insert_function(
-                module, ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32]), "llvm.prefetch.p0i8"
-            )
-            row_table = builder.inttoptr(x_rows, I64.as_pointer())
-            x = [
-                builder.inttoptr(builder.load(builder.gep(row_table, [const(r)])), F32.as_pointer())
-                for r in range(rows)
-            ]
-            patched = cgutils.alloca_once(builder, ir.ArrayType(F32, 32))
-            patched_rows = builder.bitcast(patched, VEC_F32.as_pointer())
-            patched_floats = builder.bitcast(patched, I32.as_pointer())
-            first_escape = builder.inttoptr(escapes, I64.as_pointer())
-            first_entry = builder.load(first_escape)
-            entry = builder.block
-            segment, plain, after, patch, fixing, fixed, done = (
-                builder.append_basic_block(f"planar.{name}")
-                for name in ("segment", "plain", "after", "patch", "fixing", "fixed", "done")
-            )
-            builder.branch(segment)
+            x = row_addresses(builder, x_rows, rows)
+            weights = (_Pairs if kind == BF16_DOT else _Rows)(builder, x) if rows else _Decoded(builder, y)
+            step = weights.step
+            whole_steps = builder.and_(depth, const(-step))
 
-            def use(k: ir.Value, weights: list[ir.Value], sums: list[ir.Value]) -> list[ir.Value]:
-                for row in range(2):
-                    k_row = builder.add(k, const(row))
-                    for r in range(rows):
-                        scalar = builder.load(builder.gep(x[r], [k_row]))
-                        broadcast = splat(builder, scalar, VEC_F32)
-                        sums = [*sums[:r], builder.call(fma, [broadcast, weights[row], sums[r]]), *sums[r + 1 :]]
-                    if not rows:
-                        _store_words(builder, weights[row], builder.add(y, builder.mul(k_row, const(2 * LANES))))
-                return sums
+            def address_of(k: ir.Value) -> ir.Value:
+                return builder.add(panel, builder.mul(k, const(PAIR_BYTES // 2)))
 
-            def pair_at(k: ir.Value) -> list[ir.Value]:
-                address = builder.add(panel, builder.mul(k, const(PAIR_BYTES // 2)))
-                ahead = builder.add(address, const(_PREFETCH_PAIRS * PAIR_BYTES))
-                builder.call(
-                    prefetch, [builder.inttoptr(ahead, I8.as_pointer()), *(ir.Constant(I32, v) for v in (0, 3, 1))]
+            def plain(k: ir.Value, sums: Values) -> Values:
+                address = address_of(k)
+                for pair in range(step // 2):
+                    prefetch(builder, builder.add(address, const((_PREFETCH_PAIRS + pair) * PAIR_BYTES)))
+                return weights.multiply(k, weights.decode(address, base), sums)
+
+            def segment(state: Values) -> Values:
+                # The steps up to the next escape, in a loop of their own that knows of no escapes: with a branch
+                # inside, the weights of a tall tile would not fit the registers.
+                k, at, escape, *sums = state
+                of_escape = builder.and_(builder.lshr(escape, const(_K_BIT)), const(-step))
+                near = builder.icmp_signed("<", of_escape, whole_steps)
+                stop = builder.select(near, of_escape, whole_steps)
+                sums = loop(builder, k, stop, step, sums, plain)
+                more = builder.icmp_signed("<", stop, depth)
+                patched = when(builder, more, [at, escape, *sums], lambda values: patch(stop, values))
+                return [builder.add(stop, const(step)), *patched]
+
+            def patch(k: ir.Value, values: Values) -> Values:
+                at, escape, *sums = values
+                whole = builder.icmp_signed("<", k, whole_steps)
+                decoded = weights.decode(address_of(k), base, whole)
+                # Entries ascend, and those of this step lie below the first place of the next.
+                limit = builder.shl(builder.add(k, const(step)), const(_K_BIT))
+                at, escape, *decoded = repeat(
+                    builder,
+                    [at, escape, *decoded],
+                    lambda state: builder.icmp_signed("<", state[1], limit),
+                    lambda state: fix(k, state),
                 )
-                return [_to_f32(builder, words) for words in _decode_pair(builder, address, base)]
+                return [at, escape, *weights.multiply(k, decoded, sums, whole)]
 
-            # The pairs up to the next escape, in a loop of their own that knows of no escapes: with a branch inside,
-            # the weights of six rows' tile would not fit the registers.
-            builder.position_at_end(segment)
-            segment_k, escape, escape_entry = (builder.phi(I64) for _ in range(3))
-            segment_sums = [builder.phi(VEC_F32) for _ in range(rows)]
-            segment_k.add_incoming(const(0), entry)
-            escape.add_incoming(const(0), entry)
-            escape_entry.add_incoming(first_entry, entry)
-            for total in segment_sums:
-                total.add_incoming(ir.Constant(VEC_F32, [0.0] * LANES), entry)
-            next_pair = builder.shl(builder.lshr(escape_entry, const(4 + 16 + 1)), const(1))
-            stop = builder.select(builder.icmp_signed("<", next_pair, depth), next_pair, depth)
-            builder.cbranch(builder.icmp_signed("<", segment_k, stop), plain, after)
+            def fix(k: ir.Value, state: Values) -> Values:
+                at, escape, *decoded = state
+                place = builder.sub(builder.lshr(escape, const(16)), builder.mul(k, const(LANES)))
+                decoded = _replace(builder, decoded, weights.places, place, builder.trunc(escape, I16))
+                following = builder.add(at, const(8))
+                return [following, load_at(builder, following, I64, 8), *decoded]
 
-            builder.position_at_end(plain)
-            k = builder.phi(I64)
-            sums = [builder.phi(VEC_F32) for _ in range(rows)]
-            plain_sums = use(k, pair_at(k), sums)
-            plain_next = builder.add(k, const(2))
-            k.add_incoming(segment_k, segment)
-            k.add_incoming(plain_next, plain)
-            for r in range(rows):
-                sums[r].add_incoming(segment_sums[r], segment)
-                sums[r].add_incoming(plain_sums[r], plain)
-            builder.cbranch(builder.icmp_signed("<", plain_next, stop), plain, after)
-
-            builder.position_at_end(after)
-            after_sums = [builder.phi(VEC_F32) for _ in range(rows)]
-            for r in range(rows):
-                after_sums[r].add_incoming(segment_sums[r], segment)
-                after_sums[r].add_incoming(plain_sums[r], plain)
-            builder.cbranch(builder.icmp_signed("<", stop, depth), patch, done)
-
-            builder.position_at_end(patch)
-            for row, weights in enumerate(pair_at(stop)):
-                builder.store(weights, builder.gep(patched_rows, [const(row)]), align=4)
-            # Entries ascend, and one of this pair lies below the first place of the next.
-            limit = builder.shl(builder.add(stop, const(2)), const(4 + 16))
-            builder.branch(fixing)
-
-            builder.position_at_end(fixing)
-            at, value = builder.phi(I64), builder.phi(I64)
-            at.add_incoming(escape, patch)
-            value.add_incoming(escape_entry, patch)
-            place = builder.sub(builder.lshr(value, const(16)), builder.shl(stop, const(4)))
-            bits = builder.trunc(builder.shl(value, const(16)), I32)
-            builder.store(bits, builder.gep(patched_floats, [place]))
-            at_next = builder.add(at, const(1))
-            value_next = builder.load(builder.gep(first_escape, [at_next]))
-            at.add_incoming(at_next, fixing)
-            value.add_incoming(value_next, fixing)
-            builder.cbranch(builder.icmp_signed("<", value_next, limit), fixing, fixed)
-
-            builder.position_at_end(fixed)
-            repaired = [builder.load(builder.gep(patched_rows, [const(row)]), align=4) for row in range(2)]
-            fixed_sums = use(stop, repaired, after_sums)
-            segment_k.add_incoming(builder.add(stop, const(2)), fixed)
-            escape.add_incoming(at_next, fixed)
-            escape_entry.add_incoming(value_next, fixed)
-            for r in range(rows):
-                segment_sums[r].add_incoming(fixed_sums[r], fixed)
-            builder.branch(segment)
-
-            builder.position_at_end(done)
-            for r in range(rows):
-                out = builder.inttoptr(builder.add(y, builder.mul(y_stride, const(r))), VEC_F32.as_pointer())
-                builder.store(after_sums[r], out, align=4)
+            first_escape = load_at(builder, escapes, I64, 8)
+            _, _, _, *sums = repeat(
+                builder,
+                [const(0), escapes, first_escape, *weights.first],
+                lambda state: builder.icmp_signed("<", state[0], depth),
+                segment,
+            )
+            weights.store(sums, [builder.add(y, builder.mul(y_stride, const(r))) for r in range(rows)])
             return context.get_dummy_value()
 
-        return signature, codegen
+        return types.void(*[types.int64] * 7), codegen
 
     return tile
 
 
-_decode_tile, _tile_1, _tile_2, _tile_3, _tile_4, _tile_5, _tile_6 = [_make_tile(r) for r in range(MAX_ROWS + 1)]
-
-
-@intrinsic
-def _load_i64(typing_context, address):
-    def codegen(context, builder, signature, arguments):
-        return builder.load(builder.inttoptr(arguments[0], I64.as_pointer()))
-
-    return types.int64(types.int64), codegen
+_decode_tile, _rows_1, _rows_2, _rows_3, _rows_4, _rows_5, _rows_6 = [_make_tile(r) for r in range(MAX_ROWS + 1)]
+_dot_1, _dot_2, _dot_3, _dot_4, _dot_5, _dot_6, _dot_7, _dot_8 = [_make_tile(r + 1, BF16_DOT) for r in range(DOT_ROWS)]
 
 
 @njit(nogil=True, cache=True)
 def decode_panel(block, panel, panels, depth, out):
     """Panel `panel` of the block at address `block` as bf16 [K, 16] at address `out`."""
     data = block + 128 + panel * depth * 24
-    escapes = block + _load_i64(block + 128 + panels * depth * 24 + 8 * panel)
-    _decode_tile(data, _load_i64(block), escapes, block, depth, out, 0)
+    escapes = block + load_i64(block + 128 + panels * depth * 24 + 8 * panel)
+    _decode_tile(data, load_i64(block), escapes, block, depth, out, 0)
 
 
 @njit(nogil=True, cache=True)
-def _tile(data, base, escapes, x_rows, rows, depth, y, y_stride):
-    if rows == 1:
-        _tile_1(data, base, escapes, x_rows, depth, y, y_stride)
+def _tile(data, base, escapes, kind, x_rows, rows, depth, y, y_stride):
+    if HAS_DOT and kind == BF16_DOT:
+        if rows == 1:
+            _dot_1(data, base, escapes, x_rows, depth, y, y_stride)
+        elif rows == 2:
+            _dot_2(data, base, escapes, x_rows, depth, y, y_stride)
+        elif rows == 3:
+            _dot_3(data, base, escapes, x_rows, depth, y, y_stride)
+        elif rows == 4:
+            _dot_4(data, base, escapes, x_rows, depth, y, y_stride)
+        elif rows == 5:
+            _dot_5(data, base, escapes, x_rows, depth, y, y_stride)
+        elif rows == 6:
+            _dot_6(data, base, escapes, x_rows, depth, y, y_stride)
+        elif rows == 7:
+            _dot_7(data, base, escapes, x_rows, depth, y, y_stride)
+        else:
+            _dot_8(data, base, escapes, x_rows, depth, y, y_stride)
+    elif rows == 1:
+        _rows_1(data, base, escapes, x_rows, depth, y, y_stride)
     elif rows == 2:
-        _tile_2(data, base, escapes, x_rows, depth, y, y_stride)
+        _rows_2(data, base, escapes, x_rows, depth, y, y_stride)
     elif rows == 3:
-        _tile_3(data, base, escapes, x_rows, depth, y, y_stride)
+        _rows_3(data, base, escapes, x_rows, depth, y, y_stride)
     elif rows == 4:
-        _tile_4(data, base, escapes, x_rows, depth, y, y_stride)
+        _rows_4(data, base, escapes, x_rows, depth, y, y_stride)
     elif rows == 5:
-        _tile_5(data, base, escapes, x_rows, depth, y, y_stride)
+        _rows_5(data, base, escapes, x_rows, depth, y, y_stride)
     else:
-        _tile_6(data, base, escapes, x_rows, depth, y, y_stride)
+        _rows_6(data, base, escapes, x_rows, depth, y, y_stride)
 
 
 @njit(nogil=True, cache=True)
-def planar_panel(block, panel, panels, x_rows, rows, depth, y, y_stride):
-    """`simd.gemm_panel` on panel `panel` of `panels` of a compressed block: the same tiles, the same bits."""
+def planar_panel(block, panel, panels, kind, x_rows, rows, depth, y, y_stride):
+    """`tile.gemm_panel` on panel `panel` of `panels` of a compressed block: the same tiles, the same bits."""
     data = block + 128 + panel * depth * 24
-    base = _load_i64(block)
-    escapes = block + _load_i64(block + 128 + panels * depth * 24 + 8 * panel)
-    tiles = (rows + MAX_ROWS - 1) // MAX_ROWS
+    base = load_i64(block)
+    escapes = block + load_i64(block + 128 + panels * depth * 24 + 8 * panel)
+    most = DOT_ROWS if kind == BF16_DOT else MAX_ROWS
+    tiles = (rows + most - 1) // most
     first = 0
     for t in range(tiles):
         last = rows * (t + 1) // tiles
-        _tile(data, base, escapes, x_rows + 8 * first, last - first, depth, y + first * y_stride, y_stride)
+        _tile(data, base, escapes, kind, x_rows + 8 * first, last - first, depth, y + first * y_stride, y_stride)
         first = last

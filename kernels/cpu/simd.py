@@ -1,18 +1,13 @@
-"""LLVM vector intrinsics for numba: the register tile under every CPU matrix kernel.
+"""LLVM vector intrinsics for numba: what the CPU kernels are made of.
 
-numba has no vector types, and its loop vectoriser cannot keep a tile of accumulators in registers. Here the
-tile is written once as LLVM IR over `<16 x float>`; LLVM lowers that to two AVX2 registers, one AVX-512 register
-or four NEON registers, so the same file is fast on a laptop and on a server.
-
-The tile computes, for up to `MAX_ROWS` rows of x and one panel of 16 output columns,
-
-    y[r, 0:16] (+)= sum_k x[r, k] * panel[k, 0:16]        k ascending, one FMA a step
-
-The order of the sum depends on nothing but k. Whatever rows share a tile, whatever tile a row is in: the same
-bits. That is what makes the CPU engine batch-invariant.
+numba has no vector types, and its loop vectoriser cannot keep a tile of accumulators in registers. Here vectors are
+`<16 x float>`; LLVM lowers that to two AVX2 registers, one AVX-512 register or four NEON registers, so the same files
+are fast on a laptop and on a server.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from llvmlite import ir
 from numba import njit, types
@@ -20,16 +15,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
-# 6 rows x 16 lanes = 12 AVX2 accumulators, which leaves 4 of 16 registers for the panel and the broadcast.
-MAX_ROWS = 6
-# How far ahead of the FMA the panel is prefetched. Panels of one expert are contiguous, so running past a
-# panel's end fetches what the thread most likely needs next; a prefetch never faults.
-_PREFETCH_STEPS = 32
 
 F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 VEC_F32 = ir.VectorType(F32, LANES)
 VEC_I16 = ir.VectorType(I16, LANES)
 VEC_I32 = ir.VectorType(I32, LANES)
+ZERO = ir.Constant(VEC_F32, [0.0] * LANES)
 
 
 def const(value: int) -> ir.Constant:
@@ -43,129 +34,89 @@ def splat(builder: ir.IRBuilder, scalar: ir.Value, vector: ir.VectorType = VEC_F
     return builder.shuffle_vector(lane0, undefined, ir.Constant(ir.VectorType(I32, vector.count), [0] * vector.count))
 
 
-def _load_panel_row(builder: ir.IRBuilder, panel: ir.Value, k: ir.Value, bf16: bool) -> ir.Value:
-    """panel[k, 0:16] as fp32; bf16 is the upper half of fp32, so decoding is a shift."""
-    if not bf16:
-        pointer = builder.gep(builder.inttoptr(panel, VEC_F32.as_pointer()), [k])
-        return builder.load(pointer, align=4)
-    pointer = builder.gep(builder.inttoptr(panel, VEC_I16.as_pointer()), [k])
-    wide = builder.zext(builder.load(pointer, align=2), VEC_I32)
-    return builder.bitcast(builder.shl(wide, ir.Constant(VEC_I32, [16] * LANES)), VEC_F32)
+def function(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
+    """An LLVM intrinsic, declared in the module that is being built."""
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
 
 
-def _make_tile(rows: int, bf16: bool):
-    @intrinsic
-    def tile(typing_context, panel, x_rows, depth, y, y_stride, accumulate):
-        signature = types.void(*[types.int64] * 6)
-
-        def codegen(context, builder, signature, arguments):
-            panel, x_rows, depth, y, y_stride, accumulate = arguments
-            module = builder.module
-            fma_type = ir.FunctionType(VEC_F32, [VEC_F32] * 3)
-            fma = cgutils.get_or_insert_function(module, fma_type, "llvm.fma.v16f32")
-            prefetch_type = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-            prefetch = cgutils.get_or_insert_function(module, prefetch_type, "llvm.prefetch.p0i8")
-
-            row_table = builder.inttoptr(x_rows, I64.as_pointer())
-            x = [
-                builder.inttoptr(builder.load(builder.gep(row_table, [const(r)])), F32.as_pointer())
-                for r in range(rows)
-            ]
-            y_out = [
-                builder.inttoptr(builder.add(y, builder.mul(y_stride, const(r))), VEC_F32.as_pointer())
-                for r in range(rows)
-            ]
-            entry = builder.block
-            resume = builder.append_basic_block("tile.resume")
-            loop = builder.append_basic_block("tile.k")
-            done = builder.append_basic_block("tile.done")
-            zero = ir.Constant(VEC_F32, [0.0] * LANES)
-            builder.cbranch(builder.icmp_signed("!=", accumulate, const(0)), resume, loop)
-
-            builder.position_at_end(resume)
-            previous = [builder.load(y_out[r], align=4) for r in range(rows)]
-            builder.branch(loop)
-
-            builder.position_at_end(loop)
-            k = builder.phi(I64)
-            k.add_incoming(const(0), entry)
-            k.add_incoming(const(0), resume)
-            sums = [builder.phi(VEC_F32) for _ in range(rows)]
-            for r in range(rows):
-                sums[r].add_incoming(zero, entry)
-                sums[r].add_incoming(previous[r], resume)
-            step_bytes = LANES * (2 if bf16 else 4)
-            ahead = builder.add(panel, builder.mul(builder.add(k, const(_PREFETCH_STEPS)), const(step_bytes)))
-            read_keep_data = [ir.Constant(I32, v) for v in (0, 3, 1)]
-            builder.call(prefetch, [builder.inttoptr(ahead, I8.as_pointer()), *read_keep_data])
-            weights = _load_panel_row(builder, panel, k, bf16)
-            updated = []
-            for r in range(rows):
-                broadcast = splat(builder, builder.load(builder.gep(x[r], [k])))
-                updated.append(builder.call(fma, [broadcast, weights, sums[r]]))
-            k_next = builder.add(k, const(1))
-            k.add_incoming(k_next, loop)
-            for r in range(rows):
-                sums[r].add_incoming(updated[r], loop)
-            builder.cbranch(builder.icmp_signed("<", k_next, depth), loop, done)
-
-            builder.position_at_end(done)
-            for r in range(rows):
-                builder.store(updated[r], y_out[r], align=4)
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    return tile
+def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, total: ir.Value) -> ir.Value:
+    """a·b + total of <16 x float>, rounded once."""
+    return builder.call(function(builder, "llvm.fma.v16f32", VEC_F32, [VEC_F32] * 3), [a, b, total])
 
 
-(_bf16_1, _bf16_2, _bf16_3, _bf16_4, _bf16_5, _bf16_6) = [_make_tile(r + 1, True) for r in range(MAX_ROWS)]
-(_fp32_1, _fp32_2, _fp32_3, _fp32_4, _fp32_5, _fp32_6) = [_make_tile(r + 1, False) for r in range(MAX_ROWS)]
+def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Bring the line at an address (i64) to the cache; an address that is nobody's does no harm."""
+    read_keep_data = [ir.Constant(I32, v) for v in (0, 3, 1)]
+    kind = function(builder, "llvm.prefetch.p0i8", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    builder.call(kind, [builder.inttoptr(address, I8.as_pointer()), *read_keep_data])
 
 
-@njit(nogil=True, cache=True)
-def gemm_tile(panel, bf16, x_rows, rows, depth, y, y_stride, accumulate):
-    """One tile: rows ≤ MAX_ROWS, depth ≥ 1.
-
-    panel: address of [depth, 16] bf16 (`bf16` true) or fp32; x_rows: address of `rows` int64 addresses of fp32
-    rows [depth] (so a gather costs nothing); y: address of fp32 [rows, 16], `y_stride` bytes between rows.
-    """
-    if bf16:
-        if rows == 1:
-            _bf16_1(panel, x_rows, depth, y, y_stride, accumulate)
-        elif rows == 2:
-            _bf16_2(panel, x_rows, depth, y, y_stride, accumulate)
-        elif rows == 3:
-            _bf16_3(panel, x_rows, depth, y, y_stride, accumulate)
-        elif rows == 4:
-            _bf16_4(panel, x_rows, depth, y, y_stride, accumulate)
-        elif rows == 5:
-            _bf16_5(panel, x_rows, depth, y, y_stride, accumulate)
-        else:
-            _bf16_6(panel, x_rows, depth, y, y_stride, accumulate)
-    elif rows == 1:
-        _fp32_1(panel, x_rows, depth, y, y_stride, accumulate)
-    elif rows == 2:
-        _fp32_2(panel, x_rows, depth, y, y_stride, accumulate)
-    elif rows == 3:
-        _fp32_3(panel, x_rows, depth, y, y_stride, accumulate)
-    elif rows == 4:
-        _fp32_4(panel, x_rows, depth, y, y_stride, accumulate)
-    elif rows == 5:
-        _fp32_5(panel, x_rows, depth, y, y_stride, accumulate)
-    else:
-        _fp32_6(panel, x_rows, depth, y, y_stride, accumulate)
+def load_at(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, align: int = 1) -> ir.Value:
+    """The value of a type at an address (i64)."""
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
 
 
-@njit(nogil=True, cache=True)
-def gemm_panel(panel, bf16, x_rows, rows, depth, y, y_stride):
-    """All `rows` rows against one panel: tiles of nearly equal height, so that no tile has one lonely row."""
-    tiles = (rows + MAX_ROWS - 1) // MAX_ROWS
-    first = 0
-    for t in range(tiles):
-        last = rows * (t + 1) // tiles
-        gemm_tile(panel, bf16, x_rows + 8 * first, last - first, depth, y + first * y_stride, y_stride, 0)
-        first = last
+def store_at(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 1) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
+
+
+def row_addresses(builder: ir.IRBuilder, table: ir.Value, rows: int) -> list[ir.Value]:
+    """The first `rows` entries (i64) of a table of addresses."""
+    return [load_at(builder, builder.add(table, const(8 * r)), I64, 8) for r in range(rows)]
+
+
+Values = list[ir.Value]
+
+
+def repeat(
+    builder: ir.IRBuilder, first: Values, more: Callable[[Values], ir.Value], body: Callable[[Values], Values]
+) -> Values:
+    """while more(values): values = body(values), from `first` on; the last values."""
+    begin = builder.block
+    head, inside, done = (builder.append_basic_block(f"loop{name}") for name in ("", ".body", ".done"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    values = [builder.phi(value.type) for value in first]
+    builder.cbranch(more(values), inside, done)
+    builder.position_at_end(inside)
+    updated = body(values)
+    end = builder.block
+    builder.branch(head)
+    for phi, before, after in zip(values, first, updated, strict=True):
+        phi.add_incoming(before, begin)
+        phi.add_incoming(after, end)
+    builder.position_at_end(done)
+    return values
+
+
+def loop(
+    builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int, first: Values,
+    body: Callable[[ir.Value, Values], Values],
+) -> Values:  # fmt: skip
+    """values = body(k, values) for k = start, start + step, … below stop (i64), from `first` on; the last values."""
+    _, *values = repeat(
+        builder,
+        [start, *first],
+        lambda state: builder.icmp_signed("<", state[0], stop),
+        lambda state: [builder.add(state[0], const(step)), *body(state[0], state[1:])],
+    )
+    return values
+
+
+def when(builder: ir.IRBuilder, condition: ir.Value, values: Values, body: Callable[[Values], Values]) -> Values:
+    """body(values) where a condition (i1) holds, else the values."""
+    begin, yes, done = builder.block, builder.append_basic_block("when"), builder.append_basic_block("when.done")
+    builder.cbranch(condition, yes, done)
+    builder.position_at_end(yes)
+    updated = body(values)
+    end = builder.block
+    builder.branch(done)
+    builder.position_at_end(done)
+    merged = [builder.phi(value.type) for value in values]
+    for phi, before, after in zip(merged, values, updated, strict=True):
+        phi.add_incoming(before, begin)
+        phi.add_incoming(after, end)
+    return merged
 
 
 @intrinsic
@@ -199,6 +150,26 @@ def bits_float(typing_context, bits):
     return types.float32(types.uint32), codegen
 
 
+@intrinsic
+def load_f32(typing_context, address):
+    """The fp32 at an address."""
+
+    def codegen(context, builder, signature, arguments):
+        return load_at(builder, arguments[0], F32, 4)
+
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
+def load_i64(typing_context, address):
+    """The int64 at an address."""
+
+    def codegen(context, builder, signature, arguments):
+        return load_at(builder, arguments[0], I64, 8)
+
+    return types.int64(types.int64), codegen
+
+
 def _make_store(bits: int):
     @intrinsic
     def store(typing_context, address, value):
@@ -215,6 +186,25 @@ def _make_store(bits: int):
 
 
 store_u16, store_u32 = _make_store(16), _make_store(32)
+
+
+@intrinsic
+def round_16(typing_context, source, target):
+    """16 fp32 at an address → 16 bf16 at another, as `round_bf16`."""
+
+    def codegen(context, builder, signature, arguments):
+        source, target = arguments
+        value = load_at(builder, source, VEC_F32, 4)
+        bits = builder.bitcast(value, VEC_I32)
+        every = [ir.Constant(VEC_I32, [n] * LANES) for n in (16, 1, 0x7FFF, 0x400000)]
+        odd = builder.and_(builder.lshr(bits, every[0]), every[1])
+        rounded = builder.add(bits, builder.add(odd, every[2]))
+        quiet = builder.or_(bits, every[3])
+        bits = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+        store_at(builder, builder.trunc(builder.lshr(bits, every[0]), VEC_I16), target, 2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -244,3 +234,24 @@ def exp_f32(x):
     p = p * r * r + r + f(1.0)
     exponent = (float_bits(shifted) - float_bits(f(12582912.0)) + types.uint32(127)) << types.uint32(23)
     return p * bits_float(exponent)
+
+
+@intrinsic
+def copy_16(typing_context, source, target):
+    """16 fp32 from one address to another."""
+
+    def codegen(context, builder, signature, arguments):
+        store_at(builder, load_at(builder, arguments[0], VEC_F32, 4), arguments[1], 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@njit(nogil=True, cache=True)
+def round_row(source, target, count):
+    """`count` fp32 at address `source` → bf16 at address `target`."""
+    whole = count // 16 * 16
+    for i in range(0, whole, 16):
+        round_16(source + 4 * i, target + 2 * i)
+    for i in range(whole, count):
+        store_u16(target + 2 * i, round_bf16(load_f32(source + 4 * i)))

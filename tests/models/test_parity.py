@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from fluxmoe.kernels.cpu import tile
 from fluxmoe.runtime.serving.engine import Engine, EngineConfig
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 
@@ -108,10 +109,26 @@ def test_rope_scaling(rope, tmp_path):
 
 
 @pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "olmoe", "qwen3_next"])
-def test_bf16_parity(arch, tmp_path):
+def test_bf16_parity(arch, tmp_path, monkeypatch):
     """bf16 weights and KV against fp32 arithmetic on the same weights: what differs is the rounding of K and V."""
+    monkeypatch.setattr(tile, "BF16_KIND", tile.BF16)
     model = save_random_model(arch, tmp_path, 5, dtype=torch.bfloat16)
     check_parity(model, tmp_path, 3e-2, 5, exact=False)
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "olmoe", "qwen3_next"])
+def test_bf16_is_no_further_from_fp32_than_transformers_bf16(arch, tmp_path):
+    """Our logits and those of transformers in bf16, each against fp32 on the same weights and prefixes."""
+    model = save_random_model(arch, tmp_path, 5, dtype=torch.bfloat16)
+    prompts = [np.random.default_rng(5).integers(0, 96, 48).tolist() for _ in range(8)]
+    tokens, ours = serve_with_logits(tmp_path, prompts)
+    prefixes = torch.tensor([prompt + generated for prompt, generated in zip(prompts, tokens, strict=True)])
+    with torch.no_grad():
+        theirs = model.bfloat16()(prefixes).logits[:, 47:-1].float()
+        exact = model.float()(prefixes).logits[:, 47:-1]
+    ours = torch.stack(ours)
+    errors = [(logits - exact).square().mean().item() for logits in (ours, theirs)]
+    assert errors[0] <= errors[1]
 
 
 @pytest.mark.parametrize("chunk", [3, 7, 64])

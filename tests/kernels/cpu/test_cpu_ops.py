@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fluxmoe.kernels.cpu import gates, gemm, simd
+from fluxmoe.kernels.cpu import gates, gemm, simd, tile
 from fluxmoe.kernels.cpu.ops import CpuOps
 from fluxmoe.kernels.ops import AttentionMetadata, DenseMlp, LayerDims, Limits, Linear, RopeTable
 from fluxmoe.kernels.reference.ops import TorchOps
@@ -17,6 +17,20 @@ DIMS = LayerDims(
     hidden=48, heads=4, kv_heads=2, head_dim=24, experts=5, vocab=100, dtype=torch.float32
 )  # fmt: skip
 LIMITS = Limits(tokens=64, sequences=8, context=160, block_size=32)
+
+# How bf16 is multiplied: on every machine, and on this one.
+BF16_KINDS = [tile.BF16, tile.BF16_DOT] if tile.HAS_DOT else [tile.BF16]
+
+
+@pytest.fixture(params=BF16_KINDS, ids=["fma", "dot"][: len(BF16_KINDS)])
+def bf16_kind(request, monkeypatch) -> int:
+    monkeypatch.setattr(tile, "BF16_KIND", request.param)
+    return request.param
+
+
+def tolerance(dtype: torch.dtype, fp32: float = 1e-4) -> float:
+    """Relative and absolute: inputs of products are rounded to bf16 where the kernels do so."""
+    return 5e-2 if tile.kind_of(dtype) == tile.BF16_DOT else fp32
 
 
 def pair(dims: LayerDims, limits: Limits = LIMITS) -> tuple[CpuOps, TorchOps]:
@@ -33,12 +47,14 @@ def arranged(ops, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Lin
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (15, 3), (16, 16), (33, 70), (160, 129)])
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 6, 7, 13, 64])
-def test_linear_matches_float64(n, k, rows, dtype):
+def test_linear_matches_float64(n, k, rows, dtype, bf16_kind):
     weight, x = torch.randn(n, k).to(dtype), torch.randn(rows, k)
     block = torch.zeros(gemm.arranged_bytes(n, k, dtype), dtype=torch.uint8)
     gemm.arrange(weight, block)
-    y = gemm.linear(x, block, n, dtype, torch.full((max(rows, 1), gemm.padded(n)), float("nan")), gemm.Scratch(64, 2))
-    torch.testing.assert_close(y.double(), gemm.linear_torch(x, weight), rtol=1e-5, atol=1e-5 * k**0.5)
+    kind, y = tile.kind_of(dtype), torch.full((max(rows, 1), gemm.padded(n)), float("nan"))
+    y = gemm.linear(x, block, n, kind, y, gemm.Scratch(64, 2, k))
+    expected = gemm.linear_torch(x.to(tile.x_dtype(kind)), weight)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5 * k**0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -52,13 +68,13 @@ def test_packing_is_bit_exact(n, k, dtype):
     assert torch.equal(gemm.restore(block, n, k, dtype).view(bits), weight.view(bits))
 
 
-def test_rows_do_not_depend_on_their_batch():
+def test_rows_do_not_depend_on_their_batch(bf16_kind):
     """The property that makes tokens independent of batch, budget and placement: same bits alone or together."""
     ops = CpuOps(replace(DIMS, dtype=torch.bfloat16), LIMITS)
     weight = arranged(ops, torch.randn(100, 48).bfloat16())
     x = torch.randn(64, 48)
     together = ops.qkv(x, weight).clone()
-    for rows in (1, 2, 5, 6, 7, 30):
+    for rows in (1, 2, 5, 6, 7, 8, 9, 30):
         for first in (0, 11, 34):
             alone = ops.qkv(x[first : first + rows].contiguous(), weight)
             assert torch.equal(alone, together[first : first + rows])
@@ -103,7 +119,7 @@ def mlp_of(ops, weights) -> DenseMlp:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scored", [True, False], ids=["shared expert", "dense layer"])
 @pytest.mark.parametrize(("tokens", "hidden", "intermediate"), [(0, 48, 40), (1, 16, 16), (5, 33, 17), (64, 48, 40)])
-def test_mlp_matches_reference(tokens, hidden, intermediate, scored, dtype):
+def test_mlp_matches_reference(tokens, hidden, intermediate, scored, dtype, bf16_kind):
     """Its buffer holds an MLP of 40, wider than some."""
     dims = replace(DIMS, hidden=hidden, mlp=40, dtype=dtype)
     shapes = [(2 * intermediate, hidden), (hidden, intermediate), (1, hidden)]
@@ -115,7 +131,8 @@ def test_mlp_matches_reference(tokens, hidden, intermediate, scored, dtype):
     for ops in pair(dims):
         mlp = mlp_of(ops, (gate_up, down, score if scored else None))
         got = ops.mlp_add(x, mlp, residual.clone())
-        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+        close = tolerance(dtype)
+        torch.testing.assert_close(got.double(), expected, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("gate", ["swiglu", "scale"])
@@ -220,6 +237,6 @@ def test_block_size_must_fit_the_vector():
 def test_workspace_is_what_is_held(mlp):
     ops = CpuOps(replace(DIMS, mlp=mlp), LIMITS)
     held = [*ops._buffers.values(), *vars(ops._attention).values()]
-    arrays = [ops._scratch.counter, ops._scratch.row_table]
+    arrays = [ops._scratch.counter, ops._scratch.row_table, ops._scratch.rounded]
     transient = 64 * 48 * 4 + 8 * 48 * 4  # embedded tokens, sampled rows
     assert ops.workspace_bytes == sum(t.nbytes for t in held) + sum(a.nbytes for a in arrays) + transient

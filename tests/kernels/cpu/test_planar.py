@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fluxmoe.kernels.cpu import planar, planar_tile
-from fluxmoe.kernels.cpu.simd import gemm_panel
+from fluxmoe.kernels.cpu import planar, planar_tile, tile
+from fluxmoe.kernels.cpu.tile import gemm_panel
 from fluxmoe.kernels.ops import KernelError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+# How panels of bf16 are multiplied: on every machine, and on this one.
+KINDS = [tile.BF16, tile.BF16_DOT] if tile.HAS_DOT else [tile.BF16]
 
 
 def encoded(panels: torch.Tensor) -> torch.Tensor:
@@ -80,21 +83,22 @@ def test_weights_without_a_window_are_refused():
         encoded(panels)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 13, 32])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 32])
 @pytest.mark.parametrize("escapes", [0, 1, 30])
-def test_the_gemm_has_the_bits_of_the_uncompressed_one(rows, escapes):
-    depth = 96
+@pytest.mark.parametrize("depth", [2, 4, 94, 96])
+@pytest.mark.parametrize("kind", KINDS, ids=["fma", "dot"][: len(KINDS)])
+def test_the_gemm_has_the_bits_of_the_uncompressed_one(kind, depth, rows, escapes):
     panels = gaussian(3, depth)
     places = torch.randperm(panels.numel())[:escapes]
     # The first and last pairs of a panel, and two escapes in one pair.
     places = torch.cat([places, torch.tensor([0, 1, 17, depth * 16 - 1, depth * 16])]) if escapes else places
     panels.view(-1)[places] = torch.tensor(1e-30).bfloat16()
-    block, x = encoded(panels), torch.randn(rows, depth)
+    block, x = encoded(panels), torch.randn(rows, depth).to(tile.x_dtype(kind))
     table = np.array([x[r].data_ptr() for r in range(rows)], dtype=np.int64)
     for p in range(3):
         expected, got = torch.empty(rows, 16), torch.full((rows, 16), float("nan"))
-        gemm_panel(panels[p].data_ptr(), True, table.ctypes.data, rows, depth, expected.data_ptr(), 64)
-        planar_tile.planar_panel(block.data_ptr(), p, 3, table.ctypes.data, rows, depth, got.data_ptr(), 64)
+        gemm_panel(panels[p].data_ptr(), kind, table.ctypes.data, rows, depth, expected.data_ptr(), 64)
+        planar_tile.planar_panel(block.data_ptr(), p, 3, kind, table.ctypes.data, rows, depth, got.data_ptr(), 64)
         assert torch.equal(got, expected)
 
 

@@ -17,6 +17,7 @@ from fluxmoe.runtime.experts.pager import ExpertPager
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.usefixtures("exact_bf16")
 LAYERS, DIMS = 4, ExpertDims(hidden=128, intermediate=128, experts=8, top_k=2, dtype=torch.bfloat16)
 TOKENS = 12
 

@@ -41,6 +41,9 @@ PLACEMENTS = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("exact_bf16")
+
+
 def settings_of(**settings) -> PagingConfig | None:
     """None where a placement and a format make no sense together."""
     try:

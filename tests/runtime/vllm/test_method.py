@@ -26,6 +26,7 @@ from fluxmoe.runtime.vllm.settings import read_settings
 
 from .conftest import LinearBase, RoutedExperts, UnquantizedLinearMethod, moe_config, vllm_config
 
+pytestmark = pytest.mark.usefixtures("exact_bf16")
 LAYERS, TOKENS = 3, 7
 MOE = moe_config()
 HIDDEN, WIDE, EXPERTS, TOP_K = MOE.hidden_dim, MOE.intermediate_size_per_partition, 4, 2

@@ -1,0 +1,264 @@
+"""The register tile under every matrix kernel of the CPU. It computes, for some rows of x and one panel of 16 columns,
+
+    y[r, 0:16] (+)= sum_k x[r, k] * panel[k, 0:16]
+
+in one of three kinds, chosen once at start by the weights' dtype and the CPU (`kind_of`):
+
+    FP32      weights fp32, x fp32     one FMA a k, k ascending
+    BF16      weights bf16, x fp32     the same; upcasting weights is a shift
+    BF16_DOT  weights bf16, x bf16     dot products of pairs (vdpbf16ps of AVX-512 BF16), accumulated in fp32: pairs of
+                                       even number in one sum, of odd number in another, which are added at the end
+
+Two sums, since one would wait for the instruction's latency: one Zen 5 core multiplies a single row with weights from
+its cache at 45 GB/s then, at 89 with two, and by FMA, one a k, at 32. Weights lie in panels [K, 16] for all kinds: a
+word shuffle makes pairs of two rows.
+
+The order of a sum depends on nothing but k. Whatever rows share a tile, whatever tile a row is in: the same bits. That
+is what makes the CPU engine batch-invariant.
+"""
+
+from __future__ import annotations
+
+import torch
+from llvmlite import binding as llvm
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from .simd import (
+    F32,
+    I16,
+    I32,
+    LANES,
+    VEC_F32,
+    VEC_I16,
+    VEC_I32,
+    ZERO,
+    Values,
+    const,
+    fma,
+    function,
+    load_at,
+    loop,
+    prefetch,
+    row_addresses,
+    splat,
+    store_at,
+    when,
+)  # fmt: skip
+
+FP32, BF16, BF16_DOT = 0, 1, 2
+HAS_DOT = all(llvm.get_host_cpu_features().get(name) for name in ("avx512bf16", "avx512bw"))
+BF16_KIND = BF16_DOT if HAS_DOT else BF16
+
+# Rows of a tile. By FMA: 6 x 16 lanes = 12 AVX2 accumulators, which leaves 4 of 16 registers for panel and broadcast.
+# By dot products: 8 rows of two sums in 16 of 32 registers of AVX-512; 12 rows are 6 % faster and run out of pointers.
+MAX_ROWS, DOT_ROWS = 6, 8
+# How far ahead of the arithmetic a panel is prefetched. Panels of one expert are contiguous, so running past a panel's
+# end fetches what the thread most likely needs next.
+_PREFETCH_ROWS, _DOT_PREFETCH_BYTES = 32, 4096
+
+PAIRS = ir.VectorType(I16, 2 * LANES)
+
+
+class _BFloat(ir.Type):
+    """llvmlite knows no bf16, which the intrinsic's type asks for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+_BF16_PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
+
+
+def kind_of(dtype: torch.dtype, exact: bool = False) -> int:
+    """How weights of a dtype are multiplied on this machine; exact: without rounding x."""
+    if dtype == torch.float32:
+        return FP32
+    return BF16 if exact else BF16_KIND
+
+
+def x_dtype(kind: int) -> torch.dtype:
+    """The dtype of the rows that a kind multiplies."""
+    return torch.bfloat16 if kind == BF16_DOT else torch.float32
+
+
+def dot(builder: ir.IRBuilder, x_pair: ir.Value, weights: ir.Value, total: ir.Value) -> ir.Value:
+    """total[l] + x[0]·weights[l, 0] + x[1]·weights[l, 1]; x_pair: i32, two bf16; weights: <32 x i16>."""
+    x = splat(builder, x_pair, VEC_I32)
+    name = "llvm.x86.avx512bf16.dpbf16ps.512"
+    instruction = function(builder, name, VEC_F32, [VEC_F32, _BF16_PAIRS, _BF16_PAIRS])
+    return builder.call(instruction, [total, *(builder.bitcast(v, _BF16_PAIRS) for v in (x, weights))])
+
+
+def _row_of_panel(builder: ir.IRBuilder, at: ir.Value, kind: int) -> ir.Value:
+    """One row of a panel as fp32; bf16 is the upper half of fp32, so decoding is a shift."""
+    if kind == FP32:
+        return load_at(builder, at, VEC_F32, 4)
+    wide = builder.zext(load_at(builder, at, VEC_I16, 2), VEC_I32)
+    return builder.bitcast(builder.shl(wide, ir.Constant(VEC_I32, [16] * LANES)), VEC_F32)
+
+
+def _outputs(builder: ir.IRBuilder, y: ir.Value, y_stride: ir.Value, rows: int) -> Values:
+    return [builder.add(y, builder.mul(y_stride, const(r))) for r in range(rows)]
+
+
+def _previous(builder: ir.IRBuilder, out: Values, accumulate: ir.Value) -> Values:
+    """What the sums begin with: the outputs where a tile goes on, else zeros."""
+    goes_on = builder.icmp_signed("!=", accumulate, const(0))
+    return when(builder, goes_on, [ZERO] * len(out), lambda _: [load_at(builder, at, VEC_F32, 4) for at in out])
+
+
+def _make_fma_tile(rows: int, kind: int):
+    @intrinsic
+    def tile(typing_context, panel, x_rows, depth, y, y_stride, accumulate):
+        def codegen(context, builder, signature, arguments):
+            panel, x_rows, depth, y, y_stride, accumulate = arguments
+            x, out = row_addresses(builder, x_rows, rows), _outputs(builder, y, y_stride, rows)
+            row_bytes = LANES * (4 if kind == FP32 else 2)
+
+            def add_row(k: ir.Value, sums: Values) -> Values:
+                at = builder.add(panel, builder.mul(k, const(row_bytes)))
+                prefetch(builder, builder.add(at, const(_PREFETCH_ROWS * row_bytes)))
+                weights = _row_of_panel(builder, at, kind)
+                lane = builder.mul(k, const(4))
+                scalars = [load_at(builder, builder.add(row, lane), F32, 4) for row in x]
+                return [fma(builder, splat(builder, s), weights, t) for s, t in zip(scalars, sums, strict=True)]
+
+            sums = loop(builder, const(0), depth, 1, _previous(builder, out, accumulate), add_row)
+            for total, at in zip(sums, out, strict=True):
+                store_at(builder, total, at, 4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), codegen
+
+    return tile
+
+
+def _make_dot_tile(rows: int):
+    @intrinsic
+    def tile(typing_context, panel, x_rows, depth, y, y_stride, accumulate):
+        def codegen(context, builder, signature, arguments):
+            panel, x_rows, depth, y, y_stride, accumulate = arguments
+            x, out = row_addresses(builder, x_rows, rows), _outputs(builder, y, y_stride, rows)
+
+            def add_pair(k: ir.Value, sums: Values) -> Values:
+                at = builder.add(panel, builder.mul(k, const(2 * LANES)))
+                prefetch(builder, builder.add(at, const(_DOT_PREFETCH_BYTES)))
+                two_rows = load_at(builder, at, PAIRS, 2)
+                side_by_side = [word for lane in range(LANES) for word in (lane, LANES + lane)]
+                weights = builder.shuffle_vector(
+                    two_rows, two_rows, ir.Constant(ir.VectorType(I32, 2 * LANES), side_by_side)
+                )
+                return add_dots(builder, x, k, weights, sums)
+
+            def add_single(k: ir.Value, sums: Values) -> Values:
+                row = load_at(builder, builder.add(panel, builder.mul(k, const(2 * LANES))), VEC_I16, 2)
+                weights = builder.bitcast(builder.zext(row, VEC_I32), PAIRS)
+                last = [load_at(builder, builder.add(row, builder.mul(k, const(2))), I16, 2) for row in x]
+                return [
+                    dot(builder, builder.zext(x_last, I32), weights, t) for x_last, t in zip(last, sums, strict=True)
+                ]
+
+            def add_quad(k: ir.Value, sums: Values) -> Values:
+                even, odd = sums[:rows], sums[rows:]
+                return add_pair(k, even) + add_pair(builder.add(k, const(2)), odd)
+
+            first = _previous(builder, out, accumulate) + [ZERO] * rows
+            whole = builder.and_(depth, const(-4))
+            sums = loop(builder, const(0), whole, 4, first, add_quad)
+            left = builder.sub(depth, whole)
+            two = builder.icmp_signed(">=", left, const(2))
+            even, odd = when(builder, two, sums[:rows], lambda sums: add_pair(whole, sums)), sums[rows:]
+            last = builder.sub(depth, const(1))
+            three = builder.icmp_signed("==", left, const(3))
+            odd = when(builder, three, odd, lambda sums: add_single(last, sums))
+            one = builder.icmp_signed("==", left, const(1))
+            even = when(builder, one, even, lambda sums: add_single(last, sums))
+            store_sums(builder, even, odd, out)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), codegen
+
+    return tile
+
+
+def add_dots(builder: ir.IRBuilder, x: Values, k: ir.Value, weights: ir.Value, sums: Values) -> Values:
+    """sums[r] += dot of rows k and k + 1 of the panel, <32 x i16>, with x[r]'s pair."""
+    pair = builder.mul(k, const(2))
+    pairs = [load_at(builder, builder.add(row, pair), I32, 2) for row in x]
+    return [dot(builder, x_pair, weights, total) for x_pair, total in zip(pairs, sums, strict=True)]
+
+
+def store_sums(builder: ir.IRBuilder, even: Values, odd: Values, out: Values) -> None:
+    """out[r] = even[r] + odd[r]."""
+    for a, b, at in zip(even, odd, out, strict=True):
+        store_at(builder, builder.fadd(a, b), at, 4)
+
+
+(_bf16_1, _bf16_2, _bf16_3, _bf16_4, _bf16_5, _bf16_6) = [_make_fma_tile(r + 1, BF16) for r in range(MAX_ROWS)]
+(_fp32_1, _fp32_2, _fp32_3, _fp32_4, _fp32_5, _fp32_6) = [_make_fma_tile(r + 1, FP32) for r in range(MAX_ROWS)]
+(_dot_1, _dot_2, _dot_3, _dot_4, _dot_5, _dot_6, _dot_7, _dot_8) = [_make_dot_tile(r + 1) for r in range(DOT_ROWS)]
+
+
+@njit(nogil=True, cache=True)
+def gemm_tile(panel, kind, x_rows, rows, depth, y, y_stride, accumulate):
+    """One tile: depth ≥ 1, rows ≤ MAX_ROWS (≤ DOT_ROWS where the kind is BF16_DOT).
+
+    panel: address of [depth, 16] bf16 or fp32, as `kind` says; x_rows: address of `rows` int64 addresses of rows
+    [depth], fp32 or bf16 (so a gather costs nothing); y: address of fp32 [rows, 16], `y_stride` bytes between rows.
+    """
+    if HAS_DOT and kind == BF16_DOT:
+        if rows == 1:
+            _dot_1(panel, x_rows, depth, y, y_stride, accumulate)
+        elif rows == 2:
+            _dot_2(panel, x_rows, depth, y, y_stride, accumulate)
+        elif rows == 3:
+            _dot_3(panel, x_rows, depth, y, y_stride, accumulate)
+        elif rows == 4:
+            _dot_4(panel, x_rows, depth, y, y_stride, accumulate)
+        elif rows == 5:
+            _dot_5(panel, x_rows, depth, y, y_stride, accumulate)
+        elif rows == 6:
+            _dot_6(panel, x_rows, depth, y, y_stride, accumulate)
+        elif rows == 7:
+            _dot_7(panel, x_rows, depth, y, y_stride, accumulate)
+        else:
+            _dot_8(panel, x_rows, depth, y, y_stride, accumulate)
+    elif kind == BF16:
+        if rows == 1:
+            _bf16_1(panel, x_rows, depth, y, y_stride, accumulate)
+        elif rows == 2:
+            _bf16_2(panel, x_rows, depth, y, y_stride, accumulate)
+        elif rows == 3:
+            _bf16_3(panel, x_rows, depth, y, y_stride, accumulate)
+        elif rows == 4:
+            _bf16_4(panel, x_rows, depth, y, y_stride, accumulate)
+        elif rows == 5:
+            _bf16_5(panel, x_rows, depth, y, y_stride, accumulate)
+        else:
+            _bf16_6(panel, x_rows, depth, y, y_stride, accumulate)
+    elif rows == 1:
+        _fp32_1(panel, x_rows, depth, y, y_stride, accumulate)
+    elif rows == 2:
+        _fp32_2(panel, x_rows, depth, y, y_stride, accumulate)
+    elif rows == 3:
+        _fp32_3(panel, x_rows, depth, y, y_stride, accumulate)
+    elif rows == 4:
+        _fp32_4(panel, x_rows, depth, y, y_stride, accumulate)
+    elif rows == 5:
+        _fp32_5(panel, x_rows, depth, y, y_stride, accumulate)
+    else:
+        _fp32_6(panel, x_rows, depth, y, y_stride, accumulate)
+
+
+@njit(nogil=True, cache=True)
+def gemm_panel(panel, kind, x_rows, rows, depth, y, y_stride):
+    """All `rows` rows against one panel: tiles of nearly equal height, so that no tile has one lonely row."""
+    most = DOT_ROWS if kind == BF16_DOT else MAX_ROWS
+    tiles = (rows + most - 1) // most
+    first = 0
+    for t in range(tiles):
+        last = rows * (t + 1) // tiles
+        gemm_tile(panel, kind, x_rows + 8 * first, last - first, depth, y + first * y_stride, y_stride, 0)
+        first = last

@@ -91,8 +91,11 @@ def attention_tile(head_dim: int, group: int, itemsize: int, max_query_len: int,
 
 
 def choose_num_splits(num_sequences: int, kv_heads: int, max_context: int, num_sms: int) -> int:
-    """Shares of a context in decode: about two programs an SM, at least MIN_SPLIT tokens each, at most MAX_SPLITS."""
+    """Shares of a context in decode: about two programs an SM, at least MIN_SPLIT tokens each, at most MAX_SPLITS; one
+    where every SM has a program without: 256 programs in two shares are 17 % slower than whole on an H200."""
     programs = max(num_sequences * kv_heads, 1)
+    if programs > num_sms:
+        return 1
     return max(1, min(-(-2 * num_sms // programs), max_context // MIN_SPLIT.value, MAX_SPLITS))
 
 

@@ -17,7 +17,8 @@ from fluxmoe.runtime.serving.loop import summarise
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 from ..lib.args import group, option
-from ..lib.results import UsageError, output_file, provenance, write_csv, write_json
+from ..lib.models import content_digest
+from ..lib.results import UsageError, output_file, provenance, write_atomically, write_csv, write_json
 from ..lib.tokenizer import Tokenizer
 
 
@@ -59,6 +60,10 @@ class Arguments:
     steps: Path | None = option(
         "save a CSV with the metrics of every iteration", None, parse=output_file, metavar="FILE"
     )
+    record_routing: Path | None = option(
+        "save which experts each token chose (.npz, for bench cache; CUDA: without graphs)",
+        None, parse=output_file, metavar="FILE",
+    )  # fmt: skip
     json: Path | None = option(
         "save outputs, metrics, memory, placement, provenance", None, parse=output_file, metavar="FILE"
     )
@@ -107,7 +112,7 @@ def serve(args: Arguments) -> dict:
     lengths = [len(ids) + args.max_new_tokens for ids in prompts]
     settings = replace(
         args.engine, max_context=max(lengths), min_kv_tokens=min(lengths), progress=sys.stderr.isatty(),
-        timeline=bool(args.trace),
+        timeline=bool(args.trace), record_routing=bool(args.record_routing),
     )  # fmt: skip
     with Engine(args.model, settings) as engine:
         if args.trace:
@@ -120,13 +125,17 @@ def serve(args: Arguments) -> dict:
         steps = list(engine.steps())
         if args.trace:
             engine.timeline.save(args.trace)
+        made = provenance(engine.device.type, args.sampling.seed)
+        if args.record_routing and engine.pager.recorder is not None and steps:
+            model = {"model": Path(args.model).name, "content": content_digest(Path(args.model))}
+            recording = engine.pager.recorder.recording(**model, **made)
+            write_atomically(args.record_routing, recording.to_bytes())
         if args.steps:
             write_csv(args.steps, [asdict(step) for step in steps])
         memory = {**engine.budget.lines(), "budget": engine.budget.total}
         host_memory, memory_check = engine.host_budget.lines(), engine.memory_check()._asdict()
         formats = {"device_format": settings.device_format, "host_format": settings.formats.host}
         placement = {"name": engine.placement.name, **formats, **engine.pager.placement.counts()}
-        device = engine.device.type
     ordered, totals = [handle.output for handle in handles], summarise(steps)
     generated = sum(len(output.token_ids) for output in ordered)
     speed = generated / totals["wall_s"] if totals["wall_s"] else 0.0
@@ -142,7 +151,7 @@ def serve(args: Arguments) -> dict:
         "metrics": {"tokens_per_s": speed, "generated_tokens": generated, **totals},
         "memory": memory, "host_memory": host_memory, "memory_check": memory_check, "placement": placement,
         "settings": {k: v for k, v in asdict(settings).items() if isinstance(v, str | int | float | bool)},
-        "provenance": provenance(device, args.sampling.seed),
+        "provenance": made,
     }  # fmt: skip
 
 

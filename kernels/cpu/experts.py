@@ -92,3 +92,7 @@ class CpuExperts(ExpertLayer[moe.Routing], CpuBlocks):
     def count_routed(self, routing: moe.Routing, counts: Tensor) -> None:
         """counts fp32 [E] += how many tokens each expert got."""
         counts += torch.diff(routing.expert_start)
+
+    def chosen(self, routing: moe.Routing) -> Tensor:
+        """Integers [T, top_k]: the experts of each token; any outside 0 … E - 1 are elsewhere."""
+        return routing.topk_ids

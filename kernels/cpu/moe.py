@@ -279,6 +279,7 @@ class MoeBuffers:
 class Routing(NamedTuple):
     """Which rows each expert gets; see the module's data map. Views of MoeBuffers."""
 
+    topk_ids: Tensor
     topk_weights: Tensor
     row_of: Tensor
     row_token: Tensor
@@ -306,7 +307,7 @@ def route_to(topk_ids: Tensor, topk_weights: Tensor, buffers: MoeBuffers) -> Rou
 def _sorted(ids: Tensor, weights: Tensor, buffers: MoeBuffers) -> Routing:
     row_of = buffers.row_of[: len(ids)]
     _sort_by_expert(ids.numpy(), row_of.numpy(), buffers.row_token.numpy(), buffers.expert_start.numpy())
-    return Routing(weights, row_of, buffers.row_token, buffers.expert_start)
+    return Routing(ids, weights, row_of, buffers.row_token, buffers.expert_start)
 
 
 def gate_up(

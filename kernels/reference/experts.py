@@ -85,3 +85,7 @@ class TorchExperts(ExpertLayer[Choice], TorchBlocks):
     def count_routed(self, routing: Choice, counts: Tensor) -> None:
         here = routing.ids[(routing.ids >= 0) & (routing.ids < self.dims.experts)]
         counts += torch.bincount(here, minlength=self.dims.experts)
+
+    def chosen(self, routing: Choice) -> Tensor:
+        """Integers [T, top_k]: the experts of each token; any outside 0 … E - 1 are elsewhere."""
+        return routing.ids

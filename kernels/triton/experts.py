@@ -122,6 +122,10 @@ class TritonExperts(ExpertLayer[Routing], TritonBlocks):
         """counts fp32 [E] += how many tokens each expert got."""
         counts.add_(routing.expert_start[1:]).sub_(routing.expert_start[:-1])
 
+    def chosen(self, routing: Routing) -> Tensor:
+        """Integers [T, top_k]: the experts of each token, -1 elsewhere; a shared expert, the last choice, left out."""
+        return routing.experts[:, : self.dims.top_k]
+
     def _tiles(self, tokens: int) -> Tiles:
         d, itemsize, rows = self.dims, self.dims.dtype.itemsize, tokens * self.dims.top_k
         rows_per_expert = rows / max(1, min(rows, d.experts))

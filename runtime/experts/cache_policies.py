@@ -5,12 +5,18 @@ expert with the lowest score leaves. An expert that was used lately is not one t
 between, and with many tokens nearly all of a layer's experts come once a pass, so that what LRU keeps is what comes
 last (it misses 97 % where 670 experts scan through 560 places).
 
-    static      the most used of all, for ever: needs to be told (`popularity`)
-    lru         used last
-    lfu         used most, old uses counting less
-    next_use    expected to be used soonest: visits until the layer's turn, and passes until a use at its rate
+    static       the most used of all, for ever: needs to be told (`popularity`)
+    lru          used last
+    lfu          used most, old uses counting less
+    next_use     expected to be used soonest: visits until the layer's turn, and passes until a use at its rate
+    least_stale  missed the fewest of its layer's turns since its last use; of equals, whose turn comes first
+    lirs         whose longest gap of late, between its last two uses or since the last, is shortest; equals keep a
+                 fixed order, so that a scan through more than there is room for keeps a part of it
 
-Belady's rule, which knows the future, is the bound (`replay`).
+Sources: least_stale follows the idea of SpecMD's Least-Stale (arXiv 2602.03921: leftovers of earlier passes go first,
+then by the order of layers), as its abstract gives it; lirs is what Jiang and Zhang (SIGMETRICS 2002) rank by, the
+reuse distance instead of the last use, which resists scans, without their stack. Belady's rule, which knows the future,
+is the bound (`belady`).
 """
 
 from __future__ import annotations
@@ -24,21 +30,29 @@ import numpy as np
 _NEWEST = 0.05
 # Below this a rate says nothing: once in a thousand passes.
 _LEAST_RATE = 1e-3
+# Turns: more than any run has, yet few enough to be added to.
+_NEVER = 1 << 40
 
 
 class Uses:
-    """What has been used: by expert, int64 [L, E] the visit of the last use (-1: none), and float64 [L, E] the share of
+    """What has been used, by expert [L, E]: int64, the visit of the last use (-1: none); its layer's turns since, 0
+    where the last turn used it, and between the last two uses (_NEVER where there were none); float64, the share of
     passes that used it."""
 
     def __init__(self, layers: int, experts: int) -> None:
         self.visit, self.layer = -1, -1
         self.last = np.full((layers, experts), -1, np.int64)
+        self.since = np.full((layers, experts), _NEVER, np.int64)
+        self.gap = self.since.copy()
         self.rate = np.zeros((layers, experts))
 
     def note(self, layer: int, experts: np.ndarray) -> None:
         """A visit of `layer` uses `experts`."""
         self.visit, self.layer = self.visit + 1, layer
         self.last[layer, experts] = self.visit
+        self.since[layer] += 1
+        self.gap[layer, experts] = np.minimum(self.since[layer, experts], _NEVER)
+        self.since[layer, experts] = 0
         self.rate[layer] *= 1 - _NEWEST
         self.rate[layer, experts] += _NEWEST
 
@@ -66,13 +80,25 @@ def next_use(uses: Uses) -> np.ndarray:
     return -(uses.until_turn()[:, None] + len(uses.rate) * passes)
 
 
+def least_stale(uses: Uses) -> np.ndarray:
+    layers = len(uses.rate)
+    return -(uses.since + uses.until_turn()[:, None] / (layers + 1))
+
+
+def lirs(uses: Uses) -> np.ndarray:
+    experts = uses.rate.shape[1]
+    return -(np.maximum(uses.gap, uses.since) + np.arange(experts) / experts)
+
+
 def static(popularity: np.ndarray) -> Policy:
     """popularity [L, E]: how often each expert is used, in all."""
     scores = popularity.astype(np.float64)
     return lambda uses: scores
 
 
-POLICIES: dict[str, Policy] = {"next_use": next_use, "lru": lru, "lfu": lfu}
+POLICIES: dict[str, Policy] = {
+    "next_use": next_use, "lru": lru, "lfu": lfu, "least_stale": least_stale, "lirs": lirs,
+}  # fmt: skip
 
 
 class Replayed(NamedTuple):
@@ -84,14 +110,18 @@ class Replayed(NamedTuple):
         return self.hits / max(1, self.hits + self.misses)
 
 
-def replay(visits: Sequence[tuple[int, np.ndarray]], shape: tuple[int, int], places: int, policy: Policy) -> Replayed:
-    """Hits and misses of a cache of `places` experts over (layer, experts used) visits; shape: (L, E)."""
+def replay(
+    visits: Sequence[tuple[int, np.ndarray]], shape: tuple[int, int], places: int, policy: Policy, warm: int = 0
+) -> Replayed:
+    """Hits and misses of a cache of `places` experts over (layer, experts used) visits; shape: (L, E); warm: visits at
+    the beginning that are not counted."""
     uses, held = Uses(*shape), np.zeros(shape, bool)
     hits = misses = 0
     for layer, experts in visits:
         uses.note(layer, experts)
         missing = experts[~held[layer, experts]]
-        hits, misses = hits + len(experts) - len(missing), misses + len(missing)
+        if uses.visit >= warm:
+            hits, misses = hits + len(experts) - len(missing), misses + len(missing)
         held[layer, experts] = True
         if (excess := int(held.sum()) - places) > 0:
             scores = np.where(held, policy(uses), np.inf)
@@ -102,7 +132,7 @@ def replay(visits: Sequence[tuple[int, np.ndarray]], shape: tuple[int, int], pla
     return Replayed(hits, misses)
 
 
-def belady(visits: Sequence[tuple[int, np.ndarray]], shape: tuple[int, int], places: int) -> Replayed:
+def belady(visits: Sequence[tuple[int, np.ndarray]], shape: tuple[int, int], places: int, warm: int = 0) -> Replayed:
     """The same by the rule that knows what comes: the expert that is used again last leaves (Belady 1966)."""
     uses_of: dict[tuple[int, int], list[int]] = {}
     for at, (layer, experts) in enumerate(visits):
@@ -121,4 +151,4 @@ def belady(visits: Sequence[tuple[int, np.ndarray]], shape: tuple[int, int], pla
             following[layer, expert] = times[-1] if times else np.inf
         return -following
 
-    return replay(visits, shape, places, farthest)
+    return replay(visits, shape, places, farthest, warm)

@@ -91,6 +91,8 @@ class PagingConfig:
     batch_invariant: bool = setting(
         False, "CUDA: a request's tokens do not depend on who shares its batch, at some speed (on the CPU always so)"
     )
+    # Keep which experts every token chose, in memory that no ledger counts (`ExpertPager.recorder`).
+    record_routing: bool = setting(False, None)
     threads: int | None = setting(None, "CPU threads (default: all)")
     poison: bool = setting(False, "debug: fill recycled slots with NaN")
     link_bandwidth: float | None = setting(

@@ -44,6 +44,7 @@ from .mover import MakeRoom, Mover
 from .moving_store import MovingStore
 from .placement import Placement, Tier
 from .planner import Move
+from .recording import RoutingRecorder
 from .store import ExpertStore, StaticStore
 from .streamer import Counters, Streamer
 
@@ -91,6 +92,7 @@ class ExpertPager:
         self.popularity: Tensor | None = None
         self._reads: Tensor | None = None
         self._on_demand_bytes = 0
+        self.recorder = RoutingRecorder(num_layers, dims.experts) if config.record_routing else None
 
     # Parts, once they are there.
 
@@ -309,18 +311,20 @@ class ExpertPager:
         inner, most, out = x.to(self.ops.act_dtype).contiguous(), self.max_tokens, []
         parts = inner.split(most), topk_ids.contiguous().split(most), topk_weights.contiguous().split(most)
         with self.streamer.layer(layer) as page, self._computes("experts", layer):
-            for part, ids, weights in zip(*parts, strict=True):
+            for i, (part, ids, weights) in enumerate(zip(*parts, strict=True)):
                 routing = self.ops.route_to(ids, weights)
                 out.append(self.ops.moe_add(part, routing, page, torch.zeros_like(part)))
-                self._count(layer, routing)
+                self._count(layer, routing, i)
         return (out[0] if len(out) == 1 else torch.cat(out)).to(x.dtype)
 
-    def _count(self, layer: int, routing: object) -> None:
+    def _count(self, layer: int, routing: object, part: int = 0) -> None:
         if self.popularity is not None:
             self.ops.count_routed(routing, self.popularity[layer])
         if self._reads is not None and self.store.on_demand:
             self.ops.count_routed(routing, self._scratch.zero_())
             self._reads[layer] += self._scratch > 0
+        if self.recorder is not None:
+            self.recorder.note(layer, self.ops.chosen(routing), part)
 
     def counters(self) -> Counters:
         """Totals so far. On CUDA, with reads in host memory, waits for the device."""

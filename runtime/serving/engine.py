@@ -74,8 +74,10 @@ class Engine(ServingLoop):
         self.pager = ExpertPager(
             expert_dims(model), len(model.moe_layers), config, self.device, limits.tokens, timeline=self.timeline
         )
-        # Only where nothing waits for the device in mid-pass, as the plain torch path does, and no layer is timed.
-        graphs = config.cuda_graphs and kind.graphs and config.kernels != "torch" and not config.timeline
+        # Only where nothing waits for the device in mid-pass, as the plain torch path does, and no layer is timed or
+        # recorded.
+        watched = config.timeline or config.record_routing
+        graphs = config.cuda_graphs and kind.graphs and config.kernels != "torch" and not watched
         per_graph = (config.max_batch, -(-limits.context // config.block_size), config.block_size)
         buffers = DecodeGraphs.buffer_bytes(*per_graph) if graphs else 0
         # An estimate: see `pool_bytes`.
@@ -200,6 +202,8 @@ class Engine(ServingLoop):
             self.states.swap_out(step.state_out)
             self.states.swap_in(step.state_in)
         batch = build_batch(step, self.config.block_size)
+        if self.pager.recorder is not None:
+            self.pager.recorder.label(*_labels(step))
         if self.graphs is not None and all(chunk.length == 1 and chunk.sample for chunk in step.chunks):
             logits = self.graphs.run(batch)
         else:
@@ -270,3 +274,12 @@ class Engine(ServingLoop):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _labels(step: Step) -> tuple[np.ndarray, np.ndarray]:
+    """Of each token of a step: its sequence's rank of arrival, and its position after the prompt."""
+    chunks = step.chunks
+    sequences = np.repeat([chunk.sequence.order for chunk in chunks], [chunk.length for chunk in chunks])
+    first = [chunk.start - chunk.sequence.prompt_len for chunk in chunks]
+    positions = [np.arange(start, start + chunk.length) for start, chunk in zip(first, chunks, strict=True)]
+    return sequences, np.concatenate(positions)

@@ -18,7 +18,7 @@ from ..experts.config import PagingConfig, SettingError, setting
 
 _PREFIX = "FLUXMOE_"
 # Experts do not move inside vLLM, so nothing plans; profiles and delays are given from Python only.
-_NOT_HERE = ("adaptive", "planning", "least_alpha", "profile", "load_delay")
+_NOT_HERE = ("adaptive", "planning", "least_alpha", "profile", "load_delay", "record_routing")
 # What `kv_tokens` chooses.
 _CHOSEN = ("placement", "alpha", "dense_share", "cache_bytes")
 

@@ -12,6 +12,7 @@ import sys
 import pytest
 from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
+from fluxmoe.runtime.experts.recording import Recording
 from fluxmoe.runtime.hardware import HardwareProfile
 
 
@@ -58,6 +59,16 @@ def test_writes_the_documented_json(model_dir, tmp_path, capsys):
     events = events["traceEvents"] if isinstance(events, dict) else events
     assert {"compute"} <= {e.get("args", {}).get("name") for e in events}
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_routing_is_recorded(model_dir, tmp_path):
+    out = tmp_path / "routing.npz"
+    run("--model", model_dir, "--prompt", "a", "--max-new-tokens", 4, "--ignore-eos", "--device", "cpu",
+        "--record-routing", out)  # fmt: skip
+    recording = Recording.load(out)
+    assert recording.shape == (2, 4)
+    assert recording.position.max() == 2
+    assert {"commit", "content", "model", "versions"} <= set(recording.about)
 
 
 def test_prompts_file_of_ids_and_strings(model_dir, tmp_path):

@@ -153,6 +153,13 @@ def test_what_is_elsewhere_leaves_the_residual_and_counts_nothing(backend):
     assert counts.tolist() == [0, 0, 0, 1, 0]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_choices_of_a_routing_can_be_read(backend):
+    ops, logits = BACKENDS[backend](DIMS, TOKENS), torch.randn(7, 5)
+    chosen = ops.chosen(ops.route(logits.to(ops.device))).cpu()
+    assert chosen.sort(dim=1).values.tolist() == logits.topk(2).indices.sort(dim=1).values.tolist()
+
+
 def test_buffers_keep_their_dtype_and_device_whatever_the_defaults_are():
     """Hosts such as vLLM set a default dtype of bf16."""
     before = torch.get_default_dtype()

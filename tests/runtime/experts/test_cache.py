@@ -10,7 +10,17 @@ import pytest
 import torch
 from fluxmoe.kernels.ops import ExpertDims
 from fluxmoe.runtime.experts import cache as cache_module
-from fluxmoe.runtime.experts.cache_policies import POLICIES, Uses, belady, lru, next_use, replay, static
+from fluxmoe.runtime.experts.cache_policies import (
+    POLICIES,
+    Uses,
+    belady,
+    least_stale,
+    lirs,
+    lru,
+    next_use,
+    replay,
+    static,
+)
 from fluxmoe.runtime.experts.config import PagingConfig, SettingError
 from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.pager import ExpertPager
@@ -62,6 +72,8 @@ SETTINGS = {
     "half on the device": dict(alpha=0.5),
     "lru": dict(cache_policy="lru"),
     "lfu": dict(cache_policy="lfu"),
+    "least stale": dict(cache_policy="least_stale"),
+    "lirs": dict(cache_policy="lirs"),
     "slow": dict(load_delay=lambda layer, d: 0.002 * ((layer + d) % 2)),
     "a slow link": dict(link_bandwidth=50e6),
     "the reference kernels": dict(kernels="torch"),
@@ -152,7 +164,9 @@ def test_settings_that_make_no_cache_are_refused():
         PagingConfig(placement="host", cache_bytes=1 << 20)
     with pytest.raises(SettingError, match="it needs placement disk"):
         PagingConfig(placement="disk", transfer="whole", cache_bytes=1 << 20)
-    with pytest.raises(SettingError, match="cache_policy must be one of next_use, lru, lfu, got 'mru'"):
+    with pytest.raises(
+        SettingError, match="cache_policy must be one of next_use, lru, lfu, least_stale, lirs, got 'mru'"
+    ):
         PagingConfig(cache_policy="mru")
 
 
@@ -209,7 +223,46 @@ def test_a_scan_is_kept_in_part_where_lru_keeps_nothing():
     rates = {name: replay(visits, (16, 8), 64, policy).hit_rate for name, policy in POLICIES.items()}
     best = belady(visits, (16, 8), 64).hit_rate
     assert rates["lru"] == 0
-    assert rates["next_use"] > 0.8 * best > 0.3
+    for name in ("next_use", "least_stale", "lirs"):
+        assert rates[name] > 0.8 * best > 0.3, name
+
+
+def test_uses_by_hand():
+    """Layers 0 and 1 in turns: layer 0 uses expert 0, then 1, then 0 again; layer 1 always 2."""
+    uses = Uses(2, 3)
+    for expert in (0, 1, 0):
+        uses.note(0, np.array([expert]))
+        uses.note(1, np.array([2]))
+    assert uses.since[0, :2].tolist() == [0, 1]
+    assert uses.gap[0, 0] == 2
+    assert (uses.since[1, 2], uses.gap[1, 2]) == (0, 1)
+    assert uses.gap[0, 1] == uses.gap[1, 0] > 1 << 30
+    assert uses.last[0].tolist() == [4, 2, -1]
+
+
+def test_least_stale_lets_leftovers_go_before_what_the_pass_has_used():
+    """arXiv 2602.03921's case: what LRU would throw out, a later layer's experts, comes next."""
+    uses = Uses(3, 2)
+    for layer, expert in ((0, 0), (1, 0), (2, 0), (0, 1)):
+        uses.note(layer, np.array([expert]))
+    scores = least_stale(uses)
+    order = sorted([(0, 0), (1, 0), (2, 0), (0, 1)], key=lambda where: scores[where])
+    assert order == [(0, 0), (0, 1), (2, 0), (1, 0)]
+    assert min([(0, 0), (1, 0), (2, 0)], key=lambda where: lru(uses)[where]) == (0, 0)
+
+
+def test_lirs_keeps_what_comes_often_over_what_came_last():
+    uses = Uses(1, 3)
+    for expert in (0, 0, 0, 1, 2):
+        uses.note(0, np.array([expert]))
+    assert np.argsort(lirs(uses)[0]).tolist()[-1] == 0
+    assert np.argsort(lru(uses)[0]).tolist()[0] == 0
+
+
+def test_visits_of_the_warm_up_are_not_counted():
+    visits = [(0, np.array([0, 1]))] * 5
+    assert replay(visits, (1, 4), 2, lru, warm=1) == (8, 0)
+    assert belady(visits, (1, 4), 2, warm=3) == (4, 0)
 
 
 def test_skewed_routing_at_batch_one():

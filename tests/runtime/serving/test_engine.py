@@ -174,6 +174,20 @@ def test_impossible_requests_are_refused_alone(model_dir, expected):
     assert [o.token_ids for o in outputs[3:]] == expected
 
 
+def test_a_recording_says_what_each_token_chose_whatever_the_batch(model_dir):
+    """Preempted and alone: the same experts for the same token of the same request, prompts included."""
+    chosen = []
+    for settings in ({}, {"max_batch": 1}, {"placement": "host", "budget_bytes": 700_000, "max_batched_tokens": 7}):
+        tokens, steps, engine = serve(model_dir, record_routing=True, **settings)
+        recording = engine.pager.recorder.recording()
+        keys = zip(recording.sequence.tolist(), recording.position.tolist(), strict=True)
+        chosen.append(dict(zip(keys, recording.experts.tolist(), strict=True)))
+        generated = [sum(s == i and p >= 0 for s, p in chosen[-1]) for i in range(len(tokens))]
+        assert generated == [len(ids) - 1 for ids in tokens]  # the last is never computed
+    assert sum(step.preemptions for step in steps)
+    assert chosen[0] == chosen[1] == chosen[2]
+
+
 def test_stop_tokens_end_a_request(model_dir, expected):
     first = requests()[1]
     stop = expected[1][5]

@@ -90,7 +90,7 @@ def placed(text: str) -> dict[str, Any]:
         raise UsageError(f"placement {text!r}: {share!r} is no share; write for example balanced:0.5") from None
     if expert_format and expert_format not in FORMATS:
         raise UsageError(f"placement {text!r}: unknown expert format; these are: {', '.join(FORMATS)}")
-    place(name, 1, 1, alpha=alpha, bandwidths={Tier.RESIDENT: 1.0, Tier.HOST: 1.0})
+    place(name, 1, 1, alpha=alpha, bandwidths=dict.fromkeys(Tier, 1.0))
     settings: dict[str, Any] = {"placement": name, "alpha": alpha, "expert_format": expert_format or None}
     EngineConfig(**settings)
     return settings

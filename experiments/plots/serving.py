@@ -27,6 +27,7 @@ STYLE = {
     "offload": ("#E69F00", "s", "offload (last layers in host, vLLM-O)"),
     "balanced": ("#0072B2", "D", "balanced (same share of each layer streamed)"),
     "balanced+": ("#56B4E9", "d", "balanced"),
+    "three_tiers": ("#56B4E9", "h", "three tiers (same shares of each layer in host memory and files)"),
     "host": ("#009E73", "^", "host (all experts streamed)"),
     "host+": ("#CC79A7", "v", "host"),
     "disk": ("#999999", "<", "disk (all experts streamed)"),

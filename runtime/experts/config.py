@@ -21,7 +21,7 @@ from ..hardware import HardwareProfile, list_profiles
 from ..memory.budget import parse_bytes
 from .cache_policies import POLICIES as CACHE_POLICIES
 from .layout import ExpertFormats
-from .placement import COMPRESSING, POLICIES
+from .placement import COMPRESSING, IN_FILES, POLICIES
 
 Delay = Callable[[int, int], float]
 
@@ -44,6 +44,9 @@ class PagingConfig:
 
     placement: str = setting("resident", "where experts are; see placement.place", choices=tuple(POLICIES))
     alpha: float | None = setting(None, "share of experts kept on the device (default: the placement's own)")
+    disk_share: float | None = setting(
+        None, "share of experts in files, with three_tiers (default: by bandwidth, as alpha there)"
+    )
     dense_share: float = setting(0.0, "share of experts kept dense beside packed ones")
     expert_format: str | None = setting(
         None, f"lossless format of experts (default: {DEFAULT_COMPRESSED} for packed and hybrid, {DENSE} for the "
@@ -120,8 +123,12 @@ class PagingConfig:
             raise SettingError(f"placement {self.placement} holds compressed experts: choose {choices}")
         if self.transfer == "auto" and not self.counts_routing:
             raise SettingError("transfer auto is the planner's choice: it needs adaptive")
-        if self.cache_bytes is not None and (self.placement != "disk" or self.formats.transfer == "whole"):
-            raise SettingError("cache_bytes is of experts that come on demand: it needs placement disk")
+        if self.cache_bytes is not None and (self.placement not in IN_FILES or self.formats.transfer == "whole"):
+            raise SettingError(
+                f"cache_bytes is of experts that come on demand from files: it needs placement {' or '.join(IN_FILES)}"
+            )
+        if self.disk_share is not None and self.placement != "three_tiers":
+            raise SettingError("disk_share is for placement three_tiers: elsewhere it has no effect")
 
     @property
     def device_format(self) -> str:
@@ -136,7 +143,7 @@ class PagingConfig:
         transfer = "whole" if self.transfer == "auto" else self.transfer
         if transfer is None:
             readable = {DENSE, *fused_formats("torch" if self.kernels == "torch" else "cpu")}
-            on_demand = self.placement == "disk" and self.kernels != "triton" and host in readable
+            on_demand = self.placement in IN_FILES and self.kernels != "triton" and host in readable
             transfer = "on_demand" if on_demand else "whole"
         return ExpertFormats(packed, host, self.slot_format, transfer)
 

@@ -19,7 +19,7 @@ from .cache import ExpertCache
 from .config import PagingConfig
 from .disk import StoreError
 from .layout import ExpertLayout
-from .placement import Tier, place
+from .placement import BY_BANDWIDTH, IN_FILES, Tier, place
 from .slots import SlotSchedule
 
 EXPERT_LINES = {Tier.RESIDENT: "resident_experts", Tier.PACKED: "packed_experts"}
@@ -31,7 +31,8 @@ def lay_out(
     """Tier and format of every expert. measure: bandwidths of the tiers, asked for only where they decide."""
     device_tier = Tier.RESIDENT if config.device_format == DENSE else Tier.PACKED
     bandwidths: Mapping[Tier, float] | None = None
-    if config.placement == "balanced" and config.alpha is None:
+    given = (config.alpha, config.disk_share) if config.placement in IN_FILES else (config.alpha,)
+    if config.placement in BY_BANDWIDTH and None in given:
         if config.profile is not None:
             fused = config.device_format in ops.fused_formats
             bandwidths = config.profile.bandwidths(None if fused else config.device_format)
@@ -40,8 +41,8 @@ def lay_out(
             bandwidths = dict(measure())
             bandwidths |= {Tier.PACKED: bandwidths[Tier.RESIDENT]}
     placement = place(
-        config.placement, num_layers, ops.dims.experts, alpha=config.alpha, dense=config.dense_share,
-        device_tier=device_tier, bandwidths=bandwidths,
+        config.placement, num_layers, ops.dims.experts, alpha=config.alpha, disk=config.disk_share,
+        dense=config.dense_share, device_tier=device_tier, bandwidths=bandwidths,
     )  # fmt: skip
     formats, used = config.formats, {DENSE}
     used |= {formats.packed} if (placement.tiers == Tier.PACKED).any() else set()

@@ -1,12 +1,13 @@
 """Placement: which tier holds each expert of each layer. Pure functions; experiments differ in one argument.
 
-    resident   every expert on the device, dense                                  vLLM
-    packed     every expert on the device, compressed                             FluxMoE with α = 1
-    offload    the last layers wholly in host memory, the rest dense              vLLM-O (arXiv 2604.02715 §6.1)
-    hybrid     the last layers wholly in host memory, the rest compressed         FluxMoE-H (§6.1)
-    balanced   the same share of every layer in host memory                       FluxMoE (§4.2)
-    host       every expert in host memory, all streamed                          α = 0
-    disk       every expert in a file, all streamed
+    resident     every expert on the device, dense                                  vLLM
+    packed       every expert on the device, compressed                             FluxMoE with α = 1
+    offload      the last layers wholly in host memory, the rest dense              vLLM-O (arXiv 2604.02715 §6.1)
+    hybrid       the last layers wholly in host memory, the rest compressed         FluxMoE-H (§6.1)
+    balanced     the same share of every layer in host memory                       FluxMoE (§4.2)
+    three_tiers  the same shares of every layer in host memory and in files         §4.2 over three backends
+    host         every expert in host memory, all streamed                          α = 0
+    disk         every expert in a file, all streamed
 
 α is the share of experts that stay on the device. Inside a layer the experts with the highest ids stream: a
 router has no order of preference among ids, so any fixed choice is as good until routing statistics say more.
@@ -15,9 +16,10 @@ router has no order of preference among ids, so any fixed choice is as good unti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 
 import numpy as np
 
@@ -61,13 +63,15 @@ class Placement:
 
 @dataclass(frozen=True)
 class _Request:
-    """What a policy is asked: sizes, α, the tier of experts that stay on the device, bytes/s by tier."""
+    """What a policy is asked: sizes, α, the tier of experts that stay on the device, bytes/s by tier, the share in
+    files."""
 
     layers: int
     experts: int
     alpha: float | None
     device_tier: Tier
     bandwidths: Mapping[Tier, float] | None
+    disk: float | None = None
 
     def all(self, tier: Tier) -> np.ndarray:
         return np.full((self.layers, self.experts), tier, dtype=np.int8)
@@ -114,17 +118,47 @@ def _last_layers(tier: Tier) -> Policy:
     return policy
 
 
-def _balanced(request: _Request) -> np.ndarray:
-    alpha = request.alpha
-    if alpha is None:
-        if not request.bandwidths:
-            raise PlacementError("placement balanced needs alpha, or bandwidths to derive it from")
-        if lacking := {request.device_tier, Tier.HOST} - request.bandwidths.keys():
-            raise PlacementError(f"placement balanced needs a bandwidth of tier {min(lacking).name}, or alpha")
-        # x_k = B_k / ΣB: all tiers are done with a layer at the same time (§4.2).
-        device, host = (request.bandwidths[tier] for tier in (request.device_tier, Tier.HOST))
-        alpha = device / (device + host)
-    return _spread(request, alpha, Tier.HOST)
+def _balanced(name: str, *far: Tier) -> Policy:
+    """The same shares of every layer on the device and in each of `far`."""
+
+    def policy(request: _Request) -> np.ndarray:
+        given = {request.device_tier: request.alpha, Tier.DISK: request.disk}
+        shares = _shares(name, {tier: given.get(tier) for tier in (request.device_tier, *far)}, request.bandwidths)
+        nearer, tiers = 1.0, request.all(far[-1])
+        # What is nearer than a tier overwrites it, down to the device.
+        for farther, tier in pairwise((*far[::-1], request.device_tier)):
+            nearer = max(0.0, nearer - shares[farther])
+            tiers[_spread(request, nearer, farther) == request.device_tier] = tier
+        return tiers
+
+    return policy
+
+
+def _shares(
+    name: str, given: Mapping[Tier, float | None], bandwidths: Mapping[Tier, float] | None
+) -> dict[Tier, float]:
+    """Shares of all tiers; those that are not given divide the rest, x_k = B_k / ΣB: they are done with a layer at the
+    same time (§4.2)."""
+    fixed = {tier: share for tier, share in given.items() if share is not None}
+    free = [tier for tier in given if tier not in fixed]
+    left = 1 - sum(fixed.values())
+    if left < -1e-9:
+        raise PlacementError(f"placement {name}: shares of {_names(fixed)} add up to {1 - left:g}, more than 1")
+    left = max(0.0, left)
+    if len(free) == 1:
+        return fixed | {free[0]: left}
+    if lacking := set(free) - (bandwidths or {}).keys():
+        raise PlacementError(
+            f"placement {name} needs a bandwidth of tier {_names(sorted(lacking))} to share a layer by: give "
+            "--profile, or the shares themselves (--alpha, --disk-share)"
+        )
+    assert bandwidths is not None, "none is lacking"
+    total = sum(bandwidths[tier] for tier in free)
+    return fixed | {tier: left * bandwidths[tier] / total for tier in free}
+
+
+def _names(tiers: Iterable[Tier]) -> str:
+    return " and ".join(tier.name for tier in tiers)
 
 
 Policy = Callable[[_Request], np.ndarray]
@@ -133,12 +167,16 @@ POLICIES: dict[str, Policy] = {
     "packed": _whole("packed", Tier.PACKED),
     "offload": _last_layers(Tier.RESIDENT),
     "hybrid": _last_layers(Tier.PACKED),
-    "balanced": _balanced,
+    "balanced": _balanced("balanced", Tier.HOST),
+    "three_tiers": _balanced("three_tiers", Tier.HOST, Tier.DISK),
     "host": lambda request: _spread(request, request.alpha or 0.0, Tier.HOST),
     "disk": lambda request: _spread(request, request.alpha or 0.0, Tier.DISK),
 }
 # Policies that hold compressed experts on the device, whatever they are asked.
 COMPRESSING = ("packed", "hybrid")
+# Policies that hold experts in files, and those that share layers by bandwidth.
+IN_FILES = ("three_tiers", "disk")
+BY_BANDWIDTH = ("balanced", "three_tiers")
 
 
 def place(
@@ -147,6 +185,7 @@ def place(
     num_experts: int,
     *,
     alpha: float | None = None,
+    disk: float | None = None,
     dense: float = 0.0,
     device_tier: Tier = Tier.RESIDENT,
     bandwidths: Mapping[Tier, float] | None = None,
@@ -154,20 +193,23 @@ def place(
     """Tier of every expert under `policy`.
 
     alpha: share of experts on the device, 0 to 1; None is the policy's own default. device_tier: RESIDENT or PACKED,
-    where balanced, host and disk keep that share; dense: the share of all experts that lies there dense even so (x of
-    the paper's x dense + y packed + z host, §4.3). bandwidths: bytes/s at which the tiers deliver a layer (for
-    `balanced` without alpha). Raises PlacementError.
+    where balanced, three_tiers, host and disk keep that share; disk: the share in files of three_tiers; dense: the
+    share of all experts that lies on the device dense even so (x of the paper's x dense + y packed + z host, §4.3).
+    bandwidths: bytes/s at which the tiers deliver a layer, for shares that are not given. Raises PlacementError.
     """
     if policy not in POLICIES:
         raise PlacementError(f"unknown placement {policy!r}; choose one of {', '.join(POLICIES)}")
     if num_layers < 1 or num_experts < 1:
         raise PlacementError(f"nothing to place: {num_layers} layers of {num_experts} experts")
-    for name, share in (("alpha", alpha), ("dense", dense)):
+    for name, share, where in (("alpha", alpha, "on the device"), ("dense", dense, "on the device"),
+                               ("disk", disk, "in files")):  # fmt: skip
         if share is not None and not 0 <= share <= 1:
-            raise PlacementError(f"{name} is a share of experts on the device, from 0 to 1; got {share}")
+            raise PlacementError(f"{name} is a share of experts {where}, from 0 to 1; got {share}")
+    if disk is not None and policy != "three_tiers":
+        raise PlacementError(f"a share in files is for placement three_tiers: it has no effect on {policy}")
     if bandwidths is not None and any(not (b > 0 and math.isfinite(b)) for b in bandwidths.values()):
         raise PlacementError(f"bandwidths must be positive, finite bytes per second, got {dict(bandwidths)}")
-    request = _Request(num_layers, num_experts, alpha, device_tier, bandwidths)
+    request = _Request(num_layers, num_experts, alpha, device_tier, bandwidths, disk)
     tiers = POLICIES[policy](request)
     if dense:
         keep = _spread(_Request(num_layers, num_experts, dense, Tier.RESIDENT, None), dense, Tier.HOST)

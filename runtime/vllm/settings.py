@@ -20,7 +20,7 @@ _PREFIX = "FLUXMOE_"
 # Experts do not move inside vLLM, so nothing plans; profiles and delays are given from Python only.
 _NOT_HERE = ("adaptive", "planning", "least_alpha", "profile", "load_delay", "record_routing")
 # What `kv_tokens` chooses.
-_CHOSEN = ("placement", "alpha", "dense_share", "cache_bytes")
+_CHOSEN = ("placement", "alpha", "disk_share", "dense_share", "cache_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,19 @@ CHANGES = {
     "--context": "65", "--output-tokens": "9", "--max-batch": "5", "--workload": "fixed", "--arrivals": "7.5",
     "--seed": "1", "--link-bandwidth": "4GB", "--cache-policy": "lru",
 }  # fmt: skip
-# cache-bytes is refused but with placement disk.
-SWEPT = ("cache-bytes", "budget", "placement", "alpha", "dense-share", "expert-format", "adaptive", "densify", "device")
+# cache-bytes and disk-share are refused but with placements in files.
+SWEPT = (
+    "cache-bytes",
+    "disk-share",
+    "budget",
+    "placement",
+    "alpha",
+    "dense-share",
+    "expert-format",
+    "adaptive",
+    "densify",
+    "device",
+)
 
 
 def run(out: Path, *changes: str) -> list[dict[str, str]]:

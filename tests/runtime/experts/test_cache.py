@@ -70,6 +70,10 @@ SETTINGS = {
     "all of them": dict(cache_bytes=1 << 30),
     "compressed": dict(expert_format="planar12"),
     "half on the device": dict(alpha=0.5),
+    "three tiers": dict(placement="three_tiers", alpha=0.25, disk_share=0.5),
+    "three tiers, compressed, some dense": dict(
+        placement="three_tiers", alpha=0.5, disk_share=0.25, dense_share=0.25, expert_format="planar12"
+    ),
     "lru": dict(cache_policy="lru"),
     "lfu": dict(cache_policy="lfu"),
     "least stale": dict(cache_policy="least_stale"),
@@ -160,10 +164,12 @@ def test_closing_gives_up_what_was_not_read():
 
 
 def test_settings_that_make_no_cache_are_refused():
-    with pytest.raises(SettingError, match="it needs placement disk"):
+    with pytest.raises(SettingError, match="it needs placement three_tiers or disk"):
         PagingConfig(placement="host", cache_bytes=1 << 20)
-    with pytest.raises(SettingError, match="it needs placement disk"):
+    with pytest.raises(SettingError, match="it needs placement three_tiers or disk"):
         PagingConfig(placement="disk", transfer="whole", cache_bytes=1 << 20)
+    with pytest.raises(SettingError, match="disk_share is for placement three_tiers"):
+        PagingConfig(placement="disk", disk_share=0.5)
     with pytest.raises(
         SettingError, match="cache_policy must be one of next_use, lru, lfu, least_stale, lirs, got 'mru'"
     ):

@@ -38,6 +38,7 @@ PLACEMENTS = {
     "balanced": dict(placement="balanced", alpha=0.4),
     "host": dict(placement="host"),
     "disk": dict(placement="disk", alpha=0.3),
+    "three tiers": dict(placement="three_tiers", alpha=0.4, disk_share=0.4),
 }
 
 

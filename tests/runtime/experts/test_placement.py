@@ -38,7 +38,7 @@ def test_odd_experts_are_spread_over_the_depth(layers, data):
 
 @given(LAYERS, EXPERTS, st.sampled_from(sorted(POLICIES)))
 def test_counts_and_lists_agree(layers, experts, policy):
-    bandwidths = {Tier.RESIDENT: 3.0, Tier.HOST: 1.0}
+    bandwidths = {Tier.RESIDENT: 3.0, Tier.HOST: 1.0, Tier.DISK: 0.5}
     placement = place(policy, layers, experts, bandwidths=bandwidths)
     assert placement.tiers.shape == (layers, experts)
     assert sum(placement.counts().values()) == layers * experts
@@ -55,6 +55,32 @@ def test_the_dense_share_is_taken_from_the_device(layers, experts, alpha, dense,
     assert mixed.alpha == packed.alpha
     wanted = min(round(dense * layers * experts), round(alpha * layers * experts))
     assert mixed.counts()["resident"] == wanted
+
+
+@given(LAYERS, EXPERTS, SHARES, SHARES)
+def test_three_tiers_are_exact_even_and_nested(layers, experts, alpha, disk):
+    if alpha + disk > 1:
+        alpha, disk = 1 - alpha, 1 - disk
+    tiers = place("three_tiers", layers, experts, alpha=alpha, disk=disk).tiers
+    for tier, share in ((Tier.RESIDENT, alpha), (Tier.DISK, disk), (Tier.HOST, 1 - alpha - disk)):
+        counts = (tiers == tier).sum(axis=1)
+        assert abs(counts.sum() - share * layers * experts) <= 1
+        assert counts.max() - counts.min() <= 2
+    more = place("three_tiers", layers, experts, alpha=alpha, disk=disk / 2).tiers
+    assert ((tiers == Tier.RESIDENT) == (more == Tier.RESIDENT)).all()
+    assert ((tiers == Tier.HOST) <= (more == Tier.HOST)).all()
+
+
+def test_three_tiers_follow_bandwidth():
+    """x_k = B_k / ΣB over three backends, and over those whose share is not given (arXiv 2604.02715 §4.2)."""
+    rates = {Tier.RESIDENT: 30e9, Tier.HOST: 8e9, Tier.DISK: 2e9, Tier.PACKED: 30e9}
+    shares = dict[str, dict[str, float]](free={}, device={"alpha": 0.5}, files={"disk": 0.24})
+    counts = {name: place("three_tiers", 5, 40, bandwidths=rates, **given).counts() for name, given in shares.items()}
+    assert counts["free"] == {"resident": 150, "host": 40, "disk": 10, "packed": 0}
+    assert counts["device"] == {"resident": 100, "host": 80, "disk": 20, "packed": 0}
+    assert counts["files"] == {"resident": 120, "host": 32, "disk": 48, "packed": 0}
+    packed = place("three_tiers", 5, 40, device_tier=Tier.PACKED, dense=0.25, bandwidths=rates)
+    assert packed.counts() == {"resident": 50, "host": 40, "disk": 10, "packed": 100}
 
 
 def test_policies_do_what_they_say():
@@ -84,7 +110,12 @@ def test_balanced_follows_bandwidth():
     ("policy", "settings", "match"),
     [
         ("nowhere", {}, "balanced"),
-        ("balanced", {}, "bandwidths"),
+        ("balanced", {}, "bandwidth of tier RESIDENT and HOST"),
+        ("three_tiers", {"bandwidths": {Tier.RESIDENT: 1.0, Tier.HOST: 1.0}}, "bandwidth of tier DISK"),
+        ("three_tiers", {"alpha": 0.5}, "bandwidth of tier HOST and DISK"),
+        ("three_tiers", {"alpha": 0.7, "disk": 0.4}, "RESIDENT and DISK add up to 1.1"),
+        ("three_tiers", {"disk": 2.0}, "disk is a share of experts in files, from 0 to 1"),
+        ("balanced", {"disk": 0.5}, "for placement three_tiers"),
         ("balanced", {"alpha": 1.01}, "0 to 1"),
         ("balanced", {"alpha": float("nan")}, "0 to 1"),
         ("balanced", {"bandwidths": {Tier.RESIDENT: 0.0, Tier.HOST: 1.0}}, "positive"),

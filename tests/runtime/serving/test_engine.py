@@ -6,6 +6,7 @@ import os
 import random
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.runtime.devices import DeviceError
 from fluxmoe.runtime.experts.pager import ExpertPager
+from fluxmoe.runtime.experts.placement import Tier
+from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.serving import engine as engine_module
 from fluxmoe.runtime.serving.engine import Engine, EngineConfig
@@ -29,6 +32,10 @@ def model_dir(tmp_path_factory):
         kv_heads=2, head_dim=16, vocab=512, dtype="bfloat16", seed=0, max_positions=256,
     )  # fmt: skip
     return out
+
+
+# Rates at which all three tiers have a share.
+PROFILE = replace(HardwareProfile.load("laptop"), host_bandwidth=30e9, disk_bandwidth=30e9)
 
 
 def requests(count=10, sampled=True) -> list[Request]:
@@ -87,6 +94,23 @@ def test_tokens_survive_random_delays(model_dir, expected, slots):
     assert sum(step.stall_s for step in steps) > 0
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(dict(alpha=0.34, disk_share=0.34), id="shares"),
+        pytest.param(dict(disk_share=0.5, transfer="whole", profile=PROFILE), id="whole"),
+        pytest.param(dict(alpha=0.5, expert_format="planar12", profile=PROFILE), id="packed"),
+        pytest.param(dict(profile=PROFILE, cache_bytes=1, cache_policy="lirs"), id="by bandwidth"),
+    ],
+)
+def test_tokens_do_not_depend_on_three_tiers_at_once(model_dir, expected, settings):
+    tokens, _, engine = serve(model_dir, placement="three_tiers", poison=True, **settings)
+    assert tokens == expected
+    device = Tier.RESIDENT if engine.config.expert_format is None else Tier.PACKED
+    counts = {tier: (engine.tiers == tier).sum(axis=1) for tier in (device, Tier.HOST, Tier.DISK)}
+    assert all(count.min() >= 1 for count in counts.values()), "every layer has experts in every tier"
+
+
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("placement", ["resident", "host"])
 def test_tokens_survive_preemption(model_dir, expected, preemption, placement):
@@ -108,10 +132,10 @@ def test_tokens_do_not_depend_on_batching(model_dir, expected, settings):
     assert serve(model_dir, **settings)[0] == expected
 
 
-@pytest.mark.parametrize("placement", ["resident", "packed", "offload", "balanced", "host", "disk"])
+@pytest.mark.parametrize("placement", ["resident", "packed", "offload", "balanced", "host", "disk", "three_tiers"])
 def test_ledger_is_what_is_held(model_dir, placement):
     budget = 3_000_000
-    _, _, engine = serve(model_dir, placement=placement, budget_bytes=budget, alpha=None)
+    _, _, engine = serve(model_dir, placement=placement, budget_bytes=budget, profile=PROFILE)
     held = engine.held_bytes()
     assert held == engine.budget.lines()
     assert sum(held.values()) <= budget

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from .args import option
 from .results import UsageError
+from .skew import MOST_SKEW, row_scales
 
 # In config.json of what this file wrote.
 GENERATED = "generated_weights"
@@ -67,19 +68,20 @@ class ModelShape:
 
 def make_checkpoint(
     arch: str, out: Path | str, *, seed: int = 0, scale: float = 1.0, shard_bytes: int = 1 << 30,
-    progress: bool = False, **sizes: Any,
+    progress: bool = False, router_skew: float = 0.0, **sizes: Any,
 ) -> Path:  # fmt: skip
     """`write_checkpoint` of a ModelShape's fields by name."""
-    return write_checkpoint(ModelShape(arch=arch, **sizes), out, seed, scale, shard_bytes, progress)
+    return write_checkpoint(ModelShape(arch=arch, **sizes), out, seed, scale, shard_bytes, progress, router_skew)
 
 
 def write_checkpoint(
     shape: ModelShape, out: Path | str, seed: int = 0, scale: float = 1.0, shard_bytes: int = 1 << 30,
-    progress: bool = False,
+    progress: bool = False, router_skew: float = 0.0,
 ) -> Path:  # fmt: skip
     """Write a checkpoint to the new directory `out`; all of it or nothing. Peak memory is one shard.
 
-    scale: factor on every matrix; 1 keeps activations of order one (standard deviation 1/sqrt(fan-in)).
+    scale: factor on every matrix; 1 keeps activations of order one (standard deviation 1/sqrt(fan-in)). router_skew:
+    how unevenly experts are chosen, see `skew`.
     Raises UsageError and ConfigError on sizes that make no model, or do not fit on the disk.
     """
     out = Path(out)
@@ -93,6 +95,8 @@ def write_checkpoint(
         raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {shape.dtype}")
     if not 0 < scale < math.inf or shard_bytes < 1:
         raise UsageError(f"--scale and --shard-bytes must be positive, got {scale} and {shard_bytes}")
+    if not 0 <= router_skew <= MOST_SKEW:
+        raise UsageError(f"--router-skew must be from 0 to {MOST_SKEW:g}, got {router_skew}")
     config, arch = hf_config(shape), ARCHITECTURES[shape.arch]
     # Before anything is written, a parent directory included.
     model = arch.config_from_hf(config)
@@ -104,7 +108,10 @@ def write_checkpoint(
     with whole_directory(out) as temporary:
         _write_json(temporary / "config.json", config | {GENERATED: True})
         _write_json(temporary / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
-        _write_shards(temporary, names, model.dtype, seed, scale, zero_centred, shard_bytes, progress)
+        weights = _Weights(
+            model.dtype, seed, scale, zero_centred, row_scales(model.num_experts, model.top_k, router_skew)
+        )
+        _write_shards(temporary, names, weights, shard_bytes, progress)
         _write_tokenizer(temporary, shape.vocab)
     return out
 
@@ -217,37 +224,45 @@ def hf_config(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _weight(name: str, role: Role, dtype: torch.dtype, seed: int, scale: float, zero_centred: frozenset[str]) -> Tensor:
-    """One tensor; its generator is seeded by its name too, so a tensor does not depend on the others."""
-    # torch's generator takes only 32 bits of a seed, so both go through a checksum.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    if len(role.shape) == 1:
+@dataclass(frozen=True)
+class _Weights:
+    """How tensors are made. routers: fp32 [E], the lengths of a router's rows, dealt anew in every layer."""
+
+    dtype: torch.dtype
+    seed: int
+    scale: float
+    zero_centred: frozenset[str]
+    routers: Tensor
+
+    def make(self, name: str, role: Role) -> Tensor:
+        """One tensor; its generator is seeded by its name too, so a tensor does not depend on the others."""
+        # torch's generator takes only 32 bits of a seed, so both go through a checksum.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+        if len(role.shape) == 1:
+            return self._vector(role, generator).to(self.dtype)
+        # Trained tensors of one kind differ in scale by some tens of per cent.
+        jitter = torch.exp(0.2 * torch.randn((), generator=generator))
+        spread = 1.0 if role.kind == "embed_tokens" else role.shape[-1] ** -0.5
+        # Normalised inputs have unit variance; this gives router logits a spread at which a few experts stand out.
+        spread *= 2.0 if role.kind == "router" else 1.0
+        matrix = torch.randn(role.shape, generator=generator) * spread * jitter * self.scale
+        if role.kind == "router":
+            matrix *= self.routers[torch.randperm(len(matrix), generator=generator), None]
+        return matrix.to(self.dtype)
+
+    def _vector(self, role: Role, generator: torch.Generator) -> Tensor:
         if role.kind == "a_log":
-            return torch.empty(role.shape).uniform_(1, 16, generator=generator).log().to(dtype)
-        if role.kind in zero_centred:
-            return (0.1 * torch.randn(role.shape, generator=generator)).to(dtype)
+            return torch.empty(role.shape).uniform_(1, 16, generator=generator).log()
+        noise = torch.randn(role.shape, generator=generator)
+        if role.kind in self.zero_centred:
+            return 0.1 * noise
         if role.kind.endswith("bias") and role.kind != "dt_bias":
-            return (0.02 * torch.randn(role.shape, generator=generator)).to(dtype)
-        return (1 + 0.1 * torch.randn(role.shape, generator=generator)).to(dtype)
-    # Trained tensors of one kind differ in scale by some tens of per cent.
-    jitter = torch.exp(0.2 * torch.randn((), generator=generator))
-    spread = 1.0 if role.kind == "embed_tokens" else role.shape[-1] ** -0.5
-    # Normalised inputs have unit variance; this gives router logits a spread at which a few experts stand out.
-    spread *= 2.0 if role.kind == "router" else 1.0
-    return (torch.randn(role.shape, generator=generator) * spread * jitter * scale).to(dtype)
+            return 0.02 * noise
+        return 1 + 0.1 * noise
 
 
-def _write_shards(
-    directory: Path,
-    names: dict[str, Role],
-    dtype: torch.dtype,
-    seed: int,
-    scale: float,
-    zero_centred: frozenset[str],
-    shard_bytes: int,
-    progress: bool,
-) -> None:
-    shards = list(_split(names, dtype.itemsize, shard_bytes))
+def _write_shards(directory: Path, names: dict[str, Role], weights: _Weights, shard_bytes: int, progress: bool) -> None:
+    shards = list(_split(names, weights.dtype.itemsize, shard_bytes))
     files = [
         "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         for i in range(len(shards))
@@ -256,7 +271,7 @@ def _write_shards(
         for file, shard in zip(files, shards, strict=True):
             tensors = {}
             for name in shard:
-                tensors[name] = _weight(name, names[name], dtype, seed, scale, zero_centred)
+                tensors[name] = weights.make(name, names[name])
                 bar.update()
             try:
                 save_file(tensors, directory / file, metadata={"format": "pt"})
@@ -264,7 +279,7 @@ def _write_shards(
                 raise OSError(f"{file} cannot be written: {error}") from None
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        total = sum(dtype.itemsize * torch.Size(role.shape).numel() for role in names.values())
+        total = sum(weights.dtype.itemsize * torch.Size(role.shape).numel() for role in names.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(directory / "model.safetensors.index.json", index)
 

@@ -7,14 +7,20 @@ import os
 import stat
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib import checkpoints as module
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.experiments.lib.results import UsageError
+from fluxmoe.experiments.lib.skew import covered, popularity, synthetic_routing
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.config import ConfigError
+from fluxmoe.runtime.experts.cache_policies import lru, replay
+from fluxmoe.runtime.experts.recording import visits_of
+from fluxmoe.runtime.serving.engine import Engine, EngineConfig
+from fluxmoe.runtime.serving.request import Request, SamplingParams
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -67,6 +73,36 @@ def test_exponents_look_trained(tmp_path):
     assert 2.4 < -(share * share.log2()).sum() < 2.8
 
 
+@pytest.mark.parametrize(("experts", "top_k", "skew"), [(32, 4, 0.0), (32, 4, 1.4), (64, 8, 0.5), (4, 2, 1.0)])
+def test_routers_choose_as_unevenly_as_asked(experts, top_k, skew, tmp_path):
+    """Of what tokens of a served model chose, by rank: the shares of the most popular half, quarter and eighth."""
+    sizes = SIZES | {"experts": experts, "top_k": top_k, "hidden": 256}
+    out = make_checkpoint("qwen3_moe", tmp_path / "m", **sizes, router_skew=skew)
+    rng, params = np.random.default_rng(0), SamplingParams(1, ignore_eos=True)
+    config = EngineConfig(device="cpu", record_routing=True, max_batched_tokens=512)
+    with Engine(out, config) as engine:
+        engine.generate([Request(tuple(rng.integers(0, 512, 128).tolist()), params) for _ in range(16)])
+        recording = engine.pager.recorder.recording()
+    # c r^-skew, at most 0.4; as many experts as there are choices to give are all alike.
+    wanted = popularity(experts, top_k, skew)
+    assert wanted.sum() == pytest.approx(top_k)
+    for layer in range(2):
+        counts = np.sort(np.bincount(recording.experts[:, layer].ravel(), minlength=experts))[::-1]
+        for part in (2, 4, 8):
+            assert covered(counts, experts // part) == pytest.approx(covered(wanted, experts // part), abs=0.09)
+
+
+def test_curves_are_those_that_were_published():
+    """Shares that popular experts take: see the table of lib/skew.py."""
+    qwen, gemma, flash = popularity(128, 8, 1.4), popularity(128, 8, 1.0), popularity(512, 10, 0.2)
+    assert covered(qwen, 58) < 0.9 < covered(qwen, 65)
+    assert [covered(gemma, n) for n in (64, 32, 16)] == pytest.approx([0.89, 0.67, 0.45], abs=0.06)
+    assert covered(flash, 32) == pytest.approx(0.10, abs=0.01)
+    states = synthetic_routing(1, 512, 10, 1, 700, 0.2, 0.86, seed=0)[:, 0]
+    visits = [visit for token in states for visit in visits_of(token[None])]
+    assert replay(visits, (1, 512), 64, lru, warm=200).hit_rate == pytest.approx(0.67, abs=0.03)
+
+
 def test_same_seed_same_bytes(tmp_path):
     paths = [
         make_checkpoint("olmoe", tmp_path / name, **SIZES, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))
@@ -86,6 +122,8 @@ def test_same_seed_same_bytes(tmp_path):
         ({"kv_heads": 3}, ConfigError, "share"),
         ({"scale": 0.0}, UsageError, "positive"),
         ({"scale": float("inf")}, UsageError, "positive"),
+        ({"router_skew": -0.1}, UsageError, "--router-skew must be from 0 to 3"),
+        ({"router_skew": float("nan")}, UsageError, "--router-skew"),
         ({"kv_heads": 0}, ConfigError, "num_key_value_heads"),
         ({"head_dim": 0}, ConfigError, "head_dim"),
         ({"head_dim": 7}, ConfigError, "even head_dim"),

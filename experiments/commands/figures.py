@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..lib.args import option
 from ..lib.results import UsageError
+from ..plots.cache import plot_cache
 from ..plots.kernels import plot_layer
 from ..plots.paper import plot_fig7, plot_fig8, plot_knee, plot_kv_capacity, plot_memory_split, plot_sensitivity
 from ..plots.serving import (
@@ -29,6 +30,7 @@ _FIRST_PAGE = "memory_budget"
 
 DRAW: dict[str, Callable[[Path], Path]] = {
     "memory-budget": plot_memory_budget,
+    "bench cache": plot_cache,
     "bench moe": plot_layer,
     "sensitivity": plot_sensitivity,
     "versus": plot_versus,

@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench attention-cpu": ("bench.attention_cpu", "KV in slabs beside one contiguous cache, on a CPU"),
     "bench delta-net": ("bench.delta_net", "Gated DeltaNet against its roofs and FLA"),
     "bench packing": ("bench.packing", "lossless formats: bits a weight and rates"),
+    "bench cache": ("bench.cache", "which experts a cache should keep: policies ranked on recorded or drawn routing"),
     "bench engine": ("bench.engine", "the whole engine: each placement, with and without graphs"),
     "bench tune": ("bench.tune", "find the tiles of the grouped GEMM for this GPU"),
     "bench predict": ("bench.predict", "what kernels should take on an H100, from their machine code"),

@@ -178,15 +178,16 @@ def preset_config(name: str) -> ModelConfig:
     return ARCHITECTURES[spec.arch].config_from_hf(hf_config(spec))
 
 
-def preset_model(name: str, directory: Path, seed: int = 0) -> Path:
-    """The preset's checkpoint, made on first use."""
-    target, shape = directory / name, PRESETS[name].model
-    wanted = json.loads(json.dumps(asdict(shape) | {"seed": seed}))
+def preset_model(name: str, directory: Path, seed: int = 0, router_skew: float = 0.0) -> Path:
+    """The preset's checkpoint, made on first use; one with uneven routers has a folder of its own."""
+    skew = {"router_skew": router_skew} if router_skew else {}
+    target, shape = directory / (f"{name}-skew{router_skew:g}" if skew else name), PRESETS[name].model
+    wanted = json.loads(json.dumps(asdict(shape) | {"seed": seed} | skew))
     marker = target / "preset.json"
     if marker.exists() and json.loads(marker.read_text()) == wanted:
         return target
     if target.exists():
         raise UsageError(f"{target} holds another model than preset {name} wants; remove it or give --checkpoints")
-    write_checkpoint(shape, target, seed)
+    write_checkpoint(shape, target, seed, router_skew=router_skew)
     write_json(marker, wanted)
     return target

@@ -132,6 +132,13 @@ def replay(
     return Replayed(hits, misses)
 
 
+def resident(visits: Sequence[tuple[int, np.ndarray]], kept: np.ndarray, warm: int = 0) -> Replayed:
+    """The same where the experts `kept` bool [L, E] stay for ever, and others pass through slots beside them."""
+    counted = visits[warm:]
+    hits = sum(int(kept[layer, experts].sum()) for layer, experts in counted)
+    return Replayed(hits, sum(len(experts) for _, experts in counted) - hits)
+
+
 def belady(visits: Sequence[tuple[int, np.ndarray]], shape: tuple[int, int], places: int, warm: int = 0) -> Replayed:
     """The same by the rule that knows what comes: the expert that is used again last leaves (Belady 1966)."""
     uses_of: dict[tuple[int, int], list[int]] = {}

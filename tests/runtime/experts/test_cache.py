@@ -19,6 +19,7 @@ from fluxmoe.runtime.experts.cache_policies import (
     lru,
     next_use,
     replay,
+    resident,
     static,
 )
 from fluxmoe.runtime.experts.config import PagingConfig, SettingError
@@ -263,6 +264,13 @@ def test_lirs_keeps_what_comes_often_over_what_came_last():
         uses.note(0, np.array([expert]))
     assert np.argsort(lirs(uses)[0]).tolist()[-1] == 0
     assert np.argsort(lru(uses)[0]).tolist()[0] == 0
+
+
+def test_what_is_resident_hits_and_nothing_else():
+    visits, stay = [(0, np.array([0, 1])), (1, np.array([1])), (0, np.array([2]))], np.zeros((2, 3), bool)
+    stay[0, :2] = True
+    assert resident(visits, stay) == (2, 2)
+    assert resident(visits, stay, warm=1) == (0, 2)
 
 
 def test_visits_of_the_warm_up_are_not_counted():

@@ -270,7 +270,9 @@ def _run(argv: list[str] | None) -> int:
     work = [(case.name, arch, args.dump) for arch in args.arch for case in cases_of(arch) if args.only in case.name]
     if not work:
         raise AuditError(f"no case's name contains {args.only!r}")
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["fluxmoe.kernels.audit"])  # torch and Triton are imported once for all
+    with ProcessPoolExecutor(mp_context=context) as pool:
         reports = [report for each in pool.map(_audit_named, *zip(*work, strict=True), chunksize=4) for report in each]
     print_table(reports)
     if args.json:

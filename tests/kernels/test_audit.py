@@ -3,44 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
+from ..compiling import run_audit, run_script
+
 pytest.importorskip("triton.backends.nvidia")
-
-COMPILING = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-
-
-def audit(*arguments: str) -> subprocess.CompletedProcess:
-    """In a process of its own: this one interprets kernels."""
-    command = [sys.executable, "-m", "fluxmoe.kernels.audit", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=COMPILING, timeout=280)
-
-
-def run_file(path) -> list[str]:
-    """Lines that a script of ours prints where kernels are compiled; Triton reads kernels from files alone."""
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=COMPILING, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
 
 
 # The grouped GEMM on Hopper, whose wgmma is the most dangerous, and on Ampere; the rest is as `make audit` compiles it.
 @pytest.mark.parametrize(
     ("arch", "only"),
     [
-        ("sm_80", "down, planar12"),
+        ("sm_80", "planar12, 16 rows"),
         ("sm_90", "grouped_gemm"),
         pytest.param("sm_90", "", marks=pytest.mark.thorough),
+        pytest.param("sm_80", "down, planar12", marks=pytest.mark.thorough),
         pytest.param("sm_89", "planar12", marks=pytest.mark.thorough),
         pytest.param("sm_100", "planar12", marks=pytest.mark.thorough),
     ],
 )
 def test_every_kernel_keeps_the_rules(arch, only, tmp_path):
-    done = audit("--arch", arch, "--only", only, "--json", str(tmp_path / "audit.json"), "--dump", str(tmp_path / "d"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    files = ["--json", str(tmp_path / "audit.json"), "--dump", str(tmp_path / "d")]
+    done = run_audit("--arch", arch, "--only", only, *files, folder=tmp_path)
+    assert done.status == 0, done.out + done.err
     rows = json.loads((tmp_path / "audit.json").read_text())
     assert {row["arch"] for row in rows} == {arch}
     assert {path.suffix for path in (tmp_path / "d").iterdir()} == {".ttgir", ".ptx", ".sass"}
@@ -76,18 +62,16 @@ def test_every_kernel_keeps_the_rules(arch, only, tmp_path):
         pytest.param(("--json", "/no/such/place"), {}, "/no/such/place cannot be written", id="nowhere to write"),
     ],
 )
-def test_wrong_arguments_are_one_line(arguments, environment, message):
-    command = [sys.executable, "-m", "fluxmoe.kernels.audit", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=COMPILING | environment)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_wrong_arguments_are_one_line(arguments, environment, message, tmp_path):
+    done = run_audit(*arguments, folder=tmp_path, **environment)
+    assert done.status == 2
+    assert done.err.startswith("error: ")
+    assert message in done.err
+    assert done.err.count("\n") == 1
 
 
 def test_broken_rules_are_reported(tmp_path):
-    path = tmp_path / "broken.py"
-    path.write_text("""
+    script = """
 from functools import partial
 import torch, triton, triton.language as tl
 from fluxmoe.kernels.audit import audit
@@ -126,8 +110,8 @@ hasty = Case("hasty", partial(launch, spilling, 128, 4, launch_pdl=True))
 print(audit(hasty, "sm_90")[0].problems)
 accepting = Case("accepting", partial(launch, spilling, 16384, 1), accepts={"spills": "it is a test"})
 print(audit(accepting, "sm_90")[0].problems)
-""")
-    narrow, spilling, scratching, silent, hasty, accepting = run_file(path)
+"""
+    narrow, spilling, scratching, silent, hasty, accepting = run_script(script, tmp_path)
     assert "4 bytes wide" in narrow
     assert "spilled" in spilling
     assert silent == "['the kernel does not declare its bytes and flops']"
@@ -137,8 +121,7 @@ print(audit(accepting, "sm_90")[0].problems)
 
 
 def test_kernels_of_a_layer_overlap_their_launches_where_the_gpu_can(tmp_path):
-    path = tmp_path / "dependent.py"
-    path.write_text("""
+    script = """
 from fluxmoe.kernels.audit import cases_of
 from fluxmoe.kernels.launches import compile_only
 
@@ -150,13 +133,12 @@ for arch in (80, 90):
                 case.launch()
             compiled = launches[0].compiled
             print(arch, compiled.metadata.launch_pdl, compiled.asm["ptx"].count("griddepcontrol"))
-""")
-    assert sorted(run_file(path)) == ["80 False 0"] * 4 + ["90 True 2"] * 4
+"""
+    assert sorted(run_script(script, tmp_path)) == ["80 False 0"] * 4 + ["90 True 2"] * 4
 
 
 def test_without_its_fence_the_tile_loop_of_planar12_is_found_out(tmp_path):
-    path = tmp_path / "unfenced.py"
-    path.write_text("""
+    script = """
 import triton
 from fluxmoe.kernels.triton import planar12_gemm
 from fluxmoe.kernels.audit import audit, cases_of
@@ -169,14 +151,13 @@ planar12_gemm._fence = nothing
 case = next(case for case in cases_of("sm_90") if case.name == "grouped_gemm down, planar12, 16 rows")
 report, = audit(case, "sm_90")
 print(report.serialized_wgmma, bool(report.ptxas_warnings), report.problems)
-""")
-    (line,) = run_file(path)
+"""
+    (line,) = run_script(script, tmp_path)
     assert line.startswith("True True ['ptxas lets every wgmma wait")
 
 
 def test_tma_tiles_are_launched_with_an_allocator(tmp_path):
-    path = tmp_path / "tma.py"
-    path.write_text("""
+    script = """
 from fluxmoe.kernels.audit import cases_of
 from fluxmoe.kernels.launches import compile_only
 
@@ -185,13 +166,12 @@ with compile_only(90) as launches:
     cases["grouped_gemm down, inf rows"].launch()
     cases["grouped_gemm down, tma"].launch()
 print(*(launch.may_allocate for launch in launches))
-""")
-    assert run_file(path) == ["False True"]
+"""
+    assert run_script(script, tmp_path) == ["False True"]
 
 
 def test_the_convolutions_state_is_overwritten_only_once_all_threads_have_read_it(tmp_path):
-    path = tmp_path / "barrier.py"
-    path.write_text("""
+    script = """
 from fluxmoe.kernels.audit import cases_of
 from fluxmoe.kernels.launches import compile_only
 
@@ -201,5 +181,5 @@ for case in cases_of("sm_90"):
             case.launch()
         code = launches[-1].compiled.asm["ttir"]
         print(code.rindex("tt.load") < code.rindex("barrier") < code.rindex("tt.store"), code.count("barrier"))
-""")
-    assert run_file(path) == ["True 1", "True 1"]
+"""
+    assert run_script(script, tmp_path) == ["True 1", "True 1"]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from ..compiling import run_script
 
 pytest.importorskip("triton.backends.nvidia")
 
@@ -84,15 +82,11 @@ PREFILL = [(1, 7), (1, 16), (2, 64), (3, 100), (5, 333), (16, 512), (17, 1000), 
 def test_serving_any_batch_compiles_a_kernel_once_a_tile(expert_format, tmp_path):
     """Numbers of tokens, blocks and sequences are not in what a kernel is compiled for: only its tile is."""
     assert len(DECODE) == 60
-    path = tmp_path / "serve.py"
-    path.write_text(f"FORMAT, BATCHES = {expert_format!r}, {DECODE + PREFILL}\n{SERVE}")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()]
+    lines = run_script(f"FORMAT, BATCHES = {expert_format!r}, {DECODE + PREFILL}\n{SERVE}", tmp_path)
+    rows = [line.split() for line in lines]
     kernels = {kernel for kernel, _ in rows}
     assert len(kernels) == 17, kernels
-    assert {times for _, times in rows} == {"1"}, done.stdout
+    assert {times for _, times in rows} == {"1"}, lines
     for kernel in kernels:
         # Routing's tiles follow the batch in powers of two up to 32 tokens; two GEMMs share a kernel.
-        assert sum(name == kernel for name, _ in rows) <= 8, done.stdout
+        assert sum(name == kernel for name, _ in rows) <= 8, lines

@@ -5,10 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import os
 import pkgutil
-import subprocess
-import sys
 from functools import partial
 
 import fluxmoe.kernels.packing
@@ -24,6 +21,8 @@ from fluxmoe.kernels.triton.host_read import sum_in_place
 from fluxmoe.kernels.triton.norm import normed_row, rms_norm
 from fluxmoe.kernels.triton.routing import Router
 from fluxmoe.kernels.work import touched_experts
+
+from ..compiling import run_script
 
 N, K, EXPERTS = 64, 128, 4
 
@@ -144,12 +143,7 @@ DECLARED = {
 
 def test_every_launch_declares_its_work(tmp_path):
     pytest.importorskip("triton.backends.nvidia")
-    path = tmp_path / "walk.py"
-    path.write_text(WALK)
-    compiling = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=compiling, timeout=120)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    rows = json.loads("".join(run_script(WALK, tmp_path)))
     assert [row for row in rows if row[2] > 14] == []
     assert [row for row in rows if row[3] is None] == []
     declared = {(name, kernel): work for name, kernel, _, work in rows}

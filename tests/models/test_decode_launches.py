@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from ..compiling import run_script
 
 pytest.importorskip("triton.backends.nvidia")
 
@@ -111,11 +109,6 @@ for expert_format in ("dense", "planar12"):
     ],
 )
 def test_a_layer_of_a_decode_step_launches_no_more_than(model, most, tmp_path):
-    path = tmp_path / "count.py"
-    path.write_text(f"MODEL = {model!r}\n{COUNT}")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()]
+    rows = [line.split() for line in run_script(f"MODEL = {model!r}\n{COUNT}", tmp_path)]
     assert len(rows) == 2 * len(most)
     assert {(kind, float(count)) for kind, count in rows} == {(kind, float(n)) for kind, n in most.items()}

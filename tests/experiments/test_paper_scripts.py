@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+from contextlib import redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,9 +45,8 @@ def calibration(tmp_path):
     return path
 
 
-@pytest.fixture
-def tiny_presets(monkeypatch):
-    """Every preset that a script serves on a CPU, small enough for a test."""
+def shrink(patch: pytest.MonkeyPatch) -> None:
+    """Makes every preset that a script serves on a CPU small enough for a test."""
     tiny = dict[str, Any](
         experts=4, top_k=2, hidden=64, moe_intermediate=32, heads=2, kv_heads=2, head_dim=32, vocab=512
     )
@@ -53,8 +54,24 @@ def tiny_presets(monkeypatch):
         model = replace(PRESETS[name].model, **tiny, layers=8)
         if name == "deep-mixtral":  # so large that compressing it leaves room for a request
             model = replace(model, moe_intermediate=256)
-        monkeypatch.setitem(models.PRESETS, name, replace(PRESETS[name], model=model))
-    monkeypatch.setattr(paper_sweep, "MEASURED_SCALE", 32)
+        patch.setitem(models.PRESETS, name, replace(PRESETS[name], model=model))
+    patch.setattr(paper_sweep, "MEASURED_SCALE", 32)
+
+
+@pytest.fixture
+def tiny_presets(monkeypatch):
+    shrink(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def measured_fig2(tmp_path_factory):
+    """A folder with `models` and `results/cpu/fig2_kv_capacity`, measured here once; `said`: what was printed."""
+    folder = tmp_path_factory.mktemp("fig2")
+    out = folder / "results" / "cpu" / "fig2_kv_capacity"
+    with pytest.MonkeyPatch.context() as patch, (folder / "said").open("w") as said, redirect_stdout(said):
+        shrink(patch)
+        call(["paper", "fig2", "--device", "cpu", "--checkpoints", str(folder / "models"), "--out", str(out)])
+    return folder
 
 
 def read(path):
@@ -134,19 +151,43 @@ def test_all_figures_are_taken_from_runs_that_are_made(figure):
         assert ours in (2.0, 1.0, 0.0), name
 
 
-@pytest.mark.parametrize("figure", [pytest.param("fig8", marks=pytest.mark.thorough), "fig2"])
-def test_the_papers_sweeps_for_real(figure, tiny_presets, tmp_path, capsys):
-    args = ["--device", "cpu", "--checkpoints", str(tmp_path / "models"), "--out", str(tmp_path / "out")]
-    call(["paper", figure, *args, *(["--link-bandwidth", "1GB"] if figure == "fig8" else [])])
-    out = capsys.readouterr().out
-    assert "measured" in out
-    assert "simulated" not in out
-    rows = read(tmp_path / "out" / "points.csv")
+def check_measured(out: Path, said: str) -> None:
+    assert "measured" in said
+    assert "simulated" not in said
+    rows = read(out / "points.csv")
     assert {row["status"] for row in rows} <= {"ok", "too_small"}
     ok = [row for row in rows if row["status"] == "ok"]
     assert len(ok) >= len(rows) / 5
     assert all(float(row["tokens_per_s"]) > 0 for row in ok)
-    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["simulated"] is None
+    assert json.loads((out / "provenance.json").read_text())["simulated"] is None
+
+
+def test_a_sweep_for_real(measured_fig2):
+    check_measured(measured_fig2 / "results" / "cpu" / "fig2_kv_capacity", (measured_fig2 / "said").read_text())
+
+
+def test_validation_compares_what_was_measured(measured_fig2, tiny_presets, tmp_path):
+    models, results = measured_fig2 / "models", measured_fig2 / "results" / "cpu"
+    with pytest.raises(UsageError, match=r"holds no profile\.json"):
+        validate_simulator.measured_rows(results, models)
+    profile = replace(HardwareProfile.load("laptop"), name="mine", copy_overlap=0.5)
+    (results / "profile.json").write_text(json.dumps(profile.to_json()))
+    rows = validate_simulator.measured_rows(results, models)
+    measured = [r for r in read(results / "fig2_kv_capacity" / "points.csv") if r["status"] == "ok"]
+    assert [row["stated"] for row in rows] == [float(row["tokens_per_s"]) for row in measured][: len(rows)]
+    assert len(rows) > len(measured) / 2
+    assert all(row["simulated"] > 0 for row in rows)
+    two = [{"source": "a", "stated": 1.0, "simulated": 3.0}, {"source": "a", "stated": 2.0, "simulated": 3.0}]
+    assert validate_simulator.ratio_errors(two) == pytest.approx([1.0])
+    with pytest.raises(UsageError, match="the simulator is what is validated"):
+        call(["paper", "validate", "--device", "cpu", "--out", str(tmp_path)])
+
+
+@pytest.mark.thorough
+def test_a_sweep_of_all_systems_for_real(tiny_presets, tmp_path, capsys):
+    where = ["--device", "cpu", "--checkpoints", str(tmp_path / "models"), "--out", str(tmp_path / "out")]
+    call(["paper", "fig8", *where, "--link-bandwidth", "1GB"])
+    check_measured(tmp_path / "out", capsys.readouterr().out)
 
 
 def test_the_budget_leaves_the_share_that_the_papers_machine_leaves(tiny_presets, tmp_path):
@@ -253,21 +294,3 @@ def test_sensitivity_for_real(tiny_presets, tmp_path, monkeypatch):
     rows = read(tmp_path / "out" / "points.csv")
     speed = {(r["panel"], float(r["x"]), r["placement"]): float(r["tokens_per_s"] or 0) for r in rows}
     assert speed["link", 2e7, "host+planar12"] < speed["link", 1e9, "host+planar12"]
-
-
-def test_validation_compares_what_was_measured(tiny_presets, tmp_path):
-    models, results = str(tmp_path / "models"), tmp_path / "results" / "cpu"
-    call(["paper", "fig2", "--device", "cpu", "--checkpoints", models, "--out", str(results / "fig2_kv_capacity")])
-    with pytest.raises(UsageError, match=r"holds no profile\.json"):
-        validate_simulator.measured_rows(results, tmp_path / "models")
-    profile = replace(HardwareProfile.load("laptop"), name="mine", copy_overlap=0.5)
-    (results / "profile.json").write_text(json.dumps(profile.to_json()))
-    rows = validate_simulator.measured_rows(results, tmp_path / "models")
-    measured = [r for r in read(results / "fig2_kv_capacity" / "points.csv") if r["status"] == "ok"]
-    assert [row["stated"] for row in rows] == [float(row["tokens_per_s"]) for row in measured][: len(rows)]
-    assert len(rows) > len(measured) / 2
-    assert all(row["simulated"] > 0 for row in rows)
-    two = [{"source": "a", "stated": 1.0, "simulated": 3.0}, {"source": "a", "stated": 2.0, "simulated": 3.0}]
-    assert validate_simulator.ratio_errors(two) == pytest.approx([1.0])
-    with pytest.raises(UsageError, match="the simulator is what is validated"):
-        call(["paper", "validate", "--device", "cpu", "--out", str(tmp_path)])

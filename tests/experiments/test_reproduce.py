@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fluxmoe.experiments.commands import figures, reproduce
+from fluxmoe.experiments.commands.gpu_suite import STEPS
 from fluxmoe.experiments.commands.main import arguments, call
 from fluxmoe.experiments.lib.args import parse
 from fluxmoe.experiments.lib.models import published_source as load_published
@@ -32,8 +33,10 @@ def test_every_run_and_step_is_a_command_line_that_is_taken(tmp_path):
     for run in runs.values():
         arguments(run.argv(tmp_path, RESULTS, "cpu-epyc-zen3-2core", "python"))
     assert len({run.out for run in runs.values() if run.name not in ("profile", "gpu_suite")}) == len(runs) - 2
-    committed = {path.parent.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("provenance.json")}
-    assert committed <= {run.folder("cpu-epyc-zen3-2core") for run in runs.values()}
+    for folder in (path.parent.relative_to(RESULTS) for path in RESULTS.rglob("provenance.json")):
+        here = folder.parts[1]
+        of_the_gpu_suite = {f"measured/{here}/{step.name}" for step in STEPS}
+        assert folder.as_posix() in {run.folder(here) for run in runs.values()} | of_the_gpu_suite
 
 
 @pytest.fixture

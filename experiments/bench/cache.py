@@ -12,7 +12,7 @@ states at a model's sizes instead (`lib.skew.synthetic_routing`): no reuse but p
 Beside the cache's policies: belady knows the future, a bound. static keeps what was most popular in the first half, for
 ever: as good as residency gets; others pass through slots that are not counted. fixed keeps the same share of every
 layer by id, as placements do. crossover.csv has, for each share, the largest batch at which some policy hits more than
-static by a point at least.
+either by a point at least.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from ..lib.args import option
 from ..lib.models import PRESETS, content_digest, preset_config, preset_model
 from ..lib.results import UsageError, digest, provenance, write_atomically, write_csv
 from ..lib.skew import MOST_SKEW, synthetic_routing
-from ..lib.sweep import Sweep
+from ..lib.sweep import Sweep, say
 from ..plots.cache import plot_cache
 
 BOUND, RESIDENT = "belady", ("static", "fixed")
-# A policy is ahead of static residency by so much.
+# A policy is ahead of residency by so much.
 _AHEAD = 0.01
 _PROMPT = 16
 
@@ -174,26 +174,28 @@ def columns(source: Source, batch: int, share: float, policy: str, passes: int) 
 
 
 def crossovers(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """By source, skew and share: the largest batch at which the best policy is ahead of static (0: none), and at each
-    batch by how much."""
+    """By source, skew and share: the largest batch at which the best policy is ahead of each kind of residency (0:
+    none); and at each batch, which policy that is and by how much it is ahead."""
     rates: dict[tuple, dict[str, float]] = {}
     for row in rows:
         key = row["source"], row["skew"], float(row["share"]), int(row["batch"])
         rates.setdefault(key, {})[row["policy"]] = float(row["hit_rate"])
     found: dict[tuple, dict[str, Any]] = {}
     for (source, skew, share, batch), each in sorted(rates.items()):
-        best = max(POLICIES, key=each.__getitem__)
-        ahead = each[best] - each["static"]
-        line = found.setdefault(
-            (source, skew, share), {"source": source, "skew": skew, "share": share, "ahead_to_batch": 0}
-        )
-        line |= {f"best_{batch}": best, f"ahead_{batch}": ahead}
-        line["ahead_to_batch"] = batch if ahead >= _AHEAD else line["ahead_to_batch"]
+        start = {"source": source, "skew": skew, "share": share} | {f"ahead_of_{name}_to": 0 for name in RESIDENT}
+        line = found.setdefault((source, skew, share), start)
+        line[f"best_{batch}"] = best = max(POLICIES, key=each.__getitem__)
+        for name in RESIDENT:
+            line[f"over_{name}_{batch}"] = ahead = each[best] - each[name]
+            if ahead >= _AHEAD:
+                line[f"ahead_of_{name}_to"] = batch
     return list(found.values())
 
 
 def run(args: Arguments) -> None:
     drawn = "synthetic routing" if args.shapes else None
+    if args.recording is not None:
+        Recording.load(args.recording).batches(max(args.batches))  # what it lacks is said before anything is made
     facts: dict[str, Any] = {
         "simulated": drawn,
         "correlation": args.correlation,
@@ -213,8 +215,6 @@ def run(args: Arguments) -> None:
         found = crossovers(rows)
         write_csv(args.out / "crossover.csv", found)
         for line in found:
-            shown = ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-                              for name, value in line.items())  # fmt: skip
-            print(shown)
+            say(line)
         print(plot_cache(args.out))
         sweep.finish()

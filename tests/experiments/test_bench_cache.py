@@ -49,11 +49,11 @@ def test_crossovers():
     rows = [
         {"source": "m", "skew": "0.0", "share": "0.5", "batch": str(batch), "policy": policy, "hit_rate": str(rate)}
         for batch, (lru, static) in rates.items()
-        for policy, rate in {**dict.fromkeys(POLICIES, 0.1), "lru": lru, "static": static}.items()
+        for policy, rate in {**dict.fromkeys(POLICIES, 0.1), "lru": lru, "static": static, "fixed": 0.3}.items()
     ]
     (line,) = bench_cache.crossovers(rows)
-    assert (line["ahead_to_batch"], line["best_1"]) == (1, "lru")
-    assert line["ahead_32"] == pytest.approx(-0.1)
+    assert (line["ahead_of_static_to"], line["ahead_of_fixed_to"], line["best_1"]) == (1, 8, "lru")
+    assert (line["over_static_32"], line["over_fixed_32"]) == pytest.approx((-0.1, 0.0))
 
 
 def test_a_recording_is_replayed_once(tmp_path, capsys):
@@ -69,6 +69,14 @@ def test_a_recording_is_replayed_once(tmp_path, capsys):
     assert (out / "cache.png").stat().st_size > 5000
     call(arguments)
     assert list(csv.DictReader((out / "rows.csv").open())) == rows
+
+
+def test_a_recording_of_too_few_sequences_is_refused_first(tmp_path):
+    file, out = tmp_path / "r.npz", tmp_path / "out"
+    file.write_bytes(recording().to_bytes())
+    with pytest.raises(RecordingError, match="a batch of 128 needs as many sequences"):
+        call(["bench", "cache", "--recording", str(file), "--expert-bytes", "7", "--out", str(out)])
+    assert not out.exists()
 
 
 def test_synthetic_routing_says_so(tmp_path, monkeypatch):

@@ -8,12 +8,16 @@
     method      vLLM's FusedMoEMethodBase: one layer, its weights and its call
     loading     experts, put together from the matrices that a loader brings
     paged_model all layers of a model around one ExpertPager
+    hook        `vllm_kernels`: where layers that vLLM makes are ours, whatever their method
+    unchanged   vLLM's RoutedExperts with its own method, over tensors that are streamed
+    streamed_layers  all of these layers of a model around one TensorPager
     operation   a layer as one operation, which torch.compile and graphs take as it is
     features    what vLLM can do and we cannot
     report      what a user is told: where experts lie, and what was brought
     metrics     the same as counters at /metrics
 
-Only `config`, `room` and `method` import vLLM. Written for vLLM 0.32 (MoERunner and RoutedExperts).
+Only `config`, `hook`, `room`, `method` and `unchanged` import vLLM. Written for vLLM 0.32 (MoERunner and
+RoutedExperts).
 """
 
 from __future__ import annotations
@@ -37,3 +41,6 @@ def register() -> None:
         from .config import FluxMoEConfig
 
         register_quantization_config("fluxmoe")(FluxMoEConfig)
+    from .hook import hook_layers
+
+    hook_layers()

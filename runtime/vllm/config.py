@@ -65,6 +65,7 @@ _models: WeakKeyDictionary[FluxMoEConfig, PagedModel] = WeakKeyDictionary()
 
 def paged_model_of(quant_config: FluxMoEConfig, vllm_config: Any) -> PagedModel:
     """Of the model that is being made; a draft model, made later, gets one of its own."""
+    from ..experts.config import SettingError
     from .paged_model import PagedModel
     from .settings import read_settings
 
@@ -72,6 +73,8 @@ def paged_model_of(quant_config: FluxMoEConfig, vllm_config: Any) -> PagedModel:
     if model is None or model.opened:
         given = vllm_config.additional_config
         settings = read_settings(given.get("fluxmoe", {}) if isinstance(given, dict) else {}, os.environ)
+        if settings.vllm_kernels:
+            raise SettingError("vllm_kernels leaves vLLM's own method: leave out --quantization fluxmoe, or it")
         device = vllm_config.device_config.device
         if device.type == "cpu" and settings.threads is None:
             # Those that vLLM has bound this worker to; the main thread itself may be pinned to one core.

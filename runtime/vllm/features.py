@@ -9,12 +9,12 @@ class FeatureError(ValueError):
     """vLLM was asked for something that cannot be served with `--quantization fluxmoe`."""
 
 
-def check_features(vllm_config: Any) -> None:
-    """vllm_config: vLLM's VllmConfig. FeatureError for the first that cannot be served."""
+def check_features(vllm_config: Any, flag: str = "--quantization fluxmoe") -> None:
+    """vllm_config: vLLM's VllmConfig; flag: what switched us on. FeatureError for the first that cannot be served."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     offload = vllm_config.offload_config
     refused = (
-        (not model.is_moe, "this model has no experts: serve it without --quantization fluxmoe"),
+        (not model.is_moe, f"this model has no experts: serve it without {flag}"),
         (
             parallel.use_ubatching,
             "micro-batches (--enable-dbo) run layers out of the order in which experts are loaded",
@@ -31,4 +31,4 @@ def check_features(vllm_config: Any) -> None:
     )
     for asked, sentence in refused:
         if asked:
-            raise FeatureError(f"--quantization fluxmoe: {sentence}")
+            raise FeatureError(f"{flag}: {sentence}")

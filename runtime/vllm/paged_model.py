@@ -178,9 +178,9 @@ class PagedModel:
         self._metrics.update(self.pager.counters)
         if time.monotonic() - self._reported_s >= _REPORT_EVERY_S:
             self._reported_s = time.monotonic()
-            logger.info("FluxMoE: %s", report.served(self.pager))
+            logger.info("FluxMoE: %s", report.served(self.pager.counters()))
 
 
 def _end(pager: ExpertPager) -> None:
-    logger.info("FluxMoE: %s", report.served(pager))
+    logger.info("FluxMoE: %s", report.served(pager.counters()))
     pager.close()

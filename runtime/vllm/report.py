@@ -6,6 +6,7 @@ from fluxmoe.kernels.formats import DENSE
 
 from ..experts.pager import ExpertPager
 from ..experts.placement import Tier
+from ..experts.streamer import Counters
 from ..memory.budget import format_bytes
 
 
@@ -48,9 +49,8 @@ _WHERE = {
 }
 
 
-def served(pager: ExpertPager) -> str:
+def served(c: Counters) -> str:
     """What crossed to the device since the start, what the cache spared, and what passes waited for it."""
-    c = pager.counters()
     asked = c.cache_hits + c.cache_misses
     cache = f"; of {asked} routed experts of files, {c.cache_hits} were in the cache" if asked else ""
     return (

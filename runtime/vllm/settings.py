@@ -22,12 +22,19 @@ _NOT_HERE = ("adaptive", "planning", "least_alpha", "profile", "load_delay", "re
 # What `kv_tokens` chooses.
 _CHOSEN = ("placement", "alpha", "disk_share", "dense_share", "cache_bytes")
 
+# What counts where vLLM's own kernels read experts.
+_STREAMED = ("vllm_kernels", "slots", "poison")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PluginConfig(PagingConfig):
     """How experts are paged inside vLLM."""
 
     kv_tokens: int | None = setting(None, "chooses the least paging that leaves room for so many tokens of KV cache")
+    vllm_kernels: bool = setting(
+        False, "vLLM's own method for experts stays as it is, whatever the checkpoint's format, and the tensors that "
+        "it made are streamed by whole layers from host memory; without --quantization fluxmoe"
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,6 +62,10 @@ def read_settings(given: object, environ: Mapping[str, str]) -> PluginConfig:
             values[name] = pydantic.TypeAdapter(types[name]).validate_python(value)
         except pydantic.ValidationError as error:
             raise SettingError(f"{source}: {error.errors()[0]['msg']}, got {value!r}") from None
+    if values.get("vllm_kernels"):
+        if beside := [name for name, value in values.items() if name not in _STREAMED and value is not None]:
+            raise SettingError(f"vllm_kernels takes {' and '.join(_STREAMED[1:])} alone: leave out {', '.join(beside)}")
+        return PluginConfig(**{"placement": "host"} | values)
     if values.get("kv_tokens") is None:
         return PluginConfig(**{"placement": "packed"} | values)
     if beside := [name for name in _CHOSEN if values.get(name) is not None]:

@@ -53,7 +53,8 @@ def test_calling_it_loads_no_kernels(tmp_path):
     registered, modules = run.stdout.splitlines()
     assert registered == "fluxmoe FluxMoEConfig"
     ours = {name for name in modules.split() if name.startswith("fluxmoe.")}
-    assert ours == {"fluxmoe.runtime", *(f"fluxmoe.runtime.vllm{part}" for part in ("", ".config", ".features"))}
+    parts = ("", ".config", ".features", ".hook")
+    assert ours == {"fluxmoe.runtime", *(f"fluxmoe.runtime.vllm{part}" for part in parts)}
     assert not {"triton", "numba", "pandas", "pydantic"}.intersection(modules.split())
 
 

@@ -56,19 +56,26 @@ def test_the_weight_loader(sources):
 
 MENTIONED = [
     (f"{LAYERS}/fused_moe/routed_experts.py", "RoutedExperts",
-     "_map_global_expert_id_to_local_expert_id expert_map apply_router_weight_on_input moe_config"),
+     "_map_global_expert_id_to_local_expert_id expert_map apply_router_weight_on_input moe_config "
+     "_get_quant_method forward_modular forward_monolithic local_num_experts quant_method PluggableLayer"),
+    ("model_executor/custom_op.py", "PluggableLayer", "__new__"),
+    ("model_executor/model_loader/utils.py", "device_loading_context", "target_device"),
+    ("model_executor/model_loader/utils.py", "process_weights_after_loading",
+     "requires_device_loading process_weights_after_loading"),
+    ("config/vllm.py", "get_current_vllm_config_or_none", "_current_vllm_config"),
     (f"{LAYERS}/fused_moe/config.py", "FusedMoEConfig",
      "experts_per_token tp_rank tp_size has_bias swiglu_limit activation"),
     (f"{LAYERS}/fused_moe/config.py", "FusedMoEQuantConfig", "make"),
     (f"{LAYERS}/quantization/__init__.py", "register_quantization_config", "QUANTIZATION_METHODS"),
     (f"{LAYERS}/attention_layer_base.py", "AttentionLayerBase", "get_kv_cache_spec"),
     ("config/parallel.py", "ParallelConfig", "use_ubatching enable_eplb data_parallel_size"),
-    ("config/model.py", "ModelConfig", "is_moe enable_sleep_mode get_hidden_size get_vocab_size"),
+    ("config/model.py", "ModelConfig", "is_moe enable_sleep_mode enforce_eager get_hidden_size get_vocab_size"),
     ("config/cache.py", "CacheConfig", "kv_cache_memory_bytes gpu_memory_utilization"),
     ("config/offload.py", "OffloadConfig", "uva prefetch"),
     ("config/offload.py", "UVAOffloadConfig", "cpu_offload_gb"),
     ("config/offload.py", "PrefetchOffloadConfig", "offload_group_size"),
-    ("config/vllm.py", "VllmConfig", "lora_config offload_config additional_config device_config scheduler_config"),
+    ("config/vllm.py", "VllmConfig",
+     "quant_config lora_config offload_config additional_config device_config scheduler_config"),
     ("v1/kv_cache_interface.py", "AttentionSpec", "page_size_bytes"),
 ]  # fmt: skip
 

@@ -14,14 +14,20 @@ def streamed(**settings) -> dict:
     return {"additional_config": {"fluxmoe": {"vllm_kernels": True} | settings}}
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 @pytest.mark.parametrize("arch", ["qwen3_moe", "mixtral"])
-def test_tokens_are_those_of_vllm_without_us(checkpoint, engines, arch, eager):
-    model = {"model": checkpoint(arch), "enforce_eager": eager}
+def test_tokens_are_those_of_vllm_without_us(checkpoint, engines, arch):
+    model = {"model": checkpoint(arch), "enforce_eager": True}
     settings = [{}, streamed(poison=True), streamed(slots=3, poison=True), streamed(slots=4)]
     first, *others = engines([QUESTION | {"llm": model | each} for each in settings])
     assert len(first["tokens"][0]) == QUESTION["new_tokens"]
     assert all(other == first for other in others)
+
+
+def test_a_compiled_model_too(checkpoint, engines):
+    model = {"model": checkpoint("qwen3_moe")}
+    first, second = engines([QUESTION | {"llm": model | each} for each in ({}, streamed(poison=True))])
+    assert len(first["tokens"][0]) == QUESTION["new_tokens"]
+    assert second == first
 
 
 def test_settings_that_would_do_nothing_are_refused(checkpoint, engines):

@@ -52,6 +52,8 @@ def plot_cache(directory: Path) -> Path:
     for axis in axes[-1]:
         axis.set_xlabel("share of experts in the cache", fontsize=8)
     kind = "synthetic routing, replayed" if about.get("simulated") else f"recorded routing, replayed; {where_of(about)}"
+    if about.get("correlation"):
+        kind += f", a sequence's hidden states correlated by {about['correlation']:g}"
     figure.suptitle(f"Which experts a cache keeps: {kind}", fontsize=9)
     figure.legend(
         *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7.5, frameon=False

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fluxmoe.models.config import load_config
+from fluxmoe.runtime.devices import resolve_device
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.request import Request
 
 from ..lib.args import group, option
+from ..lib.effects import Setup
 from ..lib.results import UsageError
 from ..lib.tokenizer import Tokenizer
 from .generate import Sampling
@@ -33,6 +35,10 @@ class Arguments:
     system: str | None = option("what the model is told first", None, metavar="TEXT")
     sampling: Sampling = group()
     engine: EngineConfig = group("max_batch", "adaptive", "densify")
+
+    @property
+    def setups(self) -> list[Setup]:
+        return [Setup(self.engine, resolve_device(self.engine.device).type, load_config(self.model))]
 
 
 def answer(engine: Engine, tokenizer: Tokenizer, request: Request) -> Iterator[str]:

@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fluxmoe.models.config import load_config
+from fluxmoe.runtime.devices import resolve_device
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.loop import summarise
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 from ..lib.args import group, option
+from ..lib.effects import Setup
 from ..lib.models import content_digest
 from ..lib.results import UsageError, output_file, provenance, write_atomically, write_csv, write_json
 from ..lib.tokenizer import Tokenizer
@@ -72,6 +74,14 @@ class Arguments:
         if bool(self.prompt) == bool(self.prompts):
             raise UsageError("give --prompt or --prompts: what to go on from")
 
+    @property
+    def settings(self) -> EngineConfig:
+        return replace(self.engine, timeline=bool(self.trace), record_routing=bool(self.record_routing))
+
+    @property
+    def setups(self) -> list[Setup]:
+        return [Setup(self.settings, resolve_device(self.engine.device).type, load_config(self.model))]
+
 
 def read_prompts(args: Arguments, tokenizer: Tokenizer, vocab_size: int, limit: int) -> list[list[int]]:
     """Token ids of every prompt, each checked against vocabulary and context length."""
@@ -111,9 +121,8 @@ def serve(args: Arguments) -> dict:
     prompts = read_prompts(args, tokenizer, config.vocab_size, config.max_position_embeddings)
     lengths = [len(ids) + args.max_new_tokens for ids in prompts]
     settings = replace(
-        args.engine, max_context=max(lengths), min_kv_tokens=min(lengths), progress=sys.stderr.isatty(),
-        timeline=bool(args.trace), record_routing=bool(args.record_routing),
-    )  # fmt: skip
+        args.settings, max_context=max(lengths), min_kv_tokens=min(lengths), progress=sys.stderr.isatty()
+    )
     with Engine(args.model, settings) as engine:
         if args.trace:
             warm_up = args.sampling.params(min(2, args.max_new_tokens))

@@ -78,11 +78,16 @@ def find(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 def arguments(argv: Sequence[str]) -> tuple[Any, Any]:
     """(module, arguments) of a command line, checked but not run."""
-    from ..lib.args import parse
+    from ..lib.args import given, parse
 
     name, rest = find(argv)
     module = importlib.import_module(f"fluxmoe.experiments.{COMMANDS[name][0]}")
-    return module, parse(module.Arguments, rest, f"fluxmoe {name}", module.__doc__)
+    found = parse(module.Arguments, rest, f"fluxmoe {name}", module.__doc__)
+    if hasattr(found, "setups"):
+        from ..lib.effects import refuse_idle
+
+        refuse_idle(given(rest), found.setups)
+    return module, found
 
 
 def call(argv: Sequence[str]) -> object:

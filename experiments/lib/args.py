@@ -73,6 +73,11 @@ def _expand(argv: Sequence[str]) -> Iterable[str]:
     yield from rest
 
 
+def given(argv: Sequence[str]) -> set[str]:
+    """Names of the flags on a command line and in its files, without dashes before them."""
+    return {word[2:].partition("=")[0].replace("_", "-") for word in _expand(argv) if word.startswith("--")}
+
+
 def _read(path: Path) -> Iterable[str]:
     try:
         settings = yaml.safe_load(path.read_text())

@@ -56,8 +56,6 @@ class Machine:
 
     def engine(self, source: Source, settings: EngineConfig) -> Engine:
         """One that serves for real."""
-        if settings.link_bandwidth and self.device != "cpu":
-            raise UsageError("--link-bandwidth holds a CPU's copies to a rate: it has no effect on a GPU")
         return Engine(source.weights, replace(settings, device=self.device, profile=self.profile))
 
 

@@ -137,6 +137,13 @@ class ModelChoice:
         if sum(value is not None for value in (self.model, self.preset, self.config)) != 1:
             raise UsageError("give one of --model, --preset and --config: what to serve")
 
+    @property
+    def architecture(self) -> ModelConfig:
+        """The model's config; nothing is made."""
+        if self.config:
+            return published_source(self.config).config
+        return preset_config(self.preset) if self.preset else load_config(self.model or "")
+
     def source(self, simulated: bool = False) -> Source:
         """The model; a preset is made if needed. simulated: whether weights are needed at all."""
         if self.config:

@@ -18,6 +18,7 @@ from fluxmoe.runtime.experts.planner import knee
 from fluxmoe.runtime.serving.config import EngineConfig
 
 from ..lib.args import group, option
+from ..lib.effects import Setup, setups_of
 from ..lib.machines import SWEPT, Machine, MachineChoice
 from ..lib.models import ModelChoice, Source
 from ..lib.results import UsageError
@@ -39,6 +40,16 @@ class Arguments:
     steps: int = option("decode steps of a full batch", 8, least=1)
     max_batched_tokens: int = option("tokens of one pass (prefill chunk)", 2048, least=1)
     out: Path = option("folder of the results", metavar="DIR")
+
+    @property
+    def setups(self) -> list[Setup]:
+        settings = [
+            replace(
+                self.engine, placement="balanced", alpha=ALPHAS[0], expert_format=DEFAULT_COMPRESSED, host_format=host
+            )
+            for host in (DENSE, DEFAULT_COMPRESSED)
+        ]
+        return setups_of(self.model, self.machine, settings)
 
 
 def step_times(machine: Machine, source: Source, settings: EngineConfig, prompt: int, output: int) -> dict[str, float]:

@@ -35,6 +35,7 @@ from fluxmoe.runtime.serving.loop import StepMetrics
 from fluxmoe.runtime.sim.simulator import SimEngine
 
 from ..lib.args import group, option
+from ..lib.effects import Setup, setups_of
 from ..lib.machines import SWEPT, Machine, MachineChoice
 from ..lib.models import ModelChoice, Source
 from ..lib.results import UsageError, read_csv, write_csv
@@ -69,6 +70,11 @@ class Arguments:
     times: int = option("steps; each takes one expert of every layer", 7, least=1)
     seed: int = option("of prompts", 0)
     out: Path = option("folder of the results", metavar="DIR")
+
+    @property
+    def setups(self) -> list[Setup]:
+        settings = [settings_of(self, variant, self.model.architecture.num_experts) for variant in self.variants]
+        return setups_of(self.model, self.machine, settings)
 
 
 def moves_of_step(tiers: np.ndarray, spread: bool) -> list[Move]:

@@ -27,6 +27,7 @@ from fluxmoe.runtime.memory.budget import parse_bytes
 from fluxmoe.runtime.serving.config import EngineConfig
 
 from ..lib.args import group, option
+from ..lib.effects import Setup, setups_of
 from ..lib.machines import SWEPT, MachineChoice
 from ..lib.models import ModelChoice
 from ..lib.serve import row
@@ -60,6 +61,11 @@ class Arguments:
     repeats: int = option("runs of each variant", 3, least=1)
     seed: int = option("of lengths and prompts", 0)
     out: Path = option("folder of the results", metavar="DIR")
+
+    @property
+    def setups(self) -> list[Setup]:
+        settings = [replace(self.engine, **VARIANTS[name]) for name in self.variants]
+        return setups_of(self.model, self.machine, settings)
 
 
 def run(args: Arguments) -> None:

@@ -21,6 +21,7 @@ from fluxmoe.runtime.memory.budget import format_bytes, parse_bytes
 from fluxmoe.runtime.serving.config import EngineConfig
 
 from ..lib.args import group, option
+from ..lib.effects import Setup, setups_of
 from ..lib.machines import SWEPT, MachineChoice
 from ..lib.models import PRESETS, ModelChoice
 from ..lib.results import UsageError
@@ -57,6 +58,11 @@ class Arguments:
     )  # fmt: skip
     repeats: int = option("runs of each point", 1, least=1)
     out: Path = option("folder of the results", metavar="DIR")
+
+    @property
+    def setups(self) -> list[Setup]:
+        settings = [replace(self.engine, **placed(name)) for name in self.placements]
+        return setups_of(self.model, self.machine, settings)
 
 
 def default_budgets(config: ModelConfig, max_batch: int, context: int) -> list[int]:

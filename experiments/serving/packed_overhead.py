@@ -22,6 +22,7 @@ from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.loop import summarise
 
 from ..lib.args import group, option
+from ..lib.effects import Setup, setups_of
 from ..lib.machines import SWEPT, MachineChoice
 from ..lib.models import ModelChoice
 from ..lib.serve import Served, placed, placement_name
@@ -47,6 +48,11 @@ class Arguments:
     repeats: int = option("turns", 5, least=1)
     seed: int = option("of prompts", 0)
     out: Path = option("folder of the results", metavar="DIR")
+
+    @property
+    def setups(self) -> list[Setup]:
+        settings = [replace(self.engine, **placed(name)) for name in self.placements]
+        return setups_of(self.model, self.machine, settings)
 
 
 def decode_rate(served: Served, batch: int) -> float:

@@ -172,6 +172,8 @@ POLICIES: dict[str, Policy] = {
     "host": lambda request: _spread(request, request.alpha or 0.0, Tier.HOST),
     "disk": lambda request: _spread(request, request.alpha or 0.0, Tier.DISK),
 }
+# Policies that hold every expert on the device.
+WHOLLY_ON_DEVICE = ("resident", "packed")
 # Policies that hold compressed experts on the device, whatever they are asked.
 COMPRESSING = ("packed", "hybrid")
 # Policies that hold experts in files, and those that share layers by bandwidth.

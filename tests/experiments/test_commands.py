@@ -65,6 +65,17 @@ PLAN = ("plan", "--config", "olmoe-1b-7b", "--gpu", "h100")
         ((*GENERATE, "--steps", "/proc/x/y"),
          "cannot be written"),
         ((*GENERATE, "--densify"), "no effect"),
+        ((*GENERATE, "--slots", "2"), "--slots has no effect here: it is for experts that are copied"),
+        ((*GENERATE, "--device", "cpu", "--no_cuda_graphs"), "--no-cuda-graphs has no effect here: it is for CUDA"),
+        ((*GENERATE, "--config", "{tmp}/slots.yaml"), "--slots has no effect"),
+        (("chat", "--model", "{model}", "--disk-dir", "{tmp}"), "--disk-dir has no effect here: it is for --placement"),
+        (("memory-budget", *SIM, "--poison"), "--poison has no effect here: it is for what serves for real"),
+        (("memory-budget", *SIM, "--slots", "3", "--placements", "resident", "packed"), "--slots has no effect"),
+        (("packed-overhead", "--preset", "tiny", "--device", "cpu", "--link-bandwidth", "1GB", "--out", "x"),
+         "--link-bandwidth has no effect here"),
+        (("ablation", *SIM, "--budget", "1GiB", "--threads", "1"), "--threads has no effect"),
+        (("paper", "fig9", *SIM, "--no-fit-batch"), "--no-fit-batch has no effect"),
+        (("paper", "fig6", *SIM, "--kernels", "torch"), "--kernels has no effect"),
         ((*GENERATE, "--top-p", "0.5"), "no effect"),
         ((*GENERATE, "--budget", "9TiB"), "is more than"),
         (("generate", "--model", "{model}", "--max-new-tokens", "2"), "--prompt or --prompts"),
@@ -90,9 +101,10 @@ PLAN = ("plan", "--config", "olmoe-1b-7b", "--gpu", "h100")
 )  # fmt: skip
 def test_what_is_wrong_is_one_line_before_any_work(argv, expected, model_dir, tmp_path, error_of):
     (tmp_path / "file").write_text("no JSON")
+    (tmp_path / "slots.yaml").write_text("slots: 3")
     said = error_of(*(part.format(model=model_dir, tmp=tmp_path) for part in argv))
     assert expected in said
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "slots.yaml"}
 
 
 @pytest.mark.parametrize(

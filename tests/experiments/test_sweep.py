@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fluxmoe.experiments.commands.main import call
-from fluxmoe.experiments.lib import models, results, sweep
+from fluxmoe.experiments.lib import effects, models, results, sweep
 from fluxmoe.experiments.lib.args import flag_of
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.experiments.lib.results import UsageError, provenance
@@ -69,6 +69,8 @@ def ran(monkeypatch, tmp_path):
 
     monkeypatch.setattr(memory_budget, "row", row)
     monkeypatch.setattr(memory_budget, "plot_memory_budget", lambda out: out)
+    # Here settings make other rows, whether or not they change anything in them.
+    monkeypatch.setattr(effects, "refuse_idle", lambda given, setups: None)
     return made
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.published import PUBLISHED, published_config
 from fluxmoe.runtime.experts.cache_policies import POLICIES, belady, replay, resident
 from fluxmoe.runtime.experts.recording import Recording, Visit, visits_of
@@ -34,7 +35,7 @@ from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 from ..lib.args import option
-from ..lib.models import PRESETS, content_digest, preset_config, preset_model
+from ..lib.models import PRESETS, preset_config, preset_model
 from ..lib.results import UsageError, digest, provenance, write_atomically, write_csv
 from ..lib.skew import MOST_SKEW, synthetic_routing
 from ..lib.sweep import Sweep, say
@@ -108,7 +109,7 @@ def record(path: Path, name: str, skew: float, args: Arguments) -> Recording:
     """The recording in `path`, made if it is not there: as many sequences as the largest batch, a random prompt each,
     sampled at temperature 1, since greedy decoding of random weights soon repeats itself."""
     checkpoint, lanes = preset_model(name, args.checkpoints, router_skew=skew), max(args.batches)
-    content = content_digest(checkpoint)
+    content = Checkpoint(checkpoint).content
     asked = {"model": name, "content": content, "lanes": lanes, "passes": args.passes, "seed": args.seed}
     if path.exists() and asked.items() <= (found := Recording.load(path)).about.items():
         return found

@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.config import load_config
 from fluxmoe.runtime.devices import resolve_device
 from fluxmoe.runtime.serving.config import EngineConfig
@@ -19,7 +20,6 @@ from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 from ..lib.args import group, option
 from ..lib.effects import Setup
-from ..lib.models import content_digest
 from ..lib.results import UsageError, output_file, provenance, write_atomically, write_csv, write_json
 from ..lib.tokenizer import Tokenizer
 
@@ -136,7 +136,7 @@ def serve(args: Arguments) -> dict:
             engine.timeline.save(args.trace)
         made = provenance(engine.device.type, args.sampling.seed)
         if args.record_routing and engine.pager.recorder is not None and steps:
-            model = {"model": Path(args.model).name, "content": content_digest(Path(args.model))}
+            model = {"model": Path(args.model).name, "content": Checkpoint(args.model).content}
             recording = engine.pager.recorder.recording(**model, **made)
             write_atomically(args.record_routing, recording.to_bytes())
         if args.steps:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from fluxmoe.models import ARCHITECTURES
+from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.config import ModelConfig, load_config
 from fluxmoe.models.published import PUBLISHED, published_config
 
@@ -118,7 +117,8 @@ class Source(NamedTuple):
     @property
     def content(self) -> str:
         """Changes with the model, whatever its name: a digest of its config, and of its weights if it has any."""
-        return digest(asdict(self.config), content_digest(self.checkpoint) if self.checkpoint else None)
+        has_weights = self.checkpoint is not None and any(self.checkpoint.glob("*.safetensors"))
+        return digest(asdict(self.config), Checkpoint(self.weights).content if has_weights else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,16 +155,6 @@ class ModelChoice:
 
 def checkpoint_source(directory: str) -> Source:
     return Source(Path(directory), load_config(Path(directory)), directory)
-
-
-@cache
-def content_digest(checkpoint: Path) -> str:
-    """Of config.json and every byte of the weights, packed ones too."""
-    found = hashlib.sha256((checkpoint / "config.json").read_bytes())
-    for path in sorted(path for path in checkpoint.iterdir() if path.suffix in (".safetensors", ".flux")):
-        with path.open("rb") as file:
-            found.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
-    return found.hexdigest()
 
 
 def published_source(name: str) -> Source:

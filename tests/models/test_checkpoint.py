@@ -73,6 +73,19 @@ def test_a_dense_layer_with_experts_or_without_its_mlp_is_refused(tmp_path):
             Checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.block_sparse_moe.gate.weight", FINAL, NAME])
+def test_content_changes_with_the_last_value_of_a_router_and_with_any_tensor(name, tmp_path):
+    hub_model(tmp_path)
+    rewrite(tmp_path, lambda tensors: None)
+    before = Checkpoint(tmp_path).content
+    rewrite(tmp_path, lambda tensors: None)
+    assert Checkpoint(tmp_path).content == before
+    # An expert's is known by its samples.
+    place = 0 if name == NAME else -1
+    rewrite(tmp_path, lambda tensors: tensors[name].view(-1)[place].add_(1))
+    assert Checkpoint(tmp_path).content != before
+
+
 def fuse(tensors: dict[str, torch.Tensor], layers=3) -> None:
     """From the Hub's per-expert tensors to the fused ones of newer transformers."""
     for layer in range(layers):

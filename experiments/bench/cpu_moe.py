@@ -26,7 +26,7 @@ from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.hardware import measure_bandwidths
 
 from ..lib.args import option
-from ..lib.results import provenance, write_csv, write_json
+from ..lib.results import write_result
 
 # (hidden, intermediate, experts): the demo's shape, a layer of OLMoE-1B-7B, two of Qwen3-30B-A3B's width.
 SHAPES = {"small": (512, 512, 32), "olmoe": (2048, 1024, 16), "qwen3_30b": (2048, 768, 32)}
@@ -165,7 +165,5 @@ def run(args: Arguments) -> None:
     flops_rate = peak_flops(default_threads())
     print(f"floor: {bandwidth / 1e9:.1f} GB/s read, {flops_rate / 1e9:.0f} GFLOP/s, {default_threads()} threads")
     rows = [row for shape in args.shapes for row in bench(shape, args.rows, bandwidth, flops_rate, args.peers)]
-    out = args.out
-    write_csv(out / "rows.csv", rows)
     floor = {"read_bytes_per_s": bandwidth, "flops_per_s": flops_rate}
-    write_json(out / "provenance.json", {"experiment": "bench cpu-moe", **provenance("cpu", 0), **floor})
+    write_result(args.out, "bench cpu-moe", {"rows.csv": rows}, floor, 0)

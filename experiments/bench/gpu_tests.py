@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from ..lib.args import group, option
-from ..lib.results import code_digest, provenance, read_csv, write_csv, write_json
+from ..lib.results import code_digest, read_csv, write_csv, write_result
 from .timing import GpuBench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,8 +120,7 @@ class Arguments:
 def run(args: Arguments) -> None:
     device, out = args.where.device.type, args.where.out
     workers = args.workers if importlib.util.find_spec("xdist") else 1
-    facts = {"experiment": "bench tests", **provenance(device, 0), "workers": workers}
-    write_json(out / "provenance.json", facts)
+    write_result(out, "bench tests", {}, {"device": device, "workers": workers}, 0)
     status = run_tests(out, [f"{ROOT / test}" for test in args.tests], workers)
     failed = [row for row in read_csv(out / "rows.csv") if row["status"] == "failed"]
     for row in failed:

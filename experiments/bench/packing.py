@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from ..lib.args import group, option
 from ..lib.models import ModelChoice
-from ..lib.results import UsageError, provenance, write_csv, write_json
+from ..lib.results import UsageError, write_csv, write_result
 from ..paper.fig5_exponents import entropy
 
 # The format whose GEMM is timed.
@@ -212,9 +212,7 @@ def run(args: Arguments) -> None:
                 flush=True,
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about = {"experiment": "bench packing", **provenance(device.type), "experts": len(experts)}
-    write_csv(args.out / "rows.csv", rows)
-    write_json(args.out / "provenance.json", about)
+    write_result(args.out, "bench packing", {"rows.csv": rows}, {"device": device.type, "experts": len(experts)})
     if not args.tokens:
         return
     fused, points = FusedGemm(checkpoint, device, max(args.tokens)), []

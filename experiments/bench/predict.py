@@ -35,7 +35,7 @@ from fluxmoe.kernels.triton.tiles import FUSED_BOUNDS, ROW_BOUNDS, Tile, Tiles, 
 from fluxmoe.kernels.work import Work
 
 from ..lib.args import option
-from ..lib.results import provenance, write_csv, write_json
+from ..lib.results import write_result
 from . import attention, delta_net
 from .moe import Layer, Ours, layer_columns, rows_per_expert
 from .shapes import MODEL_SHAPES, SHAPES, TOKENS, Shape
@@ -257,6 +257,5 @@ def run(args: Arguments) -> None:
         rows = [predict_kernel(code, size, repeats) for size, case, repeats in points for code in audit(case, ARCH)]
         for row in rows:
             print(f"{row['kernel']:<34} {row['size']:<32} {row['predicted_us']:9.1f} µs, limited by {row['limit']}")
-    write_csv(args.out / "rows.csv", rows)
     facts = {"kind": "predicted: no GPU ran", "gpu": "H100 SXM, datasheet", "arch": ARCH, "roofs": asdict(ROOFS)}
-    write_json(args.out / "provenance.json", {"experiment": "bench predict", **provenance("cpu", None), **facts})
+    write_result(args.out, "bench predict", {"rows.csv": rows}, facts)

@@ -23,7 +23,7 @@ from ..lib.args import group, option
 from ..lib.machines import SIMULATED, Machine
 from ..lib.models import PRESETS, ModelChoice
 from ..lib.results import output_file, provenance, write_json
-from ..lib.serve import placed, placement_name, row
+from ..lib.serve import placed, placement_name, row, warm_up
 from ..lib.workloads import Workload
 from ..paper.validate_simulator import CPU_COSTS
 from .profile import measure
@@ -56,7 +56,7 @@ def run(args: Arguments) -> None:
         budget_bytes=args.budget, max_batch=args.max_batch or (preset.max_batch if preset else 64),
         max_context=longest, min_kv_tokens=longest,
     )  # fmt: skip
-    row(here, source, replace(common, **placed("host")), lengths[:2])  # compiles, and touches the checkpoint's pages
+    warm_up(here, source, common)
     table = []
     for name in args.placements:
         settings = replace(common, **placed(name))

@@ -136,6 +136,19 @@ def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, Any]:
     }
 
 
+def write_result(
+    out: Path, experiment: str, tables: Mapping[str, Iterable[Mapping[str, Any]]],
+    facts: Mapping[str, Any] | None = None, seed: int | None = None,
+) -> None:  # fmt: skip
+    """A result that is made in one piece: `tables`, rows by file name, and provenance.json, whose `experiment` says
+    which figure is drawn; facts: what else it says, the device if that is no CPU. Rows that are made one by one go
+    through `Sweep`."""
+    about = {"device": "cpu", **(facts or {})}
+    for name, rows in tables.items():
+        write_csv(out / name, rows)
+    write_json(out / "provenance.json", {"experiment": experiment, **provenance(about["device"], seed), **about})
+
+
 def _anywhere(word: str) -> str:
     """A word of a command line as it may stand in a published file: absolute paths are those of one machine."""
     path = Path(word)

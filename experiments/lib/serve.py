@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fluxmoe.kernels.formats import FORMATS
@@ -66,6 +67,14 @@ def serve(
         served = run(engine, requests, watch)
         placed = {"alpha": engine.placement.alpha, "kv_tokens": engine.scheduler.num_blocks * settings.block_size}
     return served._replace(row=placed | served.row)
+
+
+def warm_up(machine: Machine, source: Source, settings: EngineConfig) -> None:
+    """Kernels are compiled, and the checkpoint's pages touched, before what is timed; nothing for what is simulated."""
+    if not machine.simulated:
+        short = make_requests([Lengths(0.0, 8, 2)] * 2, source.config.vocab_size, 0)
+        small = replace(settings, placement="host", budget_bytes=None, max_context=None, min_kv_tokens=1, max_batch=2)
+        serve(machine, source, small, short)
 
 
 def row(

@@ -17,6 +17,8 @@ import filelock
 from fluxmoe.runtime.memory.budget import BudgetError, format_bytes
 from tqdm import tqdm
 
+from .machines import Machine
+from .models import Source
 from .results import UsageError, check_out, code_digest, digest, load_json, provenance, read_csv, write_csv, write_json
 
 # Exit status of a command whose device was lost: what is left can be measured by another process.
@@ -66,6 +68,15 @@ class Sweep:
         self._tried: dict = load_json(self._attempt) if self._attempt.exists() else {"tries": 0}
         write_json(path, self.about)
 
+    @classmethod
+    def serving(
+        cls, out: Path, experiment: str, machine: Machine, source: Source, made: Mapping[str, Any],
+        facts: Mapping[str, Any], table: str = "points.csv", seed: int | None = 0,
+    ) -> Sweep:  # fmt: skip
+        """Of runs of one model on one machine. made: what else makes every row; facts: what provenance.json says."""
+        common = {"machine": machine.content, "model": source.content, **made}
+        return cls(out, experiment, table, common, seed, **{**machine.about, "model": source.name, **facts})
+
     def __enter__(self) -> Sweep:
         return self
 
@@ -76,6 +87,13 @@ class Sweep:
         """Add to provenance.json."""
         self.about |= facts
         write_json(self.out / "provenance.json", self.about)
+
+    def note_tokens(self) -> None:
+        """Say, here and in provenance.json, whether all rows that could be made have the same tokens."""
+        found = {row["tokens_sha256"] for row in self.rows if row["status"] == "ok"}
+        if found:
+            self.note(tokens="identical" if len(found) == 1 else "DIFFER")
+            print(f"tokens: {'identical in all runs' if len(found) == 1 else f'DIFFER: {len(found)} variants'}")
 
     def find(self, **point: object) -> Mapping[str, Any] | None:
         """The row of a point, however it was made."""

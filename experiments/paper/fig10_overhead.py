@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..lib.args import option
-from ..lib.results import UsageError, provenance, write_csv, write_json
+from ..lib.results import UsageError, write_result
 from ..plots.serving import plot_overhead
 
 MEMORIES = ("stacked", "apart", "paged")
@@ -196,10 +196,6 @@ def seconds_of_host(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    write_csv(path, rows)
-
-
 def run(args: Arguments) -> None:
     torch.manual_seed(0)
     device, out, rng = resolve_device(args.device), args.out, random.Random(0)
@@ -218,12 +214,8 @@ def run(args: Arguments) -> None:
                     f"{row['overhead_percent']:+.2f} % ({row['overhead_p5']:+.2f} … {row['overhead_p95']:+.2f})",
                     flush=True,
                 )
-            write_rows(out / "rows.csv", rows)
     experts.close()
-    write_rows(out / "map_costs.csv", costs)
     settings = {name: getattr(args, name) for name in ("layers", "experts", "top_k", "hidden", "moe_intermediate")}
-    write_json(
-        out / "provenance.json",
-        {"experiment": "paper fig10", **provenance(device.type, 0), **settings, "padding_bytes": padding},
-    )
+    tables = {"rows.csv": rows, "map_costs.csv": costs}
+    write_result(out, "paper fig10", tables, {"device": device.type, **settings, "padding_bytes": padding}, 0)
     print(f"figure: {plot_overhead(out)}")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..lib.args import group, option
 from ..lib.machines import SIMULATED, FigureMachine, Machine
 from ..lib.models import Source, preset_source, published_source
-from ..lib.results import provenance, write_csv, write_json
+from ..lib.results import write_result
 from ..plots.paper import plot_memory_split
 from .sweep import MEASURED_SCALE
 
@@ -67,10 +67,6 @@ def run(args: Arguments) -> None:
         about = machine.about
         bar = tqdm(list(points(MEASURED_SCALE)), "engines", unit="engine", disable=None)
         rows = [(panel, b, c, held(machine, source, b, c)) for panel, b, c in bar]
-    write_csv(
-        out / "points.csv",
-        [{"panel": panel, "model": source.name, "batch": b, "context": c, **use} for panel, b, c, use in rows],
-    )
-    facts = {"experiment": "paper fig1", **provenance(args.where.device, None), **about, "model": source.name}
-    write_json(out / "provenance.json", facts)
+    table = [{"panel": panel, "model": source.name, "batch": b, "context": c, **use} for panel, b, c, use in rows]
+    write_result(out, "paper fig1", {"points.csv": table}, {**about, "model": source.name})
     print(f"figure: {plot_memory_split(out)}")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..lib.args import option
 from ..lib.checkpoints import GENERATED
-from ..lib.results import UsageError, provenance, write_csv, write_json
+from ..lib.results import UsageError, write_json, write_result
 from ..plots.serving import plot_exponents
 
 
@@ -70,7 +70,6 @@ def run(args: Arguments) -> None:
         for value, count in enumerate(counts)
         if count
     ]
-    write_csv(args.out / "histogram.csv", rows)
     windows = np.convolve(exponents, np.ones(16, dtype=np.int64), "valid")
     summary = {
         "experts": read,
@@ -83,7 +82,7 @@ def run(args: Arguments) -> None:
         "model": {"arch": checkpoint.config.arch, "num_layers": checkpoint.config.num_layers},
     }
     write_json(args.out / "summary.json", summary)
-    write_json(args.out / "provenance.json", {"experiment": "paper fig5", **provenance("cpu")})
+    write_result(args.out, "paper fig5", {"histogram.csv": rows})
     figure = plot_exponents(args.out)
     print(
         f"{summary['weights']} weights of {read} experts: exponents {summary['exponent_entropy_bits']:.3f} bits, "

@@ -79,10 +79,9 @@ def run(args: Arguments) -> None:
             )  # fmt: skip
             work = partial(step_times, machine, source, settings, args.prompt_tokens, output)
             points.append(({"batch": batch, "host_format": host, "alpha": alpha}, asdict(settings), work))
-    made = {"machine": machine.content, "model": source.content, "prompt": args.prompt_tokens, "steps": args.steps}
-    facts = {**machine.about, "model": source.name, "prompt_tokens": args.prompt_tokens}
-    facts |= {"link_bandwidth": args.engine.link_bandwidth}
-    with Sweep(args.out, "paper fig6", common=made, **facts) as sweep:
+    made = {"prompt": args.prompt_tokens, "steps": args.steps}
+    facts = {"prompt_tokens": args.prompt_tokens, "link_bandwidth": args.engine.link_bandwidth}
+    with Sweep.serving(args.out, "paper fig6", machine, source, made, facts) as sweep:
         rows = sweep.all(points)
         sweep.finish()
     layers = len(source.config.moe_layers)

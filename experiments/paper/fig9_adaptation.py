@@ -124,9 +124,8 @@ def run(args: Arguments) -> None:
         raise UsageError(f"--times {args.times} would leave no expert of {source.config.num_experts} on the device")
     shown = ("budget", "requests", "prompt_tokens", "output_tokens", "start", "every", "times")
     settings = {name: getattr(args, name) for name in shown} | {"link_bandwidth": args.engine.link_bandwidth}
-    made = {"machine": machine.content, "model": source.content, "seed": args.seed, "moves": settings}
-    facts = {**machine.about, **settings, "model": source.name}
-    with Sweep(args.out, "paper fig9", "rows.csv", made, args.seed, **facts) as sweep:
+    made = {"seed": args.seed, "moves": settings}
+    with Sweep.serving(args.out, "paper fig9", machine, source, made, settings, "rows.csv", args.seed) as sweep:
         for variant in args.variants:
             steps: list[dict] = []
             how = asdict(settings_of(args, variant, source.config.num_experts))
@@ -135,10 +134,7 @@ def run(args: Arguments) -> None:
                 others = [step for step in read_csv(args.out / "steps.csv") if step["variant"] != variant]
                 write_csv(args.out / "steps.csv", [*others, *steps])
                 report(variant, steps)
-        ok = [row for row in sweep.rows if row["status"] == "ok"]
-        verdict = "identical" if len({row["tokens_sha256"] for row in ok}) == 1 else "DIFFER"
-        sweep.note(tokens=verdict)
-        print(f"tokens: {verdict}")
+        sweep.note_tokens()
         sweep.finish()
     print(f"figure: {plot_adaptation(args.out)}")
 

@@ -15,11 +15,13 @@ from pathlib import Path
 
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.memory.budget import parse_bytes
+from fluxmoe.runtime.serving.config import EngineConfig
 
 from ..lib.args import group, option
 from ..lib.machines import FigureMachine
 from ..lib.models import Source, preset_source, published_source
 from ..lib.results import UsageError, load_json, provenance, write_json
+from ..lib.serve import warm_up
 from ..lib.sweep import Sweep
 from . import stated
 from .systems import OUTPUT_SHARE, Bench, Calibration, Run, calibrate, serve_run, settings_of
@@ -138,18 +140,17 @@ def calibrated(path: Path) -> Calibration:
 
 def sweep(experiment: str, bench: Bench, runs: Iterable[tuple[str, Run]], out: Path) -> list[dict]:
     """Serve (panel, run) pairs; points.csv and provenance.json in `out`. Runs that cannot start say why."""
-    machine, points, runs = bench.machine, [], list(runs)
+    machine, points = bench.machine, []
     for panel, run in runs:
         point = {"panel": panel, "system": run.system, "batch": run.batch, "context": run.context}
         points.append((point, asdict(run), partial(_row, run, bench)))
     costs = [asdict(each) if each else None for each in (bench.theirs, bench.ours)]
-    made = {"machine": machine.content, "model": bench.source.content, "costs": costs, "output_share": OUTPUT_SHARE}
-    facts = {**machine.about, "model": bench.source.name, "output_share": OUTPUT_SHARE,
-             "machine": machine.profile.to_json() if machine.profile else None}  # fmt: skip
-    with Sweep(out, experiment, common=made, **facts) as rows:
-        if not machine.simulated and not all(rows.has(settings, **point) for point, settings, _ in points):
-            # Kernels are compiled, and the checkpoint's pages touched, before the first timed point.
-            serve_run(Run("vllm", 1, runs[0][1].context), bench)
+    made = {"costs": costs, "output_share": OUTPUT_SHARE}
+    profile = machine.profile.to_json() if machine.profile else None
+    facts = {"output_share": OUTPUT_SHARE, "machine": profile}
+    with Sweep.serving(out, experiment, machine, bench.source, made, facts) as rows:
+        if not all(rows.has(settings, **point) for point, settings, _ in points):
+            warm_up(machine, bench.source, EngineConfig())
         found = rows.all(points)
         rows.finish()
     return found

@@ -17,9 +17,9 @@ from fluxmoe.runtime.serving.config import EngineConfig
 from tqdm import tqdm
 
 from ..lib.args import group
-from ..lib.machines import FigureMachine, Machine
+from ..lib.machines import SIMULATED, FigureMachine, Machine
 from ..lib.models import Source, preset_source, published_source
-from ..lib.results import provenance, write_atomically, write_csv, write_json
+from ..lib.results import write_atomically, write_result
 
 MEASURED = ("small", "next", "deep-next", "deep-mixtral")
 HEADS = {
@@ -64,7 +64,8 @@ def held(machine: Machine, source: Source) -> dict[str, object]:
 def run(args: Arguments) -> None:
     where, out = args.where, args.where.out
     if where.simulated:
-        rows, about = [computed(published_source(name)) for name in PUBLISHED], {"simulated": "published configs"}
+        rows = [computed(published_source(name)) for name in PUBLISHED]
+        about = {"device": SIMULATED, "simulated": "published configs"}
     else:
         machine = where.here
         sources = [preset_source(name, where.checkpoints) for name in MEASURED]
@@ -72,8 +73,6 @@ def run(args: Arguments) -> None:
     lines = [" | ".join(HEADS.values()), " | ".join("---" for _ in HEADS)]
     lines += [" | ".join(str(row[key]) for key in HEADS) for row in rows]
     table = "".join(f"| {line} |\n" for line in lines)
-    write_csv(out / "table.csv", rows)
     write_atomically(out / "table.md", table)
-    facts = {"experiment": "paper table1", **provenance(where.device, None), "device": where.device, **about}
-    write_json(out / "provenance.json", facts)
+    write_result(out, "paper table1", {"table.csv": rows}, about)
     print(table)

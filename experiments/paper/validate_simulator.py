@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ..lib.args import group, option
 from ..lib.machines import SIMULATED, Machine
 from ..lib.models import PRESETS, Source, preset_source
-from ..lib.results import UsageError, provenance, read_csv, write_csv, write_json
+from ..lib.results import UsageError, read_csv, write_result
 from ..lib.serve import placed, serve
 from ..lib.workloads import drawn_lengths, make_requests
 from . import fig2_kv_capacity, fig7_performance_bound, fig8_capacity_bound, stated
@@ -161,7 +161,6 @@ def run(args: Arguments) -> None:
             f"{row['kind']:<11} {row['source']:<24} {row['figure']:<62} stated {row['stated']:9.3f}  "
             f"simulated {row['simulated']:9.3f}  error {100 * row['relative_error']:+.0f} %"
         )
-    write_csv(where.out / "table.csv", rows)
     summary = {}
     groups = [("predicted", "")] + [("measured", name) for name in dict.fromkeys(
         row["source"] for row in rows if row["kind"] == "measured")]  # fmt: skip
@@ -173,5 +172,5 @@ def run(args: Arguments) -> None:
             said["median_error_of_ratios"] = float(np.median(ratio_errors(chosen)))
         summary[source or "the paper's figures"] = said
         print(f"{source or 'the paper, predicted'}: " + ", ".join(f"{k} {v:.2f}" for k, v in said.items()))
-    facts = {"experiment": "paper validate", **provenance("sim", 0), "simulated": True}
-    write_json(where.out / "provenance.json", {**facts, "summary": summary})
+    facts = {"device": SIMULATED, "simulated": True, "summary": summary}
+    write_result(where.out, "paper validate", {"table.csv": rows}, facts, 0)

@@ -78,13 +78,11 @@ def run(args: Arguments) -> None:
         settings = replace(common, **VARIANTS[name])
         work = partial(row, machine, source, settings, lengths, args.seed)
         points.append(({"variant": name, "turn": turn}, asdict(settings), work))
-    made = {"machine": machine.content, "model": source.content, "workload": lengths, "seed": args.seed}
-    facts = {**machine.about, "model": source.name, "budget": args.budget, "requests": args.requests}
-    with Sweep(args.out, "ablation", "rows.csv", made, args.seed, **facts) as sweep:
+    made = {"workload": lengths, "seed": args.seed}
+    facts = {"budget": args.budget, "requests": args.requests}
+    with Sweep.serving(args.out, "ablation", machine, source, made, facts, "rows.csv", args.seed) as sweep:
         rows = sweep.all(points)
         ok = [each for each in rows if each["status"] == "ok"]
-        verdict = "identical" if len({each["tokens_sha256"] for each in ok}) == 1 else "DIFFER"
-        sweep.note(tokens=verdict)
         speeds = {name: [float(r["tokens_per_s"]) for r in ok if r["variant"] == name] for name in args.variants}
         full = np.median(speeds["full"]) if speeds.get("full") else float("nan")
         for name, each in speeds.items():
@@ -93,5 +91,5 @@ def run(args: Arguments) -> None:
                 print(f"{name:<18} {np.median(each):9.1f} tokens/s {spread:<22} {np.median(each) / full:5.2f} of full")
             else:
                 print(f"{name:<18} does not start with this budget")
-        print(f"tokens: {verdict}")
+        sweep.note_tokens()
         sweep.finish()

@@ -25,9 +25,9 @@ from ..lib.effects import Setup, setups_of
 from ..lib.machines import SWEPT, MachineChoice
 from ..lib.models import PRESETS, ModelChoice
 from ..lib.results import UsageError
-from ..lib.serve import placed, placement_name, row, serve
+from ..lib.serve import placed, placement_name, row, warm_up
 from ..lib.sweep import Sweep, in_turns
-from ..lib.workloads import Lengths, Workload, make_requests
+from ..lib.workloads import Lengths, Workload
 from ..plots.serving import plot_memory_budget
 
 # offload and balanced at one α, so that they differ only in how the streamed half is spread over the layers.
@@ -98,22 +98,20 @@ def run(args: Arguments) -> None:
         settings = replace(common, budget_bytes=budget, **placed(name))
         point = {"placement": name, "budget_bytes": budget, "repeat": repeat}
         points.append((point, asdict(settings), partial(row, machine, source, settings, lengths, seed)))
-    made = {"machine": machine.content, "model": source.content, "workload": lengths, "seed": seed}
+    made = {"workload": lengths, "seed": seed}
     model = {key: str(value) if key == "dtype" else value for key, value in asdict(source.config).items()}
-    facts = {**machine.about, "model": model, "workload": summary(lengths)}
-    with Sweep(args.out, "memory-budget", common=made, seed=seed, **facts) as sweep:
-        if not machine.simulated and not all(sweep.has(settings, **point) for point, settings, _ in points):
-            # Kernels are compiled, and the checkpoint's pages touched, before the first timed point.
-            warm = replace(common, placement="host", budget_bytes=None, max_context=None, max_batch=2)
-            short = [Lengths(0.0, min(8, lengths[0].prompt), 2)] * 2
-            serve(machine, source, warm, make_requests(short, source.config.vocab_size, seed))
+    facts = {"model": model, "workload": summary(lengths)}
+    with Sweep.serving(args.out, "memory-budget", machine, source, made, facts, seed=seed) as sweep:
+        if not all(sweep.has(settings, **point) for point, settings, _ in points):
+            warm_up(machine, source, common)
         print_table(sweep.all(points))
+        sweep.note_tokens()
         sweep.finish()
     print(f"figure: {plot_memory_budget(args.out)}")
 
 
 def print_table(rows: list[dict]) -> None:
-    """A line a run, and whether all gave the same tokens."""
+    """A line a run."""
     print(
         f"{'placement':>22} {'budget':>10} {'tokens/s':>9} {'batch':>6} {'KV blocks':>10} {'preempt.':>9} "
         f"{'stall s':>8} {'transfer s':>11}"
@@ -130,10 +128,3 @@ def print_table(rows: list[dict]) -> None:
             f"{head} {float(made['tokens_per_s']):9.1f} {made['peak_batch']:>6} {made['kv_blocks']:>10} "
             f"{made['preemptions']:>9} {float(made['stall_s']):8.2f} {float(made['transfer_s']):11.2f}"
         )
-    print_tokens(made["tokens_sha256"] for made in rows if made["status"] == "ok")
-
-
-def print_tokens(digests) -> None:
-    """Whether all runs gave the same tokens."""
-    if found := set(digests):
-        print(f"tokens: {'identical in all runs' if len(found) == 1 else f'DIFFER: {len(found)} variants'}")

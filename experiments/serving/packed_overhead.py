@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from fluxmoe.runtime.serving.config import EngineConfig
@@ -67,20 +66,12 @@ def run(args: Arguments) -> None:
     context = args.prompt_tokens + args.output_tokens
     common = replace(args.engine, max_batch=max(args.batches), max_context=context)
     each = {name: replace(common, **placed(name)) for name in names}
-    made: dict[str, Any] = {
-        "machine": machine.content,
-        "model": source.content,
-        "engines": {n: asdict(s) for n, s in each.items()},
-    }
-    made |= {"output_tokens": args.output_tokens, "repeats": args.repeats, "seed": args.seed}
-    facts = {
-        **machine.about,
-        "prompt_tokens": args.prompt_tokens,
-        "output_tokens": args.output_tokens,
-        "repeats": args.repeats,
-    }
+    facts = {"prompt_tokens": args.prompt_tokens, "output_tokens": args.output_tokens, "repeats": args.repeats}
+    made = {"engines": {name: asdict(settings) for name, settings in each.items()}, "seed": args.seed, **facts}
     with ExitStack() as stack:
-        sweep = stack.enter_context(Sweep(args.out, "packed-overhead", "rows.csv", made, args.seed, **facts))
+        sweep = stack.enter_context(
+            Sweep.serving(args.out, "packed-overhead", machine, source, made, facts, "rows.csv", args.seed)
+        )
         engines: dict[str, Engine] = {}
         for batch in args.batches:
             if all(sweep.has(batch=batch, placement=name) for name in names):

@@ -159,10 +159,10 @@ def run(args: Arguments) -> None:
     source = checkpoint_source(args.model) if args.model else preset_source("small", args.checkpoints)
     asked = {k: getattr(args, k) for k in ("placements", "dtypes", "sequences", "rounds", "prompt_tokens",
                                            "output_tokens", "vllm_offload", "transformers", "eager")}  # fmt: skip
-    made = asked | {"machine": machine.content, "model": source.content, "vllm": version, "env": args.vllm_env}
-    facts = {**machine.about, "model": source.name, "vllm": version, "vllm_env": sorted(args.environment), **asked}
+    made = asked | {"vllm": version, "env": args.vllm_env}
+    facts = asked | {"vllm": version, "vllm_env": sorted(args.environment)}
     work = Work(args.sequences, args.rounds, args.prompt_tokens, args.output_tokens, source.config.vocab_size)
-    with Sweep(args.out, "versus", "rows.csv", made, **facts) as sweep:
+    with Sweep.serving(args.out, "versus", machine, source, made, facts, "rows.csv") as sweep:
         for text in args.budgets:
             if sweep.made_together(budget=text):
                 continue

@@ -110,10 +110,9 @@ def run(args: Arguments) -> None:
     checkpoint = Path(source.checkpoint or "").resolve()
     asked = {k: getattr(args, k) for k in ("placements", "engine", "sequences", "rounds", "prompt_tokens",
                                            "output_tokens", "eager")}  # fmt: skip
-    made = asked | {"machine": machine.content, "model": source.content, "vllm": version}
-    facts = {**machine.about, "model": source.name, "vllm": version, **asked}
+    made = asked | {"vllm": version}
     work = Work(args.sequences, args.rounds, args.prompt_tokens, args.output_tokens, source.config.vocab_size)
-    with Sweep(args.out, "versus vllm-plugin", "rows.csv", made, **facts) as sweep:
+    with Sweep.serving(args.out, "versus vllm-plugin", machine, source, made, made, "rows.csv") as sweep:
         missing = [text for text in args.budgets if not sweep.made_together(budget=text)]
         starting = {text: starters(args, machine.device, str(checkpoint), parse_bytes(text) or 0) for text in missing}
         if missing:

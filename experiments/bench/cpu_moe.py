@@ -27,6 +27,7 @@ from fluxmoe.runtime.hardware import measure_bandwidths
 
 from ..lib.args import option
 from ..lib.results import write_result
+from .timing import host_seconds
 
 # (hidden, intermediate, experts): the demo's shape, a layer of OLMoE-1B-7B, two of Qwen3-30B-A3B's width.
 SHAPES = {"small": (512, 512, 32), "olmoe": (2048, 1024, 16), "qwen3_30b": (2048, 768, 32)}
@@ -76,9 +77,7 @@ def median_seconds(work: Callable[[int], object], layers: int) -> tuple[float, f
     work(0)
     times, begin, i = [], time.perf_counter(), 0
     while time.perf_counter() - begin < _SECONDS or i < layers:
-        start = time.perf_counter()
-        work(i % layers)
-        times.append(time.perf_counter() - start)
+        times.append(host_seconds(lambda: work(i % layers)))  # noqa: B023
         i += 1
     return float(np.median(times)), float(np.subtract(*np.percentile(times, [75, 25])))
 

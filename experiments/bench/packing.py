@@ -37,6 +37,7 @@ from ..lib.args import group, option
 from ..lib.models import ModelChoice
 from ..lib.results import UsageError, write_csv, write_result
 from ..paper.fig5_exponents import entropy
+from .timing import cold_copies, host_seconds, time_calls
 
 # The format whose GEMM is timed.
 FUSED = "planar12"
@@ -57,18 +58,11 @@ def bound_of(weight: Tensor) -> float:
 
 def median_seconds(work: Callable[[], object]) -> float:
     work()
-    times = []
-    for _ in range(_REPEATS):
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return float(np.median(times))
+    return float(np.median([host_seconds(work) for _ in range(_REPEATS)]))
 
 
 def gpu_decode_rate(codec: Codec, packed: Packed, weight: Tensor) -> dict[str, float]:
     """GB/s of output on the GPU, and the share of what a copy of as many bytes reaches."""
-    from .timing import time_calls
-
     on_gpu = packed.to("cuda")
     out, source = torch.empty(packed.shape, dtype=torch.bfloat16, device="cuda"), weight.cuda()
     assert torch.equal(codec.decode(on_gpu).view(torch.int16), source.view(torch.int16)), codec.name
@@ -112,8 +106,6 @@ class FusedGemm:
         if device.type == "cuda":
             from fluxmoe.kernels.triton.experts import TritonExperts
 
-            from .timing import cold_copies
-
             self.dense_ops: ExpertOps = TritonExperts(dims, most_tokens, device)
             self.ops: ExpertOps = TritonExperts(dims, most_tokens, device, formats=(FUSED,))
             wanted = cold_copies(config.expert_bytes_total // len(config.moe_layers))
@@ -146,8 +138,6 @@ class FusedGemm:
         assert torch.equal(*results), f"{tokens} tokens: compressed and dense experts differ"
         out = zero.clone()
         if self.device.type == "cuda":
-            from .timing import time_calls
-
             times = [
                 time_calls([partial(self.run, ops, x, logits, page, out) for page in pages])
                 for ops, pages in ((self.dense_ops, dense), (self.ops, packed))

@@ -116,7 +116,7 @@ def time_calls(work: Sequence[Callable[[], object]], seconds: float = 0.15, grap
     graph: whether to try to capture it. Without a GPU, in a rehearsal, each call runs once on the host's clock.
     """
     if not torch.cuda.is_available():
-        return _percentiles([_host_seconds(call) for call in work], "rehearsal")
+        return _percentiles([host_seconds(call) for call in work], "rehearsal")
     for call in work:
         call()
     torch.cuda.synchronize()
@@ -201,7 +201,13 @@ def _percentiles(times: Sequence[float], method: str) -> Timing:
     return Timing(p20, p50, p80, method)
 
 
-def _host_seconds(work: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """One call, by the device's events where it has a clock of its own."""
+    return _elapsed(work) if device.type == "cuda" else host_seconds(work)
+
+
+def host_seconds(work: Callable[[], object]) -> float:
+    """One call, by the host's clock."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin

@@ -1,7 +1,7 @@
 """Before renting anything: does a model fit, where do its experts go, what throughput to expect, what would help most.
 
     fluxmoe plan --config qwen3-next-80b-a3b --gpu H100-SXM --batch 128 --context 4096
-    fluxmoe plan --model DIR --gpu 4xL40 --devices 2 --budget 40GiB --json plan.json
+    fluxmoe plan --model DIR --gpu 4xL40 --devices 2 --budget 40GiB --json plan.json --trace plan.trace.json
 
 Everything is simulated (see `runtime.sim`): placements with the runtime's own ledger and scheduler, times by a cost
 model over the GPU's profile. `fluxmoe paper validate` says how far that is from measurements.
@@ -23,7 +23,8 @@ from ..lib.machines import SIMULATED, Machine
 from ..lib.models import Source, checkpoint_source, published_source
 from ..lib.results import UsageError, output_file, provenance, write_json
 from ..lib.serve import placed, row
-from ..lib.workloads import Lengths
+from ..lib.serve import run as serve
+from ..lib.workloads import Lengths, make_requests
 
 # What a user can ask the engine for.
 CANDIDATES = (
@@ -49,6 +50,10 @@ class Arguments:
     context: int = option("prompt + output", 4096, least=2)
     output_tokens: int | None = option("of each request (default: a quarter of the context)", None, least=1)
     json: Path | None = option("save the answer", None, parse=output_file, metavar="FILE")
+    trace: Path | None = option(
+        "save a simulated Chrome trace (ui.perfetto.dev) of the best placement: its prompts, then 16 passes", None,
+        parse=output_file, metavar="FILE",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if bool(self.model) == bool(self.config):
@@ -87,17 +92,23 @@ class Question:
     context: int
     output: int
 
+    @property
+    def machine(self) -> Machine:
+        return Machine(SIMULATED, self.profile, self.devices)
+
+    def settings(self, placement: str) -> EngineConfig:
+        return EngineConfig(
+            budget_bytes=self.budget, max_batch=self.batch, max_batched_tokens=2048, max_context=self.context,
+            min_kv_tokens=self.context, **placed(placement),
+        )  # fmt: skip
+
 
 def evaluate(q: Question) -> list[dict]:
     """One row a candidate that starts, the fastest first; those that do not fit last, with what they need."""
-    rows, machine = [], Machine(SIMULATED, q.profile, q.devices)
+    rows = []
     lengths = [Lengths(0.0, q.context - q.output, q.output)] * q.batch
     for name in CANDIDATES:
-        settings = EngineConfig(
-            budget_bytes=q.budget, max_batch=q.batch, max_batched_tokens=2048, max_context=q.context,
-            min_kv_tokens=q.context, **placed(name),
-        )  # fmt: skip
-        found = row(machine, q.source, settings, lengths)
+        found = row(q.machine, q.source, q.settings(name), lengths)
         if found["status"] != "ok":
             rows.append({"placement": name, "fits": False, "needs_bytes": found["least_budget"], "tokens_per_s": 0.0})
             continue
@@ -136,6 +147,14 @@ def changes(q: Question) -> dict[str, Question]:
     }
 
 
+def save_trace(q: Question, placement: str, path: Path) -> None:
+    """Loads, waits and compute of the prompts and of 16 passes behind them, as they are simulated."""
+    lengths = [Lengths(0.0, q.context - q.output, min(q.output, 16))] * q.batch
+    with q.machine.open(q.source, replace(q.settings(placement), timeline=True)) as engine:
+        serve(engine, make_requests(lengths, q.source.config.vocab_size, 0))
+        engine.timeline.save(path)
+
+
 def run(args: Arguments) -> None:
     asked = args.question
     model, profile = asked.source.config, asked.profile
@@ -163,8 +182,11 @@ def run(args: Arguments) -> None:
         for name, gain in sorted(gains.items(), key=lambda item: -item[1]):
             print(f"  {name:<24} {gain:5.2f} x")
         print(f"best: --placement {best['placement']}; what helps most: {max(gains, key=gains.__getitem__)}")
+        if args.trace:
+            save_trace(asked, best["placement"], args.trace)
     else:
-        print(f"nothing fits; the least is {format_bytes(min(each['needs_bytes'] for each in rows))} a device")
+        least = format_bytes(min(each["needs_bytes"] for each in rows))
+        print(f"nothing fits; the least is {least} a device" + (", so there is no trace" if args.trace else ""))
     if args.json:
         about = {"profile": profile.name, "devices": asked.devices, "batch": asked.batch, "context": asked.context}
         write_json(args.json, {"rows": rows, "gains": gains, **about, "provenance": provenance("sim", 0)})

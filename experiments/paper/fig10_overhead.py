@@ -16,8 +16,7 @@ map and one unmap of a block cost is timed beside it.
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from fluxmoe.runtime.memory.paged_tensor import PagedTensor
 from torch import Tensor
 from tqdm import tqdm
 
+from ..bench.timing import host_seconds, seconds_of
 from ..lib.args import option
 from ..lib.results import UsageError, write_result
 from ..plots.serving import plot_overhead
@@ -117,19 +117,6 @@ class Experts:
             tensor.close()
 
 
-def seconds_of(work: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def measure(experts: Experts, kernel: str, batch: int, repeats: int, rng: random.Random) -> list[dict]:
     """One row a memory: times, and overhead over `stacked` turn by turn."""
     device, ops = experts.device, experts.ops
@@ -174,13 +161,13 @@ def map_costs(device: torch.device, count: int = 200) -> list[dict]:
     with device_of(device).make_pool((count + 1) * (2 << 20)) as pool:
         region = pool.reserve(2 * count * pool.block_bytes)
         for page in range(count):
-            times["map"].append(seconds_of_host(lambda: region.map(page)))  # noqa: B023
+            times["map"].append(host_seconds(lambda: region.map(page)))  # noqa: B023
         for page in range(count):
             times["remap"].append(
-                seconds_of_host(lambda: region.map(count + page, region.unmap(page, keep=True)))  # noqa: B023
+                host_seconds(lambda: region.map(count + page, region.unmap(page, keep=True)))  # noqa: B023
             )
         for page in range(count, 2 * count):
-            times["unmap"].append(seconds_of_host(lambda: region.unmap(page)))  # noqa: B023
+            times["unmap"].append(host_seconds(lambda: region.unmap(page)))  # noqa: B023
         region.close()
         size = pool.block_bytes
     rows = []
@@ -188,12 +175,6 @@ def map_costs(device: torch.device, count: int = 200) -> list[dict]:
         low, middle, high = np.percentile(np.array(values) * 1e6, [20, 50, 80])
         rows.append({"call": what, "block_bytes": size, "time_us": middle, "p20_us": low, "p80_us": high})
     return rows
-
-
-def seconds_of_host(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 def run(args: Arguments) -> None:

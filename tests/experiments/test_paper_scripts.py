@@ -254,7 +254,9 @@ def test_plan_says_what_fits_and_what_helps(tmp_path, capsys):
     saved = json.loads((tmp_path / "plan.json").read_text())
     assert len(saved["rows"]) == len(plan.CANDIDATES)
     assert saved["rows"][0]["tokens_per_s"] == max(row["tokens_per_s"] for row in saved["rows"])
-    call(["plan", *small, "--budget", "4GiB"])
+    call(["plan", *small, "--budget", "4GiB", "--trace", str(tmp_path / "trace.json")])
+    spans = [each for each in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if each["ph"] == "X"]
+    assert {"compute", "load", "wait"} <= {span["cat"] for span in spans}
     out = capsys.readouterr().out
     assert "resident                 does not fit: needs" in out
     call(["plan", *small, "--budget", "100MiB"])

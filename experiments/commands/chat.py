@@ -20,6 +20,7 @@ from fluxmoe.runtime.serving.request import Request
 
 from ..lib.args import group, option
 from ..lib.effects import Setup
+from ..lib.models import check_context
 from ..lib.results import UsageError
 from ..lib.tokenizer import Tokenizer
 from .generate import Sampling
@@ -59,8 +60,7 @@ def run(args: Arguments) -> None:
     config, tokenizer = load_config(args.model), Tokenizer(args.model)
     tokenizer.encode("")  # one that is missing is an error before anything is loaded
     limit = args.context or min(4096, config.max_position_embeddings)
-    if limit > config.max_position_embeddings:
-        raise UsageError(f"--context {limit} is beyond the model's limit of {config.max_position_embeddings}")
+    check_context(limit, config)
     settings = replace(args.engine, max_batch=1, max_context=limit, min_kv_tokens=limit)
     turns = [{"role": "system", "content": args.system}] if args.system else []
     with Engine(args.model, settings) as engine:

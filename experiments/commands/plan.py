@@ -20,7 +20,7 @@ from fluxmoe.runtime.serving.config import EngineConfig
 
 from ..lib.args import option
 from ..lib.machines import SIMULATED, Machine
-from ..lib.models import Source, checkpoint_source, published_source
+from ..lib.models import Source, check_context, checkpoint_source, published_source
 from ..lib.results import UsageError, output_file, provenance, write_json
 from ..lib.serve import placed, row
 from ..lib.serve import run as serve
@@ -73,9 +73,7 @@ class Arguments:
     @property
     def question(self) -> Question:
         source, devices = self.source, self.devices or self.gpu.num_devices
-        limit = source.config.max_position_embeddings
-        if self.context > limit:
-            raise UsageError(f"--context {self.context} is beyond the model's limit of {limit}")
+        check_context(self.context, source.config)
         output = self.output_tokens or max(1, self.context // 4)
         return Question(source, self.gpu, devices, self.budget, self.batch, self.context, output)
 

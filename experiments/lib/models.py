@@ -157,6 +157,12 @@ def checkpoint_source(directory: str) -> Source:
     return Source(Path(directory), load_config(Path(directory)), directory)
 
 
+def check_context(context: int, model: ModelConfig) -> None:
+    """UsageError where a model takes no sequence so long."""
+    if context > model.max_position_embeddings:
+        raise UsageError(f"--context {context} is beyond the model's limit of {model.max_position_embeddings}")
+
+
 def published_source(name: str) -> Source:
     """A published model by its name, in any case; UsageError says which there are."""
     name = known(name, PUBLISHED, "published model")

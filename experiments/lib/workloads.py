@@ -13,7 +13,7 @@ from fluxmoe.models.config import ModelConfig
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 from .args import option
-from .models import Preset
+from .models import Preset, check_context
 from .results import UsageError
 
 TRACE_COLUMNS = ("arrived_at", "num_prefill_tokens", "num_decode_tokens")
@@ -127,8 +127,7 @@ class Workload:
         requests = self.requests or (preset.requests if preset else None)
         output = self.output_tokens or (preset.output_tokens if preset else 64)
         context = self.context or (preset.context if preset else min(1024, model.max_position_embeddings))
-        if context > model.max_position_embeddings:
-            raise UsageError(f"--context {context} is beyond the model's limit of {model.max_position_embeddings}")
+        check_context(context, model)
         from_trace = self.workload not in ("drawn", "fixed", "sharegpt")
         if self.output_tokens and (from_trace or self.workload == "sharegpt"):
             raise UsageError(f"--output-tokens has no effect: --workload {self.workload} says how long answers are")

@@ -29,7 +29,7 @@ from fluxmoe.runtime.serving.config import EngineConfig
 from ..lib.args import group, option
 from ..lib.effects import Setup, setups_of
 from ..lib.machines import SWEPT, MachineChoice
-from ..lib.models import ModelChoice
+from ..lib.models import ModelChoice, check_context
 from ..lib.serve import row
 from ..lib.sweep import Sweep, in_turns
 from ..lib.workloads import drawn_lengths
@@ -70,6 +70,7 @@ class Arguments:
 
 def run(args: Arguments) -> None:
     machine = args.machine.machine
+    check_context(args.context, args.model.architecture)
     source = args.model.source(machine.simulated)
     lengths = drawn_lengths(args.requests, args.context, args.output_tokens, args.seed)
     common = replace(args.engine, budget_bytes=args.budget, max_context=args.context, min_kv_tokens=args.context)

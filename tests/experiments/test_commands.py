@@ -84,6 +84,7 @@ PLAN = ("plan", "--config", "olmoe-1b-7b", "--gpu", "h100")
         (("memory-budget", *SIM, "--devices", "0"), "--devices must be at least 1, got 0"),
         (("memory-budget", *SIM, "--devices", "2"), "--devices 2: profile H100-SXM has 1"),
         (("memory-budget", *SIM, "--context", "100000"), "beyond the model's limit of 4096"),
+        (("ablation", *SIM, "--budget", "1GiB", "--context", "5000"), "beyond the model's limit of 4096"),
         (("memory-budget", *SIM, "--output-tokens", "4", "--workload", "sharegpt"), "no effect"),
         (("memory-budget", "--preset", "tiny", "--device", "cpu", "--devices", "1", "--out", "x"), "no effect"),
         (("memory-budget", *SIM[:-1], "{tmp}/file"), "is a file"),

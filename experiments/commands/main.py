@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench cpu-moe": ("bench.cpu_moe", "the CPU's grouped GEMM against its floor and torch"),
     "bench attention": ("bench.attention", "paged attention against its roofs and torch"),
     "bench attention-cpu": ("bench.attention_cpu", "KV in slabs beside one contiguous cache, on a CPU"),
+    "bench step-cpu": ("bench.step_cpu", "where a decode step's time goes on a CPU"),
     "bench delta-net": ("bench.delta_net", "Gated DeltaNet against its roofs and FLA"),
     "bench packing": ("bench.packing", "lossless formats: bits a weight and rates"),
     "bench cache": ("bench.cache", "which experts a cache should keep: policies ranked on recorded or drawn routing"),

@@ -6,9 +6,10 @@ The KV cache is laid out so that both products of attention are the GEMM tile of
     k  [kv_heads, block_size/16, head_dim, 16]      scores[rows, 16 positions] = q[rows, D] @ panel
     v  [kv_heads, ceil(head_dim/16), block_size, 16]  out[rows, 16 dims] += p[rows, positions] @ panel
 
-Softmax is exact over the whole context in one pass (the scores of ≤ 6 query rows fit in L2 up to 32 K tokens),
-and every sum runs over positions in ascending order. A query's result therefore does not depend on how its
-prompt was chunked, nor on the batch, nor on which blocks it was given.
+Where products of bf16 are dot products (`tile`), q and the exponentials are rounded to bf16; the sum that they are
+divided by is of those that are not. Softmax is exact over the whole context in one pass (the scores of ≤ 6 query rows
+fit in L2 up to 32 K tokens), and every sum runs over positions in an order that depends on nothing else. A query's
+result therefore does not depend on how its prompt was chunked, nor on the batch, nor on which blocks it was given.
 
 Work is split into (tile of ≤ 6 query rows, kv head). The rows of a tile are (token, query head of the group):
 for decode the heads that share a KV head (GQA) are read together, in prefill several tokens are.
@@ -24,8 +25,8 @@ from torch import Tensor
 from ..ops import AttentionMetadata, KernelError, RopeTable
 from .gemm import LANES, Scratch, padded, zeros
 from .norm import rms_scale
-from .simd import exp_f32, fetch_add, float_bits, round_bf16, store_u16, store_u32
-from .tile import BF16, FP32, MAX_ROWS, gemm_tile
+from .simd import exp_f32, fetch_add, float_bits, round_bf16, round_row, store_u16, store_u32
+from .tile import BF16_DOT, FP32, MAX_ROWS, gemm_tile, kind_of
 
 NO_NORM, HEAD_NORM, FULL_NORM = 0, 1, 2
 
@@ -127,7 +128,7 @@ def _attention(
 ):  # fmt: skip
     group = heads // kv_heads
     tiles = tile_sequence.shape[0]
-    item = 4 if kind == FP32 else 2
+    item, x_item = 4 if kind == FP32 else 2, 2 if kind == BF16_DOT else 4
     v_panels = (dim + 15) // 16
     score_stride = scores.shape[2] * 4
     panels_per_block = block_size // 16
@@ -151,33 +152,44 @@ def _attention(
                 for d in range(dim):
                     q[r, d] = qkv[first_token + token, head * dim + d] * softmax_scale
                 rows_at[r] = q.ctypes.data + r * q.shape[1] * 4
+                if kind == BF16_DOT:
+                    round_row(rows_at[r], rows_at[r], dim)
             end = past + (first_row + rows - 1) // group + 1
             begin = 0
             if window > 0:
                 begin = max(0, past + first_row // group + 1 - window)
             first_block, last_block = begin // block_size, (end - 1) // block_size
             origin = first_block * block_size
+            k_head = k_cache + kv_head * panels_per_block * dim * 16 * item
             for b in range(first_block, last_block + 1):
-                base = k_cache + block_table[sequence, b] * k_block_bytes
-                base += kv_head * panels_per_block * dim * 16 * item
+                base = k_head + block_table[sequence, b] * k_block_bytes
+                ahead = k_head + block_table[sequence, min(b + 1, last_block)] * k_block_bytes - base
                 for p in range(min(panels_per_block, (end - b * block_size + 15) // 16)):
                     y = score.ctypes.data + ((b - first_block) * block_size + p * 16) * 4
-                    gemm_tile(base + p * dim * 16 * item, kind, rows_at.ctypes.data, rows, dim, y, score_stride, 0)
+                    gemm_tile(
+                        base + p * dim * 16 * item, kind, rows_at.ctypes.data, rows, dim, ahead, y, score_stride, 0
+                    )
             for r in range(rows):
                 position = past + (first_row + r) // group
                 low = max(0, position + 1 - window) if window > 0 else 0
                 score[r, : low - origin] = 0.0
                 inverse[r] = _softmax(score[r, low - origin : position + 1 - origin])
                 score[r, position + 1 - origin : end - origin] = 0.0
-            for panel in range(v_panels):
-                y = result.ctypes.data + panel * 64
-                for b in range(first_block, last_block + 1):
-                    for r in range(rows):
-                        rows_at[r] = score.ctypes.data + r * score_stride + (b - first_block) * block_size * 4
-                    base = v_cache + block_table[sequence, b] * v_block_bytes
-                    base += (kv_head * v_panels + panel) * block_size * 16 * item
-                    depth = min(block_size, end - b * block_size)
-                    gemm_tile(base, kind, rows_at.ctypes.data, rows, depth, y, result.shape[1] * 4, b - first_block)
+                if kind == BF16_DOT:
+                    at = score.ctypes.data + r * score_stride
+                    round_row(at, at, end - origin)
+            v_head = v_cache + kv_head * v_panels * block_size * 16 * item
+            for b in range(first_block, last_block + 1):
+                for r in range(rows):
+                    rows_at[r] = score.ctypes.data + r * score_stride + (b - first_block) * block_size * x_item
+                base = v_head + block_table[sequence, b] * v_block_bytes
+                ahead = v_head + block_table[sequence, min(b + 1, last_block)] * v_block_bytes - base
+                depth = min(block_size, end - b * block_size)
+                for v_panel in range(v_panels):
+                    gemm_tile(
+                        base + v_panel * block_size * 16 * item, kind, rows_at.ctypes.data, rows, depth, ahead,
+                        result.ctypes.data + v_panel * 64, result.shape[1] * 4, b - first_block,
+                    )  # fmt: skip
             for r in range(rows):
                 token, head = (first_row + r) // group, kv_head * group + (first_row + r) % group
                 for d in range(dim):
@@ -282,7 +294,7 @@ def attention(
         k_cache.stride(0) * k_cache.itemsize,
         v_cache.stride(0) * v_cache.itemsize,
         metadata.block_size,
-        BF16 if k_cache.dtype == torch.bfloat16 else FP32,
+        kind_of(k_cache.dtype),
         out.numpy(),
         buffers.q.numpy(),
         buffers.scores.numpy(),

@@ -54,9 +54,9 @@ BF16_KIND = BF16_DOT if HAS_DOT else BF16
 # Rows of a tile. By FMA: 6 x 16 lanes = 12 AVX2 accumulators, which leaves 4 of 16 registers for panel and broadcast.
 # By dot products: 8 rows of two sums in 16 of 32 registers of AVX-512; 12 rows are 6 % faster and run out of pointers.
 MAX_ROWS, DOT_ROWS = 6, 8
-# How far ahead of the arithmetic a panel is prefetched. Panels of one expert are contiguous, so running past a panel's
+# How far ahead of the arithmetic a GEMM fetches, bytes. Panels of one expert are contiguous, so running past a panel's
 # end fetches what the thread most likely needs next.
-_PREFETCH_ROWS, _DOT_PREFETCH_BYTES = 32, 4096
+_FMA_AHEAD, _DOT_AHEAD = 1024, 4096
 
 PAIRS = ir.VectorType(I16, 2 * LANES)
 
@@ -111,15 +111,15 @@ def _previous(builder: ir.IRBuilder, out: Values, accumulate: ir.Value) -> Value
 
 def _make_fma_tile(rows: int, kind: int):
     @intrinsic
-    def tile(typing_context, panel, x_rows, depth, y, y_stride, accumulate):
+    def tile(typing_context, panel, x_rows, depth, ahead, y, y_stride, accumulate):
         def codegen(context, builder, signature, arguments):
-            panel, x_rows, depth, y, y_stride, accumulate = arguments
+            panel, x_rows, depth, ahead, y, y_stride, accumulate = arguments
             x, out = row_addresses(builder, x_rows, rows), _outputs(builder, y, y_stride, rows)
             row_bytes = LANES * (4 if kind == FP32 else 2)
 
             def add_row(k: ir.Value, sums: Values) -> Values:
                 at = builder.add(panel, builder.mul(k, const(row_bytes)))
-                prefetch(builder, builder.add(at, const(_PREFETCH_ROWS * row_bytes)))
+                prefetch(builder, builder.add(at, ahead))
                 weights = _row_of_panel(builder, at, kind)
                 lane = builder.mul(k, const(4))
                 scalars = [load_at(builder, builder.add(row, lane), F32, 4) for row in x]
@@ -130,21 +130,21 @@ def _make_fma_tile(rows: int, kind: int):
                 store_at(builder, total, at, 4)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), codegen
+        return types.void(*[types.int64] * 7), codegen
 
     return tile
 
 
 def _make_dot_tile(rows: int):
     @intrinsic
-    def tile(typing_context, panel, x_rows, depth, y, y_stride, accumulate):
+    def tile(typing_context, panel, x_rows, depth, ahead, y, y_stride, accumulate):
         def codegen(context, builder, signature, arguments):
-            panel, x_rows, depth, y, y_stride, accumulate = arguments
+            panel, x_rows, depth, ahead, y, y_stride, accumulate = arguments
             x, out = row_addresses(builder, x_rows, rows), _outputs(builder, y, y_stride, rows)
 
             def add_pair(k: ir.Value, sums: Values) -> Values:
                 at = builder.add(panel, builder.mul(k, const(2 * LANES)))
-                prefetch(builder, builder.add(at, const(_DOT_PREFETCH_BYTES)))
+                prefetch(builder, builder.add(at, ahead))
                 two_rows = load_at(builder, at, PAIRS, 2)
                 side_by_side = [word for lane in range(LANES) for word in (lane, LANES + lane)]
                 weights = builder.shuffle_vector(
@@ -178,7 +178,7 @@ def _make_dot_tile(rows: int):
             store_sums(builder, even, odd, out)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), codegen
+        return types.void(*[types.int64] * 7), codegen
 
     return tile
 
@@ -202,63 +202,64 @@ def store_sums(builder: ir.IRBuilder, even: Values, odd: Values, out: Values) ->
 
 
 @njit(nogil=True, cache=True)
-def gemm_tile(panel, kind, x_rows, rows, depth, y, y_stride, accumulate):
+def gemm_tile(panel, kind, x_rows, rows, depth, ahead, y, y_stride, accumulate):
     """One tile: depth ≥ 1, rows ≤ MAX_ROWS (≤ DOT_ROWS where the kind is BF16_DOT).
 
     panel: address of [depth, 16] bf16 or fp32, as `kind` says; x_rows: address of `rows` int64 addresses of rows
     [depth], fp32 or bf16 (so a gather costs nothing); y: address of fp32 [rows, 16], `y_stride` bytes between rows.
+    ahead: bytes from each line that is read to one that is fetched meanwhile, since it is to be read soon.
     """
     if HAS_DOT and kind == BF16_DOT:
         if rows == 1:
-            _dot_1(panel, x_rows, depth, y, y_stride, accumulate)
+            _dot_1(panel, x_rows, depth, ahead, y, y_stride, accumulate)
         elif rows == 2:
-            _dot_2(panel, x_rows, depth, y, y_stride, accumulate)
+            _dot_2(panel, x_rows, depth, ahead, y, y_stride, accumulate)
         elif rows == 3:
-            _dot_3(panel, x_rows, depth, y, y_stride, accumulate)
+            _dot_3(panel, x_rows, depth, ahead, y, y_stride, accumulate)
         elif rows == 4:
-            _dot_4(panel, x_rows, depth, y, y_stride, accumulate)
+            _dot_4(panel, x_rows, depth, ahead, y, y_stride, accumulate)
         elif rows == 5:
-            _dot_5(panel, x_rows, depth, y, y_stride, accumulate)
+            _dot_5(panel, x_rows, depth, ahead, y, y_stride, accumulate)
         elif rows == 6:
-            _dot_6(panel, x_rows, depth, y, y_stride, accumulate)
+            _dot_6(panel, x_rows, depth, ahead, y, y_stride, accumulate)
         elif rows == 7:
-            _dot_7(panel, x_rows, depth, y, y_stride, accumulate)
+            _dot_7(panel, x_rows, depth, ahead, y, y_stride, accumulate)
         else:
-            _dot_8(panel, x_rows, depth, y, y_stride, accumulate)
+            _dot_8(panel, x_rows, depth, ahead, y, y_stride, accumulate)
     elif kind == BF16:
         if rows == 1:
-            _bf16_1(panel, x_rows, depth, y, y_stride, accumulate)
+            _bf16_1(panel, x_rows, depth, ahead, y, y_stride, accumulate)
         elif rows == 2:
-            _bf16_2(panel, x_rows, depth, y, y_stride, accumulate)
+            _bf16_2(panel, x_rows, depth, ahead, y, y_stride, accumulate)
         elif rows == 3:
-            _bf16_3(panel, x_rows, depth, y, y_stride, accumulate)
+            _bf16_3(panel, x_rows, depth, ahead, y, y_stride, accumulate)
         elif rows == 4:
-            _bf16_4(panel, x_rows, depth, y, y_stride, accumulate)
+            _bf16_4(panel, x_rows, depth, ahead, y, y_stride, accumulate)
         elif rows == 5:
-            _bf16_5(panel, x_rows, depth, y, y_stride, accumulate)
+            _bf16_5(panel, x_rows, depth, ahead, y, y_stride, accumulate)
         else:
-            _bf16_6(panel, x_rows, depth, y, y_stride, accumulate)
+            _bf16_6(panel, x_rows, depth, ahead, y, y_stride, accumulate)
     elif rows == 1:
-        _fp32_1(panel, x_rows, depth, y, y_stride, accumulate)
+        _fp32_1(panel, x_rows, depth, ahead, y, y_stride, accumulate)
     elif rows == 2:
-        _fp32_2(panel, x_rows, depth, y, y_stride, accumulate)
+        _fp32_2(panel, x_rows, depth, ahead, y, y_stride, accumulate)
     elif rows == 3:
-        _fp32_3(panel, x_rows, depth, y, y_stride, accumulate)
+        _fp32_3(panel, x_rows, depth, ahead, y, y_stride, accumulate)
     elif rows == 4:
-        _fp32_4(panel, x_rows, depth, y, y_stride, accumulate)
+        _fp32_4(panel, x_rows, depth, ahead, y, y_stride, accumulate)
     elif rows == 5:
-        _fp32_5(panel, x_rows, depth, y, y_stride, accumulate)
+        _fp32_5(panel, x_rows, depth, ahead, y, y_stride, accumulate)
     else:
-        _fp32_6(panel, x_rows, depth, y, y_stride, accumulate)
+        _fp32_6(panel, x_rows, depth, ahead, y, y_stride, accumulate)
 
 
 @njit(nogil=True, cache=True)
 def gemm_panel(panel, kind, x_rows, rows, depth, y, y_stride):
     """All `rows` rows against one panel: tiles of nearly equal height, so that no tile has one lonely row."""
-    most = DOT_ROWS if kind == BF16_DOT else MAX_ROWS
+    most, ahead = (DOT_ROWS, _DOT_AHEAD) if kind == BF16_DOT else (MAX_ROWS, _FMA_AHEAD)
     tiles = (rows + most - 1) // most
     first = 0
     for t in range(tiles):
         last = rows * (t + 1) // tiles
-        gemm_tile(panel, kind, x_rows + 8 * first, last - first, depth, y + first * y_stride, y_stride, 0)
+        gemm_tile(panel, kind, x_rows + 8 * first, last - first, depth, ahead, y + first * y_stride, y_stride, 0)
         first = last

@@ -24,7 +24,7 @@ import torch
 
 from ..lib.args import option
 from ..lib.comparison import compare
-from ..lib.results import UsageError, code_digest, device_name, write_json
+from ..lib.results import UsageError, code_digest, device_name, instructions, write_json
 
 RUNS = Path(__file__).with_name("runs.toml")
 _DONE = "done.json"
@@ -74,11 +74,15 @@ class Arguments:
 
 def hardware_folder(results: Path) -> str:
     """Name of this machine's folder: the one whose profile was measured on such a processor, or a new one."""
-    name = device_name("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = torch.cuda.is_available()
+    mine = (device_name("cuda" if gpu else "cpu"), None if gpu else instructions())
     for path in sorted(results.glob("measured/*/profile.json")):
-        if json.loads(path.read_text()).get("name") == name:
+        profile = json.loads(path.read_text())
+        # Names of virtual machines say little. Profiles that do not know their instructions are of a CPU with AVX2.
+        kind = None if gpu else profile.get("provenance", {}).get("instructions", "AVX2")
+        if (profile.get("name"), kind) == mine:
             return path.parent.name
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(filter(None, mine)).lower()).strip("-")
 
 
 def missing(run: Run, vllm: str | None) -> str | None:

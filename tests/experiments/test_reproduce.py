@@ -15,7 +15,7 @@ from fluxmoe.experiments.commands.gpu_suite import STEPS
 from fluxmoe.experiments.commands.main import arguments, call
 from fluxmoe.experiments.lib.args import parse
 from fluxmoe.experiments.lib.models import published_source as load_published
-from fluxmoe.experiments.lib.results import UsageError, write_csv
+from fluxmoe.experiments.lib.results import UsageError, write_csv, write_json
 from fluxmoe.experiments.lib.workloads import (
     Lengths,
     Workload,
@@ -49,6 +49,25 @@ def runs(monkeypatch):
     }
     monkeypatch.setattr(reproduce, "read_runs", lambda: made)
     return made
+
+
+@pytest.mark.parametrize(
+    ("profiles", "expected"),
+    [
+        ({}, "cpu-x-avx-512"),
+        ({"a": ("CPU X", "AVX2"), "b": ("CPU X", "AVX-512"), "c": ("CPU Y", "AVX-512")}, "b"),
+        ({"a": ("CPU X", None)}, "cpu-x-avx-512"),
+    ],
+    ids=["no results yet", "one of each kind", "a profile of before instructions were noted"],
+)
+def test_a_machines_folder_is_that_of_its_processor_and_instructions(profiles, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, "device_name", lambda device: "CPU X")
+    monkeypatch.setattr(reproduce, "instructions", lambda: "AVX-512")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for folder, (name, kind) in profiles.items():
+        made = {} if kind is None else {"instructions": kind}
+        write_json(tmp_path / "measured" / folder / "profile.json", {"name": name, "provenance": made})
+    assert reproduce.hardware_folder(tmp_path) == expected
 
 
 def test_results_are_made_again_and_compared(runs, tmp_path, capfd):

@@ -181,6 +181,11 @@ def preset_config(name: str) -> ModelConfig:
     return ARCHITECTURES[spec.arch].config_from_hf(hf_config(spec))
 
 
+def simulated_preset(name: str) -> Source:
+    """A preset's model by its config alone."""
+    return Source(None, preset_config(name), name)
+
+
 def preset_model(name: str, directory: Path, seed: int = 0, router_skew: float = 0.0) -> Path:
     """The preset's checkpoint, made on first use; one with uneven routers has a folder of its own."""
     skew = {"router_skew": router_skew} if router_skew else {}

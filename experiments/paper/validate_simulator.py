@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ..lib.args import group, option
 from ..lib.machines import SIMULATED, Machine
-from ..lib.models import PRESETS, Source, preset_source
+from ..lib.models import PRESETS, Source, simulated_preset
 from ..lib.results import UsageError, read_csv, write_result
 from ..lib.serve import placed, serve
 from ..lib.workloads import drawn_lengths, make_requests
@@ -78,12 +78,12 @@ def paper_rows(args: SweepArguments) -> list[dict]:
     return rows
 
 
-def measured_rows(results: Path, checkpoints: Path) -> list[dict]:
+def measured_rows(results: Path) -> list[dict]:
     """One row a measured run of the sweeps in `results`."""
     if not (results / "profile.json").exists():
         raise UsageError(f"{results} holds no profile.json: run fluxmoe profile there first")
     machine = Machine(SIMULATED, HardwareProfile.load(results / "profile.json"))
-    rows, found = [], [*_swept(results, machine, checkpoints), *_budgets(results, machine, checkpoints)]
+    rows, found = [], [*_swept(results, machine), *_budgets(results, machine)]
     for each in tqdm(found, "measured runs", unit="run", leave=False, disable=None):
         try:
             simulated = each.simulate()
@@ -94,12 +94,12 @@ def measured_rows(results: Path, checkpoints: Path) -> list[dict]:
     return rows
 
 
-def _swept(results: Path, machine: Machine, checkpoints: Path) -> Iterator[Measured]:
+def _swept(results: Path, machine: Machine) -> Iterator[Measured]:
     """Runs of Figures 7, 8 and 2."""
 
     def simulate(row: Mapping[str, str], figure: Figure) -> float:
         costs = replace(CPU_COSTS, workspace_bytes=int(row["workspace"]))
-        bench = Bench(machine, preset_source(figure.preset, checkpoints), costs, costs)
+        bench = Bench(machine, simulated_preset(figure.preset), costs, costs)
         return serve_run(_run_of(row), bench)["tokens_per_s"]
 
     for name, figure in FIGURES.items():
@@ -120,7 +120,7 @@ def _run_of(row: Mapping[str, str]) -> Run:
     )  # fmt: skip
 
 
-def _budgets(results: Path, machine: Machine, checkpoints: Path) -> Iterator[Measured]:
+def _budgets(results: Path, machine: Machine) -> Iterator[Measured]:
     """Runs of memory-budget --preset small."""
     spec = PRESETS["small"]
     lengths = drawn_lengths(spec.requests, spec.context, spec.output_tokens, 0)
@@ -137,7 +137,7 @@ def _budgets(results: Path, machine: Machine, checkpoints: Path) -> Iterator[Mea
     for row in read_csv(results / "memory_budget" / "points.csv"):
         if row["status"] == "ok":
             what = f"{row['placement']} at {int(row['budget_bytes']) >> 20} MiB, tokens/s"
-            source = preset_source("small", checkpoints)
+            source = simulated_preset("small")
             yield Measured("memory_budget", what, float(row["tokens_per_s"]), partial(simulate, row, source))
 
 
@@ -154,7 +154,7 @@ def ratio_errors(rows: list[dict]) -> np.ndarray:
 
 def run(args: Arguments) -> None:
     where = args.sweeps.where
-    rows = paper_rows(args.sweeps) + measured_rows(args.measured, where.checkpoints)
+    rows = paper_rows(args.sweeps) + measured_rows(args.measured)
     for row in rows:
         row["relative_error"] = row["simulated"] / row["stated"] - 1
         print(

@@ -167,12 +167,12 @@ def test_a_sweep_for_real(measured_fig2):
 
 
 def test_validation_compares_what_was_measured(measured_fig2, tiny_presets, tmp_path):
-    models, results = measured_fig2 / "models", measured_fig2 / "results" / "cpu"
+    results = measured_fig2 / "results" / "cpu"
     with pytest.raises(UsageError, match=r"holds no profile\.json"):
-        validate_simulator.measured_rows(results, models)
+        validate_simulator.measured_rows(results)
     profile = replace(HardwareProfile.load("laptop"), name="mine", copy_overlap=0.5)
     (results / "profile.json").write_text(json.dumps(profile.to_json()))
-    rows = validate_simulator.measured_rows(results, models)
+    rows = validate_simulator.measured_rows(results)
     measured = [r for r in read(results / "fig2_kv_capacity" / "points.csv") if r["status"] == "ok"]
     assert [row["stated"] for row in rows] == [float(row["tokens_per_s"]) for row in measured][: len(rows)]
     assert len(rows) > len(measured) / 2

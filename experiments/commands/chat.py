@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fluxmoe.models.config import load_config
-from fluxmoe.runtime.devices import resolve_device
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.request import Request
 
 from ..lib.args import group, option
-from ..lib.effects import Setup
+from ..lib.effects import Setup, served_on
 from ..lib.models import check_context
 from ..lib.results import UsageError
 from ..lib.tokenizer import Tokenizer
@@ -39,7 +38,7 @@ class Arguments:
 
     @property
     def setups(self) -> list[Setup]:
-        return [Setup(self.engine, resolve_device(self.engine.device).type, load_config(self.model))]
+        return [Setup(self.engine, served_on(self.engine.device), load_config(self.model))]
 
 
 def answer(engine: Engine, tokenizer: Tokenizer, request: Request) -> Iterator[str]:

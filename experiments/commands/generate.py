@@ -12,14 +12,13 @@ from pathlib import Path
 
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.config import load_config
-from fluxmoe.runtime.devices import resolve_device
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.loop import summarise
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 from ..lib.args import group, option
-from ..lib.effects import Setup
+from ..lib.effects import Setup, served_on
 from ..lib.results import UsageError, output_file, provenance, write_atomically, write_csv, write_json
 from ..lib.tokenizer import Tokenizer
 
@@ -80,7 +79,7 @@ class Arguments:
 
     @property
     def setups(self) -> list[Setup]:
-        return [Setup(self.settings, resolve_device(self.engine.device).type, load_config(self.model))]
+        return [Setup(self.settings, served_on(self.engine.device), load_config(self.model))]
 
 
 def read_prompts(args: Arguments, tokenizer: Tokenizer, vocab_size: int, limit: int) -> list[list[int]]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from fluxmoe.kernels.formats import DENSE, fused_formats
 from fluxmoe.models.config import ModelConfig
+from fluxmoe.runtime.devices import resolve_device
 from fluxmoe.runtime.experts.placement import BY_BANDWIDTH, IN_FILES, WHOLLY_ON_DEVICE
 from fluxmoe.runtime.serving.config import EngineConfig
 
@@ -134,8 +135,13 @@ EFFECTS: Mapping[str, Effect | None] = {
 
 def setups_of(model: ModelChoice, machine: MachineChoice, each: Iterable[EngineConfig]) -> list[Setup]:
     """Setups of a sweep. Nothing is made."""
-    device, config = machine.machine.device, model.architecture
+    device, config = served_on(machine.device), model.architecture
     return [Setup(settings, device, config) for settings in each]
+
+
+def served_on(device: str) -> str:
+    """What --device means; a device that is asked for by name need not be here to know what has an effect on it."""
+    return resolve_device(device).type if device == "auto" else device
 
 
 def refuse_idle(given: Collection[str], setups: Iterable[Setup]) -> None:

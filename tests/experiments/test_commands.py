@@ -67,6 +67,7 @@ PLAN = ("plan", "--config", "olmoe-1b-7b", "--gpu", "h100")
         ((*GENERATE, "--densify"), "no effect"),
         ((*GENERATE, "--slots", "2"), "--slots has no effect here: it is for experts that are copied"),
         ((*GENERATE, "--device", "cpu", "--no_cuda_graphs"), "--no-cuda-graphs has no effect here: it is for CUDA"),
+        ((*GENERATE, "--device", "cuda", "--threads", "1"), "--threads has no effect here: it is for the CPU's own"),
         ((*GENERATE, "--config", "{tmp}/slots.yaml"), "--slots has no effect"),
         (("chat", "--model", "{model}", "--disk-dir", "{tmp}"), "--disk-dir has no effect here: it is for --placement"),
         (("memory-budget", *SIM, "--poison"), "--poison has no effect here: it is for what serves for real"),

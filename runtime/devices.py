@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -77,8 +78,13 @@ class Device(ABC):
         """Memory that is taken now, for differences; None where this cannot be told."""
 
     def available_bytes(self) -> int:
-        """What `all` means: a share of the memory that is free now."""
-        return int(self.free_bytes() * self.usable)
+        """What `all` means: of the memory that is free now a share, and at most what leaves room for the slack."""
+        free = self.free_bytes()
+        return max(0, min(int(free * self.usable), free - self.slack_bytes))
+
+    def free_for(self, budget: int) -> int:
+        """The least memory that must be free for `all` to be `budget` bytes."""
+        return max(math.ceil(budget / self.usable), budget + self.slack_bytes)
 
     @abstractmethod
     def empty(self, nbytes: int) -> Tensor:

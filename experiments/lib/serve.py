@@ -60,21 +60,28 @@ def run(engine: Engine | SimEngine, requests: Sequence[Request], watch: Watch | 
 
 def serve(
     machine: Machine, source: Source, settings: EngineConfig, requests: Sequence[Request],
-    costs: CostParameters | None = None, watch: Watch | None = None,
+    costs: CostParameters | None = None, watch: Watch | None = None, first: Sequence[Request] = (),
 ) -> Served:  # fmt: skip
-    """Serve `requests` once on an engine of their own. BudgetError where it cannot start."""
+    """Serve `requests` once on an engine of their own, after those in `first`, which warm it up. BudgetError where it
+    cannot start."""
     with machine.open(source, settings, costs) as engine:
+        if first:
+            run(engine, first)
         served = run(engine, requests, watch)
         placed = {"alpha": engine.placement.alpha, "kv_tokens": engine.scheduler.num_blocks * settings.block_size}
     return served._replace(row=placed | served.row)
 
 
+def short_requests(source: Source) -> list[Request]:
+    """What an engine serves to warm up."""
+    return make_requests([Lengths(0.0, 8, 2)] * 2, source.config.vocab_size, 0)
+
+
 def warm_up(machine: Machine, source: Source, settings: EngineConfig) -> None:
     """Kernels are compiled, and the checkpoint's pages touched, before what is timed; nothing for what is simulated."""
     if not machine.simulated:
-        short = make_requests([Lengths(0.0, 8, 2)] * 2, source.config.vocab_size, 0)
         small = replace(settings, placement="host", budget_bytes=None, max_context=None, min_kv_tokens=1, max_batch=2)
-        serve(machine, source, small, short)
+        serve(machine, source, small, short_requests(source))
 
 
 def row(

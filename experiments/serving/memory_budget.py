@@ -6,28 +6,39 @@
 A row of points.csv is one run: a placement under a budget that must hold non-expert weights, resident experts, slots,
 workspace and KV cache. Runs are interleaved over placements, so that a machine whose speed drifts does not favour one.
 A stopped sweep resumes where it was. Points that cannot run are rows with the reason.
+
+With `--wall cgroup` a budget is all the memory that a process has, interpreter and page cache included: each point runs
+in a process of its own, which the kernel holds to it, on the budget `all`. Its row also says ledger_bytes, what all
+ledgers say; rss_bytes, the most that the process held, without files that it maps, after an iteration; base_bytes, what
+it held before its engine was made; wall_peak_bytes, the most that its cgroup held without page cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from fluxmoe.models.config import ModelConfig
+from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.experts.placement import POLICIES
-from fluxmoe.runtime.memory.budget import format_bytes, parse_bytes
+from fluxmoe.runtime.memory.budget import BudgetError, format_bytes, parse_bytes
 from fluxmoe.runtime.serving.config import EngineConfig
+from fluxmoe.runtime.serving.engine import Engine
+from fluxmoe.runtime.serving.loop import StepMetrics
+from fluxmoe.runtime.sim.simulator import SimEngine
 
+from ..lib import wall
 from ..lib.args import group, option
 from ..lib.effects import Setup, setups_of
-from ..lib.machines import SWEPT, MachineChoice
-from ..lib.models import PRESETS, ModelChoice
+from ..lib.machines import SWEPT, Machine, MachineChoice
+from ..lib.models import PRESETS, ModelChoice, Source
 from ..lib.results import UsageError
-from ..lib.serve import placed, placement_name, row, warm_up
+from ..lib.serve import placed, placement_name, row, serve, short_requests, warm_up
 from ..lib.sweep import Sweep, in_turns
-from ..lib.workloads import Lengths, Workload
+from ..lib.workloads import Lengths, Workload, make_requests
 from ..plots.serving import plot_memory_budget
 
 # offload and balanced at one α, so that they differ only in how the streamed half is spread over the layers.
@@ -57,6 +68,10 @@ class Arguments:
         "compressed experts", PLACEMENTS, parse=placement_name, metavar="NAME[:ALPHA][+FORMAT]",
     )  # fmt: skip
     repeats: int = option("runs of each point", 1, least=1)
+    wall: str = option(
+        "cgroup: a budget is all that a point's own process has, interpreter included, and the kernel enforces it",
+        "none", choices=("none", "cgroup"),
+    )  # fmt: skip
     out: Path = option("folder of the results", metavar="DIR")
 
     @property
@@ -85,6 +100,10 @@ def summary(lengths: list[Lengths]) -> dict[str, Any]:
 
 def run(args: Arguments) -> None:
     machine, seed = args.machine.machine, args.workload.seed
+    if args.wall != "none":
+        if machine.device != "cpu":
+            raise UsageError("--wall limits host memory: it is for --device cpu")
+        wall.check()
     source = args.model.source(machine.simulated)
     preset = PRESETS[args.model.preset] if args.model.preset else None
     lengths = args.workload.lengths(preset, source.config)
@@ -95,19 +114,73 @@ def run(args: Arguments) -> None:
     common = replace(args.engine, max_batch=batch, max_context=longest, min_kv_tokens=longest)
     points = []
     for repeat, (budget, name) in in_turns(((b, p) for b in budgets for p in args.placements), args.repeats):
-        settings = replace(common, budget_bytes=budget, **placed(name))
+        settings = replace(common, budget_bytes=None if args.wall == "cgroup" else budget, **placed(name))
+        work: Callable[[], dict[str, Any]] = partial(row, machine, source, settings, lengths, seed)
+        if args.wall == "cgroup":
+            work = partial(walled_row, budget, machine, source, settings, lengths, seed)
         point = {"placement": name, "budget_bytes": budget, "repeat": repeat}
-        points.append((point, asdict(settings), partial(row, machine, source, settings, lengths, seed)))
-    made = {"workload": lengths, "seed": seed}
+        points.append((point, asdict(settings), work))
+    made = {"workload": lengths, "seed": seed} | ({"wall": args.wall} if args.wall != "none" else {})
     model = {key: str(value) if key == "dtype" else value for key, value in asdict(source.config).items()}
     facts = {"model": model, "workload": summary(lengths)}
     with Sweep.serving(args.out, "memory-budget", machine, source, made, facts, seed=seed) as sweep:
-        if not all(sweep.has(settings, **point) for point, settings, _ in points):
+        # Behind a wall each process warms up itself.
+        if args.wall == "none" and not all(sweep.has(settings, **point) for point, settings, _ in points):
             warm_up(machine, source, common)
         print_table(sweep.all(points))
         sweep.note_tokens()
         sweep.finish()
     print(f"figure: {plot_memory_budget(args.out)}")
+
+
+def walled_row(
+    limit: int, machine: Machine, source: Source, settings: EngineConfig, lengths: list[Lengths], seed: int
+) -> dict[str, Any]:
+    """The row of a point whose process has `limit` bytes in all. KilledError if the kernel ended it."""
+    least = _interpreter_bytes() + HOST.slack_bytes
+    if limit < least:
+        error = BudgetError(
+            f"a wall of {format_bytes(limit)} is too small for the interpreter, its libraries and their slack, which "
+            f"take {format_bytes(least)}: give more than that"
+        )
+        error.least = least
+        raise error
+    answer = wall.call(limit, _row_inside, limit, machine, source, settings, lengths, seed)
+    return {**answer.value, "wall_peak_bytes": answer.peak_bytes}
+
+
+@cache
+def _interpreter_bytes() -> int:
+    """What a fresh process takes that has all it needs to serve, but no engine."""
+    taken = wall.call(HOST.total_bytes(), _taken).value
+    assert taken is not None, "a wall is made on Linux, which says what a process takes"
+    return taken
+
+
+def _taken() -> int | None:
+    """Asked here, where the imports of this module are made before."""
+    return HOST.taken_bytes()
+
+
+def _row_inside(
+    limit: int, machine: Machine, source: Source, settings: EngineConfig, lengths: list[Lengths], seed: int
+) -> dict[str, Any]:
+    """The row, as the process behind the wall makes it."""
+    base, free, held = HOST.taken_bytes(), HOST.free_bytes(), {"ledger_bytes": 0, "rss_bytes": 0}
+
+    def watch(engine: Engine | SimEngine, _: StepMetrics) -> None:
+        assert isinstance(engine, Engine), "a wall is for what is real"
+        held["ledger_bytes"] = engine.memory_check().ledger_bytes
+        held["rss_bytes"] = max(held["rss_bytes"], HOST.taken_bytes() or 0)
+
+    requests = make_requests(lengths, source.config.vocab_size, seed)
+    try:
+        served = serve(machine, source, settings, requests, watch=watch, first=short_requests(source))
+    except BudgetError as error:
+        # The ledger's least, as a wall: what lies outside of `all` beside it.
+        least = limit - free + HOST.free_for(error.least) if error.least is not None else None
+        return {"status": "too_small", "reason": str(error), "least_budget": least, "base_bytes": base}
+    return {**served.row, "base_bytes": base, **held}
 
 
 def print_table(rows: list[dict]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
 
 _UNITS = {"": 1, "b": 1}
@@ -48,6 +49,20 @@ def require(total: int, lines: Mapping[str, int], hint: str = "") -> None:
         )
         error.least = least
         raise error
+
+
+@contextmanager
+def explained(of: str, beside: int = 0) -> Iterator[None]:
+    """BudgetErrors from here say what needs the budget, and the least with the bytes that lie `beside` it."""
+    try:
+        yield
+    except BudgetError as error:
+        more = ""
+        if error.least is not None and beside:
+            more = f"; with {format_bytes(beside)} of host memory beside it {error.least + beside} bytes in all"
+        named = BudgetError(f"{of}: {error}{more}")
+        named.least = error.least + beside if error.least is not None else None
+        raise named from None
 
 
 class MemoryBudget:

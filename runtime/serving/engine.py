@@ -27,6 +27,7 @@ from ..experts.planner import Links
 from ..experts.streamer import Counters
 from ..experts.streamer_cuda import CudaStreamer
 from ..hardware import measure_links
+from ..memory.budget import explained
 from ..memory.check import FreeMemory, MemoryCheck
 from ..memory.slabs import FREE
 from ..timeline import COMPUTE, Timeline
@@ -89,15 +90,18 @@ class Engine(ServingLoop):
         in_host = self.pager.host_lines()
         in_host["staging"] += buffers
         shared = free.shared and config.budget_bytes is None
-        if shared:
-            total = free.beside(total, in_host)
-        self.deployment = Deployment(
-            model, config, self.ops, self.pager.footprint, total, self._graph_bytes, swap_inside=shared
-        )
-        self.placement, self.budget = self.deployment.placement, self.deployment.budget
-        num_blocks = self.deployment.reserve_kv()
-        in_host |= self.deployment.swap_lines(num_blocks)
-        self.host_budget = free.host_budget(self.budget.used, in_host)
+        formats = config.device_format, config.formats.host
+        named = f"placement {config.placement} ({' and '.join(dict.fromkeys(formats))})"
+        with explained(named, beside=sum(in_host.values()) if shared else 0):
+            if shared:
+                total = free.beside(total, in_host)
+            self.deployment = Deployment(
+                model, config, self.ops, self.pager.footprint, total, self._graph_bytes, swap_inside=shared
+            )
+            self.placement, self.budget = self.deployment.placement, self.deployment.budget
+            num_blocks = self.deployment.reserve_kv()
+            in_host |= self.deployment.swap_lines(num_blocks)
+            self.host_budget = free.host_budget(self.budget.used, in_host)
         self.pool = kind.make_slabs(*self.deployment.pool_shape, poison=config.poison)
         resources.callback(self.pager.close)
         pool = self.pool if config.adaptive else None

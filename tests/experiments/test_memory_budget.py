@@ -6,6 +6,7 @@ import csv
 
 import pytest
 from fluxmoe.experiments.commands.main import call
+from fluxmoe.experiments.lib import wall
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.experiments.lib.results import UsageError
 from fluxmoe.experiments.lib.workloads import drawn_lengths, make_requests, trace_lengths
@@ -26,9 +27,10 @@ def sweep(model_dir, out, *more):
     call(
         [
             "memory-budget", "--model", str(model_dir),
-            "--budgets", "1200KiB", "4MiB", "--placements", "resident", "host",
+            *(more if "--budgets" in more else ("--budgets", "1200KiB", "4MiB", "--placements", "resident", "host",
+                                               *more)),
             "--requests", "4", "--context", "64", "--output-tokens", "8", "--max-batch", "4", "--device", "cpu",
-            "--max-batched-tokens", "32", "--out", str(out), *more,
+            "--max-batched-tokens", "32", "--out", str(out),
         ]
     )  # fmt: skip
     with (out / "points.csv").open() as file:
@@ -113,3 +115,28 @@ def test_traces(tmp_path):
         path.write_text(text)
         with pytest.raises(UsageError, match=match):
             trace_lengths(path, None, 64)
+
+
+def test_behind_a_wall_each_point_is_measured_or_refused(model_dir, tmp_path, capsys):
+    try:
+        wall.check()
+    except wall.WallError as error:
+        pytest.skip(str(error))
+    walls = ["--wall", "cgroup", "--budgets", "16MiB", "900MiB", "--placements", "host"]
+    refused, served = sorted(sweep(model_dir, tmp_path, *walls), key=lambda row: int(row["budget_bytes"]))
+    assert refused["status"] == "too_small"
+    assert "interpreter" in refused["reason"]
+    assert served["status"] == "ok", served["reason"]
+    base, held, peak, ledger = (
+        int(served[name]) for name in ("base_bytes", "rss_bytes", "wall_peak_bytes", "ledger_bytes")
+    )
+    assert base < held
+    assert peak < 900 << 20
+    assert held - base < ledger * 1.02 + 400e6
+    assert "wall" not in capsys.readouterr().err
+
+
+def test_a_wall_is_for_the_cpu(tmp_path):
+    with pytest.raises(UsageError, match="--wall limits host memory"):
+        call(["memory-budget", "--device", "sim", "--profile", "H100-SXM", "--config", "mixtral-8x7b",
+              "--wall", "cgroup", "--out", str(tmp_path)])  # fmt: skip

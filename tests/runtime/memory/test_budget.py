@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.memory import machine
-from fluxmoe.runtime.memory.budget import BudgetError, MemoryBudget, format_bytes, parse_bytes, require
+from fluxmoe.runtime.memory.budget import BudgetError, MemoryBudget, explained, format_bytes, parse_bytes, require
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -109,6 +109,18 @@ def test_a_container_leaves_what_its_tightest_cgroup_leaves(tmp_path, membership
     assert min(free for _, free in machine._cgroups(tmp_path)) == 0
 
 
-def test_all_respects_the_container(monkeypatch):
-    monkeypatch.setattr(machine, "_cgroups", lambda: [(20_000, 10_000)])
-    assert HOST.available_bytes() == 8_000
+@pytest.mark.parametrize(
+    ("free", "available"), [(1000 << 20, 744 << 20), (2000 << 20, 1600 << 20), (256 << 20, 0), (5, 0)]
+)
+def test_all_respects_the_container(monkeypatch, free, available):
+    monkeypatch.setattr(machine, "_cgroups", lambda: [(2 * free, free)])
+    assert HOST.available_bytes() == available
+    if available:
+        assert HOST.free_for(available) == free
+
+
+def test_an_error_says_whose_budget_it_is_and_the_least_with_what_lies_beside():
+    says = r"^placement host: a budget of 5 B .* 7 B.*10 bytes in all$"
+    with pytest.raises(BudgetError, match=says) as raised, explained("placement host", beside=3):
+        require(5, {"weights": 7})
+    assert raised.value.least == 10

@@ -1,0 +1,105 @@
+"""A wall of memory: what is behind it is answered, refused or killed, and nothing is left of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from fluxmoe.experiments.lib import wall
+from fluxmoe.runtime.memory import machine
+from fluxmoe.runtime.memory.budget import BudgetError, require
+
+LIMIT = 64 << 20
+
+
+@pytest.fixture
+def own_group():
+    """The folder of our own memory cgroup, which holds no group of this process afterwards."""
+    try:
+        wall.check()
+    except wall.WallError as error:
+        pytest.skip(str(error))
+    parent = wall._own_group()[0]
+    yield parent
+    assert not list(parent.glob(f"{wall._PREFIX}{os.getpid()}-*"))
+
+
+def test_what_is_behind_it_sees_the_limit_and_is_measured(own_group):
+    assert wall.call(LIMIT, machine.total_bytes).value == LIMIT
+    held = 40 << 20
+    assert wall.call(LIMIT, len, bytes(held)).value == held
+    assert held <= wall.call(LIMIT, _hold, held).peak_bytes <= LIMIT
+
+
+def _hold(nbytes: int) -> None:
+    kept = b"x" * nbytes
+    time.sleep(0.1)
+    del kept
+
+
+def test_what_passes_it_is_killed_and_says_so(own_group):
+    with pytest.raises(wall.KilledError, match="killed by its wall of 64 MiB"):
+        wall.call(LIMIT, _hold, 2 * LIMIT)
+
+
+def test_page_cache_is_not_counted_and_kills_nobody(own_group, tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * (2 * LIMIT))
+    assert wall.call(LIMIT, _read, tmp_path / "file").value == 2 * LIMIT
+
+
+def _read(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(len(part) for part in iter(lambda: file.read(1 << 20), b""))
+
+
+def test_errors_come_out_as_they_are(own_group):
+    with pytest.raises(BudgetError, match="least that works is 7 bytes") as raised:
+        wall.call(LIMIT, require, 5, {"weights": 7})
+    assert raised.value.least == 7
+    with pytest.raises(TypeError, match="cannot pickle"):
+        wall.call(LIMIT, memoryview, b"")
+    with pytest.raises(wall.KilledError, match="ended with status 3"):
+        wall.call(LIMIT, os._exit, 3)
+
+
+def test_interrupting_ends_the_process_and_removes_the_group(own_group, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wall, "_held", interrupted)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        wall.call(LIMIT, time.sleep, 60)
+    assert time.monotonic() - start < 30
+
+
+def test_groups_of_makers_that_were_killed_are_removed(own_group):
+    gone = next(pid for pid in range(4_000_000, 4_100_000) if not Path(f"/proc/{pid}").exists())
+    stale = own_group / f"{wall._PREFIX}{gone}-1"
+    stale.mkdir()
+    wall.check()
+    assert not stale.exists()
+
+
+@pytest.mark.parametrize(
+    ("membership", "mount", "found"),
+    [("4:memory:/box", "sys/fs/cgroup/memory", wall._V1), ("0::/box", "sys/fs/cgroup", wall._V2)],
+)
+@pytest.mark.parametrize("inside", ["box", "."], ids=["host", "container"])
+def test_the_own_group_is_found_in_both_versions(tmp_path, membership, mount, found, inside):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"1:cpu:/\n{membership}\n")
+    group = tmp_path / mount / inside
+    group.mkdir(parents=True)
+    (group / "cgroup.procs").write_text(f"1\n{os.getpid()}\n")
+    assert wall._own_group(tmp_path) == (group, found)
+    (group / "cgroup.procs").write_text("1\n")
+    with pytest.raises(wall.WallError, match="none is mounted"):
+        wall._own_group(tmp_path)
+
+
+def test_without_cgroups_one_sentence_says_so(tmp_path):
+    with pytest.raises(wall.WallError, match="this system has no cgroups"):
+        wall._own_group(tmp_path)

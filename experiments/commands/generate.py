@@ -12,11 +12,13 @@ from pathlib import Path
 
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.config import load_config
+from fluxmoe.runtime.memory.budget import parse_bytes
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.loop import summarise
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 
+from ..lib import wall
 from ..lib.args import group, option
 from ..lib.effects import Setup, served_on
 from ..lib.results import UsageError, output_file, provenance, write_atomically, write_csv, write_json
@@ -44,6 +46,13 @@ class Sampling:
         )  # fmt: skip
 
 
+def wall_bytes(text: str) -> int:
+    """The size of a wall."""
+    if not (nbytes := parse_bytes(text)):
+        raise UsageError("--wall takes a number of bytes, for example 8GB")
+    return nbytes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     model: str = option("Hugging Face checkpoint", metavar="DIR")
@@ -64,6 +73,10 @@ class Arguments:
     record_routing: Path | None = option(
         "save which experts each token chose (.npz, for bench cache; CUDA: without graphs)",
         None, parse=output_file, metavar="FILE",
+    )  # fmt: skip
+    wall: int | None = option(
+        "all memory that this may take, interpreter included, which the kernel enforces by a cgroup, e.g. 8GB", None,
+        parse=wall_bytes, metavar="BYTES",
     )  # fmt: skip
     json: Path | None = option(
         "save outputs, metrics, memory, placement, provenance", None, parse=output_file, metavar="FILE"
@@ -164,6 +177,9 @@ def serve(args: Arguments) -> dict:
 
 
 def run(args: Arguments) -> None:
+    if args.wall is not None:
+        wall.call(args.wall, run, replace(args, wall=None))
+        return
     result = serve(args)
     refused = [output for output in result["outputs"] if output["finish_reason"] == "refused"]
     for output in refused:

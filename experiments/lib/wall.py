@@ -32,7 +32,7 @@ class WallError(UsageError):
     """No wall can be made here; the message says why."""
 
 
-class KilledError(Exception):
+class KilledError(ValueError):
     """The process behind the wall was killed, by the wall or by something else, or ended without an answer."""
 
 
@@ -68,7 +68,7 @@ def call(limit: int, function: Callable[..., Any], *args: object) -> Answer:
     call removes it.
     """
     with _group(limit) as (group, files), tempfile.TemporaryFile() as job, tempfile.TemporaryFile() as answer:
-        pickle.dump((function, args), job)
+        pickle.dump((sys.argv, function, args), job)
         job.seek(0)
         enter = 'echo $$ > "$0" && exec "$@"'
         child = f"from {__name__} import _child; _child({answer.fileno()})"
@@ -102,7 +102,8 @@ def check() -> None:
 def _child(answer: int) -> None:
     """What the fresh process does: the job of its standard input, its answer into an open file."""
     try:
-        function, args = pickle.load(sys.stdin.buffer)
+        # The command line, which results name.
+        sys.argv, function, args = pickle.load(sys.stdin.buffer)
         data = pickle.dumps((True, function(*args)))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -210,7 +211,8 @@ def _kills(group: Path, files: _Files) -> int:
 def _why(status: int, limit: int, peak: int, kills: int) -> str:
     if kills:
         return (
-            f"the process was killed by its wall of {format_bytes(limit)}; it held {format_bytes(peak)} when last seen"
+            f"the process was killed by its wall of {format_bytes(limit)}; it held {format_bytes(peak)} when last "
+            "seen: give it more, or the engine a smaller budget"
         )
     said = f"signal {-status}" if status < 0 else f"status {status}"
     return f"the process behind a wall of {format_bytes(limit)} ended with {said}, without an answer"

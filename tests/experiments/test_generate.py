@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from fluxmoe.experiments.commands.main import call
+from fluxmoe.experiments.lib import wall
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.runtime.experts.recording import Recording
 from fluxmoe.runtime.hardware import HardwareProfile
@@ -207,3 +208,18 @@ def test_adaptive_serving_gives_the_same_tokens(tmp_path):
 def test_formats_that_cannot_move_are_one_line(model_dir, error_of):
     moving = ("--placement", "disk", "--adaptive")
     assert "without disk" in error_of("generate", "--model", model_dir, "--prompt", "x", *COMMON, *moving)
+
+
+def test_a_wall_changes_no_token_and_a_small_one_is_one_line(model_dir, tmp_path, error_of):
+    try:
+        wall.check()
+    except wall.WallError as error:
+        pytest.skip(str(error))
+    common = ["--model", model_dir, "--prompt", "ab", "--max-new-tokens", 3, "--device", "cpu"]
+    for name, more in (("free", ()), ("walled", ("--wall", "1GB"))):
+        run(*common, *more, "--json", tmp_path / name)
+    free, walled = (json.loads((tmp_path / name).read_text()) for name in ("free", "walled"))
+    assert walled["outputs"] == free["outputs"]
+    assert walled["provenance"]["command"] == free["provenance"]["command"]
+    assert "killed by its wall of 19.07 MiB" in error_of("generate", *common, "--wall", "20MB")
+    assert "--wall takes a number" in error_of("generate", *common, "--wall", "all")

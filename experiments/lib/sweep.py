@@ -195,8 +195,10 @@ class Sweep:
         if bad:
             sys.exit(1)
         if self.rows and all(row["status"] == "too_small" for row in self.rows):
-            least = min(int(row["least_budget"]) for row in self.rows)
-            print(f"no budget is large enough; the least that works is {format_bytes(least)} ({least} bytes)")
+            # Where the host's part alone is too much, an error knows no least.
+            known = [int(row["least_budget"]) for row in self.rows if row.get("least_budget") not in (None, "")]
+            least = f"{format_bytes(min(known))} ({min(known)} bytes)" if known else "not known: see the rows' reasons"
+            print(f"no budget is large enough; the least that works is {least}")
             sys.exit(1)
 
 

@@ -192,9 +192,8 @@ def print_table(rows: list[dict]) -> None:
     for made in sorted(rows, key=lambda r: (int(r["budget_bytes"]), r["placement"], int(r["repeat"]))):
         head = f"{made['placement']:>22} {format_bytes(int(made['budget_bytes'])):>10}"
         if made["status"] != "ok":
-            needs = (
-                f"needs {format_bytes(int(made['least_budget']))}" if made["status"] == "too_small" else made["reason"]
-            )
+            least = made.get("least_budget")
+            needs = f"needs {format_bytes(int(least))}" if least else made["reason"]
             print(f"{head} {'–':>9}  {needs}")
             continue
         print(

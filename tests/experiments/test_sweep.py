@@ -19,6 +19,7 @@ from fluxmoe.experiments.lib.results import UsageError, provenance
 from fluxmoe.experiments.lib.sweep import Sweep
 from fluxmoe.experiments.serving import memory_budget
 from fluxmoe.runtime.hardware import HardwareProfile
+from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.serving.config import EngineConfig
 
 BASE = {
@@ -179,3 +180,14 @@ def test_code_that_lies_in_somebody_elses_repository_says_no_commit(monkeypatch,
     assert about["commit"] is None
     assert about["dirty"] is None
     assert about["code"]
+
+
+def test_where_no_error_knows_a_least_budget_the_end_says_so(tmp_path, capsys):
+    def refused():
+        raise BudgetError("host memory alone is too much")
+
+    with Sweep(tmp_path, "test") as sweep:
+        sweep.measure(refused, budget=1)
+        with pytest.raises(SystemExit):
+            sweep.finish()
+    assert "not known: see the rows' reasons" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fluxmoe.experiments.commands.main import arguments
+from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.kernels.cpu.experts import CpuExperts
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.formats import (
@@ -103,15 +104,16 @@ def test_bits_are_those_of_gaussian_weights(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_record_is_all_that_a_format_needs_which_is_decoded_first(backend, another):
+def test_a_record_is_all_that_a_format_needs_which_is_decoded_first(backend, another, tmp_path):
     ops = BACKENDS[backend]()
     assert "another" not in ops.fused_formats
     round_trip(ops, "another", gaussian_expert())
     config = EngineConfig(placement="packed", expert_format="another")
     assert config.formats == ExpertFormats("another", "another")
     assert "another: 13.0 bits a weight, made up" in formats_help()
-    command = ["generate", "--model", "x", "--prompt", "x", "--max-new-tokens", "1", "--placement", "packed"]
-    assert arguments([*command, "--expert-format", "another"])[1].engine.expert_format == "another"
+    model = make_checkpoint("mixtral", tmp_path / "model", layers=1, hidden=32, moe_intermediate=16, heads=2, vocab=300)
+    command = f"generate --model {model} --prompt x --max-new-tokens 1 --placement packed --expert-format another"
+    assert arguments(command.split())[1].engine.expert_format == "another"
     parameters = CostParameters()
     dims = replace(DIMS, hidden=1024, intermediate=512)
     assert sum(SimExperts(dims, 1, 1, parameters).expert_bytes("another")) == 3 * 1024 * 512 * 13 // 8

@@ -22,6 +22,7 @@ from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 from ..lib.args import group, option
+from ..lib.effects import Setup
 from ..lib.machines import SWEPT, Machine
 from ..lib.models import ModelChoice
 from ..lib.serve import placed, placement_name
@@ -47,6 +48,10 @@ class Arguments:
     contexts: tuple[int, ...] = option("tokens before those that are timed", (32,), least=1)
     steps: int = option("that are timed", 32, least=3)
     out: Path = option("folder of the results", metavar="DIR")
+
+    @property
+    def setups(self) -> list[Setup]:
+        return [Setup(replace(self.engine, **placed(name)), "cpu", self.model.architecture) for name in self.placements]
 
 
 class Stopwatch:

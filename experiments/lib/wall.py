@@ -135,7 +135,7 @@ def _group(limit: int) -> Iterator[tuple[Path, _Files]]:
         except OSError as error:
             raise WallError(
                 f"this process may not limit memory by a cgroup ({error.strerror}: {group / files.limit}): run it as "
-                "root or in a container whose memory is limited, and without a wall"
+                "root, or without a wall in a container whose memory is limited"
             ) from None
         yield group, files
     finally:

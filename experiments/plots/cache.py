@@ -11,7 +11,7 @@ from .serving import line_of, save, subplots, where_of
 
 # Okabe-Ito, and what a legend says.
 _STYLE = {
-    "belady": ("#999999", "Belady: knows the future, a bound"),
+    "belady": ("#999999", "Belady: knows the future, the best of caches"),
     "next_use": ("#D55E00", "next_use"),
     "least_stale": ("#CC79A7", "least_stale"),
     "lirs": ("#009E73", "lirs"),

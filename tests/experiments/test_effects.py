@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import fields
+from typing import get_type_hints
 
 import pytest
+from fluxmoe.experiments.commands.main import COMMANDS
 from fluxmoe.experiments.lib.args import flag_of
 from fluxmoe.experiments.lib.effects import EFFECTS, Setup, refuse_idle
 from fluxmoe.experiments.lib.results import UsageError
@@ -90,3 +93,10 @@ def test_a_setting_without_effect_is_refused_if_it_was_given(name):
         with pytest.raises(UsageError, match=f"^--{SHOWN[name]} has no effect here: it is for "):
             refuse_idle({SHOWN[name]}, [setup])
         refuse_idle(set(SHOWN.values()) - {SHOWN[each] for each in SOMETIMES}, [setup])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_with_the_engines_settings_says_what_it_serves(name):
+    arguments = importlib.import_module(f"fluxmoe.experiments.{COMMANDS[name][0]}").Arguments
+    if EngineConfig in get_type_hints(arguments).values():
+        assert hasattr(arguments, "setups"), "else its flags would not be checked"

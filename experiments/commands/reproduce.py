@@ -1,6 +1,7 @@
 """Make the results again and say which came true: reproduced, differs (by how much), not possible here (why).
 
     fluxmoe reproduce --list
+    fluxmoe reproduce --only simulated
     fluxmoe reproduce --only sim_fig7_performance_bound ablation
 
 Each run is made in a scratch folder and compared with the committed result: simulated and predicted ones must be the
@@ -28,6 +29,7 @@ from ..lib.results import UsageError, code_digest, device_name, instructions, wr
 
 RUNS = Path(__file__).with_name("runs.toml")
 _DONE = "done.json"
+KINDS = ("measured", "simulated", "predicted")
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Run:
     needs: tuple[str, ...] = ()
 
     @property
-    def measured(self) -> bool:
-        return self.out.startswith("measured/")
+    def kind(self) -> str:
+        """One of KINDS."""
+        return self.out.partition("/")[0]
 
     def folder(self, here: str) -> str:
         return self.out.format(here=here)
@@ -58,7 +61,7 @@ def read_runs() -> dict[str, Run]:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    only: tuple[str, ...] = option("which runs (default: all)", (), choices=tuple(read_runs()))
+    only: tuple[str, ...] = option("which runs, by name or kind (default: all)", (), choices=(*KINDS, *read_runs()))
     list: bool = option("print the runs and what they need", False)
     dry_run: bool = option("print the commands and run none", False)
     force: bool = option("make again what scratch has already", False)
@@ -112,7 +115,7 @@ def verdict(run: Run, made: Path, committed: Path) -> str:
     if not committed.exists():
         return "new: there is no committed result of this hardware to compare with"
     found = compare(committed, made)
-    if run.measured and found.speed is not None:
+    if run.kind == "measured" and found.speed is not None:
         return f"measured: {found.speed}"
     if found.same:
         return "reproduced"
@@ -122,7 +125,7 @@ def verdict(run: Run, made: Path, committed: Path) -> str:
 
 def run(args: Arguments) -> None:
     runs, here = read_runs(), hardware_folder(args.results)
-    chosen = [each for name, each in runs.items() if not args.only or name in args.only]
+    chosen = [each for each in runs.values() if not args.only or {each.name, each.kind} & set(args.only)]
     if args.list:
         for each in chosen:
             print(f"{each.name:<30} results/{each.folder(here):<56} {missing(each, args.vllm_python) or ''}")

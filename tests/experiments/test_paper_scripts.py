@@ -137,7 +137,9 @@ def test_a_calibration_is_kept(calibration):
     profile = found.profile(L40)
     assert profile.decode_bandwidth["huffman"] == 260e9
     assert profile.host_bandwidth_each == 8.5e9
-    assert found.bench(L40, OLMOE, 2).theirs.eager_launch_s == 8e-5
+    theirs = found.bench(L40, OLMOE, 2).theirs
+    assert theirs is not None
+    assert theirs.eager_launch_s == 8e-5
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.experiment)
@@ -198,6 +200,7 @@ def test_the_budget_leaves_the_share_that_the_papers_machine_leaves(tiny_presets
     assert figure.equal_room(BENCH, largest) is None
     here = scaled(bench, largest)
     budget = figure.equal_room(bench, largest)
+    assert budget is not None
     left = budget - paper_sweep.fixed_bytes(bench, here)
     paper = published_source("qwen3-next-80b-a3b").config
     room = 0.9 * 4 * 48 * 2**30 - paper.expert_bytes_total - paper.non_expert_bytes

@@ -70,6 +70,14 @@ def test_a_machines_folder_is_that_of_its_processor_and_instructions(profiles, e
     assert reproduce.hardware_folder(tmp_path) == expected
 
 
+def test_runs_are_chosen_by_kind_and_by_name(capsys):
+    assert {run.kind for run in reproduce.read_runs().values()} == set(reproduce.KINDS)
+    call(["reproduce", "--list", "--only", "predicted", "profile"])
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {
+        "predict_moe", "predict_others", "profile"
+    }  # fmt: skip
+
+
 def test_results_are_made_again_and_compared(runs, tmp_path, capfd):
     where = dict[str, Any](results=tmp_path / "results", scratch=tmp_path / "scratch")
     call(["paper", "fig1", "--out", str(tmp_path / "results" / "simulated" / "a" / "fig1_memory")])

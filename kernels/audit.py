@@ -271,7 +271,7 @@ def _run(argv: list[str] | None) -> int:
     if not work:
         raise AuditError(f"no case's name contains {args.only!r}")
     context = get_context("forkserver")
-    context.set_forkserver_preload(["fluxmoe.kernels.audit"])  # torch and Triton are imported once for all
+    context.set_forkserver_preload(["fluxmoe.kernels.launches"])  # torch and Triton are imported once for all
     with ProcessPoolExecutor(mp_context=context) as pool:
         reports = [report for each in pool.map(_audit_named, *zip(*work, strict=True), chunksize=4) for report in each]
     print_table(reports)

@@ -113,6 +113,10 @@ class Streamer(ABC):
         """Whether every streamed layer has a slot of its own: one load each, for ever."""
         return self.schedule.keeps_all
 
+    def slot_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """uint8 buffers of both tensor types in which a streamed layer is read in every pass."""
+        return self._slots[self.schedule.slot(self._rank[layer])]
+
     @property
     def slot_bytes(self) -> int:
         slots, staging = (sum(self._slots, ()), [staging[self.staged] for staging in self._staging])

@@ -21,11 +21,12 @@ class CudaStreamer(Streamer):
 
     A pass can be part of a CUDA graph, copies included: `capture` makes the visits of one pass a graph of their own,
     which begins where both copy streams and the compute stream meet and ends where they meet again; the loads that
-    run ahead into the next pass are inside. `replay` surrounds each launch of such a graph. Slots and tables are at
-    the same addresses in every pass; `prepare` brings the tables up to date before a pass, and says whether graphs
-    that were captured before are still right.
+    run ahead into the next pass are inside. `replay` surrounds each launch of such a graph, or `settle` comes before
+    it, where the host that launches it says no more. Slots and tables are at the same addresses in every pass;
+    `prepare` brings the tables up to date before a pass, and says whether graphs that were captured before are still
+    right.
 
-    `cuda` is torch.cuda, or a recorder with the same Stream, Event, stream and current_stream in tests. Stalls happen
+    `cuda` is torch.cuda, or a recorder with what is asked of it here in tests. Stalls happen
     on the device and are not counted here; a timeline of CUDA's clock shows them.
     """
 
@@ -44,6 +45,8 @@ class CudaStreamer(Streamer):
         self._issued = self._bytes = 0
         # The events recorded in the graph that is being captured. Others lie before it, and are waited for outside.
         self._captured: set = set()
+        # Whether graphs may have been launched since the events were recorded.
+        self._settled = False
         # What the host has chosen for the launches of each layer, and how often that has changed.
         self._chosen: list[tuple] = []
         self._changes = 0
@@ -83,6 +86,50 @@ class CudaStreamer(Streamer):
             return self._issued == len(self.order)
         begin = self.schedule.next_pass(self._next_visit)
         return begin > 0 and self._issued == self.schedule.loads_after_pass(begin)
+
+    @property
+    def in_capture(self) -> bool:
+        """Whether the current stream is being captured, by whomever."""
+        return self._cuda.is_current_stream_capturing()
+
+    @property
+    def whole(self) -> bool:
+        """Whether the last pass was visited to its end."""
+        return self._next_visit == self.schedule.next_pass(self._next_visit)
+
+    @property
+    def pass_bytes(self) -> int:
+        """What the loads of a whole pass bring from host memory, now."""
+        if self.keeps_all:
+            return 0
+        return sum(self.store.load_plans[layer].host_bytes(d) for layer in self.order for d in (GATE_UP, DOWN))
+
+    def settle(self) -> None:
+        """Before whole passes are captured or launched as graphs on the current stream, by a host that may say no more
+        of it; for a store whose experts stay where they are.
+
+        Loads that a pass which was given up has left out are issued, and the stream waits for all. The schedule is
+        periodic and a graph ends as it began, so a launch need not be counted. But it reads and fills slots, of which
+        the events here tell nothing: the next visit outside of a graph records them anew.
+        """
+        self._leave_graphs()
+        if not self.keeps_all:
+            # Before the first pass: as if that had been given up.
+            self._next_visit = self.schedule.next_pass(self._next_visit) or len(self.order)
+        self.prepare()
+        self._issue_until(len(self.order) if self.keeps_all else self.schedule.loads_after_pass(self._next_visit))
+        for event in (event for pair in self._loaded for event in pair):
+            self._cuda.current_stream().wait_event(event)
+        self._settled = True
+
+    def _leave_graphs(self) -> None:
+        """Order all that follows after the graphs launched since `settle`."""
+        if not self._settled:
+            return
+        current, self._settled = self._cuda.current_stream(), False
+        for event in (*self._computed, *(event for pair in self._loaded for event in pair)):
+            current.wait_event(event)  # recorded on another stream, perhaps
+            event.record(current)
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -125,8 +172,7 @@ class CudaStreamer(Streamer):
                 self._load_plan_of(visit)
             self._issued += len(self.order)
             self._forget(self._next_visit - 1)
-            load_plans = [self.store.load_plans[layer] for layer in self.order]
-            self._bytes += sum(load_plan.host_bytes(d) for load_plan in load_plans for d in (GATE_UP, DOWN))
+            self._bytes += self.pass_bytes
 
     def _fork(self) -> None:
         event = self._cuda.Event()
@@ -150,7 +196,12 @@ class CudaStreamer(Streamer):
             stream.wait_event(event)
 
     def _begin(self, visit: int) -> None:
-        while self._issued < self.schedule.loads_by(visit):
+        if not self._capturing:
+            self._leave_graphs()
+        self._issue_until(self.schedule.loads_by(visit))
+
+    def _issue_until(self, loads: int) -> None:
+        while self._issued < loads:
             self._issue(self._issued)
             self._issued += 1
 

@@ -38,6 +38,12 @@ class Sources:
         assert isinstance(function, ast.FunctionDef), f"{names} is a function"
         return [each.arg for each in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
 
+    def calls(self, path: str, *names: str) -> list[str]:
+        """Names of what a function calls, in the order of its text."""
+        calls = [each for each in ast.walk(self.definition(path, *names)) if isinstance(each, ast.Call)]
+        placed = sorted((each.func.end_lineno or 0, each.func.end_col_offset or 0, each.func) for each in calls)
+        return [func.attr if isinstance(func, ast.Attribute) else getattr(func, "id", "") for _, _, func in placed]
+
     def says(self, path: str, *names: str) -> set[str]:
         """All names and attributes that a definition mentions, fields of classes too."""
         walked = list(ast.walk(self.definition(path, *names)))

@@ -77,12 +77,44 @@ MENTIONED = [
     ("config/vllm.py", "VllmConfig",
      "quant_config lora_config offload_config additional_config device_config scheduler_config"),
     ("v1/kv_cache_interface.py", "AttentionSpec", "page_size_bytes"),
+    ("config/compilation.py", "CUDAGraphMode", "NONE PIECEWISE FULL_DECODE_ONLY FULL_AND_PIECEWISE"),
+    ("forward_context.py", "ForwardContext", "cudagraph_runtime_mode"),
+    ("forward_context.py", "get_forward_context", "_forward_context"),
+    ("forward_context.py", "is_forward_context_available", "_forward_context"),
+    ("model_executor/offloader/base.py", "NoopOffloader", "wrap_modules"),
+    ("model_executor/offloader/base.py", "BaseOffloader", "sync_prev_onload join_after_forward"),
+    ("model_executor/offloader/base.py", "get_offloader", "_instance"),
+    ("model_executor/offloader/base.py", "set_offloader", "_instance"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("path", "cls", "names"), MENTIONED, ids=[cls for _, cls, _ in MENTIONED])
 def test_what_we_ask_for_is_there(sources, path, cls, names):
     assert not set(names.split()) - sources.says(path, cls)
+
+
+GPU_RUNNER = "v1/worker/gpu_model_runner.py"
+ORDERS = {
+    "V1 graphs": ("compilation/cuda_graph.py", "CUDAGraphWrapper", "__call__",
+        "CUDAGraph sync_prev_onload graph join_after_forward sync_prev_onload replay"),
+    "V2 capture": ("v1/worker/gpu/cudagraph_utils.py", "CudaGraphManager", "capture",
+        "CUDAGraph sync_prev_onload graph join_after_forward"),
+    "V2 launch": ("v1/worker/gpu/cudagraph_utils.py", "CudaGraphManager", "run_fullgraph", "sync_prev_onload replay"),
+    # What is decided once weights are loaded is heard by all who ask for the mode of graphs.
+    "V1 loading": (GPU_RUNNER, "GPUModelRunner", "load_model", "load_model has_full_cudagraphs"),
+    "V1 offloader": (GPU_RUNNER, "GPUModelRunner", "__init__", "set_offloader"),
+    "V2 offloader": ("v1/worker/gpu/model_runner.py", "GPUModelRunner", "__init__", "set_offloader"),
+    "pieces": ("compilation/backends.py", "wrap_with_cudagraph_if_needed", "has_piecewise_cudagraphs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ORDERS.values(), ids=ORDERS)
+def test_hooks_around_graphs_come_in_the_order_that_our_passes_were_tested_in(sources, where):
+    """tests/runtime/vllm/test_graph_passes.py drives them so."""
+    *names, order = where
+    wanted = order.split()
+    calls = [name for name in sources.calls(*names) if name in {*wanted, "sync_prev_onload", "join_after_forward"}]
+    assert [name for i, name in enumerate(calls) if calls[i - 1 : i] != [name]] == wanted
 
 
 def test_nothing_is_left_abstract():

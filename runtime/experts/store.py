@@ -240,7 +240,8 @@ class ExpertStore(ABC):
 
 
 class StaticStore(ExpertStore):
-    """disk: the files of the DISK tier, if there are experts in it; the store closes them."""
+    """disk: the files of the DISK tier, if there are experts in it; the store closes them. host: by layer the arenas of
+    the HOST tier, filled already, in memory of the caller's; None: they are allocated here, for `put` to fill."""
 
     moves = False
 
@@ -250,6 +251,7 @@ class StaticStore(ExpertStore):
         device: Device,
         decode: DecodeExpert | None = None,
         disk: DiskTier | None = None,
+        host: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         super().__init__(layout, device, decode)
         layers = range(layout.num_layers)
@@ -262,8 +264,11 @@ class StaticStore(ExpertStore):
             self._missing -= here
             if layout.decodes(Tier.DISK):
                 self._recipes |= {where: disk.recipes(*where) for where in here}
+        if host is not None:
+            self._missing -= {(i, expert) for i in layers for expert in self._members[Tier.HOST][i]}
         try:
-            self._arenas = {tier: [self._arena(i, tier) for i in layers] for tier in (*DEVICE_TIERS, Tier.HOST)}
+            self._arenas = {tier: [self._arena(i, tier) for i in layers] for tier in DEVICE_TIERS}
+            self._arenas[Tier.HOST] = [self._arena(i, Tier.HOST) for i in layers] if host is None else list(host)
         except BaseException:
             self.close()
             raise

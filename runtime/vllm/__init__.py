@@ -10,13 +10,15 @@
     paged_model all layers of a model around one ExpertPager
     hook        `vllm_kernels`: where layers that vLLM makes are ours, whatever their method
     unchanged   vLLM's RoutedExperts with its own method, over tensors that are streamed
-    streamed_layers  all of these layers of a model around one TensorPager
+    streamed_layers  all of these layers of a model around one streamer
+    graph_passes  passes inside CUDA graphs that vLLM captures and launches
+    offloader   vLLM's hooks around these
     operation   a layer as one operation, which torch.compile and graphs take as it is
     features    what vLLM can do and we cannot
     report      what a user is told: where experts lie, and what was brought
     metrics     the same as counters at /metrics
 
-Only `config`, `hook`, `room`, `method` and `unchanged` import vLLM. Written for vLLM 0.32 (MoERunner and
+Only `config`, `hook`, `room`, `method`, `offloader` and `unchanged` import vLLM. Written for vLLM 0.32 (MoERunner and
 RoutedExperts).
 """
 

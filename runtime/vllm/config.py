@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -65,6 +66,7 @@ _models: WeakKeyDictionary[FluxMoEConfig, PagedModel] = WeakKeyDictionary()
 
 def paged_model_of(quant_config: FluxMoEConfig, vllm_config: Any) -> PagedModel:
     """Of the model that is being made; a draft model, made later, gets one of its own."""
+    from ..devices import device_of
     from ..experts.config import SettingError
     from .paged_model import PagedModel
     from .settings import read_settings
@@ -79,10 +81,14 @@ def paged_model_of(quant_config: FluxMoEConfig, vllm_config: Any) -> PagedModel:
         if device.type == "cpu" and settings.threads is None:
             # Those that vLLM has bound this worker to; the main thread itself may be pinned to one core.
             settings = replace(settings, threads=torch.get_num_threads())
-        tokens, room = vllm_config.scheduler_config.max_num_batched_tokens, None
+        tokens, room, follow = vllm_config.scheduler_config.max_num_batched_tokens, None, None
         if settings.kv_tokens is not None:
             from .room import RoomInVllm
 
             room = RoomInVllm(vllm_config)
-        model = _models[quant_config] = PagedModel(settings, device, tokens, room)
+        if device_of(device).graphs:
+            from .offloader import follow as follow_graphs
+
+            follow = partial(follow_graphs, vllm_config)
+        model = _models[quant_config] = PagedModel(settings, device, tokens, room, follow)
     return model

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from multiprocessing.util import Finalize
 from typing import Protocol
 
@@ -25,9 +26,11 @@ from ..devices import device_of
 from ..experts.config import PagingConfig, SettingError
 from ..experts.footprint import Footprint, lay_out
 from ..experts.pager import ExpertPager
+from ..experts.streamer_cuda import CudaStreamer
 from ..memory.budget import BudgetError, by_line, format_bytes
 from ..memory.check import FreeMemory
 from . import report
+from .graph_passes import GraphPasses, with_graphs
 from .kv_tokens import Room, described, least_paging
 from .metrics import Metrics
 from .settings import PluginConfig
@@ -52,12 +55,19 @@ _REPORT_EVERY_S = 60
 
 class PagedModel:
     """config: settings; device: of the model; max_tokens: of the largest pass; room: for experts and KV, asked for when
-    the first expert comes, where config.kv_tokens chooses by it."""
+    the first expert comes, where config.kv_tokens chooses by it; follow: tells whoever captures graphs of the streamer,
+    where there may be graphs."""
 
     def __init__(
-        self, config: PluginConfig, device: torch.device | str, max_tokens: int, room: RoomOf | None = None
+        self,
+        config: PluginConfig,
+        device: torch.device | str,
+        max_tokens: int,
+        room: RoomOf | None = None,
+        follow: Callable[[CudaStreamer], GraphPasses] | None = None,
     ) -> None:
-        self.config, self.device, self.room = config, torch.device(device), room
+        self.config, self.device, self.room, self._follow = config, torch.device(device), room, follow
+        self._graphs: GraphPasses | None = None
         self.max_tokens = min(max_tokens, _CPU_TOKENS) if self.device.type == "cpu" else max_tokens
         self.dims: ExpertDims | None = None
         self.layers = self._ready = 0
@@ -99,11 +109,10 @@ class PagedModel:
         config = self._chosen() if self.config.kv_tokens is not None else self.config
         pager = ExpertPager(self.dims, self.layers, config, self.device, self.max_tokens)
         try:
-            layout = pager.footprint.layout
-            if self.device.type != "cpu" and (layout.streamed_layers or layout.cached):
+            if not pager.device.reads_disk and pager.placement.counts()["disk"]:
                 raise SettingError(
-                    f"placement {config.placement} brings experts into slots, which fluxmoe does inside vLLM on "
-                    'the CPU only: choose placement packed with expert_format planar12, or "transfer": "on_demand"'
+                    f"placement {config.placement} keeps experts in files, which fluxmoe reads on the CPU only: choose "
+                    "packed, balanced or host"
                 )
             free, lines, host_lines = FreeMemory.now(pager.device), pager.lines(), pager.host_lines()
             for what, has, needed in (
@@ -150,10 +159,12 @@ class PagedModel:
         if self._pager is None:
             self._pager = self._open()
         self.pager.seal()
+        if self._follow is not None and isinstance(streamer := self.pager.streamer, CudaStreamer) and streamer.order:
+            self._graphs = self._follow(streamer)
         self._warm_up()
         logger.info("FluxMoE\n%s", report.placement_table(self.pager))
         # When the model goes, or its process ends: unlike atexit, also one that multiprocessing has started.
-        Finalize(self, _end, (self.pager,), exitpriority=100)
+        Finalize(self, _end, (self.pager, self._graphs), exitpriority=100)
 
     def _warm_up(self) -> None:
         """A pass of one token: compiles kernels and makes tables, none of which may happen under a request or a
@@ -167,7 +178,9 @@ class PagedModel:
     # Serving.
 
     def experts(self, layer: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """See `ExpertPager.experts`."""
+        """See `ExpertPager.experts`. GraphError inside a graph that cannot be right."""
+        if self._graphs is not None:
+            self._graphs.begin()
         y = self.pager.experts(layer, x, topk_ids, topk_weights)
         # On a GPU, counters wait for the device, and a pass may be a graph that is being captured.
         if layer == self.layers - 1 and self.device.type == "cpu":
@@ -181,6 +194,6 @@ class PagedModel:
             logger.info("FluxMoE: %s", report.served(self.pager.counters()))
 
 
-def _end(pager: ExpertPager) -> None:
-    logger.info("FluxMoE: %s", report.served(pager.counters()))
+def _end(pager: ExpertPager, graphs: GraphPasses | None) -> None:
+    logger.info("FluxMoE: %s", report.served(with_graphs(pager.counters(), graphs)))
     pager.close()

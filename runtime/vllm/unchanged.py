@@ -7,6 +7,7 @@ them once they are loaded, and a pass begins and ends each layer around the meth
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -16,8 +17,9 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader.utils import device_loading_context
 
+from ..devices import device_of
 from ..experts.config import SettingError
-from .features import FeatureError, check_features
+from .features import check_features
 from .operation import handle_of
 from .settings import read_settings
 from .streamed_layers import StreamedLayers
@@ -34,8 +36,6 @@ def class_for(cls: type, vllm_config: Any) -> type:
             "fluxmoe in --additional-config does nothing alone: give --quantization fluxmoe, or vllm_kernels there"
         )
     check_features(vllm_config, _FLAG)
-    if vllm_config.device_config.device.type != "cpu" and not vllm_config.model_config.enforce_eager:
-        raise FeatureError(f"{_FLAG}: a graph cannot hold the mapping of memory: give --enforce-eager too")
     return StreamedExperts if cls is RoutedExperts else cls
 
 
@@ -49,7 +49,12 @@ def streamed_layers_of(vllm_config: Any) -> StreamedLayers:
     model = _making[1]() if _making[1] is not None and _making[0]() is vllm_config else None
     if model is None or model.opened:
         settings = read_settings(vllm_config.additional_config["fluxmoe"], os.environ)
-        model = StreamedLayers(settings, torch.device(vllm_config.device_config.device))
+        device, follow = torch.device(vllm_config.device_config.device), None
+        if device_of(device).graphs:
+            from .offloader import follow as follow_graphs
+
+            follow = partial(follow_graphs, vllm_config)
+        model = StreamedLayers(settings, device, follow)
         _making = ref(vllm_config), ref(model)
     return model
 
@@ -73,7 +78,7 @@ class StreamedExperts(RoutedExperts):
                 create(*args, **kwargs)
 
         def process_weights_after_loading(layer: StreamedExperts) -> None:
-            with device_loading_context(layer, layer._streamed.device):
+            with device_loading_context(layer, layer._streamed.device.torch):
                 process(layer)
             layer._hand_over()
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+# Ours that import vLLM.
+OURS = ("config", "method", "offloader")
 METHODS = "vllm.model_executor.layers.quantization"
 
 
@@ -61,6 +64,21 @@ class QuantizationConfig:
     pass
 
 
+class CUDAGraphMode(Enum):
+    NONE = 0
+    PIECEWISE = 1
+    FULL_DECODE_ONLY = (2, 0)
+    FULL_AND_PIECEWISE = (2, 1)
+
+
+class NoopOffloader:
+    def sync_prev_onload(self) -> None:
+        pass
+
+    def join_after_forward(self) -> None:
+        pass
+
+
 def moe_config(**changes) -> SimpleNamespace:
     """vLLM's FusedMoEConfig of a small layer."""
     values = dict[str, Any](
@@ -83,6 +101,7 @@ def vllm_config(**changes) -> SimpleNamespace:
         lora_config=None,
         device_config=SimpleNamespace(device=torch.device("cpu")),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=32),
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE),
         additional_config={"fluxmoe": changes.pop("fluxmoe", {})},
     )
     places = (
@@ -90,6 +109,7 @@ def vllm_config(**changes) -> SimpleNamespace:
         config.parallel_config,
         config.model_config,
         config.scheduler_config,
+        config.compilation_config,
         offload.uva,
         offload.prefetch,
     )
@@ -100,8 +120,11 @@ def vllm_config(**changes) -> SimpleNamespace:
 
 @pytest.fixture
 def vllm(monkeypatch) -> SimpleNamespace:
-    """`vllm` while a test runs; `config`: what get_current_vllm_config says."""
-    world = SimpleNamespace(config=vllm_config(), methods=["fp8"], registered={})
+    """`vllm` while a test runs; `config`: what get_current_vllm_config says; `forward`: the forward context, if any;
+    `offloader`: whose hooks are called around graphs."""
+    world = SimpleNamespace(
+        config=vllm_config(), methods=["fp8"], registered={}, forward=None, offloader=NoopOffloader()
+    )  # fmt: skip
 
     def register_quantization_config(name):
         def register(cls):
@@ -114,7 +137,15 @@ def vllm(monkeypatch) -> SimpleNamespace:
 
     contents = {
         "vllm": {},
-        "vllm.config": {"get_current_vllm_config": lambda: world.config},
+        "vllm.config": {"get_current_vllm_config": lambda: world.config, "CUDAGraphMode": CUDAGraphMode},
+        "vllm.forward_context": {
+            "get_forward_context": lambda: world.forward, "is_forward_context_available": lambda: bool(world.forward)
+        },
+        "vllm.model_executor.offloader": {},
+        "vllm.model_executor.offloader.base": {
+            "NoopOffloader": NoopOffloader, "get_offloader": lambda: world.offloader,
+            "set_offloader": lambda offloader: setattr(world, "offloader", offloader),
+        },
         "vllm.model_executor": {},
         "vllm.model_executor.layers": {},
         METHODS: {"QUANTIZATION_METHODS": world.methods, "register_quantization_config": register_quantization_config},
@@ -139,8 +170,8 @@ def vllm(monkeypatch) -> SimpleNamespace:
         vars(module).update(values)
         monkeypatch.setitem(sys.modules, name, module)
     # Ours that import vLLM were never imported before, and will not be after.
-    for name in ("config", "method"):
+    for name in OURS:
         monkeypatch.delitem(sys.modules, f"fluxmoe.runtime.vllm.{name}", raising=False)
     yield world
-    for name in ("config", "method"):
+    for name in OURS:
         sys.modules.pop(f"fluxmoe.runtime.vllm.{name}", None)

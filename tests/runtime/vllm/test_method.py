@@ -11,18 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fluxmoe.experiments.commands.main import call
-from fluxmoe.kernels.cpu.experts import CpuExperts
-from fluxmoe.kernels.ops import ExpertDims
 from fluxmoe.models.checkpoint import Checkpoint
-from fluxmoe.runtime.devices import CudaDevice
 from fluxmoe.runtime.experts.config import SettingError
 from fluxmoe.runtime.experts.disk import StoreError
-from fluxmoe.runtime.experts.pager import ExpertPager
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.memory.check import FreeMemory
 from fluxmoe.runtime.vllm.features import FeatureError
-from fluxmoe.runtime.vllm.paged_model import PagedModel
-from fluxmoe.runtime.vllm.settings import read_settings
 
 from .conftest import LinearBase, RoutedExperts, UnquantizedLinearMethod, moe_config, vllm_config
 
@@ -319,7 +313,7 @@ def test_experts_that_do_not_fit(vllm, monkeypatch, settings):
     assert not model.paged.opened
 
 
-# A GPU, which is not here: its kernels interpreted, and what is refused there.
+# A GPU's kernels, interpreted; its slots and graphs are in test_gpu.py.
 
 
 GPU_SETTINGS = {
@@ -345,36 +339,6 @@ def test_triton_kernels_start_from_given_experts(vllm, settings, here):
     for layer, got in enumerate(model.run(x.bfloat16(), weights, ids)):
         right = reference(layer, x.bfloat16(), mine, ids)
         torch.testing.assert_close(got.double(), right, rtol=4e-2, atol=4e-2)
-
-
-@pytest.mark.parametrize(
-    ("settings", "served"),
-    [
-        ({}, True),
-        (dict(placement="resident"), True),
-        (dict(placement="balanced", alpha=0.5, transfer="on_demand"), True),
-        (dict(placement="host"), False),
-        (dict(expert_format="huffman"), False),
-        (dict(placement="disk"), False),
-    ],
-    ids=str,
-)
-def test_on_a_gpu_nothing_is_streamed_into_slots_yet(monkeypatch, settings, served):
-    asked: list[str] = []
-    expert = torch.zeros(2 * WIDE, HIDDEN), torch.zeros(HIDDEN, WIDE)
-    monkeypatch.setattr(CudaDevice, "make_expert_ops", lambda self, dims, tokens, config: CpuExperts(dims, tokens, 1))
-    monkeypatch.setattr(FreeMemory, "now", classmethod(lambda cls, device: cls(device, None, None)))
-    monkeypatch.setattr(ExpertPager, "open", lambda self: asked.append("open"))
-    monkeypatch.setattr(ExpertPager, "put", lambda self, *expert: asked.append("put"))
-    model = PagedModel(read_settings(settings, {}), "cuda", 16)
-    model.add_layer(ExpertDims(HIDDEN, WIDE, EXPERTS, TOP_K, torch.bfloat16))
-    if served:
-        model.put(0, 0, *expert)
-        assert asked == ["open", "put"]
-    else:
-        with pytest.raises(SettingError, match=r'into slots, .* on the CPU only: .*"transfer": "on_demand"'):
-            model.put(0, 0, *expert)
-        assert asked == []
 
 
 # Packed checkpoints.

@@ -94,7 +94,7 @@ def test_layers_that_differ_are_refused():
     model = StreamedLayers(PluginConfig(placement="host", vllm_kernels=True), CPU)
     model.add(), model.add()
     model.take(0, weights_of(torch.uint8, 0))
-    with pytest.raises(SettingError, match="layer 1 with experts is unlike the first"):
+    with pytest.raises(SettingError, match="layer 1 with experts is unlike the others"):
         model.take(1, weights_of(torch.bfloat16, 1))
 
 

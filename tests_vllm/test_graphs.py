@@ -153,3 +153,18 @@ def test_without_the_hooks_it_would_not_be_right(monkeypatch, by):
         monkeypatch.setattr(FluxMoEOffloader, "sync_prev_onload", lambda self: None)
         with pytest.raises(OrderError):
             random_work(passes, random.Random(0), 40)
+
+
+def test_a_piece_reads_where_its_inputs_lay_in_the_capture(monkeypatch):
+    """Why `vllm::moe_forward` cannot be left out of PIECEWISE graphs: what it returns lies elsewhere in each pass.
+    vLLM checks it while it is debugged, and only then."""
+    with filled(place("host", 2, 2)) as store:
+        passes = Wrapped(store, 2, monkeypatch)
+        piece = passes._wrap(lambda x: x, CUDAGraphMode.PIECEWISE)
+        piece.is_debugging_mode, piece._runnable_str = True, ""
+        first, second = torch.zeros(2, 8), torch.zeros(2, 8)
+        with passes._context(2, CUDAGraphMode.PIECEWISE):
+            piece(first)
+            piece(first)
+            with pytest.raises(AssertionError, match="Input addresses for cudagraphs are different"):
+                piece(second)

@@ -195,5 +195,7 @@ class PagedModel:
 
 
 def _end(pager: ExpertPager, graphs: GraphPasses | None) -> None:
-    logger.info("FluxMoE: %s", report.served(with_graphs(pager.counters(), graphs)))
-    pager.close()
+    try:
+        logger.info("FluxMoE: %s", report.served(with_graphs(pager.counters(), graphs)))
+    finally:
+        pager.close()

@@ -204,7 +204,9 @@ def _view(buffers: tuple[Tensor, Tensor], place: _Place) -> Tensor:
 
 
 def _end(streamer: Streamer, graphs: GraphPasses | None, memory: HostMemory) -> None:
-    logger.info("FluxMoE: %s", report.served(with_graphs(streamer.counters(), graphs)))
-    streamer.close()
-    streamer.store.close()
-    memory.close()
+    try:
+        logger.info("FluxMoE: %s", report.served(with_graphs(streamer.counters(), graphs)))
+    finally:
+        streamer.close()
+        streamer.store.close()
+        memory.close()

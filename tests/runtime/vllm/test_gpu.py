@@ -73,6 +73,15 @@ def test_slots_give_the_same_bits_and_vllm_captures_whole_passes_only(vllm, gpu,
     assert passes.streamer is model.paged.pager.streamer
 
 
+def test_triton_kernels_read_slots_as_they_read_resident_experts(vllm, gpu):
+    x, weights, ids = inputs()
+    expected, got = (
+        loaded(vllm, fluxmoe=dict(placement=where, kernels="triton", poison=True)).run(x.bfloat16(), weights, ids)
+        for where in ("resident", "host")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
 @pytest.mark.parametrize("settings", IN_PLACE.values(), ids=IN_PLACE)
 def test_experts_that_do_not_stream_leave_vllms_graphs_as_they_are(vllm, gpu, settings):
     loaded(vllm, fluxmoe=settings)

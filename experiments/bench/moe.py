@@ -22,6 +22,7 @@ from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats, weight_tile
 from fluxmoe.kernels.launches import work_of
 from fluxmoe.kernels.triton import grouped_gemm
+from fluxmoe.kernels.triton.experts import TritonBlocks
 from fluxmoe.kernels.triton.routing import Router
 from fluxmoe.kernels.triton.tiles import (
     Tiles,
@@ -39,6 +40,7 @@ from torch import Tensor
 from ..lib.args import group, option
 from ..lib.results import UsageError, load_json
 from ..lib.sweep import Sweep, WrongError, say
+from .experts import encoded, table_of
 from .peers import PEERS
 from .shapes import MODEL_SHAPES, SHAPES, TOKENS, Shape
 from .timing import GpuBench, Roofs, TimedPoint, Timing, cold_copies, measure_roofs, ratio, time_calls
@@ -81,39 +83,13 @@ class Layer:
 
     def _made(self, expert_format: str) -> tuple[ExpertTable, float]:
         if expert_format not in self._tables:
-            if expert_format == DENSE:
-                mixed = [grouped_gemm.interleave(w) for w in self.gate_up]
-                blocks, bits = [(_bytes(a), _bytes(b)) for a, b in zip(mixed, self.down, strict=True)], 16.0
-            else:
-                blocks, bits = self._compress(expert_format)
-            # On the meta device, where launches are only compiled, the table itself must have values.
-            where = torch.device("cpu") if self.device.type == "meta" else self.device
-            self._tables[expert_format] = ExpertTable.from_blocks(blocks, where, expert_format), bits
+            encoder, experts = TritonBlocks(self.shape.dims), self.shape.experts
+            distinct = zip(self.gate_up[:_DISTINCT], self.down[:_DISTINCT], strict=True)
+            few = [encoded(encoder, weights, expert_format) for weights in distinct]
+            blocks = [(a.clone(), b.clone()) for (a, b), _ in (few[e % len(few)] for e in range(experts))]
+            table = table_of(blocks, self.device, expert_format)
+            self._tables[expert_format] = table, sum(bits for _, bits in few) / len(few)
         return self._tables[expert_format]
-
-    def _compress(self, expert_format: str) -> tuple[list[tuple[Tensor, Tensor]], float]:
-        blocks_of = FORMATS[expert_format].blocks("triton")
-
-        def compress(weight: Tensor) -> tuple[Tensor, float]:
-            block = torch.empty(blocks_of.nbytes(*weight.shape), dtype=torch.uint8, device=self.device)
-            if self.device.type == "meta":
-                return block, FORMATS[expert_format].bits
-            on_host = torch.empty_like(block, device="cpu")
-            recipe = blocks_of.encode(weight.cpu(), on_host)
-            assert recipe is not None, "Triton's GEMM reads planes, which have a recipe"
-            return block.copy_(on_host), 8 * recipe.nbytes / weight.numel()
-
-        experts = range(min(_DISTINCT, self.shape.experts))
-        few = [(compress(grouped_gemm.interleave(self.gate_up[e])), compress(self.down[e])) for e in experts]
-        blocks = []
-        for e in range(self.shape.experts):
-            (gate_up, _), (down, _) = few[e % len(few)]
-            blocks.append((gate_up.clone(), down.clone()))
-        return blocks, sum(bits for pair in few for _, bits in pair) / (2 * len(few))
-
-
-def _bytes(weight: Tensor) -> Tensor:
-    return weight.reshape(-1).view(torch.uint8)
 
 
 class Ours:

@@ -93,18 +93,8 @@ def run_tests(out: Path, arguments: list[str], workers: int) -> int:
         done.flush()
         os.environ |= {_ROWS: str(rows.resolve()), _DONE: done.name}
         # Whatever the checkout's own options ask for may not be installed here.
-        options = [
-            "-o",
-            "addopts=",
-            "-q",
-            "-m",
-            "gpu",
-            "-p",
-            "fluxmoe.experiments.bench.gpu_tests",
-            "-p",
-            "no:cacheprovider",
-        ]
-        options += ["--continue-on-collection-errors"]
+        options = ["-o", "addopts=", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+        options += ["-p", __name__]
         if workers > 1:
             options += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "50"]
         return int(pytest.main([*options, *arguments]))

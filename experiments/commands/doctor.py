@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -115,4 +114,4 @@ def run(args: Arguments) -> None:
         mark = {True: "ok", False: "--", None: ""}[each.works]
         print(f"{mark:>2} {each.what:<16} {each.found}" + (f"\n{'':20}→ {each.remedy}" if each.remedy else ""))
     if args.json:
-        write_json(args.json, json.loads(json.dumps([asdict(each) for each in findings])))
+        write_json(args.json, [asdict(each) for each in findings])

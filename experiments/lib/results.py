@@ -160,12 +160,7 @@ def _anywhere(word: str) -> str:
 def instructions() -> str | None:
     """The widest vector instructions of the CPU that peers have kernels for; None where the system does not say."""
     names = {"avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
-    try:
-        flags = next(
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
-        ).split()
-    except (OSError, StopIteration):
-        return None
+    flags = (_cpuinfo("flags") or "").split()
     return next((name for flag, name in names.items() if flag in flags), None)
 
 
@@ -175,13 +170,16 @@ def device_name(device: str) -> str:
         import torch
 
         return torch.cuda.get_device_name()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(entry: str) -> str | None:
+    """What the system says of the first core; None where it says nothing."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(entry)), None)
 
 
 def _git(*arguments: str) -> str | None:

@@ -67,6 +67,15 @@ def read_csv(path: Path | str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def values_by(rows: Iterable[Mapping[str, Any]], by: str, column: str = "tokens_per_s") -> dict[Any, list[float]]:
+    """What `column` says in the rows that are ok, those of one `by` together: the repeats of a point."""
+    found: dict[Any, list[float]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            found.setdefault(row[by], []).append(float(row[column]))
+    return found
+
+
 def digest(*values: Any) -> str:
     """16 hex digits that change with the content of any of `values`, which need only be printable."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

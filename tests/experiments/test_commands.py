@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -107,6 +108,18 @@ def test_what_is_wrong_is_one_line_before_any_work(argv, expected, model_dir, tm
     said = error_of(*(part.format(model=model_dir, tmp=tmp_path) for part in argv))
     assert expected in said
     assert {path.name for path in tmp_path.iterdir()} == {"file", "slots.yaml"}
+
+
+@pytest.mark.parametrize("name", ["figures", "bench tests"])
+def test_a_package_that_is_missing_is_named(name):
+    """As in an installation without the extras."""
+    code = (
+        "import sys\nsys.modules |= dict.fromkeys(('pandas', 'pytest'))\n"
+        "from fluxmoe.experiments.commands.main import main\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *name.split(), "--help"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: this needs (pandas|pytest), which is not installed here.*\n", done.stderr)
 
 
 @pytest.mark.parametrize(

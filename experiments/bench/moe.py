@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,11 @@ from torch import Tensor
 
 from ..lib.args import group, option
 from ..lib.results import UsageError, load_json
-from ..lib.sweep import Sweep, WrongError, say
+from ..lib.sweep import Sweep, WrongError
 from .experts import encoded, table_of
 from .peers import PEERS
 from .shapes import MODEL_SHAPES, SHAPES, TOKENS, Shape
-from .timing import GpuBench, Roofs, TimedPoint, Timing, cold_copies, measure_roofs, ratio, time_calls
+from .timing import GpuBench, Roofs, TimedPoint, Timing, cold_copies, measure_roofs, ratio, time_calls, time_providers
 
 # Ours on dense experts, with one tile for all batches, and on experts in each format that the GEMM decodes.
 OURS = ("fluxmoe", "fluxmoe invariant", *(f"fluxmoe {name}" for name in sorted(fused_formats("triton"))))
@@ -90,6 +90,11 @@ class Layer:
             table = table_of(blocks, self.device, expert_format)
             self._tables[expert_format] = table, sum(bits for _, bits in few) / len(few)
         return self._tables[expert_format]
+
+
+def cold_layers(shape: Shape, device: torch.device) -> list[Layer]:
+    """Copies of a layer that together exceed L2."""
+    return [Layer(shape, device) for _ in range(cold_copies(shape.expert_bytes * shape.experts))]
 
 
 class Ours:
@@ -223,8 +228,11 @@ class Point(TimedPoint):
         ours = Ours(self.shape, self.tokens, self.device, self.tiles(provider), format_of(provider))
         return [partial(ours.run, layer, self.x, self.logits) for layer in self.layers]
 
-    def bits(self, provider: str) -> float:
-        return self.layers[0].bits(format_of(provider))
+    def columns(self, provider: str, timing: Timing, roofs: Roofs) -> dict[str, object]:
+        # A peer's floor is that of our dense experts.
+        work = work_of(self.ours(provider)[0]) if provider in OURS else self.work
+        bits = self.layers[0].bits(format_of(provider))
+        return layer_columns(work, self.touched, timing, self.base_s, roofs, bits)
 
 
 def layer_columns(
@@ -244,25 +252,11 @@ def layer_columns(
 
 def bench_shape(name: str, args: Arguments, roofs: Roofs, results: Sweep, device: torch.device) -> None:
     """All points of one shape that are missing."""
-    shape, layers = SHAPES[name], None
+    layers = cache(partial(cold_layers, SHAPES[name], device))
     for tokens in args.tokens:
+        make = lambda tokens=tokens: Point(layers(), tokens, args.routing, args.tuned)  # noqa: E731
         where: dict[str, Any] = {"shape": name, "tokens": tokens, "routing": args.routing}
-        missing = [provider for provider in args.providers if not results.has(**where, provider=provider)]
-        if not missing:
-            continue
-        layers = layers or [Layer(shape, device) for _ in range(cold_copies(shape.expert_bytes * shape.experts))]
-        point = Point(layers, tokens, args.routing, args.tuned)
-        for provider in missing:
-            say(results.measure(partial(_columns, point, provider, roofs), **where, provider=provider))
-
-
-def _columns(point: Point, provider: str, roofs: Roofs) -> dict:
-    timing = point.time(provider)
-    if provider == "fluxmoe":
-        point.base_s = timing.p50
-    # A peer's floor is that of our dense experts.
-    work = work_of(point.ours(provider)[0]) if provider in OURS else point.work
-    return layer_columns(work, point.touched, timing, point.base_s, roofs, point.bits(provider))
+        time_providers(results, roofs, args.providers, make, **where)
 
 
 @dataclass(frozen=True, kw_only=True)

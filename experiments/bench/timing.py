@@ -155,6 +155,14 @@ class TimedPoint(ABC):
     def time(self, provider: str) -> Timing:
         """Checked, then timed; raises WrongError, AbsentError and whatever a kernel raises."""
 
+    def columns(self, provider: str, timing: Timing, roofs: Roofs) -> dict[str, object]:
+        """Of a provider's row: time, what our kernels declare, and how far from the floor it is that this sets."""
+        work, floor = self.work, roofs.floor_s(*self.work)
+        return {
+            **timing.columns, "bytes": work.nbytes, "flops": work.flops, "floor_us": floor * 1e6,
+            "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, self.base_s),
+        }  # fmt: skip
+
 
 def time_providers(
     sweep: Sweep, roofs: Roofs, providers: Sequence[str], make: Callable[[], TimedPoint], **where: Any
@@ -169,11 +177,7 @@ def time_providers(
         timing = point.time(provider)
         if provider == "fluxmoe":
             point.base_s = timing.p50
-        work, floor = point.work, roofs.floor_s(*point.work)
-        return {
-            **timing.columns, "bytes": work.nbytes, "flops": work.flops, "floor_us": floor * 1e6,
-            "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, point.base_s),
-        }  # fmt: skip
+        return point.columns(provider, timing, roofs)
 
     for provider in missing:
         say(sweep.measure(partial(columns, provider), **where, provider=provider))

@@ -17,7 +17,7 @@ from fluxmoe.runtime.memory.budget import format_bytes
 
 from ..lib.args import option
 from ..lib.models import PRESETS
-from ..lib.results import code_digest, device_name, output_file, write_json
+from ..lib.results import code_digest, cores, device_name, output_file, write_json
 from .reproduce import hardware_folder
 
 # Package → what does not work without it, and how to get it.
@@ -53,7 +53,7 @@ def machine() -> list[Finding]:
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     here = Path.cwd()
     found = [
-        Finding("processor", f"{device_name('cpu')}, {len(os.sched_getaffinity(0))} cores for this process"),
+        Finding("processor", f"{device_name('cpu')}, {cores()} cores for this process"),
         Finding("memory", format_bytes(pages)),
         Finding("disk", f"{format_bytes(shutil.disk_usage(here).free)} free in {here}"),
         Finding("spilling", f"{format_bytes(shutil.disk_usage(tempfile.gettempdir()).free)} free in "

@@ -137,7 +137,7 @@ def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, Any]:
         "device": device,
         "hardware": device_name(device),
         "instructions": instructions() if device == "cpu" else None,
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": cores(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
         "seed": seed,
@@ -164,6 +164,11 @@ def _anywhere(word: str) -> str:
     if not path.is_absolute():
         return word
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else f"…/{path.name}"
+
+
+def cores() -> int | None:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def instructions() -> str | None:

@@ -70,6 +70,25 @@ def test_a_machines_folder_is_that_of_its_processor_and_instructions(profiles, e
     assert reproduce.hardware_folder(tmp_path) == expected
 
 
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        ({"hardware": "CPU X", "instructions": "AVX-512", "cpus": 2}, "a"),
+        ({"hardware": "CPU X", "instructions": "AVX-512", "cpus": 64}, "cpu-x-avx-512"),
+        ({"hardware": "CPU Y", "instructions": "AVX-512", "cpus": 2}, "cpu-x-avx-512"),
+        ({"hardware": "CPU X", "instructions": None, "cpus": 2}, "cpu-x-avx-512"),
+    ],
+    ids=["its own", "more cores", "another", "AVX2"],
+)
+def test_a_machine_without_a_profile_is_known_by_any_of_its_results(made, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, "device_name", lambda device: "CPU X")
+    monkeypatch.setattr(reproduce, "instructions", lambda: "AVX-512")
+    monkeypatch.setattr(reproduce, "cores", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    write_json(tmp_path / "measured" / "a" / "versus" / "provenance.json", made)
+    assert reproduce.hardware_folder(tmp_path) == expected
+
+
 def test_runs_are_chosen_by_kind_and_by_name(capsys):
     assert {run.kind for run in reproduce.read_runs().values()} == set(reproduce.KINDS)
     call(["reproduce", "--list", "--only", "predicted", "profile"])

@@ -28,8 +28,7 @@ def encoded(encoder: ExpertBlocks | ExpertOps, weights: Pair, expert_format: str
     gate_up, down = (torch.empty(n, dtype=torch.uint8, device=where) for n in encoder.expert_bytes(expert_format))
     if device.type == "meta":
         return (gate_up, down), FORMATS[expert_format].bits
-    on_host = weights[0].to(where), weights[1].to(where)
-    recipes = encoder.encode_expert(*on_host, (gate_up, down), expert_format)
+    recipes = encoder.encode_expert(weights[0].to(where), weights[1].to(where), (gate_up, down), expert_format)
     pairs = zip(recipes, (gate_up, down), strict=True)
     used = sum(recipe.nbytes if recipe else block.numel() for recipe, block in pairs)
     return (gate_up.to(device), down.to(device)), 8 * used / sum(weight.numel() for weight in weights)

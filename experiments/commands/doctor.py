@@ -23,8 +23,8 @@ from .reproduce import hardware_folder
 # Package → what does not work without it, and how to get it.
 _PEERS = {
     "transformers": ("versus --transformers", "pip install transformers"),
-    "matplotlib": ("figures", "pip install matplotlib"),
-    "pandas": ("figures", "pip install pandas"),
+    "matplotlib": ("commands that draw a figure", "pip install matplotlib"),
+    "pandas": ("commands that draw a figure", "pip install pandas"),
     "tokenizers": ("text as prompts, chat", "pip install tokenizers"),
     "pytest": ("make test, bench tests", "pip install pytest"),
     "liger_kernel": ("bench moe --providers liger", "pip install liger-kernel"),

@@ -121,8 +121,7 @@ def verdict(run: Run, made: Path, committed: Path) -> str:
         return f"measured: {found.speed}"
     if found.same:
         return "reproduced"
-    gone = f"; {found.missing} points are in one alone" if found.missing else ""
-    return f"differs: {found.largest or 'nothing in common'}{gone}"
+    return f"differs: {found.told or 'nothing was compared'}"
 
 
 def run(args: Arguments) -> None:

@@ -134,6 +134,24 @@ def test_two_folders_side_by_side(tmp_path, capsys, error_of):
     assert "holds no table" in error_of("compare", tmp_path, tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    ("tables", "speed", "said"),
+    [
+        ({"x.csv", "y.csv"}, 3.0, "reproduced"),
+        ({"x.csv"}, 3.0, "differs: 1 points are in one alone"),
+        ({"x.csv", "y.csv"}, 6.0, "differs: tokens_per_s 2.000x (2.000 … 2.000, 1 points)"),
+        ({"z.csv"}, 3.0, "differs: 3 points are in one alone"),
+        (set(), 3.0, "differs: 2 points are in one alone"),
+    ],
+)
+def test_a_table_that_only_one_has_is_a_difference(tables, speed, said, tmp_path):
+    for folder, names, value in (("made", tables, speed), ("committed", {"x.csv", "y.csv"}, 3.0)):
+        for name in names:
+            write_csv(tmp_path / folder / name, [{"placement": "host", "tokens_per_s": value}])
+    run = reproduce.Run("r", "", "simulated/a")
+    assert reproduce.verdict(run, tmp_path / "made", tmp_path / "committed") == said
+
+
 def test_figures_are_drawn_from_results_alone(tmp_path):
     shutil.copytree(RESULTS, tmp_path / "results")
     before = {path.with_suffix("") for path in (tmp_path / "results").glob("*/*/*/*.png")}

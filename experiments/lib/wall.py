@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,30 +67,68 @@ def call(limit: int, function: Callable[..., Any], *args: object) -> Answer:
     an answer, WallError where no wall can be made. Nothing is left behind, unless this process is killed; then the next
     call removes it.
     """
-    with _group(limit) as (group, files), tempfile.TemporaryFile() as job, tempfile.TemporaryFile() as answer:
+    with fence(limit) as behind, tempfile.TemporaryFile() as job, tempfile.TemporaryFile() as answer:
         pickle.dump((sys.argv, function, args), job)
         job.seek(0)
-        enter = 'echo $$ > "$0" && exec "$@"'
         child = f"from {__name__} import _child; _child({answer.fileno()})"
         process = subprocess.Popen(
-            ["/bin/sh", "-c", enter, str(group / "cgroup.procs"), sys.executable, "-c", child], stdin=job,
-            pass_fds=(answer.fileno(),), env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            behind.command([sys.executable, "-c", child]), stdin=job, pass_fds=(answer.fileno(),),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )  # fmt: skip
-        peak = 0
         try:
             while process.poll() is None:
-                peak = max(peak, _held(group, files))
+                behind.look()
                 time.sleep(_LOOK_S)
         finally:
             process.kill()
             process.wait()
         answer.seek(0)
         if process.returncode:
-            raise KilledError(_why(process.returncode, limit, peak, _kills(group, files)))
+            raise KilledError(behind.why(process.returncode))
         good, value = pickle.load(answer)
         if not good:
             raise value
-        return Answer(value, peak)
+        return Answer(value, behind.peak_bytes)
+
+
+class Fence:
+    """A wall of `limit` bytes around the processes that are started by `command`, all of them together.
+
+    peak_bytes: the most that they held, without page cache, whenever `look` was called.
+    """
+
+    def __init__(self, limit: int, group: Path, files: _Files) -> None:
+        self.limit, self._group, self._files, self.peak_bytes = limit, group, files, 0
+
+    def command(self, argv: Sequence[str]) -> list[str]:
+        """What to start for `argv` to run behind the wall."""
+        return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self._group / "cgroup.procs"), *argv]
+
+    def look(self) -> None:
+        entries = _entries(self._group / "memory.stat")
+        self.peak_bytes = max(self.peak_bytes, sum(entries.get(name, 0) for name in self._files.held))
+
+    @property
+    def killed(self) -> bool:
+        """Whether the wall has killed a process behind it."""
+        return _entries(self._group / self._files.kills).get("oom_kill", 0) > 0
+
+    def why(self, status: int) -> str:
+        """Why a process behind the wall ended with a status that is not 0."""
+        if self.killed:
+            return (
+                f"the process was killed by its wall of {format_bytes(self.limit)}; it held "
+                f"{format_bytes(self.peak_bytes)} when last seen: give it more, or the engine a smaller budget"
+            )
+        said = f"signal {-status}" if status < 0 else f"status {status}"
+        return f"the process behind a wall of {format_bytes(self.limit)} ended with {said}, without an answer"
+
+
+@contextmanager
+def fence(limit: int) -> Iterator[Fence]:
+    """A wall; what still runs behind it in the end is killed. WallError where none can be made."""
+    with _group(limit) as (group, files):
+        yield Fence(limit, group, files)
 
 
 def check() -> None:
@@ -197,22 +235,3 @@ def _entries(path: Path) -> dict[str, int]:
         return {name: int(value) for name, value in (line.split() for line in path.read_text().splitlines())}
     except (OSError, ValueError):
         return {}
-
-
-def _held(group: Path, files: _Files) -> int:
-    entries = _entries(group / "memory.stat")
-    return sum(entries.get(name, 0) for name in files.held)
-
-
-def _kills(group: Path, files: _Files) -> int:
-    return _entries(group / files.kills).get("oom_kill", 0)
-
-
-def _why(status: int, limit: int, peak: int, kills: int) -> str:
-    if kills:
-        return (
-            f"the process was killed by its wall of {format_bytes(limit)}; it held {format_bytes(peak)} when last "
-            "seen: give it more, or the engine a smaller budget"
-        )
-    said = f"signal {-status}" if status < 0 else f"status {status}"
-    return f"the process behind a wall of {format_bytes(limit)} ended with {said}, without an answer"

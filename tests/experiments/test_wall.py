@@ -68,7 +68,7 @@ def test_interrupting_ends_the_process_and_removes_the_group(own_group, monkeypa
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(wall, "_held", interrupted)
+    monkeypatch.setattr(wall.Fence, "look", interrupted)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         wall.call(LIMIT, time.sleep, 60)

@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test thorough compat audit figures notebooks reproduce lint format clean vllm-test vllm-demo vllm-matrix
+.PHONY: demo test thorough compat audit figures notebooks reproduce lint format clean vllm-test vllm-demo vllm-matrix llama
 
 $(STAMP): requirements.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -56,6 +56,13 @@ vllm-demo: $(VLLM)/.installed
 vllm-matrix:
 	$(PYTHON) tests_vllm/matrix.py
 
+# llama.cpp, built for this machine's CPU, as a peer of `versus walls`: ten minutes on two cores.
+LLAMA := .venv-llama
+
+llama:
+	test -x $(LLAMA)/bin/python || $(PYTHON) -m venv $(LLAMA)
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(LLAMA)/bin/pip install --quiet llama-cpp-python
+
 # Every figure again, from the committed results alone.
 figures: $(STAMP)
 	$(PY) -m fluxmoe figures
@@ -82,4 +89,4 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(COMPAT) $(VLLM) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(COMPAT) $(VLLM) $(LLAMA) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

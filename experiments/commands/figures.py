@@ -24,6 +24,7 @@ from ..plots.serving import (
     plot_versus,
     plot_vllm_plugin,
 )
+from ..plots.walls import plot_walls
 
 # Whose results the first page shows, as a figure of their own.
 _FIRST_PAGE = "memory_budget"
@@ -35,6 +36,7 @@ DRAW: dict[str, Callable[[Path], Path]] = {
     "sensitivity": plot_sensitivity,
     "versus": plot_versus,
     "versus vllm-plugin": plot_vllm_plugin,
+    "versus walls": plot_walls,
     "paper fig1": plot_memory_split,
     "paper fig2": plot_kv_capacity,
     "paper fig5": plot_exponents,

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "memory-budget": ("serving.memory_budget", "throughput against memory budget, for several placements"),
     "versus": ("serving.versus", "vLLM and transformers beside ours, in turns"),
     "versus vllm-plugin": ("serving.vllm_plugin", "vLLM as it is, with us inside, and our engine, in turns"),
+    "versus walls": ("serving.walls", "a model larger than memory: llama.cpp and vLLM beside ours, behind real walls"),
     "ablation": ("serving.ablation", "what each idea is worth: one at a time taken away"),
     "sensitivity": ("serving.sensitivity", "longer contexts, other links, other GPUs"),
     "packed-overhead": ("serving.packed_overhead", "what compressed experts cost or gain at equal batch"),
@@ -107,9 +108,8 @@ def listing(prefix: str = "") -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; an error that a user can cause becomes one `error:` line and exit status 2.
 
-    User errors are `ValueError` subclasses that our packages define (UsageError, BudgetError, …), `OSError`, and a
-    package of others that is missing. A bare ValueError, like any other exception, is a bug of ours and keeps its
-    traceback.
+    User errors are `ValueError` subclasses that our packages define (UsageError, BudgetError, …) and `OSError`. A bare
+    ValueError, like any other exception, is a bug of ours and keeps its traceback.
     """
     if argv is None:
         # Whoever is asked to end cleans up as after Ctrl-C.
@@ -124,14 +124,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except ModuleNotFoundError as error:
-        if (missing := (error.name or "fluxmoe").partition(".")[0]) == "fluxmoe":
-            raise
-        print(
-            f"error: this needs {missing}, which is not installed here: pip install {missing}, or what all commands "
-            "need, pip install 'fluxmoe[experiments]'; see fluxmoe doctor", file=sys.stderr,
-        )  # fmt: skip
-        sys.exit(2)
     except (ValueError, OSError) as error:
         if not isinstance(error, OSError) and not type(error).__module__.startswith("fluxmoe."):
             raise

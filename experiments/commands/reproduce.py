@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import torch
 
 from ..lib.args import option
 from ..lib.comparison import compare
-from ..lib.results import UsageError, code_digest, cores, device_name, instructions, write_json
+from ..lib.results import UsageError, code_digest, device_name, instructions, write_json
 
 RUNS = Path(__file__).with_name("runs.toml")
 _DONE = "done.json"
@@ -49,8 +50,8 @@ class Run:
     def folder(self, here: str) -> str:
         return self.out.format(here=here)
 
-    def argv(self, scratch: Path, results: Path, here: str, vllm: str | None) -> list[str]:
-        values = {"out": scratch / self.folder(here), "results": results, "here": here, "vllm": vllm}
+    def argv(self, scratch: Path, results: Path, here: str, pythons: Mapping[str, str | None]) -> list[str]:
+        values = {"out": scratch / self.folder(here), "results": results, "here": here, **pythons}
         return [part.format(**values) for part in shlex.split(self.command)]
 
 
@@ -67,6 +68,7 @@ class Arguments:
     force: bool = option("make again what scratch has already", False)
     update: bool = option("take what was made into the results", False)
     vllm_python: str | None = option("Python of an environment with vLLM", None, metavar="PATH")
+    llama_python: str | None = option("Python of an environment with llama-cpp-python", None, metavar="PATH")
     results: Path = option("the committed results", Path("results"), metavar="DIR")
     scratch: Path = option("where they are made again", Path("scratch/reproduce"), metavar="DIR")
 
@@ -74,27 +76,31 @@ class Arguments:
         if self.dry_run and (self.force or self.update):
             raise UsageError("--dry-run runs nothing: --force and --update have no effect")
 
+    @property
+    def pythons(self) -> dict[str, str | None]:
+        """Peer → Python of the environment that has it."""
+        return {"vllm": self.vllm_python, "llama": self.llama_python}
+
 
 def hardware_folder(results: Path) -> str:
-    """Name of this machine's folder: the one with results of such a processor, or a new one."""
+    """Name of this machine's folder: the one whose profile was measured on such a processor, or a new one."""
     gpu = torch.cuda.is_available()
-    name, kind = device_name("cuda" if gpu else "cpu"), None if gpu else instructions()
-    folders = sorted(results.glob("measured/*/"))
-    for path in (p for folder in folders for p in (folder / "profile.json", *sorted(folder.glob("*/provenance.json")))):
-        said = json.loads(path.read_text()) if path.exists() else {}
-        # Names of virtual machines say little. What does not know its instructions is of a CPU with AVX2.
-        made = {"hardware": said.get("name"), **said.get("provenance", said)}
-        same = gpu or ((made.get("instructions") or "AVX2"), made.get("cpus", cores())) == (kind, cores())
-        if made["hardware"] == name and same:
-            return path.relative_to(results / "measured").parts[0]
-    return re.sub(r"[^a-z0-9]+", "-", f"{name} {kind or ''}".lower()).strip("-")
+    mine = (device_name("cuda" if gpu else "cpu"), None if gpu else instructions())
+    for path in sorted(results.glob("measured/*/profile.json")):
+        profile = json.loads(path.read_text())
+        # Names of virtual machines say little. Profiles that do not know their instructions are of a CPU with AVX2.
+        kind = None if gpu else profile.get("provenance", {}).get("instructions", "AVX2")
+        if (profile.get("name"), kind) == mine:
+            return path.parent.name
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(filter(None, mine)).lower()).strip("-")
 
 
-def missing(run: Run, vllm: str | None) -> str | None:
+def missing(run: Run, pythons: Mapping[str, str | None]) -> str | None:
     """Why a run is not possible here."""
     if "gpu" in run.needs and not torch.cuda.is_available():
         return "needs a GPU"
-    return "needs --vllm-python" if "vllm" in run.needs and not vllm else None
+    lacking = [f"--{need}-python" for need in run.needs if need != "gpu" and not pythons[need]]
+    return f"needs {' and '.join(lacking)}" if lacking else None
 
 
 def make(run: Run, args: Arguments, here: str) -> int:
@@ -105,7 +111,7 @@ def make(run: Run, args: Arguments, here: str) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     elif not args.force and marker.exists() and json.loads(marker.read_text()) == state:
         return 0
-    argv = run.argv(args.scratch, args.results, here, args.vllm_python)
+    argv = run.argv(args.scratch, args.results, here, args.pythons)
     status = subprocess.run([sys.executable, "-m", "fluxmoe", *argv]).returncode
     if status == 0:
         write_json(marker, state)
@@ -121,7 +127,8 @@ def verdict(run: Run, made: Path, committed: Path) -> str:
         return f"measured: {found.speed}"
     if found.same:
         return "reproduced"
-    return f"differs: {found.told or 'nothing was compared'}"
+    gone = f"; {found.missing} points are in one alone" if found.missing else ""
+    return f"differs: {found.largest or 'nothing in common'}{gone}"
 
 
 def run(args: Arguments) -> None:
@@ -129,15 +136,15 @@ def run(args: Arguments) -> None:
     chosen = [each for each in runs.values() if not args.only or {each.name, each.kind} & set(args.only)]
     if args.list:
         for each in chosen:
-            print(f"{each.name:<30} results/{each.folder(here):<56} {missing(each, args.vllm_python) or ''}")
+            print(f"{each.name:<30} results/{each.folder(here):<56} {missing(each, args.pythons) or ''}")
         return
     said: dict[str, str] = {}
     for index, each in enumerate(chosen, start=1):
         head = f"[{index}/{len(chosen)}] {each.name}"
-        if why := missing(each, args.vllm_python):
+        if why := missing(each, args.pythons):
             said[each.name] = f"not possible here: {why}"
         elif args.dry_run:
-            print(f"{head}: fluxmoe {shlex.join(each.argv(args.scratch, args.results, here, args.vllm_python))}")
+            print(f"{head}: fluxmoe {shlex.join(each.argv(args.scratch, args.results, here, args.pythons))}")
         else:
             print(f"{head} …", flush=True)
             if status := make(each, args, here):

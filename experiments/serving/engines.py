@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -23,8 +25,10 @@ from ..lib.machines import Machine
 from ..lib.models import Source
 from ..lib.results import UsageError
 from ..lib.serve import placed
+from ..lib.wall import Fence
 
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+_LOOK_S = 0.05
 
 
 class Timing(NamedTuple):
@@ -44,18 +48,20 @@ class RefusedError(Exception):
 class WorkerPeer:
     """An engine in a process of its own that serves batches on request; RefusedError if it does not start.
 
+    wall: it runs behind. patience_s: it is ended where it is silent for longer. ready: what it says once it is up;
     kv_tokens: that its KV cache holds, None where it does not tell.
     """
 
     def __init__(
-        self, name: str, python: str, script: str, settings: dict, environment: dict[str, str] | None = None
-    ) -> None:
-        self.name = name
+        self, name: str, python: str, script: str, settings: dict, environment: dict[str, str] | None = None,
+        wall: Fence | None = None, patience_s: float | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self._wall, self._patience_s = name, wall, patience_s
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         command = [python, str(Path(__file__).with_name(script)), json.dumps(settings)]
         try:
             self._process = subprocess.Popen(
-                command,
+                wall.command(command) if wall else command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
@@ -70,26 +76,39 @@ class WorkerPeer:
         self._stdin, self._stdout = stdin, stdout
         self._said: list[str] = []
         try:
-            self.kv_tokens: int | None = self._answer().get("kv_tokens")
-        except RefusedError:
+            self.ready = self.answer()
+        except BaseException:
             self.close()
             raise
+        self.kv_tokens: int | None = self.ready.get("kv_tokens")
 
-    def _answer(self) -> dict:
-        for line in self._stdout:
-            if line.startswith("RESULT "):
-                return json.loads(line.removeprefix("RESULT "))
-            self._said.append(line)
-        self._process.wait()
+    def answer(self) -> dict:
+        """The next answer. RefusedError where there is none: the engine stopped, was killed or is ended for silence."""
+        silent = threading.Event()
+        with _watched(self._process, self._wall, self._patience_s, silent):
+            for line in self._stdout:
+                if line.startswith("RESULT "):
+                    return json.loads(line.removeprefix("RESULT "))
+                self._said.append(line)
+            status = self._process.wait()
+        if silent.is_set():
+            raise RefusedError(f"no answer within {self._patience_s:g} s")
         self._log.seek(0)
-        raise RefusedError(reason_in([*self._said, *self._log.readlines()]) or f"{self.name} stopped without a word")
+        reason = reason_in([*self._said, *self._log.readlines()])
+        if status and self._wall and (self._wall.killed or not reason):
+            reason = self._wall.why(status)
+        raise RefusedError(reason or f"{self.name} stopped without a word")
+
+    def ask(self, job: dict) -> None:
+        """Send a job, whose answers are to be fetched."""
+        with suppress(BrokenPipeError):  # it has stopped; its log says why
+            self._stdin.write(json.dumps(job) + "\n")
+            self._stdin.flush()
 
     def run(self, prompts: list[list[int]], output_tokens: int) -> Timing:
         """One call that generates `output_tokens` for each of `prompts`."""
-        with suppress(BrokenPipeError):  # it has stopped; its log says why
-            self._stdin.write(json.dumps({"prompts": prompts, "output_tokens": output_tokens}) + "\n")
-            self._stdin.flush()
-        return Timing(**self._answer())
+        self.ask({"prompts": prompts, "output_tokens": output_tokens})
+        return Timing(**self.answer())
 
     def close(self) -> None:
         with suppress(BrokenPipeError):
@@ -100,6 +119,31 @@ class WorkerPeer:
             self._process.kill()
             self._process.wait()
         self._log.close()
+
+
+@contextmanager
+def _watched(
+    process: subprocess.Popen, wall: Fence | None, patience_s: float | None, silent: threading.Event
+) -> Iterator[None]:
+    """Meanwhile the peak behind the wall is looked for, and the process is killed, and `silent` set, after a while."""
+    done, until = threading.Event(), time.monotonic() + (patience_s or 0)
+
+    def watch() -> None:
+        while not done.wait(_LOOK_S):
+            if wall:
+                wall.look()
+            if patience_s and time.monotonic() > until:
+                silent.set()
+                process.kill()
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
 
 
 def reason_in(log: list[str]) -> str:

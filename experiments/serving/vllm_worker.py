@@ -1,8 +1,9 @@
-"""The other side of `versus` and `versus vllm-plugin`: runs under vLLM's own Python, and imports nothing of ours.
+"""The other side of `versus` and its kin: runs under vLLM's own Python, and imports nothing of ours but `phases`.
 
 Answers on standard output in lines that begin with RESULT (vLLM logs there too): first {"kv_tokens": n} once the engine
 is up, then {"seconds", "ttft_s", "tpot_s", "peak_bytes"} for each JSON object a line of standard input,
 {"prompts": [[ids]], "output_tokens": n}. Times to the first token and between tokens are medians over the requests.
+With settings["phases"] it answers as `phases` says instead.
 """
 
 import json
@@ -11,6 +12,8 @@ import resource
 import sys
 import time
 from statistics import median
+
+import phases
 
 
 def main() -> None:
@@ -27,9 +30,58 @@ def main() -> None:
         arguments["gpu_memory_utilization"] = settings["total_bytes"] / total_memory()
     engine = LLM(skip_tokenizer_init=True, enable_prefix_caching=False, disable_log_stats=True, **arguments).llm_engine
     cache = engine.vllm_config.cache_config
+    if settings.get("phases"):
+        phases.serve(Phases(engine))
+        return
     print("RESULT " + json.dumps({"kv_tokens": cache.num_gpu_blocks * cache.block_size}), flush=True)
     for line in sys.stdin:
         print("RESULT " + json.dumps(serve(engine, **json.loads(line))), flush=True)
+
+
+class Phases:
+    """Prefill and decode apart, see `phases`."""
+
+    def __init__(self, engine):
+        self._engine, self._made, self._first, self._named = engine, {}, {}, 0
+
+    def prefill(self, prompts, most):
+        from vllm import SamplingParams
+
+        self.keep(0)
+        # vLLM begins while requests are still added, so the first may be some tokens ahead of the last.
+        sampling = SamplingParams(max_tokens=most + phases.AHEAD, ignore_eos=True, temperature=0, detokenize=False)
+        names = [str(self._named + number) for number in range(len(prompts))]
+        self._named += len(names)
+        self._made, self._first = dict.fromkeys(names, 0), {}
+        for name, ids in zip(names, prompts, strict=True):
+            self._engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+        while len(self._first) < len(names):
+            self._step()
+        return [self._first[name] for name in names]
+
+    def decode(self):
+        while not (made := self._step()):
+            pass
+        return made
+
+    def keep(self, count):
+        names = list(self._made)
+        if names[count:]:
+            self._engine.abort_request(names[count:])
+        self._made = {name: self._made[name] for name in names[:count]}
+
+    def counted(self):
+        return {}
+
+    def _step(self):
+        """One step; tokens that came, of which some may be of the step before."""
+        before = sum(self._made.values())
+        for output in self._engine.step():
+            if output.request_id in self._made:
+                tokens = output.outputs[0].token_ids
+                self._made[output.request_id] = len(tokens)
+                self._first[output.request_id] = tokens[0]
+        return sum(self._made.values()) - before
 
 
 def serve(engine, prompts, output_tokens):

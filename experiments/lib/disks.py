@@ -1,0 +1,55 @@
+"""Files on a disk: how fast it gives them, and how not to find them in memory."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fluxmoe.runtime.devices import HOST, PAGE
+from fluxmoe.runtime.experts.disk import READERS
+
+_BLOCK = 8 << 20
+
+
+def direct_read_rate(paths: Sequence[Path], seconds: float = 1.5) -> float | None:
+    """Bytes/s of READERS reads of 8 MiB at a time, at random places of files, past the page cache; None where there are
+    no direct reads."""
+    try:
+        files = [os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0)) for path in paths]
+    except OSError:
+        return None
+    until, begin = time.perf_counter() + seconds, time.perf_counter()
+
+    def read(seed: int) -> int:
+        rng, buffer, got = random.Random(seed), HOST.empty(_BLOCK).numpy(), 0
+        while time.perf_counter() < until:
+            file = rng.choice(files)
+            at = rng.randrange(max(1, os.fstat(file).st_size - _BLOCK)) // PAGE * PAGE
+            got += os.preadv(file, [buffer.data], at)
+        return got
+
+    try:
+        with ThreadPoolExecutor(READERS) as readers:
+            total = sum(readers.map(read, range(READERS)))
+    except OSError:
+        return None
+    finally:
+        for file in files:
+            os.close(file)
+    return total / (time.perf_counter() - begin)
+
+
+def drop_cached(paths: Sequence[Path]) -> None:
+    """Drop files from the page cache, once they are on the disk, where the system can."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fdatasync(file)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(file)

@@ -1,0 +1,58 @@
+"""Our engine as a side of `versus walls`, in a process of its own; answers as `phases` says.
+
+Its budget is `all`: what is free of memory or, behind a wall, of what the wall leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from fluxmoe.experiments.lib.serve import placed
+from fluxmoe.experiments.serving import phases
+from fluxmoe.runtime.serving.config import EngineConfig
+from fluxmoe.runtime.serving.engine import Engine
+from fluxmoe.runtime.serving.request import Request, SamplingParams, Sequence
+
+
+class Phases:
+    """Prefill and decode apart, see `phases`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._live: list[Sequence] = []
+
+    def prefill(self, prompts: list[list[int]], most: int) -> list[int]:
+        self.keep(0)
+        params = SamplingParams(max_new_tokens=most, ignore_eos=True)
+        self._live = [self._engine.add(Request(tuple(ids), params)) for ids in prompts]
+        while any(sequence.first_token_s is None for sequence in self._live):
+            assert self._engine.step() is not None, "a prompt was refused"
+        return [sequence.token_ids[sequence.prompt_len] for sequence in self._live]
+
+    def decode(self) -> int:
+        step = self._engine.step()
+        assert step is not None, "sequences wait for tokens"
+        return step.decode_tokens
+
+    def keep(self, count: int) -> None:
+        self._engine.abort(*self._live[count:])
+        self._live = self._live[:count]
+
+    def counted(self) -> dict[str, int]:
+        counters = self._engine.pager.counters()
+        return {
+            "cache_hits": counters.cache_hits, "cache_misses": counters.cache_misses,
+            "load_ns": counters.transfer_ns, "loaded_bytes": counters.disk_bytes,
+        }  # fmt: skip
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    config = EngineConfig(**placed(settings["placement"]), **settings["engine"])
+    with Engine(settings["model"], config) as engine:
+        phases.serve(Phases(engine), **{k: engine.budget.lines().get(k, 0) for k in ("expert_cache", "kv_cache")})
+
+
+if __name__ == "__main__":
+    main()

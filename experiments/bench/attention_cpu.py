@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..lib.args import option
 from ..lib.sweep import Sweep, WrongError, say
+from .timing import times_in_turns
 
 # heads, kv_heads, head_dim; layers with attention; bytes of an expert in planar12.
 MODELS = {
@@ -90,12 +91,8 @@ def compare_layouts(name: str, sequences: int, queries: int, context: int, turns
         expected = run("contiguous", layer)[1].clone()
         if not torch.equal(run("slabs", layer)[1], expected):
             raise WrongError(f"layer {layer} of {name} has other bits in slabs")
-    times = {kind: np.zeros((turns, layers)) for kind in caches}
-    rng = np.random.default_rng(0)
-    for turn in range(turns):
-        for layer in range(layers):
-            for kind in rng.permutation(list(caches)):
-                times[kind][turn, layer] = run(kind, layer)[0]
+    found = times_in_turns(lambda kind, turn: run(kind, turn % layers)[0], list(caches), turns * layers)
+    times = {kind: each.reshape(turns, layers) for kind, each in found.items()}
     passes = {kind: each.sum(axis=1) for kind, each in times.items()}
     low, middle, high = np.percentile(passes["slabs"] / passes["contiguous"], [25, 50, 75])
     medians = {f"{kind}_us": float(np.median(each)) * 1e6 for kind, each in passes.items()}

@@ -15,14 +15,17 @@ from functools import partial
 
 import torch
 from fluxmoe.kernels.expert_table import ExpertTable
-from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, FORMATS, weight_tile
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, weight_tile
+from fluxmoe.kernels.ops import ExpertDims
 from fluxmoe.kernels.triton import grouped_gemm
+from fluxmoe.kernels.triton.experts import TritonBlocks
 from fluxmoe.kernels.triton.routing import Router
 from fluxmoe.kernels.triton.tiles import capability_of, fused_tile, num_sms_of
 from torch import Tensor
 
 from ..lib.args import group, option
 from ..lib.sweep import WrongError, say
+from .experts import encoded, random_expert, table_of
 from .timing import GpuBench
 
 FUSED = DEFAULT_COMPRESSED
@@ -37,15 +40,11 @@ class Twins:
 
     def __init__(self, hidden: int, intermediate: int, device: torch.device) -> None:
         self.sizes, self.device = (hidden, intermediate), device
-        gate_up = grouped_gemm.interleave((torch.randn(2 * intermediate, hidden) * hidden**-0.5).bfloat16())
-        down = (torch.randn(hidden, intermediate) * intermediate**-0.5).bfloat16()
-        dense = _bytes(gate_up).to(device), _bytes(down).to(device)
-        packed = _packed(gate_up).to(device), _packed(down).to(device)
-        formats = (DENSE, FUSED)
+        dims = ExpertDims(hidden, intermediate, 1, 1, torch.bfloat16)
+        weights = random_expert(dims, device)
+        dense, packed = (encoded(TritonBlocks(dims), weights, name)[0] for name in (DENSE, FUSED))
         # With a packed expert in each, both launch the same kernel.
-        where = torch.device("cpu") if device.type == "meta" else device
-        self.tables = [ExpertTable.from_blocks([first, packed], where, [f, FUSED])
-                       for first, f in zip((dense, packed), formats, strict=True)]  # fmt: skip
+        self.tables = [table_of([dense, packed], device, (DENSE, FUSED)), table_of([packed] * 2, device, FUSED)]
 
     def outputs(self, tensor: str, rows: int):
         """A function each, dense and packed, that runs the GEMM and returns its output."""
@@ -63,17 +62,6 @@ class Twins:
         return [
             partial(run, table, torch.empty(rows, n, dtype=torch.bfloat16, device=self.device)) for table in self.tables
         ]
-
-
-def _bytes(weight: Tensor) -> Tensor:
-    return weight.reshape(-1).view(torch.uint8)
-
-
-def _packed(weight: Tensor) -> Tensor:
-    blocks = FORMATS[FUSED].blocks("triton")
-    block = torch.empty(blocks.nbytes(*weight.shape), dtype=torch.uint8)
-    blocks.encode(weight, block)
-    return block
 
 
 def count_mismatches(dense, packed, repeats: int) -> dict[str, int]:

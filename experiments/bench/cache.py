@@ -2,7 +2,7 @@
 
     fluxmoe bench cache --preset small --out results/measured/<cpu>/bench_cache
     fluxmoe bench cache --shapes olmoe-1b-7b qwen3-30b-a3b --out results/simulated/synthetic_routing/bench_cache
-    fluxmoe bench cache --recording FILE --out DIR                    # of generate --record-routing
+    fluxmoe bench cache --recording FILE --expert-bytes BYTES --out DIR       # of generate --record-routing
 
 Replays decode, a token of each of `batch` sequences a pass, through one cache of places for a share of all experts.
 Rows count the second half of the passes: hit rate, and bytes that come for each token. --preset serves a small model

@@ -34,24 +34,13 @@ from ..lib.checkpoints import ModelShape, write_checkpoint
 from ..lib.sweep import Sweep, WrongError, say
 
 # Sizes that every format takes in bf16.
+_SMALL = partial(ModelShape, layers=5, hidden=128, moe_intermediate=128, heads=4, vocab=512, max_positions=128)
 MODELS = {
-    "mixtral": ModelShape(
-        arch="mixtral", layers=5, experts=8, top_k=2, hidden=128, moe_intermediate=128, heads=4, kv_heads=2,
-        vocab=512, max_positions=128,
-    ),
-    "qwen3_moe": ModelShape(
-        arch="qwen3_moe", layers=5, experts=16, top_k=4, hidden=128, moe_intermediate=128, heads=4, kv_heads=2,
-        head_dim=32, vocab=512, max_positions=128,
-    ),
-    "qwen3_next": ModelShape(
-        arch="qwen3_next", layers=5, experts=16, top_k=4, hidden=128, moe_intermediate=128, heads=4, kv_heads=2,
-        head_dim=32, vocab=512, max_positions=128, dense_layers=(1,),
-    ),
-    "olmoe": ModelShape(
-        arch="olmoe", layers=5, experts=8, top_k=3, hidden=128, moe_intermediate=128, heads=4,
-        vocab=512, max_positions=128,
-    ),
-}  # fmt: skip
+    "mixtral": _SMALL(arch="mixtral", experts=8, top_k=2, kv_heads=2),
+    "qwen3_moe": _SMALL(arch="qwen3_moe", experts=16, top_k=4, kv_heads=2, head_dim=32),
+    "qwen3_next": _SMALL(arch="qwen3_next", experts=16, top_k=4, kv_heads=2, head_dim=32, dense_layers=(1,)),
+    "olmoe": _SMALL(arch="olmoe", experts=8, top_k=3),
+}
 _EAGER, _INVARIANT = {"cuda_graphs": False}, {"batch_invariant": True}
 _HOST, _FUSED = {"placement": "host", "poison": True}, {"expert_format": DEFAULT_COMPRESSED}
 _PACKED, _HALF = {"placement": "packed"}, {"alpha": 0.5}

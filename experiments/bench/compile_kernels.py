@@ -31,7 +31,6 @@ from fluxmoe.kernels.triton.tiles import capability_of, choose_tiles, num_sms_of
 from fluxmoe.models import ARCHITECTURES
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import Decoder, expert_dims, layer_dims
-from fluxmoe.runtime.experts.streamer import LayerPage
 from fluxmoe.runtime.memory.slabs import SlabPool
 from fluxmoe.runtime.serving.kv_cache import KVLayout, PagedKVCache
 from fluxmoe.runtime.serving.state_cache import StateCache
@@ -48,6 +47,7 @@ from . import bit_equality, check_engine
 from . import delta_net as bench_delta_net
 from . import moe as bench_grouped_gemm
 from . import tune as tune_grouped_gemm
+from .experts import page_of
 from .shapes import SHAPES
 from .timing import GpuBench
 
@@ -217,7 +217,7 @@ class _Resident:
     """Every layer's experts are there, and the same."""
 
     def __init__(self, ops: ExpertOps, table: ExpertTable) -> None:
-        self._ops, self._page = ops, LayerPage(table, lambda tensor_type: None)
+        self._ops, self._page = ops, page_of(table)
 
     def mixture(
         self, layer: int, hidden: Tensor, block: MoeBlock, num_tokens: Tensor | None = None

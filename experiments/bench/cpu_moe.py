@@ -10,24 +10,28 @@ with fp32 weights.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fluxmoe.kernels.cpu import gemm, moe, planar
+from fluxmoe.kernels.cpu import gemm, moe
+from fluxmoe.kernels.cpu.experts import CpuBlocks
 from fluxmoe.kernels.cpu.gemm import default_threads
 from fluxmoe.kernels.cpu.tile import kind_of
 from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.formats import DENSE
+from fluxmoe.kernels.ops import ExpertDims
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.hardware import measure_bandwidths
 
 from ..lib.args import option
 from ..lib.results import write_result
-from .timing import host_seconds
+from .experts import encoded, random_expert
+from .timing import host_times
 
 # (hidden, intermediate, experts): the demo's shape, a layer of OLMoE-1B-7B, two of Qwen3-30B-A3B's width.
 SHAPES = {"small": (512, 512, 32), "olmoe": (2048, 1024, 16), "qwen3_30b": (2048, 768, 32)}
@@ -45,41 +49,19 @@ class Layer:
 
 
 def make_layer(hidden: int, intermediate: int, experts: int) -> Layer:
-    weights = [
-        (torch.randn(2 * intermediate, hidden).bfloat16(), torch.randn(hidden, intermediate).bfloat16())
-        for _ in range(experts)
-    ]
-    blocks, compressed = [], []
-    for gate_up, down in weights:
-        sizes = (
-            moe.gate_up_bytes(intermediate, hidden, torch.bfloat16),
-            gemm.arranged_bytes(hidden, intermediate, torch.bfloat16),
-        )
-        first, second = (torch.empty(n, dtype=torch.uint8) for n in sizes)
-        moe.arrange_gate_up(gate_up, first)
-        gemm.arrange(down, second)
-        blocks.append((first, second))
-        panels = [
-            block.view(torch.bfloat16).view(-1, depth, gemm.LANES)
-            for block, depth in zip((first, second), (hidden, intermediate), strict=True)
-        ]
-        first, second = (torch.empty(planar.block_bytes(*p.shape[:2]), dtype=torch.uint8) for p in panels)
-        for source, target in zip(panels, (first, second), strict=True):
-            planar.encode(source, target)
-        compressed.append((first, second))
-    return Layer(
-        ExpertTable.from_blocks(blocks, "cpu"), ExpertTable.from_blocks(compressed, "cpu", "planar12"), weights
+    dims = ExpertDims(hidden, intermediate, experts, 1, torch.bfloat16)
+    weights = [random_expert(dims) for _ in range(experts)]
+    dense, compressed = (
+        ExpertTable.from_blocks([encoded(CpuBlocks(dims), pair, name)[0] for pair in weights], "cpu", name)
+        for name in (DENSE, "planar12")
     )
+    return Layer(dense, compressed, weights)
 
 
-def median_seconds(work: Callable[[int], object], layers: int) -> tuple[float, float]:
-    """Median and interquartile range of one call over at least `_SECONDS`; work(i) runs on layer i mod layers."""
-    work(0)
-    times, begin, i = [], time.perf_counter(), 0
-    while time.perf_counter() - begin < _SECONDS or i < layers:
-        times.append(host_seconds(lambda: work(i % layers)))  # noqa: B023
-        i += 1
-    return float(np.median(times)), float(np.subtract(*np.percentile(times, [75, 25])))
+def median_seconds(calls: Sequence[Callable[[], object]]) -> tuple[float, float]:
+    """Median and interquartile range of one call over at least `_SECONDS`."""
+    low, middle, high = np.percentile(host_times(calls, _SECONDS), [25, 50, 75])
+    return float(middle), float(high - low)
 
 
 def peak_flops(threads: int) -> float:
@@ -88,7 +70,7 @@ def peak_flops(threads: int) -> float:
     block = torch.empty(gemm.arranged_bytes(n, k, torch.bfloat16), dtype=torch.uint8)
     gemm.arrange(torch.randn(n, k).bfloat16(), block)
     x, y, scratch = torch.randn(rows, k), torch.empty(rows, n), gemm.Scratch(rows, threads, k)
-    seconds, _ = median_seconds(lambda i: gemm.linear(x, block, n, kind_of(torch.bfloat16), y, scratch), 1)
+    seconds, _ = median_seconds([lambda: gemm.linear(x, block, n, kind_of(torch.bfloat16), y, scratch)])
     return 2 * n * k * rows / seconds
 
 
@@ -116,8 +98,8 @@ def bench(shape: str, rows: tuple[int, ...], bandwidth: float, flops_rate: float
                 gate, up = F.linear(inputs[expert::experts], gate_up).chunk(2, dim=-1)
                 F.linear(F.silu(gate) * up, down)
 
-        seconds, spread = median_seconds(lambda i: run(layers[i].table), len(layers))
-        packed, packed_spread = median_seconds(lambda i: run(layers[i].planar), len(layers))
+        seconds, spread = median_seconds([partial(run, layer.table) for layer in layers])
+        packed, packed_spread = median_seconds([partial(run, layer.planar) for layer in layers])
         flops = 6 * hidden * intermediate * tokens
         floor = max(layer_bytes / bandwidth, flops / flops_rate)
         row = {
@@ -136,8 +118,8 @@ def bench(shape: str, rows: tuple[int, ...], bandwidth: float, flops_rate: float
         if peers:
             torch.set_num_threads(threads)
             half = x.bfloat16()
-            bf16, _ = median_seconds(lambda i: torch_loop(layers[i].bf16, half), len(layers))  # noqa: B023
-            single, _ = median_seconds(lambda i: torch_loop(fp32[i], x), len(fp32))  # noqa: B023
+            bf16, _ = median_seconds([partial(torch_loop, layer.bf16, half) for layer in layers])
+            single, _ = median_seconds([partial(torch_loop, weights, x) for weights in fp32])
             row |= {"torch_bf16_us": bf16 * 1e6, "torch_fp32_us": single * 1e6}
             row |= {"over_torch_bf16": bf16 / seconds, "over_torch_fp32": single / seconds}
         results.append(row)

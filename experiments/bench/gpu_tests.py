@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from ..lib.args import group, option
-from ..lib.results import code_digest, read_csv, write_csv, write_result
+from ..lib.results import UsageError, code_digest, read_csv, write_csv, write_result
 from .timing import GpuBench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,18 +93,8 @@ def run_tests(out: Path, arguments: list[str], workers: int) -> int:
         done.flush()
         os.environ |= {_ROWS: str(rows.resolve()), _DONE: done.name}
         # Whatever the checkout's own options ask for may not be installed here.
-        options = [
-            "-o",
-            "addopts=",
-            "-q",
-            "-m",
-            "gpu",
-            "-p",
-            "fluxmoe.experiments.bench.gpu_tests",
-            "-p",
-            "no:cacheprovider",
-        ]
-        options += ["--continue-on-collection-errors"]
+        options = ["-o", "addopts=", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+        options += ["-p", __name__]
         if workers > 1:
             options += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "50"]
         return int(pytest.main([*options, *arguments]))
@@ -119,9 +109,12 @@ class Arguments:
 
 def run(args: Arguments) -> None:
     device, out = args.where.device.type, args.where.out
+    wanted = [ROOT / test for test in args.tests]
+    if missing := [path for path in wanted if not path.exists()]:
+        raise UsageError(f"{missing[0]} is not there; an installed package has no tests: run this in a checkout")
     workers = args.workers if importlib.util.find_spec("xdist") else 1
     write_result(out, "bench tests", {}, {"device": device, "workers": workers}, 0)
-    status = run_tests(out, [f"{ROOT / test}" for test in args.tests], workers)
+    status = run_tests(out, [str(path) for path in wanted], workers)
     failed = [row for row in read_csv(out / "rows.csv") if row["status"] == "failed"]
     for row in failed:
         print(f"failed: {row['test']}: {row['reason']}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats, weight_tile
 from fluxmoe.kernels.launches import work_of
 from fluxmoe.kernels.triton import grouped_gemm
+from fluxmoe.kernels.triton.experts import TritonBlocks
 from fluxmoe.kernels.triton.routing import Router
 from fluxmoe.kernels.triton.tiles import (
     Tiles,
@@ -38,10 +39,11 @@ from torch import Tensor
 
 from ..lib.args import group, option
 from ..lib.results import UsageError, load_json
-from ..lib.sweep import Sweep, WrongError, say
+from ..lib.sweep import Sweep, WrongError
+from .experts import encoded, table_of
 from .peers import PEERS
 from .shapes import MODEL_SHAPES, SHAPES, TOKENS, Shape
-from .timing import GpuBench, Roofs, TimedPoint, Timing, cold_copies, measure_roofs, ratio, time_calls
+from .timing import GpuBench, Roofs, TimedPoint, Timing, cold_copies, measure_roofs, ratio, time_calls, time_providers
 
 # Ours on dense experts, with one tile for all batches, and on experts in each format that the GEMM decodes.
 OURS = ("fluxmoe", "fluxmoe invariant", *(f"fluxmoe {name}" for name in sorted(fused_formats("triton"))))
@@ -81,39 +83,18 @@ class Layer:
 
     def _made(self, expert_format: str) -> tuple[ExpertTable, float]:
         if expert_format not in self._tables:
-            if expert_format == DENSE:
-                mixed = [grouped_gemm.interleave(w) for w in self.gate_up]
-                blocks, bits = [(_bytes(a), _bytes(b)) for a, b in zip(mixed, self.down, strict=True)], 16.0
-            else:
-                blocks, bits = self._compress(expert_format)
-            # On the meta device, where launches are only compiled, the table itself must have values.
-            where = torch.device("cpu") if self.device.type == "meta" else self.device
-            self._tables[expert_format] = ExpertTable.from_blocks(blocks, where, expert_format), bits
+            encoder, experts = TritonBlocks(self.shape.dims), self.shape.experts
+            distinct = zip(self.gate_up[:_DISTINCT], self.down[:_DISTINCT], strict=True)
+            few = [encoded(encoder, weights, expert_format) for weights in distinct]
+            blocks = [(a.clone(), b.clone()) for (a, b), _ in (few[e % len(few)] for e in range(experts))]
+            table = table_of(blocks, self.device, expert_format)
+            self._tables[expert_format] = table, sum(bits for _, bits in few) / len(few)
         return self._tables[expert_format]
 
-    def _compress(self, expert_format: str) -> tuple[list[tuple[Tensor, Tensor]], float]:
-        blocks_of = FORMATS[expert_format].blocks("triton")
 
-        def compress(weight: Tensor) -> tuple[Tensor, float]:
-            block = torch.empty(blocks_of.nbytes(*weight.shape), dtype=torch.uint8, device=self.device)
-            if self.device.type == "meta":
-                return block, FORMATS[expert_format].bits
-            on_host = torch.empty_like(block, device="cpu")
-            recipe = blocks_of.encode(weight.cpu(), on_host)
-            assert recipe is not None, "Triton's GEMM reads planes, which have a recipe"
-            return block.copy_(on_host), 8 * recipe.nbytes / weight.numel()
-
-        experts = range(min(_DISTINCT, self.shape.experts))
-        few = [(compress(grouped_gemm.interleave(self.gate_up[e])), compress(self.down[e])) for e in experts]
-        blocks = []
-        for e in range(self.shape.experts):
-            (gate_up, _), (down, _) = few[e % len(few)]
-            blocks.append((gate_up.clone(), down.clone()))
-        return blocks, sum(bits for pair in few for _, bits in pair) / (2 * len(few))
-
-
-def _bytes(weight: Tensor) -> Tensor:
-    return weight.reshape(-1).view(torch.uint8)
+def cold_layers(shape: Shape, device: torch.device) -> list[Layer]:
+    """Copies of a layer that together exceed L2."""
+    return [Layer(shape, device) for _ in range(cold_copies(shape.expert_bytes * shape.experts))]
 
 
 class Ours:
@@ -247,8 +228,11 @@ class Point(TimedPoint):
         ours = Ours(self.shape, self.tokens, self.device, self.tiles(provider), format_of(provider))
         return [partial(ours.run, layer, self.x, self.logits) for layer in self.layers]
 
-    def bits(self, provider: str) -> float:
-        return self.layers[0].bits(format_of(provider))
+    def columns(self, provider: str, timing: Timing, roofs: Roofs) -> dict[str, object]:
+        # A peer's floor is that of our dense experts.
+        work = work_of(self.ours(provider)[0]) if provider in OURS else self.work
+        bits = self.layers[0].bits(format_of(provider))
+        return layer_columns(work, self.touched, timing, self.base_s, roofs, bits)
 
 
 def layer_columns(
@@ -268,25 +252,11 @@ def layer_columns(
 
 def bench_shape(name: str, args: Arguments, roofs: Roofs, results: Sweep, device: torch.device) -> None:
     """All points of one shape that are missing."""
-    shape, layers = SHAPES[name], None
+    layers = cache(partial(cold_layers, SHAPES[name], device))
     for tokens in args.tokens:
+        make = lambda tokens=tokens: Point(layers(), tokens, args.routing, args.tuned)  # noqa: E731
         where: dict[str, Any] = {"shape": name, "tokens": tokens, "routing": args.routing}
-        missing = [provider for provider in args.providers if not results.has(**where, provider=provider)]
-        if not missing:
-            continue
-        layers = layers or [Layer(shape, device) for _ in range(cold_copies(shape.expert_bytes * shape.experts))]
-        point = Point(layers, tokens, args.routing, args.tuned)
-        for provider in missing:
-            say(results.measure(partial(_columns, point, provider, roofs), **where, provider=provider))
-
-
-def _columns(point: Point, provider: str, roofs: Roofs) -> dict:
-    timing = point.time(provider)
-    if provider == "fluxmoe":
-        point.base_s = timing.p50
-    # A peer's floor is that of our dense experts.
-    work = work_of(point.ours(provider)[0]) if provider in OURS else point.work
-    return layer_columns(work, point.touched, timing, point.base_s, roofs, point.bits(provider))
+        time_providers(results, roofs, args.providers, make, **where)
 
 
 @dataclass(frozen=True, kw_only=True)

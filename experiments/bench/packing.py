@@ -12,7 +12,6 @@ that together exceed the caches; the results of both are compared bit for bit fi
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,14 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fluxmoe.kernels.cpu.experts import CpuExperts
-from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.formats import DENSE, codec_of, compressed_formats
 from fluxmoe.kernels.ops import ExpertOps
 from fluxmoe.kernels.packing import Codec, Packed
-from fluxmoe.kernels.packing.histogram import exponent_histogram
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.decoder import expert_dims
+from fluxmoe.runtime.devices import device_of
+from fluxmoe.runtime.experts.config import PagingConfig
 from fluxmoe.runtime.experts.streamer import LayerPage
 from torch import Tensor
 from tqdm import tqdm
@@ -36,8 +34,9 @@ from tqdm import tqdm
 from ..lib.args import group, option
 from ..lib.models import ModelChoice
 from ..lib.results import UsageError, write_csv, write_result
-from ..paper.fig5_exponents import entropy
-from .timing import cold_copies, host_seconds, time_calls
+from ..paper.fig5_exponents import entropy, histograms
+from .experts import encoded, page_of, table_of
+from .timing import cold_copies, host_seconds, host_times, time_calls, times_in_turns
 
 # The format whose GEMM is timed.
 FUSED = "planar12"
@@ -52,13 +51,11 @@ _PAIRS, _SECONDS = 30, 4.0
 
 def bound_of(weight: Tensor) -> float:
     """Bits a weight that no code of independent sign, exponent and mantissa goes below."""
-    bits = weight.contiguous().view(torch.int16).numpy().view(np.uint16).reshape(1, -1)
-    return 1 + entropy(exponent_histogram(bits)[0]) + entropy(np.bincount((bits & 0x7F).reshape(-1), minlength=128))
+    return 1 + sum(map(entropy, histograms(weight)))
 
 
 def median_seconds(work: Callable[[], object]) -> float:
-    work()
-    return float(np.median([host_seconds(work) for _ in range(_REPEATS)]))
+    return float(np.median(host_times([work], rounds=_REPEATS)))
 
 
 def gpu_decode_rate(codec: Codec, packed: Packed, weight: Tensor) -> dict[str, float]:
@@ -103,15 +100,12 @@ class FusedGemm:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, most_tokens: int) -> None:
         config, self.device = checkpoint.config, device
         dims = expert_dims(config)
-        if device.type == "cuda":
-            from fluxmoe.kernels.triton.experts import TritonExperts
-
-            self.dense_ops: ExpertOps = TritonExperts(dims, most_tokens, device)
-            self.ops: ExpertOps = TritonExperts(dims, most_tokens, device, formats=(FUSED,))
-            wanted = cold_copies(config.expert_bytes_total // len(config.moe_layers))
-        else:
-            self.dense_ops = self.ops = CpuExperts(dims, most_tokens)
-            wanted = -(-_COLD_BYTES * len(config.moe_layers) // config.expert_bytes_total)
+        self.dense_ops, self.ops = (
+            device_of(device).make_expert_ops(dims, most_tokens, PagingConfig(placement=placement))
+            for placement in ("resident", "packed")
+        )
+        layer_bytes = config.expert_bytes_total // len(config.moe_layers)
+        wanted = cold_copies(layer_bytes) if device.type == "cuda" else -(-_COLD_BYTES // layer_bytes)
         self.hidden = config.hidden_size
         layers = config.moe_layers[:wanted]
         self.pages = {name: [self._page(checkpoint, i, name) for i in tqdm(layers, name)] for name in (DENSE, FUSED)}
@@ -120,10 +114,8 @@ class FusedGemm:
     def _page(self, checkpoint: Checkpoint, layer: int, name: str) -> LayerPage:
         pairs: list = [None] * checkpoint.config.num_experts
         for _, expert, gate_up, down in checkpoint.experts(lambda i, expert: i == layer):
-            first, second = (torch.empty(n, dtype=torch.uint8) for n in self.ops.expert_bytes(name))
-            self.ops.encode_expert(gate_up, down, (first, second), name)
-            pairs[expert] = first.to(self.device), second.to(self.device)
-        return LayerPage(ExpertTable.from_blocks(pairs, self.device, name), lambda tensor_type: None)
+            pairs[expert] = encoded(self.ops, (gate_up.to(self.device), down.to(self.device)), name)[0]
+        return page_of(table_of(pairs, self.device, name))
 
     def run(self, ops: ExpertOps, x: Tensor, logits: Tensor, page: LayerPage, out: Tensor) -> Tensor:
         return ops.moe_add(x, ops.route(logits), page, out)
@@ -144,8 +136,13 @@ class FusedGemm:
             ]
             medians, ratios = [t.p50 for t in times], [times[0].p50 / times[1].p50]
         else:
-            pairs = self._cpu_pairs(x, logits, out)
-            medians, ratios = np.median(pairs, axis=0), pairs[:, 0] / pairs[:, 1]
+
+            def once(name: str, turn: int) -> float:
+                page = self.pages[name][turn % len(dense)]
+                return host_seconds(partial(self.run, self.ops, x, logits, page, out))
+
+            seconds = times_in_turns(once, (DENSE, FUSED), _PAIRS, _SECONDS)
+            medians, ratios = [np.median(each) for each in seconds.values()], seconds[DENSE] / seconds[FUSED]
         low, middle, high = np.percentile(ratios, [20, 50, 80])
         return {
             "tokens": tokens,
@@ -155,19 +152,6 @@ class FusedGemm:
             "ratio_p20": low,
             "ratio_p80": high,
         }
-
-    def _cpu_pairs(self, x: Tensor, logits: Tensor, out: Tensor) -> np.ndarray:
-        """Seconds [pairs, 2], each pair on the same layer, its order alternating."""
-        times: list[list[float]] = []
-        begin, names = time.perf_counter(), (DENSE, FUSED)
-        while len(times) < _PAIRS and (len(times) < 3 or time.perf_counter() - begin < _SECONDS):
-            layer, pair = len(times) % len(self.pages[DENSE]), [0.0, 0.0]
-            for which in (0, 1) if len(times) % 2 else (1, 0):
-                start = time.perf_counter()
-                self.run(self.ops, x, logits, self.pages[names[which]][layer], out)
-                pair[which] = time.perf_counter() - start
-            times.append(pair)
-        return np.array(times)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from fluxmoe.kernels.ops import ExpertDims
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -13,6 +16,10 @@ class Shape:
     intermediate: int
     experts: int
     top_k: int
+
+    @property
+    def dims(self) -> ExpertDims:
+        return ExpertDims(self.hidden, self.intermediate, self.experts, self.top_k, torch.bfloat16)
 
     @property
     def expert_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""What GPU benchmarks share: roofs measured in the same run, and cold timing by CUDA graphs.
+"""What benchmarks share: roofs measured in the same run, cold timing by CUDA graphs, and turns on the host's clock.
 
 A point is timed by replaying a graph that runs the work once on each of several copies of the weights, which together
 exceed L2: weights are cold, as in a model whose other layers run in between, and launch gaps are those of serving.
@@ -7,13 +7,14 @@ Work that cannot be captured (a peer that waits for the device) is timed eagerly
 
 from __future__ import annotations
 
+import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from ..lib.results import UsageError
 from ..lib.sweep import Sweep, say
 
 GIB = 1 << 30
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +155,14 @@ class TimedPoint(ABC):
     def time(self, provider: str) -> Timing:
         """Checked, then timed; raises WrongError, AbsentError and whatever a kernel raises."""
 
+    def columns(self, provider: str, timing: Timing, roofs: Roofs) -> dict[str, object]:
+        """Of a provider's row: time, what our kernels declare, and how far from the floor it is that this sets."""
+        work, floor = self.work, roofs.floor_s(*self.work)
+        return {
+            **timing.columns, "bytes": work.nbytes, "flops": work.flops, "floor_us": floor * 1e6,
+            "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, self.base_s),
+        }  # fmt: skip
+
 
 def time_providers(
     sweep: Sweep, roofs: Roofs, providers: Sequence[str], make: Callable[[], TimedPoint], **where: Any
@@ -167,11 +177,7 @@ def time_providers(
         timing = point.time(provider)
         if provider == "fluxmoe":
             point.base_s = timing.p50
-        work, floor = point.work, roofs.floor_s(*point.work)
-        return {
-            **timing.columns, "bytes": work.nbytes, "flops": work.flops, "floor_us": floor * 1e6,
-            "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, point.base_s),
-        }  # fmt: skip
+        return point.columns(provider, timing, roofs)
 
     for provider in missing:
         say(sweep.measure(partial(columns, provider), **where, provider=provider))
@@ -211,6 +217,32 @@ def host_seconds(work: Callable[[], object]) -> float:
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
+
+
+def host_times(calls: Sequence[Callable[[], object]], seconds: float = 0.0, rounds: int = 1) -> np.ndarray:
+    """Seconds of each call, `calls` one after another, at least so many rounds and so long; the very first, which
+    compiles, is not counted."""
+    calls[0]()
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < rounds * len(calls) or time.perf_counter() - begin < seconds:
+        times.append(host_seconds(calls[len(times) % len(calls)]))
+    return np.array(times)
+
+
+def times_in_turns(
+    run: Callable[[T, int], float], names: Sequence[T], turns: int, seconds: float = float("inf"), seed: int = 0
+) -> dict[T, np.ndarray]:
+    """What `run(name, turn)` gives for each of `names` by turn: all take part in each, in an order of its own, so that
+    a machine whose speed drifts favours none. Ends early, behind the third turn, after so many seconds."""
+    rng, begin = random.Random(seed), time.perf_counter()
+    times: dict[T, list[float]] = {name: [] for name in names}
+    for turn in range(turns):
+        if turn >= 3 and time.perf_counter() - begin > seconds:
+            break
+        for name in rng.sample(names, len(names)):
+            times[name].append(run(name, turn))
+    return {name: np.array(each) for name, each in times.items()}
 
 
 def _elapsed(work: Callable[[], object]) -> float:

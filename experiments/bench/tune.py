@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -35,9 +35,9 @@ from torch import Tensor
 from ..lib.args import group, option
 from ..lib.results import device_name, provenance, write_json
 from ..lib.sweep import WrongError, say
-from .moe import Layer, Ours, check, choose, reference, router_logits
+from .moe import Layer, Ours, check, choose, cold_layers, reference, router_logits
 from .shapes import MODEL_SHAPES, SHAPES, Shape
-from .timing import GpuBench, cold_copies, time_calls
+from .timing import GpuBench, time_calls
 
 # Bounds of the table, and the tokens that are timed for each: rows per expert just at the bound.
 BOUNDS = (4, 16, 32, 64, 128, 512)
@@ -147,16 +147,15 @@ class Arguments:
 def run(args: Arguments) -> None:
     device, end, rehearse = args.where.device, time.monotonic() + 60 * args.minutes, args.where.rehearse
     table = args.table or TUNED_DIR / f"{table_name(device_name(device.type))}.json"
-    layers: dict[str, list[Layer]] = {}
+    layers = cache(cold_layers)
     with args.where.rows("bench tune") as results:
         for bound, name in itertools.product(BOUNDS[:1] if rehearse else BOUNDS, args.shapes):
             if time.monotonic() > end or results.has(shape=name, rows=bound):
                 continue
             shape = SHAPES[name]
-            if name not in layers:
-                layers[name] = [Layer(shape, device) for _ in range(cold_copies(shape.expert_bytes * shape.experts))]
             tiles = candidates(bound, capability_of(device))[: 2 if rehearse else None]
-            say(results.measure(partial(_best, shape, bound, layers[name], tiles), shape=name, rows=bound))
+            work = partial(_best, shape, bound, layers(shape, device), tiles)
+            say(results.measure(work, shape=name, rows=bound))
             write_table(table, results.rows, device.type)
         print(f"tiles → {table}")
         results.finish()

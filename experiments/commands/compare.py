@@ -30,9 +30,4 @@ def run(args: Arguments) -> None:
     shown = [d for d in found.differences if args.all or d.column in SPEEDS] or found.differences
     for difference in shown:
         print(f"{difference.table:<16} {difference}")
-    if found.missing:
-        print(f"{found.missing} points are in one of the two alone")
-    if found.words:
-        print(f"{found.words} values that are no numbers differ (status, tokens)")
-    if found.same:
-        print("the same in all numbers")
+    print(f"differs: {found.told}" if found.told else "the same in all numbers")

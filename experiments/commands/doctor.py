@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -18,14 +17,14 @@ from fluxmoe.runtime.memory.budget import format_bytes
 
 from ..lib.args import option
 from ..lib.models import PRESETS
-from ..lib.results import code_digest, device_name, output_file, write_json
+from ..lib.results import code_digest, cores, device_name, output_file, write_json
 from .reproduce import hardware_folder
 
 # Package → what does not work without it, and how to get it.
 _PEERS = {
     "transformers": ("versus --transformers", "pip install transformers"),
-    "matplotlib": ("figures", "pip install matplotlib"),
-    "pandas": ("figures", "pip install pandas"),
+    "matplotlib": ("commands that draw a figure", "pip install matplotlib"),
+    "pandas": ("commands that draw a figure", "pip install pandas"),
     "tokenizers": ("text as prompts, chat", "pip install tokenizers"),
     "pytest": ("make test, bench tests", "pip install pytest"),
     "liger_kernel": ("bench moe --providers liger", "pip install liger-kernel"),
@@ -54,7 +53,7 @@ def machine() -> list[Finding]:
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     here = Path.cwd()
     found = [
-        Finding("processor", f"{device_name('cpu')}, {len(os.sched_getaffinity(0))} cores for this process"),
+        Finding("processor", f"{device_name('cpu')}, {cores()} cores for this process"),
         Finding("memory", format_bytes(pages)),
         Finding("disk", f"{format_bytes(shutil.disk_usage(here).free)} free in {here}"),
         Finding("spilling", f"{format_bytes(shutil.disk_usage(tempfile.gettempdir()).free)} free in "
@@ -115,4 +114,4 @@ def run(args: Arguments) -> None:
         mark = {True: "ok", False: "--", None: ""}[each.works]
         print(f"{mark:>2} {each.what:<16} {each.found}" + (f"\n{'':20}→ {each.remedy}" if each.remedy else ""))
     if args.json:
-        write_json(args.json, json.loads(json.dumps([asdict(each) for each in findings])))
+        write_json(args.json, [asdict(each) for each in findings])

@@ -108,8 +108,9 @@ def listing(prefix: str = "") -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; an error that a user can cause becomes one `error:` line and exit status 2.
 
-    User errors are `ValueError` subclasses that our packages define (UsageError, BudgetError, …) and `OSError`. A bare
-    ValueError, like any other exception, is a bug of ours and keeps its traceback.
+    User errors are `ValueError` subclasses that our packages define (UsageError, BudgetError, …), `OSError`, and a
+    package of others that is missing. A bare ValueError, like any other exception, is a bug of ours and keeps its
+    traceback.
     """
     if argv is None:
         # Whoever is asked to end cleans up as after Ctrl-C.
@@ -124,6 +125,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if (missing := (error.name or "fluxmoe").partition(".")[0]) == "fluxmoe":
+            raise
+        print(
+            f"error: this needs {missing}, which is not installed here: pip install {missing}, or what all commands "
+            "need, pip install 'fluxmoe[experiments]'; see fluxmoe doctor", file=sys.stderr,
+        )  # fmt: skip
+        sys.exit(2)
     except (ValueError, OSError) as error:
         if not isinstance(error, OSError) and not type(error).__module__.startswith("fluxmoe."):
             raise

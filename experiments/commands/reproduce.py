@@ -26,7 +26,7 @@ import torch
 
 from ..lib.args import option
 from ..lib.comparison import compare
-from ..lib.results import UsageError, code_digest, device_name, instructions, write_json
+from ..lib.results import UsageError, code_digest, cores, device_name, instructions, write_json
 
 RUNS = Path(__file__).with_name("runs.toml")
 _DONE = "done.json"
@@ -83,16 +83,18 @@ class Arguments:
 
 
 def hardware_folder(results: Path) -> str:
-    """Name of this machine's folder: the one whose profile was measured on such a processor, or a new one."""
+    """Name of this machine's folder: the one with results of such a processor, or a new one."""
     gpu = torch.cuda.is_available()
-    mine = (device_name("cuda" if gpu else "cpu"), None if gpu else instructions())
-    for path in sorted(results.glob("measured/*/profile.json")):
-        profile = json.loads(path.read_text())
-        # Names of virtual machines say little. Profiles that do not know their instructions are of a CPU with AVX2.
-        kind = None if gpu else profile.get("provenance", {}).get("instructions", "AVX2")
-        if (profile.get("name"), kind) == mine:
-            return path.parent.name
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(filter(None, mine)).lower()).strip("-")
+    name, kind = device_name("cuda" if gpu else "cpu"), None if gpu else instructions()
+    folders = sorted(results.glob("measured/*/"))
+    for path in (p for folder in folders for p in (folder / "profile.json", *sorted(folder.glob("*/provenance.json")))):
+        said = json.loads(path.read_text()) if path.exists() else {}
+        # Names of virtual machines say little. What does not know its instructions is of a CPU with AVX2.
+        made = {"hardware": said.get("name"), **said.get("provenance", said)}
+        same = gpu or ((made.get("instructions") or "AVX2"), made.get("cpus", cores())) == (kind, cores())
+        if made["hardware"] == name and same:
+            return path.relative_to(results / "measured").parts[0]
+    return re.sub(r"[^a-z0-9]+", "-", f"{name} {kind or ''}".lower()).strip("-")
 
 
 def missing(run: Run, pythons: Mapping[str, str | None]) -> str | None:
@@ -127,8 +129,7 @@ def verdict(run: Run, made: Path, committed: Path) -> str:
         return f"measured: {found.speed}"
     if found.same:
         return "reproduced"
-    gone = f"; {found.missing} points are in one alone" if found.missing else ""
-    return f"differs: {found.largest or 'nothing in common'}{gone}"
+    return f"differs: {found.told or 'nothing was compared'}"
 
 
 def run(args: Arguments) -> None:

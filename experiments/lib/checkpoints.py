@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .args import option
-from .results import UsageError
+from .results import UsageError, write_json
 from .skew import MOST_SKEW, row_scales
 
 # In config.json of what this file wrote.
@@ -106,8 +106,8 @@ def write_checkpoint(
     names = dict(roles.required) | {n: r for ways in roles.expert_schemes for n, r in ways[0].items()}
     zero_centred: frozenset[str] = getattr(arch, "ZERO_CENTRED", frozenset())
     with whole_directory(out) as temporary:
-        _write_json(temporary / "config.json", config | {GENERATED: True})
-        _write_json(temporary / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
+        write_json(temporary / "config.json", config | {GENERATED: True})
+        write_json(temporary / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
         weights = _Weights(
             model.dtype, seed, scale, zero_centred, row_scales(model.num_experts, model.top_k, router_skew)
         )
@@ -183,27 +183,21 @@ def hf_config(shape: ModelShape) -> dict[str, Any]:
     if arch == "mixtral":
         extra = {"architectures": ["MixtralForCausalLM"], "num_local_experts": experts, "sliding_window": None}
         return config | extra | {"intermediate_size": moe_intermediate}
-    if arch == "qwen3_moe":
-        return config | {
-            "architectures": ["Qwen3MoeForCausalLM"],
+    if arch.startswith("qwen3"):
+        config |= {
             "num_experts": experts,
             "moe_intermediate_size": moe_intermediate,
             "intermediate_size": top_k * moe_intermediate,
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
             "mlp_only_layers": dense,
-            "use_sliding_window": False,
         }
+    if arch == "qwen3_moe":
+        return config | {"architectures": ["Qwen3MoeForCausalLM"], "use_sliding_window": False}
     if arch == "qwen3_next":
         return config | {
             "architectures": ["Qwen3NextForCausalLM"],
-            "num_experts": experts,
-            "moe_intermediate_size": moe_intermediate,
             "shared_expert_intermediate_size": moe_intermediate,
-            "intermediate_size": top_k * moe_intermediate,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": dense,
             "full_attention_interval": 4,
             "partial_rotary_factor": 0.25,
             # As many value heads as query heads twice, in pairs that share a key head: the published model's shape.
@@ -281,7 +275,7 @@ def _write_shards(directory: Path, names: dict[str, Role], weights: _Weights, sh
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         total = sum(weights.dtype.itemsize * torch.Size(role.shape).numel() for role in names.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(directory / "model.safetensors.index.json", index)
+        write_json(directory / "model.safetensors.index.json", index)
 
 
 def _split(names: dict[str, Role], itemsize: int, shard_bytes: int) -> Iterator[list[str]]:
@@ -315,7 +309,7 @@ def _write_tokenizer(directory: Path, vocab: int) -> None:
     text = [inspect.getdoc(value) or "" for m in modules for value in vars(m).values() if callable(value)]
     tokenizer.train_from_iterator(text, trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
-    _write_json(
+    write_json(
         directory / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": _SPECIAL[0], "eos_token": _SPECIAL[1]},
     )
@@ -328,7 +322,3 @@ def share(directory: Path) -> None:
     directory.chmod(0o777 & ~umask)
     for path in directory.iterdir():
         path.chmod(0o666 & ~umask)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

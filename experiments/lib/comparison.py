@@ -24,6 +24,7 @@ SPEEDS = (
     "tokens_per_s", "decode_tokens_per_s", "over_resident", "time_us", "decode_gb_per_s", "overhead_percent",
     "dense_over_planar12", "predicted_us", "compute_s", "duration_s",
 )  # fmt: skip
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,17 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Nothing differs but by roundings."""
-        return not self.missing and not self.words and all(d.largest < 1e-6 for d in self.differences)
+        """Something was compared, and nothing differs but by roundings."""
+        return bool(self.differences) and not self.told
+
+    @property
+    def told(self) -> str:
+        """What differs: the column that does most, words, points."""
+        largest = self.largest
+        parts = [str(largest)] if largest is not None and largest.largest >= _ROUNDING else []
+        parts += [f"{self.words} values that are no numbers (status, tokens)"] if self.words else []
+        parts += [f"{self.missing} points are in one alone"] if self.missing else []
+        return "; ".join(parts)
 
     @property
     def largest(self) -> Difference | None:
@@ -68,13 +78,12 @@ class Comparison:
 
 
 def compare(first: Path, second: Path) -> Comparison:
-    """All tables that both folders hold."""
+    """All tables of both folders; what only one has lacks its points in the other."""
     differences: list[Difference] = []
     missing = words = 0
-    for path in sorted(first.glob("*.csv")):
-        if path.name.startswith("old_") or not (second / path.name).exists():
-            continue
-        one, other = _points(read_csv(path)), _points(read_csv(second / path.name))
+    names = {path.name for folder in (first, second) for path in folder.glob("*.csv")}
+    for name in sorted(name for name in names if not name.startswith("old_")):
+        one, other = _points(read_csv(first / name)), _points(read_csv(second / name))
         missing += len(one.keys() ^ other.keys())
         both = [key for key in one if key in other]
         columns = dict.fromkeys(column for key in both for column in one[key] if column in other[key])
@@ -84,7 +93,7 @@ def compare(first: Path, second: Path) -> Comparison:
             words += sum(a != b for a, b in pairs if not (isinstance(a, float) and isinstance(b, float)))
             if numbers:
                 ratios = np.array([1.0 if a == b else b / a if a else np.inf for a, b in numbers])
-                differences.append(Difference(path.name, column, ratios))
+                differences.append(Difference(name, column, ratios))
     return Comparison(differences, missing, words)
 
 

@@ -34,6 +34,11 @@ _SMALL_MOE = ModelShape(
     head_dim=64, vocab=8192, max_positions=4096,
 )  # fmt: skip
 
+_QWEN3_WIDE = ModelShape(
+    arch="qwen3_moe", layers=8, experts=64, top_k=8, hidden=2048, moe_intermediate=768, heads=32, kv_heads=4,
+    head_dim=128, vocab=32768, max_positions=2048,
+)  # fmt: skip
+
 PRESETS = {
     # Ends within 4 minutes on two cores.
     "demo": Preset(
@@ -83,17 +88,12 @@ PRESETS = {
     ),
     # Layers of Qwen3-30B-A3B's width on a GPU, made and loaded in seconds: 2.4 GB of experts.
     "gpu-short": Preset(
-        ModelShape(
-            arch="qwen3_moe", layers=4, experts=64, top_k=8, hidden=2048, moe_intermediate=768, heads=32, kv_heads=4,
-            head_dim=128, vocab=32768, max_positions=2048),
-        requests=128, context=1024, output_tokens=64, max_batch=64, budgets=("2304MiB", "2816MiB", "3584MiB"),
+        replace(_QWEN3_WIDE, layers=4), requests=128, context=1024, output_tokens=64, max_batch=64,
+        budgets=("2304MiB", "2816MiB", "3584MiB"),
     ),
     # The same, deeper: 4.8 GB of experts, KV of a full batch 1.1 GB.
     "gpu": Preset(
-        ModelShape(
-            arch="qwen3_moe", layers=8, experts=64, top_k=8, hidden=2048, moe_intermediate=768, heads=32, kv_heads=4,
-            head_dim=128, vocab=32768, max_positions=2048),
-        requests=128, context=1024, output_tokens=128, max_batch=64,
+        _QWEN3_WIDE, requests=128, context=1024, output_tokens=128, max_batch=64,
         budgets=("1GiB", "2GiB", "3GiB", "4GiB", "5GiB", "5632MiB", "6GiB", "7GiB"),
     ),
     # The shape of Qwen3-Next-80B-A3B in all but depth: 8 layers of 48, 25.8 GB.

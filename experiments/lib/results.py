@@ -67,6 +67,15 @@ def read_csv(path: Path | str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def values_by(rows: Iterable[Mapping[str, Any]], by: str, column: str = "tokens_per_s") -> dict[Any, list[float]]:
+    """What `column` says in the rows that are ok, those of one `by` together: the repeats of a point."""
+    found: dict[Any, list[float]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            found.setdefault(row[by], []).append(float(row[column]))
+    return found
+
+
 def digest(*values: Any) -> str:
     """16 hex digits that change with the content of any of `values`, which need only be printable."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -128,7 +137,7 @@ def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, Any]:
         "device": device,
         "hardware": device_name(device),
         "instructions": instructions() if device == "cpu" else None,
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": cores(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
         "seed": seed,
@@ -157,15 +166,15 @@ def _anywhere(word: str) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else f"…/{path.name}"
 
 
+def cores() -> int | None:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def instructions() -> str | None:
     """The widest vector instructions of the CPU that peers have kernels for; None where the system does not say."""
     names = {"avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
-    try:
-        flags = next(
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
-        ).split()
-    except (OSError, StopIteration):
-        return None
+    flags = (_cpuinfo("flags") or "").split()
     return next((name for flag, name in names.items() if flag in flags), None)
 
 
@@ -175,13 +184,16 @@ def device_name(device: str) -> str:
         import torch
 
         return torch.cuda.get_device_name()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(entry: str) -> str | None:
+    """What the system says of the first core; None where it says nothing."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(entry)), None)
 
 
 def _git(*arguments: str) -> str | None:

@@ -97,8 +97,12 @@ class Sweep:
 
     def find(self, **point: object) -> Mapping[str, Any] | None:
         """The row of a point, however it was made."""
+        return next(iter(self._matching(point)), None)
+
+    def _matching(self, point: Mapping[str, object]) -> list[Mapping[str, Any]]:
+        """Rows that have `point` in common."""
         wanted = _plain(point).items()
-        return next((row for row in self.rows if all(str(row.get(k, "")) == value for k, value in wanted)), None)
+        return [row for row in self.rows if all(str(row.get(k, "")) == value for k, value in wanted)]
 
     def has(self, made: Mapping[str, Any] | None = None, **point: object) -> bool:
         """Whether the row of a point is there, and made as it would be now; what was absent may be there now."""
@@ -154,14 +158,12 @@ class Sweep:
 
     def made_together(self, **point: object) -> bool:
         """Whether the rows that have `point` in common are there, and made as they would be now."""
-        wanted = _plain(point).items()
-        rows = [row for row in self.rows if all(str(row.get(k, "")) == value for k, value in wanted)]
+        rows = self._matching(point)
         return bool(rows) and all(row.get("made") == self.identity(None, point) for row in rows)
 
     def replace(self, point: Mapping[str, object], rows: Iterable[Mapping[str, Any]]) -> None:
         """Rows that were made together, in the place of those that have `point` in common."""
-        wanted = _plain(point).items()
-        old = [row for row in self.rows if all(str(row.get(k, "")) == value for k, value in wanted)]
+        old = self._matching(point)
         self._keep_old(old)
         made = {"run": self.utc, "made": self.identity(None, point)}
         self.rows = [row for row in self.rows if row not in old] + [{**row, **made} for row in rows]

@@ -15,7 +15,6 @@ map and one unmap of a block cost is timed beside it.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +22,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fluxmoe.kernels.cpu.experts import CpuExperts
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.ops import ExpertDims, ExpertOps
 from fluxmoe.runtime.devices import device_of, resolve_device
+from fluxmoe.runtime.experts.config import PagingConfig
 from fluxmoe.runtime.experts.streamer import LayerPage
 from fluxmoe.runtime.memory.paged_tensor import PagedTensor
 from torch import Tensor
 from tqdm import tqdm
 
-from ..bench.timing import host_seconds, seconds_of
+from ..bench.experts import encoded, page_of, random_expert
+from ..bench.timing import host_seconds, seconds_of, times_in_turns
 from ..lib.args import option
 from ..lib.results import UsageError, write_result
 from ..plots.serving import plot_overhead
@@ -63,12 +63,7 @@ class Experts:
     def __init__(self, args: Arguments, device: torch.device) -> None:
         self.dims = ExpertDims(args.hidden, args.moe_intermediate, args.experts, args.top_k, torch.bfloat16)
         self.device, self.layers = device, args.layers
-        if device.type == "cuda":
-            from fluxmoe.kernels.triton.experts import TritonExperts
-
-            self.ops: ExpertOps = TritonExperts(self.dims, max(args.batches), device)
-        else:
-            self.ops = CpuExperts(self.dims, max(args.batches))
+        self.ops: ExpertOps = device_of(device).make_expert_ops(self.dims, max(args.batches), PagingConfig())
         sizes = self.ops.expert_bytes()
         self.paged = [
             PagedTensor(args.layers, args.experts, (n,), torch.uint8, device, slots=max(2, args.layers)) for n in sizes
@@ -81,11 +76,8 @@ class Experts:
         d = self.dims
         stacked = [torch.empty(d.experts, n, dtype=torch.uint8, device=self.device) for n in sizes]
         for expert in range(d.experts):
-            gate_up = torch.randn(2 * d.intermediate, d.hidden).mul_(d.hidden**-0.5).bfloat16()
-            down = torch.randn(d.hidden, d.intermediate).mul_(d.intermediate**-0.5).bfloat16()
-            first, second = (torch.empty(n, dtype=torch.uint8) for n in sizes)
-            self.ops.encode_expert(gate_up, down, (first, second))
-            for target, block in zip(stacked, (first, second), strict=True):
+            blocks, _ = encoded(self.ops, random_expert(d))
+            for target, block in zip(stacked, blocks, strict=True):
                 target[expert].copy_(block)
         for tensor, source in zip(self.paged, stacked, strict=True):
             if not tensor.states[layer].any():
@@ -100,7 +92,7 @@ class Experts:
         }
         for name, (gate_ups, downs) in memories.items():
             table = ExpertTable.from_blocks(list(zip(gate_ups, downs, strict=True)), self.device)
-            self.pages[name].append(LayerPage(table, lambda tensor_type: None))
+            self.pages[name].append(page_of(table))
 
     def table_kernel(self, x: Tensor, logits: Tensor, out: Tensor, layer: int, memory: str) -> None:
         self.ops.moe_add(x, self.ops.route(logits), self.pages[memory][layer], out)
@@ -117,7 +109,7 @@ class Experts:
             tensor.close()
 
 
-def measure(experts: Experts, kernel: str, batch: int, repeats: int, rng: random.Random) -> list[dict]:
+def measure(experts: Experts, kernel: str, batch: int, repeats: int) -> list[dict]:
     """One row a memory: times, and overhead over `stacked` turn by turn."""
     device, ops = experts.device, experts.ops
     x = torch.randn(batch, experts.dims.hidden, device=device)
@@ -134,14 +126,11 @@ def measure(experts: Experts, kernel: str, batch: int, repeats: int, rng: random
 
     for memory in memories:
         run(memory, 0)
-    times: dict[str, list[float]] = {memory: [] for memory in memories}
-    for turn in range(repeats):
-        layer = turn % experts.layers
-        for memory in rng.sample(memories, len(memories)):
-            times[memory].append(seconds_of(lambda: run(memory, layer), device))  # noqa: B023
+    times = times_in_turns(lambda memory, turn: seconds_of(lambda: run(memory, turn % experts.layers), device),
+                           memories, repeats)  # fmt: skip
     rows = []
     for memory in memories:
-        ratios = 100 * (np.array(times[memory]) / np.array(times["stacked"]) - 1)
+        ratios = 100 * (times[memory] / times["stacked"] - 1)
         # The median's own spread: from resampled turns, since single turns are noisier than the effect.
         resampled = np.random.default_rng(0).choice(ratios, (400, len(ratios)))
         low, high = np.percentile(np.median(resampled, axis=1), [5, 95])
@@ -179,7 +168,7 @@ def map_costs(device: torch.device, count: int = 200) -> list[dict]:
 
 def run(args: Arguments) -> None:
     torch.manual_seed(0)
-    device, out, rng = resolve_device(args.device), args.out, random.Random(0)
+    device, out = resolve_device(args.device), args.out
     costs = map_costs(device)
     for cost in costs:
         print(f"{cost['call']:>6} of {cost['block_bytes'] >> 10} KiB: {cost['time_us']:.1f} µs "
@@ -188,7 +177,7 @@ def run(args: Arguments) -> None:
     padding = [tensor.padding_bytes for tensor in experts.paged]
     for kernel in ("table", "torch"):
         for batch in args.batches:
-            for row in measure(experts, kernel, batch, args.repeats, rng):
+            for row in measure(experts, kernel, batch, args.repeats):
                 rows.append(row)
                 print(
                     f"{kernel:>6} {batch:>4} tokens {row['memory']:>8} {row['time_us']:9.1f} µs  overhead "

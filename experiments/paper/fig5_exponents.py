@@ -20,6 +20,7 @@ import torch
 from fluxmoe.kernels.packing.histogram import exponent_histogram
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.json_files import read_json
+from torch import Tensor
 from tqdm import tqdm
 
 from ..lib.args import option
@@ -34,17 +35,22 @@ def entropy(counts: np.ndarray) -> float:
     return float(-(shares * np.log2(shares)).sum())
 
 
+def histograms(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Exponents int64 [256] and mantissas int64 [128] of bf16 weights."""
+    bits = weight.contiguous().view(torch.int16).numpy().view(np.uint16).reshape(1, -1)
+    return exponent_histogram(bits)[0], np.bincount((bits & 0x7F).reshape(-1), minlength=128)
+
+
 def count_experts(checkpoint: Checkpoint, limit: int | None) -> tuple[np.ndarray, np.ndarray, int]:
     """(exponents int64 [256], mantissas int64 [128], experts read)."""
     exponents, mantissas = np.zeros(256, dtype=np.int64), np.zeros(128, dtype=np.int64)
     config = checkpoint.config
-    total = len(config.moe_layers) * config.num_experts
+    there = len(config.moe_layers) * config.num_experts
     read = 0
-    for _, _, gate_up, down in tqdm(checkpoint.experts(), "experts", min(total, limit or total), unit="expert"):
+    for _, _, gate_up, down in tqdm(checkpoint.experts(), "experts", min(there, limit or there), unit="expert"):
         for weight in (gate_up, down):
-            bits = weight.contiguous().view(torch.int16).numpy().view(np.uint16).reshape(1, -1)
-            exponents += exponent_histogram(bits)[0]
-            mantissas += np.bincount((bits & 0x7F).reshape(-1), minlength=128)
+            for total, counts in zip((exponents, mantissas), histograms(weight), strict=True):
+                total += counts
         read += 1
         if read == limit:
             break

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
 
-from .serving import line_of, save, subplots, where_of
+from .common import legend_below, line_of, read, save, subplots, where_of
 
 # Okabe-Ito, and what a legend says.
 _STYLE = {
@@ -25,8 +24,7 @@ _STYLE = {
 def plot_cache(directory: Path) -> Path:
     """cache.png beside rows.csv: hit rate against the share of experts that the cache holds; a row of panels a source
     and skew, a column a batch."""
-    rows = pd.read_csv(directory / "rows.csv")
-    about = json.loads((directory / "provenance.json").read_text())
+    rows, about = read(directory, "rows.csv")
     ok = rows[rows.status == "ok"]
     groups = list(ok.groupby(["source", "skew"], sort=False, dropna=False))
     batches = sorted(ok.batch.unique())
@@ -46,7 +44,6 @@ def plot_cache(directory: Path) -> Path:
             axis.set_ylim(-0.03, 1.03)
             axis.grid(color="0.92", linewidth=0.6)
             axis.tick_params(labelsize=7)
-            axis.spines[["top", "right"]].set_visible(False)
         skewed = "" if pd.isna(skew) else f", router skew {skew:g}"
         line[0].set_ylabel(f"hit rate\n{source}{skewed}", fontsize=8)
     for axis in axes[-1]:
@@ -55,7 +52,5 @@ def plot_cache(directory: Path) -> Path:
     if about.get("correlation"):
         kind += f", a sequence's hidden states correlated by {about['correlation']:g}"
     figure.suptitle(f"Which experts a cache keeps: {kind}", fontsize=9)
-    figure.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7.5, frameon=False
-    )
+    legend_below(figure, axes[0][0], 4)
     return save(figure, directory / "cache.png")

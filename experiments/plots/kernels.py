@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import pandas as pd
-
-from .serving import line_of, save, subplots, where_of
+from .common import line_of, read, save, subplots, where_of
 
 # Ours first; colours of Okabe and Ito.
 _PROVIDERS = {
@@ -22,8 +19,7 @@ _PROVIDERS = {
 def plot_layer(directory: Path) -> Path:
     """layer.png beside rows.csv of bench moe: time of a MoE layer over that of the floor which bytes and flops set for
     dense experts, against tokens, a panel for each shape with more than one point."""
-    rows = pd.read_csv(directory / "rows.csv")
-    about = json.loads((directory / "provenance.json").read_text())
+    rows, about = read(directory, "rows.csv")
     rows = rows[rows.status == "ok"]
     shapes = [shape for shape, points in rows.groupby("shape", sort=False) if points.tokens.nunique() > 1]
     figure, axes = subplots(1, len(shapes), figsize=(1.4 + 3.4 * len(shapes), 3.9), sharey=True, squeeze=False)
@@ -39,7 +35,6 @@ def plot_layer(directory: Path) -> Path:
         axis.set_xticks(floor.index, [str(tokens) for tokens in floor.index])
         axis.set_title(shape, fontsize=9)
         axis.set_xlabel("tokens in the batch")
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_yscale("log", base=2)
     axes[0][0].set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
     axes[0][0].set_ylabel("time over the floor of dense experts")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
 
 from ..paper import stated
-from .serving import axis_label, line_of, link_of, save, subplots, where_of
+from .common import axis_label, legend_below, line_of, link_of, log_ticks, read, save, subplots, where_of
 
 # Okabe-Ito: told apart with any colour vision, and by marker.
 SYSTEMS = {
@@ -23,14 +22,9 @@ SYSTEMS = {
 }
 
 
-def _read(directory: Path) -> tuple[pd.DataFrame, dict]:
-    return pd.read_csv(directory / "points.csv"), json.loads((directory / "provenance.json").read_text())
-
-
 def _finish(axis, x: str) -> None:
     axis.set_xlabel(x)
     axis.set_ylim(bottom=0)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def plot_fig7(directory: Path) -> Path:
@@ -49,7 +43,7 @@ def plot_fig8(directory: Path) -> Path:
 
 def _plot_sweep(directory: Path, what: str, said: list[tuple[str, int, str, float]]) -> Path:
     """Throughput against batch, and against context. said: (panel, x, system, tokens/s) of the paper's machine."""
-    points, about = _read(directory)
+    points, about = read(directory)
     figure, axes = subplots(1, 2, figsize=(8.0, 4.4), sharey=True)
     for axis, panel in zip(axes, ("batch", "context"), strict=True):
         rows = points[points.panel == panel]
@@ -70,9 +64,7 @@ def _plot_sweep(directory: Path, what: str, said: list[tuple[str, int, str, floa
         axes[0].plot([], [], "*", color="0.3", markersize=10, linestyle="none", label="stated by the paper")
     axes[0].set_ylim(0, 1.06 * points.tokens_per_s.max())
     axes[0].set_ylabel(axis_label("output tokens/s", about))
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7.5, frameon=False
-    )
+    legend_below(figure, axes[0], 2)
     link = points.link_bandwidth.max()
     held = f", link held to {link / 1e9:g} GB/s" if link == link else ""
     figure.suptitle(f"{about['model']}, {what}; {where_of(about)}{held}", fontsize=9)
@@ -81,16 +73,14 @@ def _plot_sweep(directory: Path, what: str, said: list[tuple[str, int, str, floa
 
 def plot_sensitivity(directory: Path) -> Path:
     """sensitivity.png beside points.csv of sensitivity: a panel each of context, link and GPU; returns its path."""
-    points, about = _read(directory)
+    points, about = read(directory)
     labels = {
         "context": "context (tokens)",
         "link": "bandwidth of the link over that of memory" if about.get("simulated") else "link held to (GB/s)",
         "gpu": "GPU, 90 % of its memory",
     }
     panels = [panel for panel in labels if (points.panel == panel).any()]
-    figure, axes = subplots(
-        1, len(panels), figsize=(4.0 * len(panels), 3.9), squeeze=False
-    )  # fmt: skip
+    figure, axes = subplots(1, len(panels), figsize=(4.0 * len(panels), 3.9), squeeze=False)
     colours = ("#000000", "#D55E00", "#0072B2", "#56B4E9", "#CC79A7")
     for axis, panel in zip(axes[0], panels, strict=True):
         ok = points[(points.panel == panel) & (points.status == "ok")]
@@ -109,23 +99,20 @@ def plot_sensitivity(directory: Path) -> Path:
             rows = rows.assign(x=rows.x.astype(float) / unit).sort_values("x")
             style = "o" + line_of(about)
             axis.plot(rows.x, rows.tokens_per_s, style, color=colour, label=placement, linewidth=1.4, markersize=4)
-            axis.set_xscale("log", base=2)
             ticks = sorted(float(x) / unit for x in points[points.panel == panel].x.unique())
-            axis.set_xticks(ticks, [f"{tick:.3g}" if tick < 1000 else f"{tick:.0f}" for tick in ticks], fontsize=8)
-            axis.minorticks_off()
+            log_ticks(axis, ticks, [f"{tick:.3g}" if tick < 1000 else f"{tick:.0f}" for tick in ticks], 2)
         at = points[points.panel == panel].iloc[0]
         size = f"{at.batch} requests" + ("" if panel == "context" else f" of {at.context}")
         axis.set_title(f"{about['models'][panel]}, {size}", fontsize=9)
         _finish(axis, labels[panel])
     axes[0][0].set_ylabel(axis_label("output tokens/s", about))
-    handles = axes[0][0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=5, fontsize=7.5, frameon=False)
+    legend_below(figure, axes[0][0], 5)
     return save(figure, directory / "sensitivity.png")
 
 
 def plot_kv_capacity(directory: Path) -> Path:
     """kv_capacity.png beside points.csv of fig2_kv_capacity; returns its path."""
-    points, about = _read(directory)
+    points, about = read(directory)
     points[["kv", "unit"]] = points.panel.str.split(" ", expand=True)
     points["kv"] = points.kv.astype(float)
     figure, axis = subplots(figsize=(5.2, 3.6))
@@ -145,7 +132,7 @@ def plot_kv_capacity(directory: Path) -> Path:
 
 def plot_memory_split(directory: Path) -> Path:
     """memory.png beside points.csv of fig1_memory: bytes by use against batch and context; returns its path."""
-    points, about = _read(directory)
+    points, about = read(directory)
     figure, axes = subplots(1, 2, figsize=(7.6, 3.4), sharey=True)
     parts = {"experts": "#0072B2", "other_weights": "#56B4E9", "states": "#E69F00", "kv_cache": "#D55E00"}
     measured = not about.get("simulated")
@@ -161,8 +148,7 @@ def plot_memory_split(directory: Path) -> Path:
             axis.axhline(4 * 48 * 1.073741824, color="0.4", linestyle=":", linewidth=0.9, label="4 x L40")
         _finish(axis, panel)
     axes[0].set_ylabel(f"{name} held" if measured else name)
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=5, fontsize=7.5, frameon=False)
+    legend_below(figure, axes[0], 5)
     where = where_of(about) if measured else "computed"
     figure.suptitle(f"{points.model.iloc[0]}: what memory holds; {where}", fontsize=9)
     return save(figure, directory / "memory.png")
@@ -170,7 +156,7 @@ def plot_memory_split(directory: Path) -> Path:
 
 def plot_knee(directory: Path) -> Path:
     """knee.png beside points.csv of fig6_knee: time of compute and of loads against α, a panel a batch."""
-    points, about = _read(directory)
+    points, about = read(directory)
     batches = sorted(points.batch.unique())
     figure, axes = subplots(1, len(batches), figsize=(4.0 * len(batches), 3.6), squeeze=False)
     for axis, batch in zip(axes[0], batches, strict=True):
@@ -183,7 +169,6 @@ def plot_knee(directory: Path) -> Path:
         axis.set_title(f"batch {batch}", fontsize=9)
         _finish(axis, "α, share of experts on the device")
     axes[0][0].set_ylabel(axis_label("ms an iteration", about))
-    handles = axes[0][0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=7.5, frameon=False)
+    legend_below(figure, axes[0][0], 2)
     figure.suptitle(f"{about['model']}; {where_of(about)}{link_of(about)}", fontsize=9)
     return save(figure, directory / "knee.png")

@@ -1,102 +1,30 @@
-"""Figures, drawn from files in results/ alone: no model, no GPU, no measurement.
-
-What was measured is drawn solid, what was simulated dashed; nothing else is told by the style of a line. Nothing here
-knows pyplot, whose backend is a notebook's to choose.
-"""
+"""Figures of our own sweeps, drawn from files in results/ alone: no model, no GPU, no measurement."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from fluxmoe.runtime.memory.budget import parse_bytes
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from pandas.core.groupby import SeriesGroupBy
 
 from ..paper import stated
-
-MIB = 1 << 20
-# Okabe-Ito: told apart with any colour vision, and by marker.
-STYLE = {
-    "resident": ("#000000", "o", "resident (all experts on the device)"),
-    "packed": ("#D55E00", "P", "packed (all experts on the device, compressed)"),
-    "hybrid": ("#F0E442", "X", "hybrid (last layers in host, the rest compressed)"),
-    "offload": ("#E69F00", "s", "offload (last layers in host, vLLM-O)"),
-    "balanced": ("#0072B2", "D", "balanced (same share of each layer streamed)"),
-    "balanced+": ("#56B4E9", "d", "balanced"),
-    "three_tiers": ("#56B4E9", "h", "three tiers (same shares of each layer in host memory and files)"),
-    "host": ("#009E73", "^", "host (all experts streamed)"),
-    "host+": ("#CC79A7", "v", "host"),
-    "disk": ("#999999", "<", "disk (all experts streamed)"),
-}
-
-
-def style_of(placement: str) -> tuple[str, str, str]:
-    """Colour, marker and label of a placement as scripts take it, NAME[:ALPHA][+FORMAT]."""
-    where, _, expert_format = placement.partition("+")
-    name = where.partition(":")[0]
-    key = f"{name}+" if expert_format and f"{name}+" in STYLE else name
-    return STYLE.get(key, ("#F0E442", "x", name))
-
-
-def line_of(about: dict) -> str:
-    """The style of a result's lines, by its provenance."""
-    return "--" if about.get("simulated") else "-"
-
-
-def where_of(about: dict) -> str:
-    """What made a result, for a title."""
-    if about.get("simulated"):
-        return f"simulated on {about['simulated']}"
-    kind = f", {about['instructions']}" if about.get("instructions") else ""
-    return f"measured on {about['hardware']} ({about['cpus']} cores{kind})"
-
-
-def size_of(nbytes: int | None) -> str:
-    """A budget, for a title."""
-    return "all" if nbytes is None else f"{nbytes / MIB:g} MiB"
-
-
-def link_of(about: dict) -> str:
-    """What a CPU's copies were held to, for a title."""
-    return f", link held to {about['link_bandwidth'] / 1e9:g} GB/s" if about.get("link_bandwidth") else ""
-
-
-def axis_label(quantity: str, about: dict) -> str:
-    return f"{quantity}, simulated" if about.get("simulated") else quantity
-
-
-def subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **settings: Any) -> tuple[Figure, Any]:
-    """A figure and its axes, as pyplot gives them, with no window and no backend behind it."""
-    figure = Figure(figsize=figsize, layout="constrained")
-    return figure, figure.subplots(rows, columns, **settings)
-
-
-def draw_runs(axis: Axes, groups: SeriesGroupBy, unit: float = 1, **style: Any) -> None:
-    """Medians over the runs of each x as a line, and the range of several as a bar: a single run has none."""
-    middle, several = groups.median(), groups.count() > 1
-    line = axis.plot(middle.index / unit, middle, **style)[0]
-    if several.any():
-        spread = [(middle - groups.min())[several], (groups.max() - middle)[several]]
-        axis.errorbar(
-            middle.index[several] / unit, middle[several], yerr=spread, fmt="none", capsize=2, color=line.get_color()
-        )
-
-
-def runs_of(rows: pd.DataFrame, about: dict, by: list[str]) -> str:
-    """That points are single runs, for a title; simulated ones are the same in every run."""
-    return "" if about.get("simulated") or rows.groupby(by).size().max() > 1 else ", one run each"
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write `path`, a PNG, and the same as PDF for print; returns `path`."""
-    figure.savefig(path, dpi=160)
-    # Without a date, so that the same figure is the same file.
-    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
-    return path
+from .common import (
+    MIB,
+    axis_label,
+    draw_runs,
+    legend_below,
+    line_of,
+    link_of,
+    log_ticks,
+    read,
+    runs_of,
+    save,
+    size_of,
+    style_of,
+    subplots,
+    where_of,
+)
 
 
 def plot_memory_budget(directory: Path) -> Path:
@@ -105,8 +33,7 @@ def plot_memory_budget(directory: Path) -> Path:
     Hollow marks: requests were preempted (the KV cache thrashed). Crosses below the axis: the budget cannot hold
     that placement.
     """
-    points = pd.read_csv(directory / "points.csv")
-    about = json.loads((directory / "provenance.json").read_text())
+    points, about = read(directory)
     figure, axis = subplots(figsize=(7.2, 5.2))
     ran = points[points.status == "ok"]
     unit, name_of_unit = (MIB << 10, "GiB") if points.budget_bytes.max() >= 16 << 30 else (MIB, "MiB")
@@ -140,10 +67,8 @@ def plot_memory_budget(directory: Path) -> Path:
         axis.plot(
             [b / unit for b in failed], [-0.035 * top * (index + 1)] * len(failed), "x", color=colour, markersize=5
         )
-    axis.set_xscale("log")
     ticks = sorted({round(b / unit) for b in points.budget_bytes})
-    axis.set_xticks(ticks, [str(t) for t in ticks], rotation=45, fontsize=8)
-    axis.minorticks_off()
+    log_ticks(axis, ticks, [str(t) for t in ticks], rotation=45)
     axis.axhline(0, color="0.6", linewidth=0.6)
     axis.set_ylim(-0.045 * top * (points.placement.nunique() + 0.5), 1.08 * top)
     axis.set_yticks([t for t in axis.get_yticks() if 0 <= t <= 1.08 * top])
@@ -158,10 +83,8 @@ def plot_memory_budget(directory: Path) -> Path:
     )
     axis.plot([], [], "o", color="0.4", markerfacecolor="white", label="hollow: requests were preempted")
     axis.plot([], [], "x", color="0.4", label="budget too small for this placement")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7.5, frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    path = directory / "throughput_vs_budget.png"
-    return save(figure, path)
+    legend_below(figure, axis, 2)
+    return save(figure, directory / "throughput_vs_budget.png")
 
 
 # Placements of the figure on the first page: what each line says of itself, beside which point, and where from there.
@@ -174,11 +97,10 @@ GLANCE = {
 
 def plot_at_a_glance(directory: Path) -> Path | None:
     """at_a_glance.png: three lines of the same points, with where each of them stops; None where one is missing."""
-    points = pd.read_csv(directory / "points.csv")
+    points, about = read(directory)
     ran = points[points.status == "ok"].groupby("placement").budget_bytes.nunique()
     if any(ran.get(placement, 0) < 2 for placement in GLANCE):
         return None
-    about = json.loads((directory / "provenance.json").read_text())
     figure, axis = subplots(figsize=(7.2, 3.8))
     for placement, (text, beside, offset, side) in GLANCE.items():
         colour, marker, _ = style_of(placement)
@@ -186,15 +108,8 @@ def plot_at_a_glance(directory: Path) -> Path | None:
         speed = rows[rows.status == "ok"].groupby("budget_bytes").tokens_per_s.median()
         x = speed.index / MIB
         axis.plot(x, speed, line_of(about), marker=marker, color=colour, linewidth=1.8, markersize=6)
-        axis.annotate(
-            text,
-            (x[beside], speed.iloc[beside]),
-            offset,
-            textcoords="offset points",
-            fontsize=8.5,
-            color=colour,
-            ha=side,
-        )
+        point = (x[beside], speed.iloc[beside])
+        axis.annotate(text, point, offset, textcoords="offset points", fontsize=8.5, color=colour, ha=side)
         least = rows.least_budget.dropna()
         if len(least):
             edge = least.min() / MIB
@@ -202,10 +117,8 @@ def plot_at_a_glance(directory: Path) -> Path | None:
             said = f" nothing below {edge:.0f} MiB"
             axis.text(edge, 0.01 * speed.max(), said, color=colour, fontsize=7.5, rotation=90,
                       va="bottom", ha="right")  # fmt: skip
-    axis.set_xscale("log")
     ticks = sorted({round(b / MIB) for b in points.budget_bytes})
-    axis.set_xticks(ticks, [str(t) for t in ticks], fontsize=8)
-    axis.minorticks_off()
+    log_ticks(axis, ticks, [str(t) for t in ticks])
     axis.set_ylim(bottom=0)
     axis.set_xlabel("memory for weights, slots, workspace and KV cache (MiB)")
     axis.set_ylabel(axis_label("output tokens/s", about))
@@ -214,15 +127,13 @@ def plot_at_a_glance(directory: Path) -> Path | None:
     axis.set_title(
         f"{experts / 1e6:.0f} MB of experts, {about['workload']['requests']} requests; {where_of(about)}", fontsize=9
     )
-    axis.spines[["top", "right"]].set_visible(False)
     return save(figure, directory / "at_a_glance.png")
 
 
 def plot_versus(directory: Path) -> Path:
     """versus.png beside rows.csv of versus: throughput against budget, or against sequences where there is one
     budget; median of rounds, with the range of several. Crosses below the axis: does not start, or stopped."""
-    rows = pd.read_csv(directory / "rows.csv", dtype={"budget": str})
-    about = json.loads((directory / "provenance.json").read_text())
+    rows, about = read(directory, "rows.csv", dtype={"budget": str})
     over = "budget" if rows.budget.nunique() > 1 else "sequences"
     figure, axis = subplots(figsize=(7.2, 4.6))
     ok = rows[rows.status == "ok"]
@@ -241,18 +152,15 @@ def plot_versus(directory: Path) -> Path:
         )  # fmt: skip
         refused = [x_of(x) for x in mine[mine.status != "ok"][over].unique()] if over == "budget" else []
         axis.plot(refused, [-0.03 * ok.tokens_per_s.max() * (index + 1)] * len(refused), "x", color=colour)
-    axis.set_xscale("log", base=2)
     ticks = sorted({x_of(x) for x in rows[over].dropna()})
-    axis.set_xticks(ticks, [f"{t:.0f}" for t in ticks], fontsize=8)
-    axis.minorticks_off()
+    log_ticks(axis, ticks, [f"{t:.0f}" for t in ticks], 2)
     axis.axhline(0, color="0.6", linewidth=0.6)
     axis.set_xlabel("memory budget (MiB)" if over == "budget" else "requests at once")
     axis.set_ylabel(axis_label("output tokens/s", about))
     at_once = f", {max(about['sequences'])} requests" if over == "budget" else ""
     single = runs_of(ok, about, ["provider", over])
     axis.set_title(f"model of preset {about['model']}{at_once}{single}; {where_of(about)}", fontsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7.5, frameon=False)
+    legend_below(figure, axis, 2)
     return save(figure, directory / "versus.png")
 
 
@@ -261,8 +169,7 @@ def plot_vllm_plugin(directory: Path) -> Path:
     and tokens of KV, over the budget, or over requests at once where there is one budget; medians of rounds, ranges as
     bars. Over budgets with the most requests. Crosses below the axis: does not start, or stopped. Our own engine makes
     no more KV cache than so many requests can use, so that panel is without it."""
-    rows = pd.read_csv(directory / "rows.csv", dtype={"budget": str})
-    about = json.loads((directory / "provenance.json").read_text())
+    rows, about = read(directory, "rows.csv", dtype={"budget": str})
     over = "budget" if rows.budget.nunique() > 1 else "sequences"
     ok, most = rows[rows.status == "ok"], max(about["sequences"])
     if over == "budget":
@@ -290,18 +197,14 @@ def plot_vllm_plugin(directory: Path) -> Path:
                 low = -0.03 * scale * ok[column].max() * (index + 1)
                 axis.plot([x_of(x) for x in refused], [low] * len(refused), "x", color=colour, markersize=5)
         ticks = sorted({x_of(x) for x in rows[over].dropna()})
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks], fontsize=8)
-        axis.minorticks_off()
+        log_ticks(axis, ticks, [f"{tick:.0f}" for tick in ticks], 2)
         axis.axhline(0, color="0.6", linewidth=0.6)
         axis.set_xlabel("memory of the process (MiB)" if over == "budget" else "requests at once")
         axis.set_ylabel(axis_label(label, about))
-        axis.spines[["top", "right"]].set_visible(False)
     which = f"{most} requests" if over == "budget" else f"{rows.budget.iloc[0]} in all"
     title = f"vLLM {about['vllm']}, model {Path(about['model']).name}, {which}; {where_of(about)}"
     figure.suptitle(title, fontsize=9)
-    handles = axes.flat[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=7.5, frameon=False)
+    legend_below(figure, axes.flat[0], 3)
     return save(figure, directory / "vllm_plugin.png")
 
 
@@ -318,7 +221,6 @@ def plot_exponents(directory: Path) -> Path:
         published = f" (published, trained: {low:.2f} to {high:.2f})" if field == "exponent" else ""
         axis.set_title(f"{field}: {about[entropy]:.2f} bits{published}", fontsize=9)
         axis.set_xlabel(f"{field} value")
-        axis.spines[["top", "right"]].set_visible(False)
     common = counts[(counts.field == "exponent") & (counts["count"] > 1e-6 * about["weights"])].value
     axes[0].set_xlim(common.min() - 1, common.max() + 1)
     axes[0].set_ylabel("share of weights")
@@ -328,14 +230,12 @@ def plot_exponents(directory: Path) -> Path:
         f"at least {about['bits_per_weight_bound']:.2f} bits each",
         fontsize=9,
     )
-    path = directory / "exponents.png"
-    return save(figure, path)
+    return save(figure, directory / "exponents.png")
 
 
 def plot_overhead(directory: Path) -> Path:
     """overhead.png beside rows.csv of fig10: overhead against batch, 5th to 95th percentile as a bar."""
-    rows = pd.read_csv(directory / "rows.csv")
-    about = json.loads((directory / "provenance.json").read_text())
+    rows, about = read(directory, "rows.csv")
     rows = rows[rows.memory != "stacked"]
     figure, axis = subplots(figsize=(6.0, 3.4))
     styles = {
@@ -357,15 +257,12 @@ def plot_overhead(directory: Path) -> Path:
     axis.set_ylabel("time over one stacked tensor (%)")
     axis.set_title(f"paging, everything resident; {where_of(about)}", fontsize=9)
     axis.legend(fontsize=7.5, frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    path = directory / "overhead.png"
-    return save(figure, path)
+    return save(figure, directory / "overhead.png")
 
 
 def plot_adaptation(directory: Path, window: int = 40) -> Path:
     """adaptation.png beside steps.csv of fig9: tokens/s in windows of iterations, and bytes by owner."""
-    steps = pd.read_csv(directory / "steps.csv")
-    about = json.loads((directory / "provenance.json").read_text())
+    steps, about = read(directory, "steps.csv")
     figure, (top, bottom) = subplots(2, 1, figsize=(7.0, 5.0), sharex=True, height_ratios=(3, 2))
     styles = {
         "static": ("#000000", "static: nothing moves"),
@@ -392,6 +289,4 @@ def plot_adaptation(directory: Path, window: int = 40) -> Path:
     for axis in (top, bottom):
         for k in range(about["times"]):
             axis.axvline(about["start"] + k * about["every"], color="0.8", linewidth=0.6, zorder=0)
-        axis.spines[["top", "right"]].set_visible(False)
-    path = directory / "adaptation.png"
-    return save(figure, path)
+    return save(figure, directory / "adaptation.png")

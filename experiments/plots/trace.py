@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .serving import subplots
+from .common import subplots
 
 _COLOURS = {
     "experts": "#0072B2",
@@ -67,7 +67,6 @@ def draw_trace(trace: dict[str, Any], first: int, last: int, until: float = 1.0)
         axis.spines["top"].set_visible(False)
     below.set_xlabel(unit, fontsize=8)
     below.set_xlim(0, (end - begin) / scale)
-    rows.spines[["top", "right"]].set_visible(False)
     rows.legend(
         handles=[Patch(color=_COLOURS[sort], label=sort) for sort in _COLOURS if sort != "step"],
         loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, frameon=False,

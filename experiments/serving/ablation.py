@@ -30,6 +30,7 @@ from ..lib.args import group, option
 from ..lib.effects import Setup, setups_of
 from ..lib.machines import SWEPT, MachineChoice
 from ..lib.models import ModelChoice, check_context
+from ..lib.results import values_by
 from ..lib.serve import row
 from ..lib.sweep import Sweep, in_turns
 from ..lib.workloads import drawn_lengths
@@ -83,11 +84,10 @@ def run(args: Arguments) -> None:
     facts = {"budget": args.budget, "requests": args.requests}
     with Sweep.serving(args.out, "ablation", machine, source, made, facts, "rows.csv", args.seed) as sweep:
         rows = sweep.all(points)
-        ok = [each for each in rows if each["status"] == "ok"]
-        speeds = {name: [float(r["tokens_per_s"]) for r in ok if r["variant"] == name] for name in args.variants}
-        full = np.median(speeds["full"]) if speeds.get("full") else float("nan")
-        for name, each in speeds.items():
-            if each:
+        speeds = values_by(rows, "variant")
+        full = np.median(speeds.get("full", [np.nan]))
+        for name in args.variants:
+            if each := speeds.get(name):
                 spread = f"({min(each):.1f} … {max(each):.1f})"
                 print(f"{name:<18} {np.median(each):9.1f} tokens/s {spread:<22} {np.median(each) / full:5.2f} of full")
             else:

@@ -28,7 +28,7 @@ from fluxmoe.runtime.serving.config import EngineConfig
 from ..lib.args import option
 from ..lib.machines import Machine
 from ..lib.models import Source, checkpoint_source, preset_source
-from ..lib.results import UsageError, instructions
+from ..lib.results import UsageError, instructions, values_by
 from ..lib.serve import placement_name
 from ..lib.sweep import Sweep
 from ..plots.serving import plot_versus
@@ -186,11 +186,8 @@ def report(budget: str, rows: list[dict], kind: str | None) -> None:
             print(f"{budget}: {row['provider']} {row['status']}: {row['reason']}", flush=True)
     ok = [row for row in rows if row["status"] == "ok"]
     for sequences in dict.fromkeys(row["sequences"] for row in ok):
-        rates: dict[str, list[float]] = {}
-        for row in ok:
-            if row["sequences"] == sequences:
-                rates.setdefault(row["provider"], []).append(row["tokens_per_s"])
-        medians = {name: float(np.median(values)) for name, values in rates.items()}
+        each = values_by([row for row in ok if row["sequences"] == sequences], "provider")
+        medians = {name: float(np.median(values)) for name, values in each.items()}
         ours, others = (
             [rate for name, rate in medians.items() if ("fluxmoe" in name) == mine] for mine in (True, False)
         )
@@ -201,11 +198,8 @@ def report(budget: str, rows: list[dict], kind: str | None) -> None:
 
 def near_peak(rows: Sequence[Mapping], provider: str, share: float = 0.9) -> tuple[float, str] | None:
     """(peak tokens/s, the least budget at which `provider` has `share` of it) over the budgets of `rows`."""
-    rates: dict[str, list[float]] = {}
-    for row in rows:
-        if row["provider"] == provider and row["status"] == "ok":
-            rates.setdefault(row["budget"], []).append(float(row["tokens_per_s"]))
-    medians = {budget: float(np.median(values)) for budget, values in rates.items()}
+    each = values_by([row for row in rows if row["provider"] == provider], "budget")
+    medians = {budget: float(np.median(values)) for budget, values in each.items()}
     if not medians:
         return None
     peak = max(medians.values())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +20,8 @@ from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.experiments.lib.results import UsageError
 from fluxmoe.experiments.lib.tokenizer import Tokenizer
 from fluxmoe.runtime.hardware import HardwareProfile
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +46,23 @@ def test_every_command_has_help(name, capsys):
         call([*name.split(), "--help"])
     assert ended.value.code == 0
     assert f"usage: fluxmoe {name}" in capsys.readouterr().out
+
+
+def written_commands() -> list[str]:
+    """What READMEs and the help of commands tell people to type, but for lines that leave something out."""
+    texts = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("*/README.md"))]
+    texts += [ast.get_docstring(ast.parse(path.read_text())) or "" for path in (ROOT / "experiments").rglob("*.py")]
+    lines = [line for text in texts for line in text.replace("\\\n", " ").splitlines()]
+    found = [line.strip() for line in lines if re.match(r" {2,}fluxmoe [a-z-]+ ( ?[a-z0-9-]+ )?--", line)]
+    return sorted({line for line in found if not re.search(r"…|\[", line)})
+
+
+@pytest.mark.parametrize("line", written_commands())
+def test_what_is_written_to_type_can_be_typed(line, model_dir, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    line = line.replace("checkpoints/mine", "DIR").replace("--model DIR", f"--model {model_dir}")
+    line = line.replace("<hardware>", "cpu-epyc-zen3-2core").replace("BYTES", "1000")
+    command_line.arguments(shlex.split(line, comments=True)[1:])
 
 
 def test_a_group_is_listed_alone(capsys):
@@ -107,6 +130,18 @@ def test_what_is_wrong_is_one_line_before_any_work(argv, expected, model_dir, tm
     said = error_of(*(part.format(model=model_dir, tmp=tmp_path) for part in argv))
     assert expected in said
     assert {path.name for path in tmp_path.iterdir()} == {"file", "slots.yaml"}
+
+
+@pytest.mark.parametrize("name", ["figures", "bench tests"])
+def test_a_package_that_is_missing_is_named(name):
+    """As in an installation without the extras."""
+    code = (
+        "import sys\nsys.modules |= dict.fromkeys(('pandas', 'pytest'))\n"
+        "from fluxmoe.experiments.commands.main import main\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *name.split(), "--help"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: this needs (pandas|pytest), which is not installed here.*\n", done.stderr)
 
 
 @pytest.mark.parametrize(

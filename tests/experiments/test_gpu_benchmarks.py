@@ -64,7 +64,8 @@ def test_peers_agree_with_the_reference(tokens):
 def test_ours_agree_with_the_reference(provider):
     point = bench_grouped_gemm.Point([bench_grouped_gemm.Layer(SHAPES["tiny"], CPU)], 3, "uniform", None)
     assert point.time(provider).method == "rehearsal"
-    assert point.bits(provider) == (pytest.approx(12.0, abs=0.1) if "planar12" in provider else 16)
+    bits = point.layers[0].bits(bench_grouped_gemm.format_of(provider))
+    assert bits == (pytest.approx(12.0, abs=0.1) if "planar12" in provider else 16)
 
 
 def test_a_layer_repeats_few_weights_at_addresses_of_their_own():
@@ -103,7 +104,7 @@ def test_the_floor_of_a_row_is_what_our_launches_declare(provider, bits):
     """Logits, rows and places of routing; weights of the experts with tokens; h and y written and read; the sum."""
     shape, tokens = SHAPES["tiny"], 3
     point = bench_grouped_gemm.Point([bench_grouped_gemm.Layer(shape, CPU)], tokens, "uniform", None)
-    columns = bench_grouped_gemm._columns(point, provider, Roofs(1.0, 1.0))
+    columns = point.columns(provider, point.time(provider), Roofs(1.0, 1.0))
     hidden, intermediate, rows = shape.hidden, shape.intermediate, tokens * shape.top_k
     routing = 4 * tokens * shape.experts + 12 * rows
     weights = int(point.touched * 2 * intermediate * hidden * bits / 8 + 2 * tokens * hidden + 2 * rows * intermediate)

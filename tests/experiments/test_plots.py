@@ -7,7 +7,7 @@ import sys
 
 import pandas as pd
 import pytest
-from fluxmoe.experiments.plots.serving import draw_runs, runs_of
+from fluxmoe.experiments.plots.common import draw_runs, runs_of
 from fluxmoe.experiments.plots.trace import draw_trace
 from fluxmoe.runtime.timeline import Timeline
 from matplotlib.figure import Figure

@@ -70,6 +70,25 @@ def test_a_machines_folder_is_that_of_its_processor_and_instructions(profiles, e
     assert reproduce.hardware_folder(tmp_path) == expected
 
 
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        ({"hardware": "CPU X", "instructions": "AVX-512", "cpus": 2}, "a"),
+        ({"hardware": "CPU X", "instructions": "AVX-512", "cpus": 64}, "cpu-x-avx-512"),
+        ({"hardware": "CPU Y", "instructions": "AVX-512", "cpus": 2}, "cpu-x-avx-512"),
+        ({"hardware": "CPU X", "instructions": None, "cpus": 2}, "cpu-x-avx-512"),
+    ],
+    ids=["its own", "more cores", "another", "AVX2"],
+)
+def test_a_machine_without_a_profile_is_known_by_any_of_its_results(made, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, "device_name", lambda device: "CPU X")
+    monkeypatch.setattr(reproduce, "instructions", lambda: "AVX-512")
+    monkeypatch.setattr(reproduce, "cores", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    write_json(tmp_path / "measured" / "a" / "versus" / "provenance.json", made)
+    assert reproduce.hardware_folder(tmp_path) == expected
+
+
 def test_runs_are_chosen_by_kind_and_by_name(capsys):
     assert {run.kind for run in reproduce.read_runs().values()} == set(reproduce.KINDS)
     call(["reproduce", "--list", "--only", "predicted", "profile"])
@@ -113,6 +132,24 @@ def test_two_folders_side_by_side(tmp_path, capsys, error_of):
     call(["compare", str(tmp_path / "a"), str(tmp_path / "a")])
     assert "the same in all numbers" in capsys.readouterr().out
     assert "holds no table" in error_of("compare", tmp_path, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("tables", "speed", "said"),
+    [
+        ({"x.csv", "y.csv"}, 3.0, "reproduced"),
+        ({"x.csv"}, 3.0, "differs: 1 points are in one alone"),
+        ({"x.csv", "y.csv"}, 6.0, "differs: tokens_per_s 2.000x (2.000 … 2.000, 1 points)"),
+        ({"z.csv"}, 3.0, "differs: 3 points are in one alone"),
+        (set(), 3.0, "differs: 2 points are in one alone"),
+    ],
+)
+def test_a_table_that_only_one_has_is_a_difference(tables, speed, said, tmp_path):
+    for folder, names, value in (("made", tables, speed), ("committed", {"x.csv", "y.csv"}, 3.0)):
+        for name in names:
+            write_csv(tmp_path / folder / name, [{"placement": "host", "tokens_per_s": value}])
+    run = reproduce.Run("r", "", "simulated/a")
+    assert reproduce.verdict(run, tmp_path / "made", tmp_path / "committed") == said
 
 
 def test_figures_are_drawn_from_results_alone(tmp_path):

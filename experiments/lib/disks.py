@@ -26,7 +26,7 @@ def direct_read_rate(paths: Sequence[Path], seconds: float = 1.5) -> float | Non
 
     def read(seed: int) -> int:
         rng, buffer, got = random.Random(seed), HOST.empty(_BLOCK).numpy(), 0
-        while time.perf_counter() < until:
+        while not got or time.perf_counter() < until:
             file = rng.choice(files)
             at = rng.randrange(max(1, os.fstat(file).st_size - _BLOCK)) // PAGE * PAGE
             got += os.preadv(file, [buffer.data], at)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import pandas as pd
 from fluxmoe.runtime.memory.budget import parse_bytes
 
-from .serving import axis_label, runs_of, save, subplots, where_of
+from .common import axis_label, legend_below, read, runs_of, save, subplots, where_of
 
 # Okabe-Ito; of ours whatever runs is one line, with a mark for each placement.
 _STYLE = {"fluxmoe": ("#D55E00", "FluxMoE"), "llama.cpp": ("#0072B2", "llama.cpp"), "vllm": ("#009E73", "vLLM")}
@@ -21,8 +19,7 @@ def plot_walls(directory: Path) -> Path:
     Of ours the best placement at each wall. Crosses: does not start, or was stopped. Dotted: what the disk allows for
     our format where routing is uniform.
     """
-    rows = pd.read_csv(directory / "rows.csv", dtype={"wall": str}, keep_default_na=False, na_values=[""])
-    about = json.loads((directory / "provenance.json").read_text())
+    rows, about = read(directory, "rows.csv", dtype={"wall": str}, keep_default_na=False, na_values=[""])
     walls = sorted(
         rows.wall.unique(), key=lambda name: float("inf") if name == "none" else float(parse_bytes(name) or 0)
     )
@@ -56,7 +53,6 @@ def plot_walls(directory: Path) -> Path:
         axis.set_xlim(-0.4, len(walls) - 0.6)
         axis.set_title(f"{batch} sequence{'s' if batch > 1 else ''}", fontsize=9)
         axis.set_xlabel("memory of the process")
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel(axis_label("tokens/s in decode", about))
     for placement, mark in _MARKS.items():
         if ok.provider.str.startswith(f"fluxmoe {placement}").any():
@@ -64,6 +60,5 @@ def plot_walls(directory: Path) -> Path:
     single = runs_of(ok, about, ["wall", "provider", "sequences"])
     size = f"{about['weights_bytes'] / 1e9:.3g} GB of bf16 weights"
     figure.suptitle(f"{about['arch']}, {size}{single}; {where_of(about)}", fontsize=9)
-    handles = axes[0][0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=7.5, frameon=False)
+    legend_below(figure, axes[0][0], 4)
     return save(figure, directory / "walls.png")

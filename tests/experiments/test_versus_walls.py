@@ -190,7 +190,7 @@ def test_files_are_read_past_the_page_cache(tmp_path):
     path.write_bytes(bytes(9 << 20))
     drop_cached([path])
     rate = direct_read_rate([path], seconds=0.05)
-    assert rate is None or rate > 1e6
+    assert rate is None or rate > 0
     assert direct_read_rate([tmp_path / "missing"]) is None
 
 

@@ -102,7 +102,8 @@ def _linear(
             if task >= tasks:
                 break
             for p in range(task * per_task, min(panels, (task + 1) * per_task)):
-                gemm_panel(weight + p * panel_bytes, kind, table, rows, depth, y + p * 64, y_stride)
+                this = weight + p * panel_bytes
+                gemm_panel(this, kind, table, rows, depth, this + panel_bytes, y + p * 64, y_stride)
 
 
 def linear(x: Tensor, weight: Tensor, n: int, kind: int, y: Tensor, scratch: Scratch) -> Tensor:

@@ -133,12 +133,13 @@ def _sort_by_expert(topk_ids, row_of, row_token, expert_start):
 
 
 @njit(nogil=True, cache=True)
-def _expert_panel(block, planar, panel, panels, panel_bytes, kind, x_rows, rows, depth, y, y_stride):
+def _expert_panel(block, planar, panel, panels, panel_bytes, kind, x_rows, rows, depth, room, y, y_stride):
     """gemm_panel on panel `panel` of `panels` of an expert's block, whatever its format."""
     if planar:
-        planar_panel(block, panel, panels, kind, x_rows, rows, depth, y, y_stride)
+        planar_panel(block, panel, panels, kind, x_rows, rows, depth, room, y, y_stride)
     else:
-        gemm_panel(block + panel * panel_bytes, kind, x_rows, rows, depth, y, y_stride)
+        this = block + panel * panel_bytes
+        gemm_panel(this, kind, x_rows, rows, depth, this + panel_bytes, y, y_stride)
 
 
 @njit(nogil=True, cache=True)
@@ -154,7 +155,7 @@ def _count_busy(expert_start, chosen):
 @njit(parallel=True, nogil=True, cache=True)
 def _gate_up(
     table, formats, chosen, kind, hidden, panels, x, x_stride, tokens, rounded, row_token, expert_start, activation,
-    act_stride, row_table, tiles, counter, threads,
+    act_stride, row_table, tiles, rooms, counter, threads,
 ):  # fmt: skip
     experts = expert_start.shape[0] - 1
     if kind == BF16_DOT:
@@ -172,7 +173,7 @@ def _gate_up(
     rows_base = row_table.ctypes.data
     chunk = tiles.shape[2]
     for thread in prange(threads):
-        gate, up = tiles[thread, 0], tiles[thread, 1]
+        gate, up, room = tiles[thread, 0], tiles[thread, 1], rooms[thread].ctypes.data
         while True:
             task = fetch_add(claim)
             if task >= experts * groups:
@@ -189,11 +190,11 @@ def _gate_up(
                     rows_at = rows_base + 8 * begin
                     _expert_panel(
                         table[expert, 0], planar, 2 * p, 2 * panels, panel_bytes, kind, rows_at, count, hidden,
-                        gate.ctypes.data, 64,
+                        room, gate.ctypes.data, 64,
                     )  # fmt: skip
                     _expert_panel(
                         table[expert, 0], planar, 2 * p + 1, 2 * panels, panel_bytes, kind, rows_at, count, hidden,
-                        up.ctypes.data, 64,
+                        room, up.ctypes.data, 64,
                     )  # fmt: skip
                     for r in range(count):
                         for lane in range(16):
@@ -209,7 +210,7 @@ def _gate_up(
 @njit(parallel=True, nogil=True, cache=True)
 def _down(
     table, formats, chosen, kind, depth, panels, activation, act_stride, expert_start, out, out_stride, row_table,
-    counter, threads,
+    rooms, counter, threads,
 ):  # fmt: skip
     experts = expert_start.shape[0] - 1
     fill_rows(row_table, activation, act_stride, expert_start[experts])
@@ -219,7 +220,8 @@ def _down(
     counter[0] = 0
     claim = counter.ctypes.data
     rows_base = row_table.ctypes.data
-    for _ in prange(threads):
+    for thread in prange(threads):
+        room = rooms[thread].ctypes.data
         while True:
             task = fetch_add(claim)
             if task >= experts * groups:
@@ -233,7 +235,7 @@ def _down(
             for p in range(group * per_task, min(panels, (group + 1) * per_task)):
                 _expert_panel(
                     table[expert, 1], planar, p, panels, panel_bytes, kind, rows_base + 8 * first, last - first, depth,
-                    out + first * out_stride + p * 64, out_stride,
+                    room, out + first * out_stride + p * 64, out_stride,
                 )  # fmt: skip
 
 
@@ -269,6 +271,9 @@ class MoeBuffers:
         self.activation = zeros(rows, padded(intermediate), dtype=x_dtype(kind))
         self.expert_out = zeros(rows, padded(hidden))
         self.tiles = zeros(threads, 2, _CHUNK_ROWS, LANES)
+        # A panel that is decoded once for many rows: 64 KiB a thread at a hidden size of 2048, in its L2.
+        depth = max(hidden, intermediate) if dtype == torch.bfloat16 else 0
+        self.rooms = zeros(threads, depth, LANES, dtype=torch.int16)
         self.all = torch.ones(experts, dtype=torch.uint8, device="cpu")
 
     @property
@@ -333,6 +338,7 @@ def gate_up(
         b.activation.stride(0) * b.activation.itemsize,
         s.row_table,
         b.tiles.numpy(),
+        b.rooms.numpy(),
         s.counter,
         s.threads,
     )
@@ -356,6 +362,7 @@ def down(
         b.expert_out.data_ptr(),
         b.expert_out.stride(0) * 4,
         s.row_table,
+        b.rooms.numpy(),
         s.counter,
         s.threads,
     )

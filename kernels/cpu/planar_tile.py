@@ -35,34 +35,44 @@ from .simd import (
     store_at,
     when,
 )  # fmt: skip
-from .tile import BF16, BF16_DOT, DOT_ROWS, HAS_DOT, MAX_ROWS, PAIRS, add_dots, store_sums
+from .tile import BF16, BF16_DOT, DOT_ROWS, HAS_DOT, MAX_ROWS, PAIRS, add_dots, gemm_panel, store_sums
 
 HEADER_BYTES = 128
 PAIR_BYTES = 48
-# How far ahead panels are prefetched, in pairs of rows: 6 KB, some 0.3 µs of one thread.
-_PREFETCH_PAIRS = 128
+# How far ahead panels are prefetched, bytes: some 0.3 µs of one thread.
+_AHEAD = 6144
 
 _BYTES16, _BYTES32, _WORDS16 = ir.VectorType(I8, 16), ir.VectorType(I8, 32), ir.VectorType(I16, 16)
 # An escape is (k * 16 + lane) << 16 | bits: where its k begins.
 _K_BIT = 16 + 4
 _HAS_AVX2 = bool(llvm.get_host_cpu_features().get("avx2"))
+_HAS_VBMI = all(llvm.get_host_cpu_features().get(name) for name in ("avx512vbmi", "avx512vl"))
 
 
 def _high_bytes(builder: ir.IRBuilder, nibbles: ir.Value, base: ir.Value) -> ir.Value:
-    """<32 x i8> of sign and upper exponent bits from <32 x i8> of nibbles; base: i64."""
+    """<32 x i8> of sign and upper exponent bits from <32 x i8> whose lower halves are nibbles; base: i64."""
+    if _HAS_VBMI:
+        # One byte shuffle looks all of them up in the 16 bytes that a base makes, twice: it takes five bits of each.
+        look_up = function(builder, "llvm.x86.avx512.permvar.qi.256", _BYTES32, [_BYTES32] * 2)
+        return builder.call(look_up, [_table(builder, base), nibbles])
+    nibbles = builder.and_(nibbles, _splat8(15))
     if _HAS_AVX2:
-        # One byte shuffle looks all of them up in the 16 bytes that a base makes.
-        lane = builder.trunc(base, I8)
-        table = [builder.add(lane, ir.Constant(I8, code)) for code in range(8)]
-        table += [builder.or_(entry, ir.Constant(I8, 0x80)) for entry in table]
-        vector = ir.Constant(_BYTES32, ir.Undefined)
-        for i in range(32):
-            vector = builder.insert_element(vector, table[i % 16], ir.Constant(I32, i))
-        shuffle = function(builder, "llvm.x86.avx2.pshuf.b", _BYTES32, [_BYTES32] * 2)
-        return builder.call(shuffle, [vector, nibbles])
+        look_up = function(builder, "llvm.x86.avx2.pshuf.b", _BYTES32, [_BYTES32] * 2)
+        return builder.call(look_up, [_table(builder, base), nibbles])
     sign = builder.and_(builder.shl(nibbles, _splat8(4)), _splat8(0x80))
     bases = splat(builder, builder.trunc(base, I8), _BYTES32)
     return builder.or_(sign, builder.add(builder.and_(nibbles, _splat8(7)), bases))
+
+
+def _table(builder: ir.IRBuilder, base: ir.Value) -> ir.Value:
+    """<32 x i8>: what each nibble stands for, twice over."""
+    lane = builder.trunc(base, I8)
+    table = [builder.add(lane, ir.Constant(I8, code)) for code in range(8)]
+    table += [builder.or_(entry, ir.Constant(I8, 0x80)) for entry in table]
+    vector = ir.Constant(_BYTES32, ir.Undefined)
+    for i in range(32):
+        vector = builder.insert_element(vector, table[i % 16], ir.Constant(I32, i))
+    return vector
 
 
 def _splat8(value: int) -> ir.Constant:
@@ -77,7 +87,7 @@ def _bytes_of_pair(builder: ir.IRBuilder, address: ir.Value, base: ir.Value) -> 
     twice = builder.shuffle_vector(packed, packed, ir.Constant(ir.VectorType(I32, 32), [*range(16)] * 2))
     shifts = ir.Constant(ir.VectorType(I32, 8), [0] * 4 + [4] * 4)
     shifted = builder.bitcast(builder.lshr(builder.bitcast(twice, shifts.type), shifts), _BYTES32)
-    return low_byte, _high_bytes(builder, builder.and_(shifted, _splat8(15)), base)
+    return low_byte, _high_bytes(builder, shifted, base)
 
 
 def _byte_of(row: int, word: int) -> int:
@@ -121,6 +131,14 @@ class _Rows:
             sums = [fma(self.builder, splat(self.builder, s), weights, t) for s, t in zip(scalars, sums, strict=True)]
         return sums
 
+    def keep(self, k: ir.Value, decoded: Values, room: ir.Value, whole: ir.Value | None = None) -> None:
+        """Store rows k … of K where a panel bf16 [K, 16] from address `room` on has them."""
+        in_lanes = ir.Constant(ir.VectorType(I32, LANES), _WORD_OF)
+        for row, words in enumerate(decoded):
+            at = self.builder.mul(self.builder.add(k, const(row)), const(2 * LANES))
+            lanes = self.builder.shuffle_vector(words, words, in_lanes)
+            store_at(self.builder, lanes, self.builder.add(room, at), 2)
+
     def store(self, sums: Values, out: Values) -> None:
         for total, at in zip(sums, out, strict=True):
             store_at(self.builder, total, at, 4)
@@ -128,22 +146,6 @@ class _Rows:
     def _shuffle(self, low: ir.Value, high: ir.Value, mask: list[int], kind: ir.Type) -> ir.Value:
         indices = ir.Constant(ir.VectorType(I32, len(mask)), mask)
         return self.builder.bitcast(self.builder.shuffle_vector(low, high, indices), kind)
-
-
-class _Decoded(_Rows):
-    """No x at all: rows are stored, bf16 [K, 16] from address `y` on."""
-
-    def __init__(self, builder: ir.IRBuilder, y: ir.Value) -> None:
-        super().__init__(builder, [])
-        self.y = y
-
-    def multiply(self, k: ir.Value, decoded: Values, sums: Values, whole: ir.Value | None = None) -> Values:
-        in_lanes = ir.Constant(ir.VectorType(I32, LANES), _WORD_OF)
-        for row, words in enumerate(decoded):
-            at = self.builder.mul(self.builder.add(k, const(row)), const(2 * LANES))
-            lanes = self.builder.shuffle_vector(words, words, in_lanes)
-            store_at(self.builder, lanes, self.builder.add(self.y, at), 2)
-        return sums
 
 
 class _Pairs(_Rows):
@@ -172,6 +174,16 @@ class _Pairs(_Rows):
         if whole is not None:
             added = [self.builder.select(whole, a, t) for a, t in zip(added, odd, strict=True)]
         return even + added
+
+    def keep(self, k: ir.Value, decoded: Values, room: ir.Value, whole: ir.Value | None = None) -> None:
+        in_rows = ir.Constant(
+            ir.VectorType(I32, 2 * LANES), [2 * lane + row for row in range(2) for lane in range(LANES)]
+        )
+        places = [k, self.builder.add(k, _second(self.builder, whole, 2))]
+        # The first last: it is the one with escapes replaced where the second is the first once more.
+        for pairs, place in zip(reversed(decoded), reversed(places), strict=True):
+            at = self.builder.add(room, self.builder.mul(place, const(2 * LANES)))
+            store_at(self.builder, self.builder.shuffle_vector(pairs, pairs, in_rows), at, 2)
 
     def store(self, sums: Values, out: Values) -> None:
         store_sums(self.builder, sums[: len(out)], sums[len(out) :], out)
@@ -202,15 +214,15 @@ def _replace(
     return replaced
 
 
-def _make_tile(rows: int, kind: int = BF16):
-    """The tile for `rows` rows; 0 rows: decode to memory, `y` is the panel's bf16 [K, 16]."""
+def _make_tile(rows: int, kind: int = BF16, keep: bool = False):
+    """The tile for `rows` rows; keep: it leaves the panel decoded too, bf16 [K, 16] from address `room` on."""
 
     @intrinsic
-    def tile(typing_context, panel, base, escapes, x_rows, depth, y, y_stride):
+    def tile(typing_context, panel, base, escapes, x_rows, depth, ahead, room, y, y_stride):
         def codegen(context, builder, signature, arguments):
-            panel, base, escapes, x_rows, depth, y, y_stride = arguments
+            panel, base, escapes, x_rows, depth, ahead, room, y, y_stride = arguments
             x = row_addresses(builder, x_rows, rows)
-            weights = (_Pairs if kind == BF16_DOT else _Rows)(builder, x) if rows else _Decoded(builder, y)
+            weights = (_Pairs if kind == BF16_DOT else _Rows)(builder, x)
             step = weights.step
             whole_steps = builder.and_(depth, const(-step))
 
@@ -220,8 +232,11 @@ def _make_tile(rows: int, kind: int = BF16):
             def plain(k: ir.Value, sums: Values) -> Values:
                 address = address_of(k)
                 for pair in range(step // 2):
-                    prefetch(builder, builder.add(address, const((_PREFETCH_PAIRS + pair) * PAIR_BYTES)))
-                return weights.multiply(k, weights.decode(address, base), sums)
+                    prefetch(builder, builder.add(builder.add(address, ahead), const(pair * PAIR_BYTES)))
+                decoded = weights.decode(address, base)
+                if keep:
+                    weights.keep(k, decoded, room)
+                return weights.multiply(k, decoded, sums)
 
             def segment(state: Values) -> Values:
                 # The steps up to the next escape, in a loop of their own that knows of no escapes: with a branch
@@ -247,6 +262,8 @@ def _make_tile(rows: int, kind: int = BF16):
                     lambda state: builder.icmp_signed("<", state[1], limit),
                     lambda state: fix(k, state),
                 )
+                if keep:
+                    weights.keep(k, decoded, room, whole)
                 return [at, escape, *weights.multiply(k, decoded, sums, whole)]
 
             def fix(k: ir.Value, state: Values) -> Values:
@@ -266,13 +283,15 @@ def _make_tile(rows: int, kind: int = BF16):
             weights.store(sums, [builder.add(y, builder.mul(y_stride, const(r))) for r in range(rows)])
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), codegen
+        return types.void(*[types.int64] * 9), codegen
 
     return tile
 
 
-_decode_tile, _rows_1, _rows_2, _rows_3, _rows_4, _rows_5, _rows_6 = [_make_tile(r) for r in range(MAX_ROWS + 1)]
+_rows_1, _rows_2, _rows_3, _rows_4, _rows_5, _rows_6 = [_make_tile(r + 1) for r in range(MAX_ROWS)]
 _dot_1, _dot_2, _dot_3, _dot_4, _dot_5, _dot_6, _dot_7, _dot_8 = [_make_tile(r + 1, BF16_DOT) for r in range(DOT_ROWS)]
+_decode_tile = _make_tile(0, keep=True)
+_rows_kept, _dot_kept = _make_tile(MAX_ROWS, keep=True), _make_tile(DOT_ROWS, BF16_DOT, keep=True)
 
 
 @njit(nogil=True, cache=True)
@@ -280,52 +299,64 @@ def decode_panel(block, panel, panels, depth, out):
     """Panel `panel` of the block at address `block` as bf16 [K, 16] at address `out`."""
     data = block + 128 + panel * depth * 24
     escapes = block + load_i64(block + 128 + panels * depth * 24 + 8 * panel)
-    _decode_tile(data, load_i64(block), escapes, block, depth, out, 0)
+    _decode_tile(data, load_i64(block), escapes, block, depth, _AHEAD, out, 0, 0)
 
 
 @njit(nogil=True, cache=True)
-def _tile(data, base, escapes, kind, x_rows, rows, depth, y, y_stride):
+def _tile(data, base, escapes, kind, x_rows, rows, depth, ahead, y, y_stride):
     if HAS_DOT and kind == BF16_DOT:
         if rows == 1:
-            _dot_1(data, base, escapes, x_rows, depth, y, y_stride)
+            _dot_1(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
         elif rows == 2:
-            _dot_2(data, base, escapes, x_rows, depth, y, y_stride)
+            _dot_2(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
         elif rows == 3:
-            _dot_3(data, base, escapes, x_rows, depth, y, y_stride)
+            _dot_3(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
         elif rows == 4:
-            _dot_4(data, base, escapes, x_rows, depth, y, y_stride)
+            _dot_4(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
         elif rows == 5:
-            _dot_5(data, base, escapes, x_rows, depth, y, y_stride)
+            _dot_5(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
         elif rows == 6:
-            _dot_6(data, base, escapes, x_rows, depth, y, y_stride)
+            _dot_6(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
         elif rows == 7:
-            _dot_7(data, base, escapes, x_rows, depth, y, y_stride)
+            _dot_7(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
         else:
-            _dot_8(data, base, escapes, x_rows, depth, y, y_stride)
+            _dot_8(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
     elif rows == 1:
-        _rows_1(data, base, escapes, x_rows, depth, y, y_stride)
+        _rows_1(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
     elif rows == 2:
-        _rows_2(data, base, escapes, x_rows, depth, y, y_stride)
+        _rows_2(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
     elif rows == 3:
-        _rows_3(data, base, escapes, x_rows, depth, y, y_stride)
+        _rows_3(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
     elif rows == 4:
-        _rows_4(data, base, escapes, x_rows, depth, y, y_stride)
+        _rows_4(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
     elif rows == 5:
-        _rows_5(data, base, escapes, x_rows, depth, y, y_stride)
+        _rows_5(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
     else:
-        _rows_6(data, base, escapes, x_rows, depth, y, y_stride)
+        _rows_6(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
 
 
 @njit(nogil=True, cache=True)
-def planar_panel(block, panel, panels, kind, x_rows, rows, depth, y, y_stride):
-    """`tile.gemm_panel` on panel `panel` of `panels` of a compressed block: the same tiles, the same bits."""
+def planar_panel(block, panel, panels, kind, x_rows, rows, depth, room, y, y_stride):
+    """`tile.gemm_panel` on panel `panel` of `panels` of a compressed block: the same bits.
+
+    Two tiles decode it twice, which costs 4 % of a tile each. Of three and more the first leaves the panel decoded at
+    address `room`, bf16 [K, 16], which costs 15 %, and the others read that.
+    """
     data = block + 128 + panel * depth * 24
+    following = data + depth * 24
     base = load_i64(block)
     escapes = block + load_i64(block + 128 + panels * depth * 24 + 8 * panel)
     most = DOT_ROWS if kind == BF16_DOT else MAX_ROWS
-    tiles = (rows + most - 1) // most
-    first = 0
-    for t in range(tiles):
-        last = rows * (t + 1) // tiles
-        _tile(data, base, escapes, kind, x_rows + 8 * first, last - first, depth, y + first * y_stride, y_stride)
-        first = last
+    if rows <= most:
+        _tile(data, base, escapes, kind, x_rows, rows, depth, _AHEAD, y, y_stride)
+    elif rows <= 2 * most:
+        half = rows // 2
+        _tile(data, base, escapes, kind, x_rows, half, depth, _AHEAD, y, y_stride)
+        x_rows, y = x_rows + 8 * half, y + half * y_stride
+        _tile(data, base, escapes, kind, x_rows, rows - half, depth, following - data, y, y_stride)
+    else:
+        if HAS_DOT and kind == BF16_DOT:
+            _dot_kept(data, base, escapes, x_rows, depth, _AHEAD, room, y, y_stride)
+        else:
+            _rows_kept(data, base, escapes, x_rows, depth, _AHEAD, room, y, y_stride)
+        gemm_panel(room, kind, x_rows + 8 * most, rows - most, depth, following, y + most * y_stride, y_stride)

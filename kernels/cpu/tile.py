@@ -88,7 +88,8 @@ def dot(builder: ir.IRBuilder, x_pair: ir.Value, weights: ir.Value, total: ir.Va
     x = splat(builder, x_pair, VEC_I32)
     name = "llvm.x86.avx512bf16.dpbf16ps.512"
     instruction = function(builder, name, VEC_F32, [VEC_F32, _BF16_PAIRS, _BF16_PAIRS])
-    return builder.call(instruction, [total, *(builder.bitcast(v, _BF16_PAIRS) for v in (x, weights))])
+    # x last: the instruction broadcasts its last operand from memory, and needs no register for it.
+    return builder.call(instruction, [total, *(builder.bitcast(v, _BF16_PAIRS) for v in (weights, x))])
 
 
 def _row_of_panel(builder: ir.IRBuilder, at: ir.Value, kind: int) -> ir.Value:
@@ -254,12 +255,18 @@ def gemm_tile(panel, kind, x_rows, rows, depth, ahead, y, y_stride, accumulate):
 
 
 @njit(nogil=True, cache=True)
-def gemm_panel(panel, kind, x_rows, rows, depth, y, y_stride):
-    """All `rows` rows against one panel: tiles of nearly equal height, so that no tile has one lonely row."""
+def gemm_panel(panel, kind, x_rows, rows, depth, following, y, y_stride):
+    """All `rows` rows against one panel: tiles of nearly equal height, so that no tile has one lonely row.
+
+    following: address of what the thread reads next. Of several tiles the last fetches it, since it reads a panel that
+    is in the cache, and memory would have nothing to do.
+    """
     most, ahead = (DOT_ROWS, _DOT_AHEAD) if kind == BF16_DOT else (MAX_ROWS, _FMA_AHEAD)
     tiles = (rows + most - 1) // most
     first = 0
     for t in range(tiles):
         last = rows * (t + 1) // tiles
+        if t > 0 and last == rows:
+            ahead = following - panel
         gemm_tile(panel, kind, x_rows + 8 * first, last - first, depth, ahead, y + first * y_stride, y_stride, 0)
         first = last

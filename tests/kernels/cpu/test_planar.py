@@ -83,7 +83,7 @@ def test_weights_without_a_window_are_refused():
         encoded(panels)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 32])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17, 32])
 @pytest.mark.parametrize("escapes", [0, 1, 30])
 @pytest.mark.parametrize("depth", [2, 4, 94, 96])
 @pytest.mark.parametrize("kind", KINDS, ids=["fma", "dot"][: len(KINDS)])
@@ -94,11 +94,13 @@ def test_the_gemm_has_the_bits_of_the_uncompressed_one(kind, depth, rows, escape
     places = torch.cat([places, torch.tensor([0, 1, 17, depth * 16 - 1, depth * 16])]) if escapes else places
     panels.view(-1)[places] = torch.tensor(1e-30).bfloat16()
     block, x = encoded(panels), torch.randn(rows, depth).to(tile.x_dtype(kind))
-    table = np.array([x[r].data_ptr() for r in range(rows)], dtype=np.int64)
+    table, room = np.array([x[r].data_ptr() for r in range(rows)], dtype=np.int64), torch.empty(depth, 16).bfloat16()
     for p in range(3):
         expected, got = torch.empty(rows, 16), torch.full((rows, 16), float("nan"))
-        gemm_panel(panels[p].data_ptr(), kind, table.ctypes.data, rows, depth, expected.data_ptr(), 64)
-        planar_tile.planar_panel(block.data_ptr(), p, 3, kind, table.ctypes.data, rows, depth, got.data_ptr(), 64)
+        gemm_panel(panels[p].data_ptr(), kind, table.ctypes.data, rows, depth, 0, expected.data_ptr(), 64)
+        planar_tile.planar_panel(
+            block.data_ptr(), p, 3, kind, table.ctypes.data, rows, depth, room.data_ptr(), got.data_ptr(), 64
+        )
         assert torch.equal(got, expected)
 
 
@@ -106,14 +108,15 @@ def test_portable_decoding_agrees_with_the_byte_shuffle(monkeypatch):
     """What machines without AVX2 run: the same IR but for one lookup."""
     from numba import njit
 
+    monkeypatch.setattr(planar_tile, "_HAS_VBMI", False)
     monkeypatch.setattr(planar_tile, "_HAS_AVX2", False)
-    portable = planar_tile._make_tile(0)
+    portable = planar_tile._make_tile(0, keep=True)
     panels = gaussian(1, 64)
     block, out = encoded(panels), torch.empty(64, 16, dtype=torch.bfloat16)
 
     @njit
     def decode(data, base, escapes, y):
-        portable(data, base, escapes, data, 64, y, 0)
+        portable(data, base, escapes, data, 64, 0, y, 0, 0)
 
     base = block[:8].view(torch.int64).item()
     index = planar_tile.HEADER_BYTES + 32 * planar_tile.PAIR_BYTES

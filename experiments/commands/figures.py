@@ -29,7 +29,8 @@ from ..plots.walls import plot_walls
 # Whose results the first page shows, as a figure of their own.
 _FIRST_PAGE = "memory_budget"
 
-DRAW: dict[str, Callable[[Path], Path]] = {
+# A function draws the figure of a folder; None: it has too little for one.
+DRAW: dict[str, Callable[[Path], Path | None]] = {
     "memory-budget": plot_memory_budget,
     "bench cache": plot_cache,
     "bench moe": plot_layer,
@@ -58,8 +59,8 @@ def draw_all(results: Path) -> list[Path]:
     drawn = []
     for path in sorted(results.rglob("provenance.json")):
         experiment = json.loads(path.read_text()).get("experiment", "")
-        if experiment in DRAW:
-            drawn.append(DRAW[experiment](path.parent))
+        if experiment in DRAW and (figure := DRAW[experiment](path.parent)):
+            drawn.append(figure)
         if path.parent.name == _FIRST_PAGE and (glance := plot_at_a_glance(path.parent)):
             drawn.append(glance)
     return drawn

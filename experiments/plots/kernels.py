@@ -16,12 +16,14 @@ _PROVIDERS = {
 }
 
 
-def plot_layer(directory: Path) -> Path:
+def plot_layer(directory: Path) -> Path | None:
     """layer.png beside rows.csv of bench moe: time of a MoE layer over that of the floor which bytes and flops set for
-    dense experts, against tokens, a panel for each shape with more than one point."""
+    dense experts, against tokens, a panel for each shape with more than one point; None where there is none."""
     rows, about = read(directory, "rows.csv")
     rows = rows[rows.status == "ok"]
     shapes = [shape for shape, points in rows.groupby("shape", sort=False) if points.tokens.nunique() > 1]
+    if not shapes:
+        return None
     figure, axes = subplots(1, len(shapes), figsize=(1.4 + 3.4 * len(shapes), 3.9), sharey=True, squeeze=False)
     for axis, shape in zip(axes[0], shapes, strict=True):
         points = rows[rows["shape"] == shape]

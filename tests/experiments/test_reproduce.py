@@ -164,6 +164,15 @@ def test_figures_are_drawn_from_results_alone(tmp_path):
         call(["figures", "--results", str(tmp_path / "empty")])
 
 
+def test_a_result_with_too_little_for_its_figure_has_none(tmp_path):
+    write_json(tmp_path / "moe" / "provenance.json", {"experiment": "bench moe", "hardware": "a GPU", "cpus": 1})
+    row = {"shape": "tiny", "tokens": 1, "provider": "fluxmoe", "status": "ok", "time_us": 1.0, "floor_us": 1.0}
+    write_csv(tmp_path / "moe" / "rows.csv", [row])
+    assert figures.draw_all(tmp_path) == []
+    write_csv(tmp_path / "moe" / "rows.csv", [row, row | {"tokens": 8}])
+    assert [path.name for path in figures.draw_all(tmp_path)] == ["layer.png"]
+
+
 def test_sharegpt_lengths_have_its_means():
     lengths = sharegpt_lengths(20_000, 100_000, 0)
     assert np.mean([s.prompt for s in lengths]) == pytest.approx(161, rel=0.05)

@@ -60,13 +60,22 @@ class Sweep:
         self._common = {"experiment": experiment, "code": code_digest(), **(common or {})}
         self.rows: list[Mapping[str, Any]] = list(read_csv(self.out / table))
         self._old = read_csv(self.out / f"old_{table}")
-        about, path = provenance(device, seed), self.out / "provenance.json"
-        before = load_json(path) if path.exists() and self.rows else {}
-        self.runs = [*before.get("runs", []), {k: about[k] for k in ("utc", "command", "commit", "code", "hardware")}]
-        self.about = {"experiment": experiment, **about, **facts, "runs": self.runs}
+        self._provenance = self.out / "provenance.json"
+        self._run = {"experiment": experiment, **provenance(device, seed), **facts}
+        self.about = load_json(self._provenance) if self._provenance.exists() and self.rows else {}
         self._attempt = self.out / "attempt.json"
         self._tried: dict = load_json(self._attempt) if self._attempt.exists() else {"tries": 0}
-        write_json(path, self.about)
+        self._said = False
+        if not self.about:
+            self._say_run()
+
+    def _say_run(self) -> None:
+        """Say in provenance.json that rows are of this run: not before one is made, where there are others."""
+        if not self._said:
+            this = {name: self._run[name] for name in ("utc", "command", "commit", "code", "hardware")}
+            self.about = {**self._run, "runs": [*self.about.get("runs", []), this]}
+            write_json(self._provenance, self.about)
+            self._said = True
 
     @classmethod
     def serving(
@@ -86,7 +95,7 @@ class Sweep:
     def note(self, **facts: object) -> None:
         """Add to provenance.json."""
         self.about |= facts
-        write_json(self.out / "provenance.json", self.about)
+        write_json(self._provenance, self.about)
 
     def note_tokens(self) -> None:
         """Say, here and in provenance.json, whether all rows that could be made have the same tokens."""
@@ -151,6 +160,7 @@ class Sweep:
         if (before := self.find(**point)) is not None:
             self.rows.remove(before)
             self._keep_old([before])
+        self._say_run()
         row = {**point, **found, "run": self.utc, "made": self.identity(made, point)}
         self.rows.append(row)
         write_csv(self.out / self.table, self.rows)
@@ -164,6 +174,7 @@ class Sweep:
     def replace(self, point: Mapping[str, object], rows: Iterable[Mapping[str, Any]]) -> None:
         """Rows that were made together, in the place of those that have `point` in common."""
         old = self._matching(point)
+        self._say_run()
         self._keep_old(old)
         made = {"run": self.utc, "made": self.identity(None, point)}
         self.rows = [row for row in self.rows if row not in old] + [{**row, **made} for row in rows]

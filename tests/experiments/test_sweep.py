@@ -15,7 +15,7 @@ from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib import effects, models, results, sweep
 from fluxmoe.experiments.lib.args import flag_of
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
-from fluxmoe.experiments.lib.results import UsageError, provenance
+from fluxmoe.experiments.lib.results import UsageError, load_json, provenance
 from fluxmoe.experiments.lib.sweep import Sweep
 from fluxmoe.experiments.serving import memory_budget
 from fluxmoe.runtime.hardware import HardwareProfile
@@ -191,3 +191,17 @@ def test_where_no_error_knows_a_least_budget_the_end_says_so(tmp_path, capsys):
         with pytest.raises(SystemExit):
             sweep.finish()
     assert "not known: see the rows' reasons" in capsys.readouterr().out
+
+
+def test_who_makes_no_row_is_not_named_as_who_made_them(tmp_path, monkeypatch):
+    def run(word: str, *points: int) -> dict:
+        monkeypatch.setattr("sys.argv", ["fluxmoe", word])
+        with Sweep(tmp_path, "test") as sweep:
+            for point in points:
+                sweep.measure(lambda: {"x": 1}, point=point)
+        about = load_json(tmp_path / "provenance.json")
+        return {"command": about["command"], "runs": [each["command"] for each in about["runs"]]}
+
+    assert run("first", 1) == {"command": "fluxmoe first", "runs": ["fluxmoe first"]}
+    assert run("looks", 1) == {"command": "fluxmoe first", "runs": ["fluxmoe first"]}
+    assert run("second", 1, 2) == {"command": "fluxmoe second", "runs": ["fluxmoe first", "fluxmoe second"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from enum import Enum
 from types import ModuleType, SimpleNamespace
@@ -116,6 +117,13 @@ def vllm_config(**changes) -> SimpleNamespace:
     for name, value in changes.items():
         setattr(next(place for place in places if hasattr(place, name)), name, value)
     return config
+
+
+@pytest.fixture(autouse=True)
+def _models_of_tests_before_are_gone(request) -> None:
+    """Where a test listens: they say a last word when they go."""
+    if "caplog" in request.fixturenames:
+        gc.collect()
 
 
 @pytest.fixture

@@ -59,7 +59,6 @@ def test_kernels_read_the_same_bytes_under_the_same_addresses(layers, slots, dty
         assert (counters.loads, counters.host_bytes) == (2 * layers, layers * each)
     else:
         assert counters.host_bytes >= 3 * layers * each
-        assert counters.stall_ns > 0
 
 
 def test_a_pass_that_an_error_ended_does_not_stop_the_next():

@@ -7,12 +7,13 @@ The KV cache is laid out so that both products of attention are the GEMM tile of
     v  [kv_heads, ceil(head_dim/16), block_size, 16]  out[rows, 16 dims] += p[rows, positions] @ panel
 
 Where products of bf16 are dot products (`tile`), q and the exponentials are rounded to bf16; the sum that they are
-divided by is of those that are not. Softmax is exact over the whole context in one pass (the scores of ≤ 6 query rows
+divided by is of those that are not. Softmax is exact over the whole context in one pass (the scores of ≤ 8 query rows
 fit in L2 up to 32 K tokens), and every sum runs over positions in an order that depends on nothing else. A query's
 result therefore does not depend on how its prompt was chunked, nor on the batch, nor on which blocks it was given.
 
-Work is split into (tile of ≤ 6 query rows, kv head). The rows of a tile are (token, query head of the group):
-for decode the heads that share a KV head (GQA) are read together, in prefill several tokens are.
+Work is split into (tile of ≤ 8 query rows, 6 without dot products; kv head). The rows of a tile are (token, query head
+of the group): for decode the heads that share a KV head (GQA) are read together, in prefill several tokens are. Where
+rows are few, a task takes several KV heads, which lie side by side in a block: 64 KiB in a row where one head has 8.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from torch import Tensor
 from ..ops import AttentionMetadata, KernelError, RopeTable
 from .gemm import LANES, Scratch, padded, zeros
 from .norm import rms_scale
-from .simd import exp_f32, fetch_add, float_bits, round_bf16, round_row, store_u16, store_u32
-from .tile import BF16_DOT, FP32, MAX_ROWS, gemm_tile, kind_of
+from .simd import exp_f32, fetch_add, float_bits, largest, round_bf16, round_row, store_u16, store_u32
+from .tile import BF16_DOT, DOT_ROWS, FP32, MAX_ROWS, gemm_tile, kind_of
 
 NO_NORM, HEAD_NORM, FULL_NORM = 0, 1, 2
 
@@ -112,9 +113,7 @@ def _sum(row):
 @njit(nogil=True, cache=True)
 def _softmax(row):
     """In place; returns 1 / sum so that the caller scales the (shorter) output row."""
-    peak = row[0]
-    for i in range(1, row.shape[0]):
-        peak = max(peak, row[i])
+    peak = largest(row.ctypes.data, row.shape[0])
     for i in range(row.shape[0]):
         row[i] = exp_f32(row[i] - peak)
     return types.float32(1.0) / _sum(row)
@@ -122,94 +121,132 @@ def _softmax(row):
 
 @njit(parallel=True, nogil=True, cache=True)
 def _attention(
-    qkv, heads, kv_heads, dim, softmax_scale, window, tile_sequence, tile_first_row, query_start, context_lens,
-    block_table, k_cache, v_cache, k_block_bytes, v_block_bytes, block_size, kind, out, q_tile, scores, out_tile,
-    row_tables, counter, threads,
+    qkv, heads, kv_heads, dim, softmax_scale, window, tasks, query_start, context_lens, block_table, k_cache, v_cache,
+    k_block_bytes, v_block_bytes, block_size, kind, out, q_rows, scores, results, row_tables, counter, threads,
 ):  # fmt: skip
     group = heads // kv_heads
-    tiles = tile_sequence.shape[0]
     item, x_item = 4 if kind == FP32 else 2, 2 if kind == BF16_DOT else 4
     v_panels = (dim + 15) // 16
-    score_stride = scores.shape[2] * 4
     panels_per_block = block_size // 16
+    k_panel, v_panel = dim * 16 * item, block_size * 16 * item
+    k_head, v_head = panels_per_block * k_panel, v_panels * v_panel
+    score_stride, result_stride = scores.shape[2] * 4, results.shape[2] * 4
     counter[0] = 0
     claim = counter.ctypes.data
     for thread in prange(threads):
-        q, score, result, rows_at = q_tile[thread], scores[thread], out_tile[thread], row_tables[thread]
-        inverse = np.empty(6, np.float32)
+        q, score, result, rows_at = q_rows[thread], scores[thread], results[thread], row_tables[thread]
+        inverse = np.empty(q.shape[0], np.float32)
         while True:
             task = fetch_add(claim)
-            if task >= tiles * kv_heads:
+            if task >= tasks.shape[0]:
                 break
-            tile, kv_head = task // kv_heads, task % kv_heads
-            sequence, first_row = tile_sequence[tile], tile_first_row[tile]
+            sequence, first_row, rows, head, last_head = tasks[task]
             first_token = query_start[sequence]
-            query_len = query_start[sequence + 1] - first_token
-            rows = min(6, query_len * group - first_row)
-            past = context_lens[sequence] - query_len
-            for r in range(rows):
-                token, head = (first_row + r) // group, kv_head * group + (first_row + r) % group
-                for d in range(dim):
-                    q[r, d] = qkv[first_token + token, head * dim + d] * softmax_scale
-                rows_at[r] = q.ctypes.data + r * q.shape[1] * 4
-                if kind == BF16_DOT:
-                    round_row(rows_at[r], rows_at[r], dim)
+            past = context_lens[sequence] - (query_start[sequence + 1] - first_token)
+            for h in range(last_head - head):
+                for r in range(rows):
+                    i = h * rows + r
+                    token, column = (first_row + r) // group, ((head + h) * group + (first_row + r) % group) * dim
+                    for d in range(dim):
+                        q[i, d] = qkv[first_token + token, column + d] * softmax_scale
+                    rows_at[i] = q.ctypes.data + i * q.shape[1] * 4
+                    if kind == BF16_DOT:
+                        round_row(rows_at[i], rows_at[i], dim)
             end = past + (first_row + rows - 1) // group + 1
             begin = 0
             if window > 0:
                 begin = max(0, past + first_row // group + 1 - window)
             first_block, last_block = begin // block_size, (end - 1) // block_size
             origin = first_block * block_size
-            k_head = k_cache + kv_head * panels_per_block * dim * 16 * item
             for b in range(first_block, last_block + 1):
-                base = k_head + block_table[sequence, b] * k_block_bytes
-                ahead = k_head + block_table[sequence, min(b + 1, last_block)] * k_block_bytes - base
-                for p in range(min(panels_per_block, (end - b * block_size + 15) // 16)):
-                    y = score.ctypes.data + ((b - first_block) * block_size + p * 16) * 4
-                    gemm_tile(
-                        base + p * dim * 16 * item, kind, rows_at.ctypes.data, rows, dim, ahead, y, score_stride, 0
-                    )
-            for r in range(rows):
-                position = past + (first_row + r) // group
-                low = max(0, position + 1 - window) if window > 0 else 0
-                score[r, : low - origin] = 0.0
-                inverse[r] = _softmax(score[r, low - origin : position + 1 - origin])
-                score[r, position + 1 - origin : end - origin] = 0.0
-                if kind == BF16_DOT:
-                    at = score.ctypes.data + r * score_stride
-                    round_row(at, at, end - origin)
-            v_head = v_cache + kv_head * v_panels * block_size * 16 * item
-            for b in range(first_block, last_block + 1):
+                for h in range(last_head - head):
+                    at = k_cache + block_table[sequence, b] * k_block_bytes + (head + h) * k_head
+                    ahead = k_head
+                    if head + h + 1 == last_head:
+                        ahead = (
+                            k_cache + block_table[sequence, min(b + 1, last_block)] * k_block_bytes + head * k_head - at
+                        )
+                    for p in range(min(panels_per_block, (end - b * block_size + 15) // 16)):
+                        y = score.ctypes.data + h * rows * score_stride + (b * block_size - origin + p * 16) * 4
+                        gemm_tile(
+                            at + p * k_panel,
+                            kind,
+                            rows_at.ctypes.data + 8 * h * rows,
+                            rows,
+                            dim,
+                            ahead,
+                            y,
+                            score_stride,
+                            0,
+                        )
+            for h in range(last_head - head):
                 for r in range(rows):
-                    rows_at[r] = score.ctypes.data + r * score_stride + (b - first_block) * block_size * x_item
-                base = v_head + block_table[sequence, b] * v_block_bytes
-                ahead = v_head + block_table[sequence, min(b + 1, last_block)] * v_block_bytes - base
+                    i = h * rows + r
+                    position = past + (first_row + r) // group
+                    low = max(0, position + 1 - window) if window > 0 else 0
+                    score[i, : low - origin] = 0.0
+                    inverse[i] = _softmax(score[i, low - origin : position + 1 - origin])
+                    score[i, position + 1 - origin : end - origin] = 0.0
+                    if kind == BF16_DOT:
+                        at = score.ctypes.data + i * score_stride
+                        round_row(at, at, end - origin)
+            for b in range(first_block, last_block + 1):
                 depth = min(block_size, end - b * block_size)
-                for v_panel in range(v_panels):
-                    gemm_tile(
-                        base + v_panel * block_size * 16 * item, kind, rows_at.ctypes.data, rows, depth, ahead,
-                        result.ctypes.data + v_panel * 64, result.shape[1] * 4, b - first_block,
-                    )  # fmt: skip
-            for r in range(rows):
-                token, head = (first_row + r) // group, kv_head * group + (first_row + r) % group
-                for d in range(dim):
-                    out[first_token + token, head * dim + d] = result[r, d] * inverse[r]
+                for h in range(last_head - head):
+                    for i in range(h * rows, (h + 1) * rows):
+                        rows_at[i] = score.ctypes.data + i * score_stride + (b - first_block) * block_size * x_item
+                    at = v_cache + block_table[sequence, b] * v_block_bytes + (head + h) * v_head
+                    ahead = v_head
+                    if head + h + 1 == last_head:
+                        ahead = (
+                            v_cache + block_table[sequence, min(b + 1, last_block)] * v_block_bytes + head * v_head - at
+                        )
+                    for p in range(v_panels):
+                        gemm_tile(
+                            at + p * v_panel, kind, rows_at.ctypes.data + 8 * h * rows, rows, depth, ahead,
+                            result.ctypes.data + h * rows * result_stride + p * 64, result_stride, b - first_block,
+                        )  # fmt: skip
+            for h in range(last_head - head):
+                for r in range(rows):
+                    token, column = (first_row + r) // group, ((head + h) * group + (first_row + r) % group) * dim
+                    for d in range(dim):
+                        out[first_token + token, column + d] = result[h * rows + r, d] * inverse[h * rows + r]
 
 
 class AttentionBuffers:
-    """Per-thread scratch: ≤ 6 query rows, their scores over `max_context` positions, their output."""
+    """Per-thread scratch: as many query rows as a tile has, their scores over `max_context` positions, their output."""
 
-    def __init__(self, head_dim: int, max_context: int, block_size: int, threads: int) -> None:
+    def __init__(self, head_dim: int, max_context: int, block_size: int, threads: int, dtype: torch.dtype) -> None:
+        rows = DOT_ROWS if kind_of(dtype) == BF16_DOT else MAX_ROWS
         # A sliding window starts anywhere in a block, hence one block more than the context.
         positions = (-(-max_context // block_size) + 1) * block_size
-        self.q = zeros(threads, MAX_ROWS, head_dim)
-        self.scores = zeros(threads, MAX_ROWS, positions)
-        self.out = zeros(threads, MAX_ROWS, padded(head_dim))
+        self.q = zeros(threads, rows, head_dim)
+        self.scores = zeros(threads, rows, positions)
+        self.out = zeros(threads, rows, padded(head_dim))
         self.row_tables = zeros(threads, 8, dtype=torch.int64)
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in vars(self).values())
+
+    def tasks(self, metadata: AttentionMetadata, heads: int, kv_heads: int) -> np.ndarray:
+        """int64 [tasks, 5]: sequence, first row, rows, first KV head, the one behind the last.
+
+        A row is a query head of a token. All rows of a task fit this scratch, and there are four tasks a thread where
+        there are as many heads.
+        """
+        threads, most, _ = self.q.shape
+        all_rows = np.diff(metadata.query_start.numpy()).astype(np.int64) * (heads // kv_heads)
+        tiles = -(-all_rows // most)
+        sequence = np.repeat(np.arange(len(tiles)), tiles)
+        first = (np.arange(len(sequence)) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * most
+        rows = np.minimum(most, all_rows[sequence] - first)
+        heads_each = np.clip(most // rows, 1, max(1, len(sequence) * kv_heads // (4 * threads)))
+        shares = -(-kv_heads // heads_each)
+        tile = np.repeat(np.arange(len(sequence)), shares)
+        share = np.arange(len(tile)) - np.repeat(np.cumsum(shares) - shares, shares)
+        bounds = [(share + i) * kv_heads // shares[tile] for i in (0, 1)]
+        return np.stack([sequence[tile], first[tile], rows[tile], *bounds], axis=1)
 
 
 def prepare_qkv(
@@ -262,6 +299,7 @@ def attention(
     head_dim: int,
     window: int,
     metadata: AttentionMetadata,
+    tasks: np.ndarray,
     k_cache: Tensor,
     v_cache: Tensor,
     out: Tensor,
@@ -270,13 +308,8 @@ def attention(
 ) -> Tensor:
     """Causal attention of the batch's queries over their cached contexts; window 0 means no sliding window.
 
-    qkv: as `prepare_qkv` left it; out fp32 [T, heads·D].
+    qkv: as `prepare_qkv` left it; tasks: of the same metadata; out fp32 [T, heads·D].
     """
-    group = heads // kv_heads
-    query_lens = np.diff(metadata.query_start.numpy())
-    tiles = -(-query_lens * group // MAX_ROWS)
-    tile_sequence = np.repeat(np.arange(len(tiles)), tiles)
-    tile_first_row = (np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * MAX_ROWS
     _attention(
         qkv.numpy(),
         heads,
@@ -284,8 +317,7 @@ def attention(
         head_dim,
         np.float32(head_dim**-0.5),
         window,
-        tile_sequence,
-        tile_first_row,
+        tasks,
         metadata.query_start.numpy(),
         metadata.context_lens.numpy(),
         metadata.block_table.numpy(),

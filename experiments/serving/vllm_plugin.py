@@ -1,6 +1,6 @@
 """FluxMoE inside vLLM beside vLLM as it is and beside our own engine: one checkpoint, one total memory, in turns.
 
-    fluxmoe versus vllm-plugin --vllm-python PATH --budgets 1536MiB 2GiB --out results/measured/<hardware>/vllm_plugin
+    fluxmoe versus vllm-plugin --preset small --vllm-python PATH --out results/measured/<hardware>/vllm_plugin
 
 vLLM runs in an environment of its own in which this project is installed too (`make vllm-test` makes one, .venv-vllm).
 A budget is what one process may take in all: weights, KV cache, code, libraries; vLLM counts it so itself
@@ -20,9 +20,9 @@ from pathlib import Path
 from fluxmoe.runtime.devices import HOST, resolve_device
 from fluxmoe.runtime.memory.budget import format_bytes, parse_bytes
 
-from ..lib.args import option
+from ..lib.args import group, option
 from ..lib.machines import Machine
-from ..lib.models import checkpoint_source, preset_source
+from ..lib.models import ModelChoice
 from ..lib.results import UsageError, code_digest, instructions
 from ..lib.serve import placement_name
 from ..lib.sweep import Sweep
@@ -34,9 +34,8 @@ from .versus import COLUMNS, Work, ask_vllm, report, take_turns, version_of_vllm
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
+    model: ModelChoice = group("config")
     vllm_python: str = option("Python of an environment that has vLLM and this project", metavar="PATH")
-    model: str | None = option("checkpoint (default: the model of preset small)", None, metavar="DIR")
-    checkpoints: Path = option("where presets keep their model", Path("checkpoints"))
     device: str = option("what serves", "auto", choices=("auto", "cpu", "cuda"))
     budgets: tuple[str, ...] = option("of each process in all", ("1536MiB", "2GiB"), metavar="BYTES")
     placements: tuple[str, ...] = option(
@@ -106,7 +105,7 @@ def run(args: Arguments) -> None:
     machine = Machine(resolve_device(args.device).type)
     version = version_of_vllm(args.vllm_python, {})
     check(args, machine.device)
-    source = checkpoint_source(args.model) if args.model else preset_source("small", args.checkpoints)
+    source = args.model.source()
     checkpoint = Path(source.checkpoint or "").resolve()
     asked = {k: getattr(args, k) for k in ("placements", "engine", "sequences", "rounds", "prompt_tokens",
                                            "output_tokens", "eager")}  # fmt: skip

@@ -193,7 +193,7 @@ def issued(code: Report, repeats: int = 1) -> float:
         rows = c["group"] * (1 if code.kernel == "_decode_kernel" else c["block_q"])
         steps = code.flops / (4 * c["head_dim"] * rows * c["block_kv"])
     elif code.kernel == "_state_kernel":
-        steps = code.flops / (2 * 64 * c["BLOCK_V"] * (3 * c["key_dim"] + 2 * 64))
+        steps = code.flops / (2 * 64 * c["block_v"] * (3 * c["key_dim"] + 2 * 64))
     else:
         times = repeats if code.kernel == "_recurrent_kernel" else 1
         return float(times * code.programs * code.num_warps * code.instructions)

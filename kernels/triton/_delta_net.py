@@ -1,9 +1,10 @@
 """The kernels of `delta_net`, where formulas, shapes and their order are, and what they declare of their launches.
-DIMS is a `DeltaNetDims`, where a `Sequences`, in all of them."""
+DIMS is a `DeltaNetDims`, TILE a `DeltaNetTile`, where a `Sequences`, in all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import triton
@@ -23,6 +24,24 @@ _CHUNK = CHUNK.value
 _SIDE = tl.constexpr(16)
 # exp of it is 0 in fp32. Sums of longer decays would only lose digits.
 _LEAST_LOG = tl.constexpr(-110.0)
+
+
+@dataclass(frozen=True)
+class DeltaNetTile:
+    """Sizes of what a program holds. keys, values, heads, taps: powers of two from those of a layer on; block_v:
+    columns of a state; block_c: channels whose last inputs are kept."""
+
+    keys: int
+    values: int
+    heads: int
+    taps: int
+    block_v: int
+    block_c: int
+
+    @property
+    def widest(self) -> int:
+        """What holds a key, or a value."""
+        return max(self.keys, self.values)
 
 
 class Sequences(NamedTuple):
@@ -140,9 +159,8 @@ def _recurrent_kernel(
     where,
     qkv_ptr,  # (T, CHANNELS), whose v becomes o
     DIMS: tl.constexpr,
+    TILE: tl.constexpr,
     MOST_TOKENS: tl.constexpr,
-    DK_P2: tl.constexpr,
-    BLOCK_V: tl.constexpr,
 ):
     """Grid: (B, VALUE_HEADS, slices of DV): token by token, the slice's state in registers from first to last.
 
@@ -159,8 +177,8 @@ def _recurrent_kernel(
     DK: tl.constexpr = DIMS.key_dim
     DV: tl.constexpr = DIMS.value_dim
     CHANNELS: tl.constexpr = DIMS.channels
-    i = tl.arange(0, DK_P2)
-    j = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    i = tl.arange(0, TILE.keys)
+    j = tl.program_id(2) * TILE.block_v + tl.arange(0, TILE.block_v)
     slot = tl.load(where.slots + sequence).to(tl.int64)
     at = state_ptr + (slot * DIMS.value_heads + h) * DK * DV + i[:, None] * DV + j[None, :]
     inside = (i < DK)[:, None] & (j < DV)[None, :]
@@ -205,7 +223,7 @@ def _conv_kernel(
     qkv_ptr,  # (T, CHANNELS)
     num_sequences,
     DIMS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Grid: (chunks, 2 * KEY_HEADS + VALUE_HEADS): convolution of a chunk's q, k or v of one head; q and k to unit
     length, q scaled."""
@@ -217,7 +235,7 @@ def _conv_kernel(
     is_key = head < 2 * DIMS.key_heads
     width = tl.where(is_key, DIMS.key_dim, DIMS.value_dim)
     c0 = tl.where(is_key, head * DIMS.key_dim, 2 * DIMS.key_size + (head - 2 * DIMS.key_heads) * DIMS.value_dim)
-    d = tl.arange(0, BLOCK_D)[None, :]
+    d = tl.arange(0, TILE.widest)[None, :]
     t = t0 + tl.arange(0, CHUNK)[:, None]
     slot = tl.load(where.slots + sequence).to(tl.int64)
     y = _convolved(
@@ -273,7 +291,7 @@ def _chunk_kernel(
     num_tokens,
     num_sequences,
     DIMS: tl.constexpr,
-    DK_P2: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Grid: (chunks, VALUE_HEADS): what a chunk's tokens are to each other, whatever the state before them."""
     _, begin, end, token0 = sequence_of(tl.program_id(0), query_start_ptr, num_sequences, CHUNK)
@@ -282,7 +300,7 @@ def _chunk_kernel(
     h = tl.program_id(1)
     key_head = h // (DIMS.value_heads // DIMS.key_heads)
     r = tl.arange(0, CHUNK)
-    i = tl.arange(0, DK_P2)
+    i = tl.arange(0, TILE.keys)
     valid = token0 + r < end
     token = token0.to(tl.int64) + r
     rows = qkv_ptr + token[:, None] * DIMS.channels + key_head * DIMS.key_dim + i[None, :]
@@ -319,8 +337,7 @@ def _state_kernel(
     where,
     num_tokens,
     DIMS: tl.constexpr,
-    DK_P2: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Grid: (B, VALUE_HEADS, slices of DV): chunk after chunk, the slice's state in registers from first to last."""
     sequence = tl.program_id(0)
@@ -333,7 +350,8 @@ def _state_kernel(
     first = tl.load(where.context_lens + sequence) <= end - begin
     DK: tl.constexpr = DIMS.key_dim
     DV: tl.constexpr = DIMS.value_dim
-    i = tl.arange(0, DK_P2)
+    BLOCK_V: tl.constexpr = TILE.block_v
+    i = tl.arange(0, TILE.keys)
     j = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     r = tl.arange(0, CHUNK)
     slot = tl.load(where.slots + sequence).to(tl.int64)
@@ -374,13 +392,10 @@ def _state_kernel(
 
 
 @triton.jit
-def _gated_norm(
-    x_ptr, qkv_ptr, norm_ptr, out_ptr, eps, token, DIMS: tl.constexpr, HEADS_P2: tl.constexpr,
-    DV_P2: tl.constexpr,
-):  # fmt: skip
+def _gated_norm(x_ptr, qkv_ptr, norm_ptr, out_ptr, eps, token, DIMS: tl.constexpr, TILE: tl.constexpr):
     """The output of one token: o of each head, over its rms, times weight and silu(z)."""
-    h = tl.arange(0, HEADS_P2)[:, None]
-    j = tl.arange(0, DV_P2)[None, :]
+    h = tl.arange(0, TILE.heads)[:, None]
+    j = tl.arange(0, TILE.values)[None, :]
     mask = (h < DIMS.value_heads) & (j < DIMS.value_dim)
     at = h * DIMS.value_dim + j
     o = tl.load(qkv_ptr + token * DIMS.channels + 2 * DIMS.key_size + at, mask=mask, other=0.0).to(tl.float32)
@@ -392,9 +407,9 @@ def _gated_norm(
 
 
 @triton.jit
-def _keep_inputs(x_ptr, conv_state_ptr, c, length, first, DIMS: tl.constexpr, TAPS_P2: tl.constexpr):
+def _keep_inputs(x_ptr, conv_state_ptr, c, length, first, DIMS: tl.constexpr, TILE: tl.constexpr):
     """The last inputs of channels c of one sequence, to its state."""
-    tap = tl.arange(0, TAPS_P2)[:, None]
+    tap = tl.arange(0, TILE.taps)[:, None]
     at = length - (DIMS.taps - 1) + tap
     mask = (c < DIMS.channels) & (tap < DIMS.taps - 1)
     x = tl.load(x_ptr + at.to(tl.int64) * DIMS.projected + c, mask=mask & (at >= 0), other=0.0)
@@ -417,17 +432,15 @@ def _finish_kernel(
     eps,
     num_tokens,
     DIMS: tl.constexpr,
-    HEADS_P2: tl.constexpr,
-    DV_P2: tl.constexpr,
-    TAPS_P2: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Grid: (T + B * channel blocks,): what must wait until all slices have their o, a token's output; and until all
     programs have read a convolution's old inputs, its new ones."""
     program = tl.program_id(0)
     if program < num_tokens:
-        _gated_norm(x_ptr, qkv_ptr, norm_ptr, out_ptr, eps, program.to(tl.int64), DIMS, HEADS_P2, DV_P2)
+        _gated_norm(x_ptr, qkv_ptr, norm_ptr, out_ptr, eps, program.to(tl.int64), DIMS, TILE)
     else:
+        BLOCK_C: tl.constexpr = TILE.block_c
         BLOCKS: tl.constexpr = (DIMS.channels + BLOCK_C - 1) // BLOCK_C
         sequence = (program - num_tokens) // BLOCKS
         c = (program - num_tokens) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -436,4 +449,4 @@ def _finish_kernel(
         x_ptr += begin.to(tl.int64) * DIMS.projected
         conv_state_ptr += tl.load(where.slots + sequence).to(tl.int64) * (DIMS.taps - 1) * DIMS.channels
         first = tl.load(where.context_lens + sequence) <= length
-        _keep_inputs(x_ptr, conv_state_ptr, c, length, first, DIMS, TAPS_P2)
+        _keep_inputs(x_ptr, conv_state_ptr, c, length, first, DIMS, TILE)

@@ -43,7 +43,7 @@ o has 1.2 to 1.8 times the error that rounding q, k and v alone makes; with the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 
 import torch
 import triton
@@ -51,7 +51,16 @@ from torch import Tensor
 
 from ..launches import Case
 from ..ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights, KernelError, Linear
-from ._delta_net import CHUNK, Sequences, _chunk_kernel, _conv_kernel, _finish_kernel, _recurrent_kernel, _state_kernel
+from ._delta_net import (
+    CHUNK,
+    DeltaNetTile,
+    Sequences,
+    _chunk_kernel,
+    _conv_kernel,
+    _finish_kernel,
+    _recurrent_kernel,
+    _state_kernel,
+)
 from .flat_batch import num_tiles
 from .norm import DTYPES
 from .tiles import capability_of, shared_limit
@@ -103,38 +112,42 @@ def gated_delta_net(
     assert metadata.state_slots is not None, "layers of Gated DeltaNet have states"
     where = Sequences(metadata.state_slots, metadata.query_start, metadata.context_lens)
     conv = (projected, weights.conv, conv_state)
-    key_dim, value_dim = (max(triton.next_power_of_2(dim), 16) for dim in (dims.key_dim, dims.value_dim))
-    block_v = min(value_dim, _BLOCK_V)
-    slices = (sequences, dims.value_heads, triton.cdiv(dims.value_dim, block_v))
+    tile = _tile(dims)
+    slices = (sequences, dims.value_heads, triton.cdiv(dims.value_dim, tile.block_v))
     _recurrent_kernel[slices](
-        *conv, weights.rate, weights.dt_bias, state, where, qkv, dims, _ALL if batch_invariant else 1, key_dim,
-        block_v, num_warps=4,
-    )  # fmt: skip
+        *conv, weights.rate, weights.dt_bias, state, where, qkv, dims, tile, _ALL if batch_invariant else 1, num_warps=4
+    )
     # No sequence is without tokens: as many tokens as sequences means one each.
     if tokens > sequences and not batch_invariant:
         chunks = num_tiles(tokens, sequences, _CHUNK)
         _conv_kernel[(chunks, 2 * dims.key_heads + dims.value_heads)](
-            *conv, where, qkv, sequences, dims, max(key_dim, value_dim), num_warps=8
+            *conv, where, qkv, sequences, dims, tile, num_warps=8
         )
         _chunk_kernel[(chunks, dims.value_heads)](
             projected, qkv, weights.rate, weights.dt_bias, metadata.query_start, inverse, scores, gates, tokens,
-            sequences, dims, key_dim, num_warps=4,
+            sequences, dims, tile, num_warps=4,
         )  # fmt: skip
         _state_kernel[slices](
-            qkv, inverse, scores, gates, state, where, tokens, dims, key_dim, block_v, num_warps=4,
-            num_stages=_state_stages(key_dim, block_v, qkv.dtype.itemsize, capability_of(projected.device)),
+            qkv, inverse, scores, gates, state, where, tokens, dims, tile, num_warps=4,
+            num_stages=_state_stages(tile, qkv.dtype.itemsize, capability_of(projected.device)),
         )  # fmt: skip
-    kept = sequences * triton.cdiv(dims.channels, _BLOCK_C)
+    kept = sequences * triton.cdiv(dims.channels, tile.block_c)
     _finish_kernel[(tokens + kept,)](
-        projected, qkv, weights.norm, conv_state, where, out, eps, tokens, dims,
-        triton.next_power_of_2(dims.value_heads), value_dim, triton.next_power_of_2(dims.taps), _BLOCK_C, num_warps=4,
-    )  # fmt: skip
+        projected, qkv, weights.norm, conv_state, where, out, eps, tokens, dims, tile, num_warps=4
+    )
     return out
 
 
-def _state_stages(key_dim: int, block_v: int, itemsize: int, capability: int) -> int:
+@cache
+def _tile(dims: DeltaNetDims) -> DeltaNetTile:
+    keys, values = (max(triton.next_power_of_2(dim), 16) for dim in (dims.key_dim, dims.value_dim))
+    heads, taps = map(triton.next_power_of_2, (dims.value_heads, dims.taps))
+    return DeltaNetTile(keys, values, heads, taps, min(values, _BLOCK_V), _BLOCK_C)
+
+
+def _state_stages(tile: DeltaNetTile, itemsize: int, capability: int) -> int:
     """Stages of the loop over chunks: two where a second chunk's q, k, v, P and (I + A)⁻¹ fit in shared memory."""
-    chunk = _CHUNK * (2 * key_dim + block_v + 2 * _CHUNK) * itemsize
+    chunk = _CHUNK * (2 * tile.keys + tile.block_v + 2 * _CHUNK) * itemsize
     return 2 if 3 * chunk < shared_limit(capability) else 1
 
 

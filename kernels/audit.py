@@ -38,7 +38,16 @@ from .formats import codec_of, compressed_formats
 from .launches import Case, Launch, compile_only
 from .ops import KernelError
 from .packing import Codec
-from .sass import MATRIX, SERIALIZED, Loop, instructions, load_bytes, matrix_loops, overwritten_in_flight
+from .sass import (
+    MATRIX,
+    SERIALIZED,
+    Loop,
+    instructions,
+    integer_operations,
+    load_bytes,
+    matrix_loops,
+    overwritten_in_flight,
+)
 from .triton import delta_net, gate, gates, grouped_gemm, norm, paged_attention, rope_kv, routing
 from .triton.tiles import shared_limit
 
@@ -47,6 +56,8 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _FULL_WIDTH = 16
 # At the full rate of HBM an H100 has 6.6 integer operations for each 12-bit weight.
 _MOST_INTEGER = 6.0
+# Of decoders to a buffer whose code has no loop.
+_DECODED_BY_A_THREAD = {"planar12": 64, "planar8": 64, "tiered": 32}
 
 
 class AuditError(ValueError):
@@ -59,7 +70,8 @@ class Report:
 
     programs: of its grid; nbytes, flops: as the kernel declares (`work`); spills: bytes; serialized_wgmma: whether
     matrix instructions wait for each other one by one; hazards: registers of wgmma in flight that are overwritten;
-    loops: innermost ones with matrix instructions, the shortest first.
+    loops: innermost ones with matrix instructions, the shortest first; integer_per_weight: integer operations for each
+    weight decoded, of a step of the tile loop, or of all code of a decoder to a buffer.
     """
 
     name: str
@@ -109,12 +121,13 @@ def _cases() -> Iterator[Case]:
     for module in (routing, gate, grouped_gemm, norm, gates, rope_kv, paged_attention, delta_net):
         yield from module.audit_cases()
     for name in compressed_formats():
-        yield Case(f"packing/{name}", partial(_decode, codec_of(name)))
+        by_thread = _DECODED_BY_A_THREAD.get(name, 0)
+        yield Case(f"packing/{name}", partial(_decode, codec_of(name)), weights_per_thread=by_thread)
 
 
 def _decode(codec: Codec) -> None:
     """A Gaussian weight's decoder to a buffer; what is compiled does not depend on the weight's size."""
-    codec.decode(codec.encode(torch.randn(128, 256).bfloat16()).to("meta"))
+    codec.decode(codec.encode(codec.fitting(torch.randn(128, 256).bfloat16())).to("meta"))
 
 
 def audit(case: Case, arch: str, dump: Path | None = None) -> list[Report]:
@@ -178,6 +191,8 @@ def _read(name: str, case: Case, launch: Launch, arch: str, dump: Path | None) -
     decodes = case.weights_per_step and len(report.loops) > 1
     if decodes:
         report.integer_per_weight = round(report.decode_loop["integer"] / case.weights_per_step, 2)
+    elif case.weights_per_thread:
+        report.integer_per_weight = round(integer_operations(code) / case.weights_per_thread, 2)
     report.problems = [problem for kind, problem in _problems(case, launch, report) if kind not in case.accepts]
     return report
 
@@ -194,7 +209,7 @@ def _problems(case: Case, launch: Launch, report: Report) -> Iterator[tuple[str,
         yield "hazards", f"a register of a wgmma in flight is overwritten: {hazard}"
     if launch.kernel in case.wide and report.load_bytes < _FULL_WIDTH and not report.tma_loads:
         yield "wide", f"loads are {report.load_bytes} bytes wide, not {_FULL_WIDTH}"
-    if report.integer_per_weight is not None and report.integer_per_weight > _MOST_INTEGER:
+    if case.weights_per_step and (report.integer_per_weight or 0) > _MOST_INTEGER:
         yield "integer", f"{report.integer_per_weight} integer operations a weight, more than {_MOST_INTEGER}"
     if case.weights_per_step and report.integer_per_weight is None:
         yield "decode", "the loop that decodes weights was not found"
@@ -234,6 +249,8 @@ def print_table(reports: list[Report]) -> None:
     for r in reports:
         matrix = " ".join(f"{kind}x{count}" for kind, count in r.matrix.items()) or "-"
         loads = "tma" if r.tma_loads else f"{r.load_bytes} B"
+        if r.integer_per_weight and not r.loops:
+            matrix += f"; {r.integer_per_weight} integer operations a weight"
         print(f"{r.name:<{width}} {r.arch:>6} {r.registers:>5} {r.spills:>6} {r.shared_bytes:>7} {loads:>5}  {matrix}")
         for loop in r.loops:
             wgmma = f" ({loop['arrives']} arrive, {loop['waits']} wait)" if loop["arrives"] else ""

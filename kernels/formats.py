@@ -15,7 +15,7 @@ import torch
 
 from .cpu.planar import PanelBlocks
 from .ops import KernelError
-from .packing import Codec, Huffman, Planar12, Tiered
+from .packing import Codec, Huffman, Planar8, Planar12, Tiered
 from .packing.blocks import Blocks, PlaneBlocks
 
 DENSE = "dense"
@@ -27,10 +27,11 @@ DEFAULT_COMPRESSED = "planar12"
 class Format:
     """One format of experts' weights.
 
-    bits: of a weight, for bf16 weights with a Gaussian distribution. about: what becomes of it, for help texts. codec:
-    makes and reads its planes, in packed checkpoints too; None for dense. number: in an ExpertTable, never reused; None
-    if no GEMM reads it. fused: by backend (cpu, triton) whose GEMM reads it in place, the blocks that this GEMM takes.
-    tile: rows and columns of the weight in a step of Triton's tile loop, which has it as first operand ("swap AB").
+    bits: of a weight, for bf16 weights with a Gaussian distribution, as `Codec.fitting` leaves them. about: what
+    becomes of it, for help texts. codec: makes and reads its planes, in packed checkpoints too; None for dense. number:
+    in an ExpertTable, never reused; None if no GEMM reads it. fused: by backend (cpu, triton) whose GEMM reads it in
+    place, the blocks that this GEMM takes. tile: rows and columns of the weight in a step of Triton's tile loop, which
+    has it as first operand ("swap AB").
     """
 
     name: str
@@ -55,6 +56,10 @@ FORMATS: dict[str, Format] = {
             "planar12", 12.006, "read by the GEMM in place", Planar12(), number=1,
             fused={"triton": PlaneBlocks(Planar12()), "cpu": PanelBlocks()}, tile=(64, 128),
         ),
+        Format(
+            "planar8", 8.006, "read by a GPU's GEMM in place, for weights that were FP8: four low mantissa bits zero",
+            Planar8(), number=2, fused={"triton": PlaneBlocks(Planar8())}, tile=(64, 128),
+        ),
         Format("tiered", 10.92, "decoded into a slot before a layer runs", Tiered()),
         Format("huffman", 10.75, "decoded into a slot before a layer runs, the paper's way", Huffman()),
     )
@@ -71,6 +76,12 @@ def codec_of(name: str) -> Codec:
     codec = FORMATS[name].codec
     assert codec is not None, f"{name} experts are not compressed"
     return codec
+
+
+def fitting(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """`Codec.fitting` of a format; dense experts may have any weights."""
+    codec = FORMATS[name].codec
+    return weight if codec is None else codec.fitting(weight)
 
 
 def weight_tile(name: str) -> tuple[int, int]:

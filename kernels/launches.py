@@ -61,13 +61,15 @@ class Case:
     """A public operation at the sizes of a real model, for the audit; `launch` calls it on tensors of the meta device.
 
     wide: kernels that must load 16 bytes a thread; weights_per_step: weights that a thread decodes in a step of the
-    tile loop, for kernels that have such a loop beside the dense one; accepts: problem → why it is accepted here.
+    tile loop, for kernels that have such a loop beside the dense one; weights_per_thread: that it decodes in all, for
+    kernels whose code has no loop; accepts: problem → why it is accepted here.
     """
 
     name: str
     launch: Callable[[], object]
     wide: tuple[JITFunction, ...] = ()
     weights_per_step: int = 0
+    weights_per_thread: int = 0
     accepts: dict[str, str] = field(default_factory=dict)
 
 

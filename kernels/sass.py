@@ -80,13 +80,18 @@ def matrix_loops(code: list[Instruction]) -> list[Loop]:
     return sorted(loops, key=lambda loop: loop["all"])
 
 
+def integer_operations(code: list[Instruction]) -> int:
+    """How many there are, the moves that set up a kernel counted."""
+    return sum(_base(line) in _INTEGER for line in code)
+
+
 def _count(lines: list[Instruction]) -> Loop:
     bases = [_base(line) for line in lines]
     return Loop(
         all=len(lines),
         matrix=sum(base in MATRIX for base in bases),
         loads=sum(base in ("LDG", "LDGSTS", "UTMALDG") for base in bases),
-        integer=sum(base in _INTEGER for base in bases),
+        integer=integer_operations(lines),
         arrives=sum(line.opcode.startswith("WARPGROUP.ARRIVE") for line in lines),
         waits=sum(line.opcode.startswith("WARPGROUP.DEPBAR") for line in lines),
     )

@@ -161,7 +161,7 @@ def delta_point(sequences: int, tokens: int, gpu: str | None) -> None:
 
 def decode(name: str, gpu: str | None) -> None:
     codec = codec_of(name)
-    packed = codec.encode((0.02 * torch.randn(256, 512)).bfloat16())
+    packed = codec.encode(codec.fitting((0.02 * torch.randn(256, 512)).bfloat16()))
     codec.decode_triton(packed.to("meta"), torch.empty(256, 512, dtype=torch.bfloat16, device=META))
 
 

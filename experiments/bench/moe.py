@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from fluxmoe.kernels.expert_table import ExpertTable
-from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats, weight_tile
+from fluxmoe.kernels.formats import DENSE, FORMATS, fitting, fused_formats, weight_tile
 from fluxmoe.kernels.launches import work_of
 from fluxmoe.kernels.triton import grouped_gemm
 from fluxmoe.kernels.triton.experts import TritonBlocks
@@ -85,7 +85,8 @@ class Layer:
         if expert_format not in self._tables:
             encoder, experts = TritonBlocks(self.shape.dims), self.shape.experts
             distinct = zip(self.gate_up[:_DISTINCT], self.down[:_DISTINCT], strict=True)
-            few = [encoded(encoder, weights, expert_format) for weights in distinct]
+            fit = ((fitting(expert_format, a), fitting(expert_format, b)) for a, b in distinct)
+            few = [encoded(encoder, weights, expert_format) for weights in fit]
             blocks = [(a.clone(), b.clone()) for (a, b), _ in (few[e % len(few)] for e in range(experts))]
             table = table_of(blocks, self.device, expert_format)
             self._tables[expert_format] = table, sum(bits for _, bits in few) / len(few)
@@ -163,13 +164,16 @@ def choose(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return values.softmax(-1), chosen.int()
 
 
-def reference(layer: Layer, x: Tensor, weights: Tensor, chosen: Tensor, plus_one: bool = False) -> Tensor:
-    """A loop over experts in fp32; plus_one: see Peer."""
+def reference(
+    layer: Layer, x: Tensor, weights: Tensor, chosen: Tensor, plus_one: bool = False, expert_format: str = DENSE
+) -> Tensor:
+    """A loop over experts in fp32; plus_one: see Peer; expert_format: weights are those that it holds."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in chosen.unique().tolist():
         token, choice = torch.where(chosen == expert)
-        gate, up = (x[token].float() @ layer.gate_up[expert].float().T).chunk(2, dim=-1)
-        y = torch.nn.functional.silu(gate) * (up + 1 if plus_one else up) @ layer.down[expert].float().T
+        gate_up, down = (fitting(expert_format, weight[expert]).float() for weight in (layer.gate_up, layer.down))
+        gate, up = (x[token].float() @ gate_up.T).chunk(2, dim=-1)
+        y = torch.nn.functional.silu(gate) * (up + 1 if plus_one else up) @ down.T
         out.index_add_(0, token, y * weights[token, choice, None])
     return out
 
@@ -190,13 +194,14 @@ class Point(TimedPoint):
         self.logits = router_logits(self.shape, tokens, routing, tokens, self.device)
         self.weights, self.chosen = choose(self.logits, self.shape.top_k)
         self.touched = len(self.chosen.unique())
-        self._expected: dict[bool, Tensor] = {}
+        self._expected: dict[tuple[bool, str], Tensor] = {}
         self._tuned = read_tuned(tuned) if tuned else {}
 
-    def expected(self, plus_one: bool = False) -> Tensor:
-        if plus_one not in self._expected:
-            self._expected[plus_one] = reference(self.layers[0], self.x, self.weights, self.chosen, plus_one)
-        return self._expected[plus_one]
+    def expected(self, plus_one: bool = False, expert_format: str = DENSE) -> Tensor:
+        key = plus_one, expert_format
+        if key not in self._expected:
+            self._expected[key] = reference(self.layers[0], self.x, self.weights, self.chosen, *key)
+        return self._expected[key]
 
     def tiles(self, provider: str) -> Tiles | None:
         """None: the rule's."""
@@ -216,7 +221,7 @@ class Point(TimedPoint):
             check(runs[0](*inputs), self.expected(peer.plus_one))
             return time_calls([partial(run, *inputs) for run in runs], graph=peer.graph)
         calls = self.ours(provider)
-        check(calls[0](), self.expected())
+        check(calls[0](), self.expected(expert_format=format_of(provider)))
         return time_calls(calls)
 
     @cached_property

@@ -132,7 +132,7 @@ def decoders(device: torch.device, size: int) -> dict[str, float]:
     rates = {}
     for name in compressed_formats():
         codec = codec_of(name)
-        packed = codec.encode(weight).to(device)
+        packed = codec.encode(codec.fitting(weight)).to(device)
         rates[name] = weight.nbytes / best_seconds(lambda: codec.decode(packed, out, parallel=False), device)  # noqa: B023
     return rates
 
@@ -143,7 +143,7 @@ def decode_latency(device: torch.device) -> float:
     out, calls = torch.empty(32, 64, dtype=torch.bfloat16, device=device), 50
     latencies = []
     for codec in map(codec_of, compressed_formats()):
-        packed = codec.encode(weight).to(device)
+        packed = codec.encode(codec.fitting(weight)).to(device)
 
         def decode() -> None:
             for _ in range(calls):

@@ -1,6 +1,7 @@
 """Lossless codecs of bf16 weights, behind one interface.
 
-    Planar12  12.0 bits, fixed rate; a GEMM reads it in place (`_planar12.unpack_planar12` is its inner step)
+    Planar12  12.0 bits, fixed rate; a GEMM reads it in place (`_planar.unpack_planar12` is its inner step)
+    Planar8    8.0 bits, the same for weights whose four low mantissa bits are zero
     Tiered    10.9 bits; tiles decode by themselves, by counting
     Huffman   10.7 bits; lanes of 512 weights decode by themselves, code by code
 
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 from .codec import Codec, Packed, PackingError
 from .huffman import Huffman
+from .planar8 import Planar8
 from .planar12 import Planar12
 from .tiered import Tiered
 
-__all__ = ["Codec", "Huffman", "Packed", "PackingError", "Planar12", "Tiered"]
+__all__ = ["Codec", "Huffman", "Packed", "PackingError", "Planar8", "Planar12", "Tiered"]

@@ -43,8 +43,9 @@ class PlaneBlocks:
         packed = self.codec.encode(matrix)
         if packed.is_raw or packed.block_bytes > out.numel():
             shape, name = list(matrix.shape), self.codec.name
+            fine = ", their low mantissa bits are not zero," if self.codec.lost_bits else ""
             raise KernelError(
-                f"expert weights of shape {shape} do not fit format {name}: they are too small, "
+                f"expert weights of shape {shape} do not fit format {name}: they are too small,{fine} "
                 "or their exponents spread wider than those of trained weights; use the dense format"
             )
         packed.pack_into(out[: packed.block_bytes])

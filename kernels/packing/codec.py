@@ -103,9 +103,13 @@ def align(nbytes: int) -> int:
 
 
 class Codec(ABC):
-    """How weights are made into planes and back. Subclasses do it for those that are worth it, the others stay raw."""
+    """How weights are made into planes and back. Subclasses do it for those that are worth it, the others stay raw.
+
+    lost_bits: of the mantissa, those that the format takes for zero; weights that have them set do not shrink.
+    """
 
     name: str
+    lost_bits = 0
 
     @abstractmethod
     def room(self, n: int, k: int) -> int:
@@ -175,6 +179,10 @@ class Codec(ABC):
                     f"plane {name!r} of {packed.format} {packed.shape} must have {'some' if size is None else size} "
                     f"{dtype}, has {plane.numel()} {plane.dtype}"
                 )
+
+    def fitting(self, weight: Tensor) -> Tensor:
+        """weight bf16 without its `lost_bits`: what the format is for, where a benchmark or a test makes weights."""
+        return (weight.view(torch.int16) & ~self.lost_bits).view(torch.bfloat16) if self.lost_bits else weight
 
     def bits_per_weight(self, packed: Packed) -> float:
         """Bits of all planes over weights; 16 for an empty weight."""

@@ -18,7 +18,7 @@ from ..expert_table import GATE_UP
 from ..formats import FORMATS
 from ..work import Work, declares, touched_experts
 from .norm import normed_row
-from .planar12_gemm import planar12_times_rows
+from .planar_gemm import planar_times_rows
 from .portable import after_inputs, cast, dot
 
 _PLANAR12 = tl.constexpr(FORMATS["planar12"].number)
@@ -79,7 +79,7 @@ def _tile_of_expert(
     TOP_K: tl.constexpr,
     TILE: tl.constexpr,
     EVEN_K: tl.constexpr,
-    PLANAR12: tl.constexpr,
+    COMPRESSED: tl.constexpr,
 ):
     """One tile of `_grouped_gemm_kernel`."""
     BLOCK_M: tl.constexpr = TILE.block_m
@@ -113,13 +113,15 @@ def _tile_of_expert(
     sources = rows.to(tl.int64) * strides[0]
     # Without the hints, loads through an address that was loaded are as narrow as one element.
     w_ptr = tl.multiple_of(address.to(tl.pointer_type(W_DTYPE)), 16)
-    if PLANAR12:
-        compressed = tl.load(table.formats + entry) == _PLANAR12
+    if COMPRESSED:
+        compressed = tl.load(table.formats + entry) == COMPRESSED
         if table.shared is not None:
             compressed = compressed & (is_shared == 0)
         if compressed:
             block_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
-            acc = planar12_times_rows(x_ptr, sources, block_ptr, n, n0, N, K, TILE, EVEN_K)
+            acc = planar_times_rows(
+                x_ptr, sources, block_ptr, n, n0, N, K, TILE, EVEN_K, NIBBLES=COMPRESSED == _PLANAR12
+            )
         else:
             acc = weight_times_rows(x_ptr, sources, w_ptr, n, n0, N, K, TILE, EVEN_K)
     else:
@@ -193,7 +195,7 @@ def _grouped_gemm_kernel(
     TOP_K: tl.constexpr,
     TILE: tl.constexpr,
     EVEN_K: tl.constexpr,
-    PLANAR12: tl.constexpr,
+    COMPRESSED: tl.constexpr,  # number of the format that experts may have beside dense; 0: none has another
 ):
     """Grid: (programs,), each takes tile pid, and if persistent pid + programs, …; tiles = blocks in use x
     cdiv(N, block_n)."""
@@ -204,13 +206,13 @@ def _grouped_gemm_kernel(
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             _tile_of_expert(
                 x_ptr, table, y_ptr, routing, tile, num_blocks, N, K, (stride_x, stride_y), TENSOR, TOP_K, TILE, EVEN_K,
-                PLANAR12,
+                COMPRESSED,
             )  # fmt: skip
     elif tl.program_id(0) < tiles:
         # What a loop would carry from tile to tile takes registers.
         _tile_of_expert(
             x_ptr, table, y_ptr, routing, tl.program_id(0), num_blocks, N, K, (stride_x, stride_y), TENSOR, TOP_K, TILE,
-            EVEN_K, PLANAR12,
+            EVEN_K, COMPRESSED,
         )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ import triton
 from torch import Tensor
 
 from ..expert_table import DOWN, GATE_UP, ExpertTable
-from ..formats import DENSE, fused_formats, weight_tile
+from ..formats import DENSE, FORMATS, fused_formats, weight_tile
 from ..launches import Case
 from ..ops import KernelError
 from ._grouped_gemm import (
@@ -42,7 +42,7 @@ from .routing import Routing
 from .tiles import FUSED_BOUNDS, ROW_BOUNDS, Tile, capability_of, default_tile, fused_tile, invariant_tile
 
 # Compressed formats that the kernel below has a tile loop for.
-_LOOPS = ("planar12",)
+_LOOPS = ("planar12", "planar8")
 
 
 def programs(tile: Tile, num_blocks: int, n: int, num_sms: int) -> int:
@@ -77,6 +77,9 @@ def _launch(
     if routing.max_blocks == 0:
         return y
     step = tile.block_k
+    if len(table.compressed) > 1:
+        found = " and ".join(sorted(table.compressed))
+        raise KernelError(f"one launch reads dense experts and those of one other format, got {found}")
     for name in table.compressed:
         if name not in _LOOPS:
             raise KernelError(f"this GEMM has no tile loop for format {name}; it has {', '.join(_LOOPS)} and dense")
@@ -89,10 +92,11 @@ def _launch(
     if tile.tma:
         # Descriptors that a program makes lie in global memory. Set here, since contexts of threads start without.
         triton.set_allocator(_scratch)
+    number = FORMATS[next(iter(table.compressed), DENSE)].number
     arrays = TableArrays(table.addresses, table.formats, routing.shared[tensor] if routing.shared else None)
     _grouped_gemm_kernel[(programs(tile, routing.max_blocks, n, num_sms),)](
         x, arrays, y, routing.arrays, n, k, x.stride(0), y.stride(0), TENSOR=tensor, TOP_K=routing.experts.shape[1],
-        TILE=tile, EVEN_K=k % step == 0, PLANAR12="planar12" in table.compressed, **_options(tile, x.device),
+        TILE=tile, EVEN_K=k % step == 0, COMPRESSED=number, **_options(tile, x.device),
     )  # fmt: skip
     return y
 

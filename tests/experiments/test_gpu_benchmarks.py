@@ -60,12 +60,15 @@ def test_peers_agree_with_the_reference(tokens):
 
 
 @INTERPRETED
-@pytest.mark.parametrize("provider", ["fluxmoe", "fluxmoe planar12", "fluxmoe invariant"])
-def test_ours_agree_with_the_reference(provider):
+@pytest.mark.parametrize(
+    ("provider", "bits"),
+    [("fluxmoe", 16), ("fluxmoe planar12", 12.0), ("fluxmoe planar8", 8.0), ("fluxmoe invariant", 16)],
+)
+def test_ours_agree_with_the_reference(provider, bits):
     point = bench_grouped_gemm.Point([bench_grouped_gemm.Layer(SHAPES["tiny"], CPU)], 3, "uniform", None)
     assert point.time(provider).method == "rehearsal"
-    bits = point.layers[0].bits(bench_grouped_gemm.format_of(provider))
-    assert bits == (pytest.approx(12.0, abs=0.1) if "planar12" in provider else 16)
+    found = point.layers[0].bits(bench_grouped_gemm.format_of(provider))
+    assert found == pytest.approx(bits, abs=0.1)
 
 
 def test_a_layer_repeats_few_weights_at_addresses_of_their_own():
@@ -99,7 +102,9 @@ def test_rows_carry_shares_and_ratios():
 
 
 @INTERPRETED
-@pytest.mark.parametrize(("provider", "bits"), [("fluxmoe", 16), ("fluxmoe planar12", 12.006)])
+@pytest.mark.parametrize(
+    ("provider", "bits"), [("fluxmoe", 16), ("fluxmoe planar12", 12.006), ("fluxmoe planar8", 8.006)]
+)
 def test_the_floor_of_a_row_is_what_our_launches_declare(provider, bits):
     """Logits, rows and places of routing; weights of the experts with tokens; h and y written and read; the sum."""
     shape, tokens = SHAPES["tiny"], 3

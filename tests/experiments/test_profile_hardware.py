@@ -15,7 +15,7 @@ def test_measures_this_machine(tmp_path, monkeypatch, capsys):
     assert found.measured
     assert found.device == "cpu"
     assert 0 <= found.copy_overlap <= 1
-    assert found.decode_bandwidth.keys() == {"planar12", "tiered", "huffman"}
+    assert found.decode_bandwidth.keys() == {"planar12", "planar8", "tiered", "huffman"}
     assert found.provenance["versions"]["torch"]
     assert [p.name for p in tmp_path.iterdir()] == ["p.json"]
     assert "disk" in capsys.readouterr().out

@@ -41,8 +41,8 @@ def test_every_kernel_keeps_the_rules(arch, only, tmp_path):
         decode = next(row for row in gemms if row["name"] == "grouped_gemm gate_up, 16 rows")
         assert "wgmma" in decode["matrix"], "swap AB is there to feed wgmma at 16 tokens"
         assert decode["async_copies"] > 0, "weights are not pipelined"
-        packed = [row for row in gemms if row["constexprs"]["PLANAR12"]]
-        assert len(packed) == 10
+        packed = [row for row in gemms if row["constexprs"]["COMPRESSED"]]
+        assert len(packed) == 20
         for row in packed:
             assert 1 < row["integer_per_weight"] <= 6
             dense, decoding = row["loops"]
@@ -50,6 +50,10 @@ def test_every_kernel_keeps_the_rules(arch, only, tmp_path):
             # A wait for each half of a format's tile, and one in all where nothing is decoded.
             assert [(loop["arrives"], loop["waits"]) for loop in (dense, decoding)] == [(1, 1), (2, 2)]
             assert dense["matrix"] == decoding["matrix"] == (16 if row["constexprs"]["TILE"]["block_m"] == 256 else 8)
+        # A byte in the place of a byte and a nibble is less work, tile by tile.
+        each = {number: [row["integer_per_weight"] for row in packed if row["constexprs"]["COMPRESSED"] == number]
+                for number in (1, 2)}  # fmt: skip
+        assert all(one < two for one, two in zip(each[2], each[1], strict=True))
         assert {row["scratch_bytes"] > 0 for row in gemms if row["constexprs"]["TILE"]["tma"]} == {True}
 
 
@@ -140,14 +144,14 @@ for arch in (80, 90):
 def test_without_its_fence_the_tile_loop_of_planar12_is_found_out(tmp_path):
     script = """
 import triton
-from fluxmoe.kernels.triton import planar12_gemm
+from fluxmoe.kernels.triton import planar_gemm
 from fluxmoe.kernels.audit import audit, cases_of
 
 @triton.jit
 def nothing(acc):
     return acc
 
-planar12_gemm._fence = nothing
+planar_gemm._fence = nothing
 case = next(case for case in cases_of("sm_90") if case.name == "grouped_gemm down, planar12, 16 rows")
 report, = audit(case, "sm_90")
 print(report.serialized_wgmma, bool(report.ptxas_warnings), report.problems)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fluxmoe.kernels.cpu.experts import CpuExperts
-from fluxmoe.kernels.formats import compressed_formats
+from fluxmoe.kernels.formats import compressed_formats, fitting
 from fluxmoe.kernels.ops import ExpertDims, KernelError
 from fluxmoe.kernels.reference.experts import TorchExperts
 from fluxmoe.kernels.triton.experts import TritonExperts
@@ -23,11 +23,11 @@ BACKENDS = {
 }
 
 
-def expert(dims: ExpertDims) -> tuple[torch.Tensor, torch.Tensor]:
+def expert(dims: ExpertDims, expert_format: str = "dense") -> tuple[torch.Tensor, torch.Tensor]:
     gate_up = torch.randn(2 * dims.intermediate, dims.hidden) * 0.02
     down = torch.randn(dims.hidden, dims.intermediate) * 0.02
     gate_up[3, 5], down[7, 11], down[0, 0] = 1e-30, float("nan"), -0.0
-    return gate_up.to(dims.dtype), down.to(dims.dtype)
+    return fitting(expert_format, gate_up.to(dims.dtype)), fitting(expert_format, down.to(dims.dtype))
 
 
 def empty_blocks(ops, expert_format: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +55,7 @@ def test_dense_blocks(backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compressed_blocks_are_smaller_and_decode_to_dense_ones(backend, expert_format):
     """The sizes leave lanes of the CPU's last panel, and columns of the formats' last tile, unused."""
-    ops, weights = BACKENDS[backend](DIMS, TOKENS), expert(DIMS)
+    ops, weights = BACKENDS[backend](DIMS, TOKENS), expert(DIMS, expert_format)
     blocks, dense = empty_blocks(ops, expert_format), empty_blocks(ops, "dense")
     recipes = ops.encode_expert(*weights, blocks, expert_format)
     if expert_format != "planar12":  # whose room for raw tiles outweighs what so small a block saves
@@ -68,7 +68,9 @@ def test_compressed_blocks_are_smaller_and_decode_to_dense_ones(backend, expert_
         assert_same_bits(got, expected)
 
 
-@pytest.mark.parametrize(("expert_format", "bits"), [("planar12", 12.1), ("tiered", 11.25), ("huffman", 11.1)])
+@pytest.mark.parametrize(
+    ("expert_format", "bits"), [("planar12", 12.1), ("planar8", 8.1), ("tiered", 11.25), ("huffman", 11.1)]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_room_of_a_large_block(backend, expert_format, bits):
     """Qwen3-30B-A3B's experts: what the ledger is charged for a weight."""
@@ -81,7 +83,7 @@ def test_what_cannot_be_compressed_is_refused(backend):
     with pytest.raises(KernelError, match="bfloat16"):
         BACKENDS[backend](replace(DIMS, dtype=torch.float32), TOKENS).expert_bytes("huffman")
     ops = BACKENDS[backend](DIMS, TOKENS)
-    with pytest.raises(KernelError, match="choose dense, planar12, tiered, huffman"):
+    with pytest.raises(KernelError, match="choose dense, planar12, planar8, tiered, huffman"):
         ops.expert_bytes("zip")
     noise = [torch.randint(-(2**15), 2**15, w.shape, dtype=torch.int16).view(torch.bfloat16) for w in expert(DIMS)]
     for name in compressed_formats():

@@ -17,6 +17,7 @@ from fluxmoe.kernels.formats import (
     FORMATS,
     Format,
     compressed_formats,
+    fitting,
     formats_help,
     fused_formats,
 )
@@ -53,8 +54,8 @@ def another(monkeypatch) -> Format:
     return record
 
 
-def gaussian_expert() -> list[torch.Tensor]:
-    return [(torch.randn(shape) * 0.02).bfloat16() for shape in DIMS.shapes]
+def gaussian_expert(expert_format: str) -> list[torch.Tensor]:
+    return [fitting(expert_format, (torch.randn(shape) * 0.02).bfloat16()) for shape in DIMS.shapes]
 
 
 def round_trip(ops, expert_format: str, weights: list[torch.Tensor]) -> None:
@@ -74,7 +75,7 @@ def round_trip(ops, expert_format: str, weights: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("expert_format", compressed_formats())
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_format_on_every_backend_decodes_to_the_dense_block(backend, expert_format):
-    round_trip(BACKENDS[backend](), expert_format, gaussian_expert())
+    round_trip(BACKENDS[backend](), expert_format, gaussian_expert(expert_format))
 
 
 def test_records_agree_with_themselves():
@@ -83,9 +84,10 @@ def test_records_agree_with_themselves():
     numbers = [each.number for each in FORMATS.values() if each.number is not None]
     assert len(set(numbers)) == len(numbers)
     # On disk and in captured graphs nothing says what a number meant.
-    assert {name: each.number for name, each in FORMATS.items() if name in (DENSE, "planar12")} == {
+    assert {name: each.number for name, each in FORMATS.items() if each.number is not None} == {
         DENSE: 0,
         "planar12": 1,
+        "planar8": 2,
     }
     for name, each in compressed_formats().items():
         assert (each.number is not None) == bool(each.fused), name
@@ -98,7 +100,7 @@ def test_records_agree_with_themselves():
 @pytest.mark.parametrize("name", compressed_formats())
 def test_bits_are_those_of_gaussian_weights(name):
     """Within 1 %, on a matrix as large as an expert's: a ledger is filled and a deployment simulated by them."""
-    weight = (torch.randn(1024, 2048) * 0.02).bfloat16()
+    weight = fitting(name, (torch.randn(1024, 2048) * 0.02).bfloat16())
     codec = FORMATS[name].codec
     assert codec.bits_per_weight(codec.encode(weight)) == pytest.approx(FORMATS[name].bits, rel=0.01)
 
@@ -107,7 +109,7 @@ def test_bits_are_those_of_gaussian_weights(name):
 def test_a_record_is_all_that_a_format_needs_which_is_decoded_first(backend, another, tmp_path):
     ops = BACKENDS[backend]()
     assert "another" not in ops.fused_formats
-    round_trip(ops, "another", gaussian_expert())
+    round_trip(ops, "another", gaussian_expert("another"))
     config = EngineConfig(placement="packed", expert_format="another")
     assert config.formats == ExpertFormats("another", "another")
     assert "another: 13.0 bits a weight, made up" in formats_help()
@@ -126,12 +128,12 @@ def test_a_format_that_claims_a_tile_loop_needs_one(monkeypatch, another):
     fused = replace(another, number=7, fused={"triton": PlaneBlocks(another.codec)}, tile=(64, 128))
     monkeypatch.setitem(FORMATS, "another", fused)
     ops = TritonExperts(DIMS, 4, DEVICE, formats=("another", "planar12", "huffman", DENSE))
-    assert ops.fused_formats == {"another", "planar12"}
+    assert ops.fused_formats == {"another", "planar12", "planar8"}
     assert CpuExperts(DIMS, 4).fused_formats == {"planar12"}
     block = torch.zeros(64, dtype=torch.uint8, device=DEVICE)
     experts = SimpleNamespace(table=ExpertTable.from_blocks([(block, block)] * 2, DEVICE, "another"), wait=lambda d: d)
     x = torch.zeros(4, DIMS.hidden, dtype=torch.bfloat16, device=DEVICE)
-    with pytest.raises(KernelError, match="no tile loop for format another; it has planar12 and dense"):
+    with pytest.raises(KernelError, match="no tile loop for format another; it has planar12, planar8 and dense"):
         ops.moe_add(x, ops.route(torch.zeros(4, 2, device=DEVICE)), experts, x)
 
 

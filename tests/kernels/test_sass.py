@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from fluxmoe.kernels.sass import instructions, load_bytes, matrix_loops, overwritten_in_flight
+from fluxmoe.kernels.sass import (
+    instructions,
+    integer_operations,
+    load_bytes,
+    matrix_loops,
+    overwritten_in_flight,
+)
 
 _WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
 _GROUP = ["WARPGROUP.ARRIVE", "HGMMA.64x16x16.F32.BF16 R24, R36, gdesc[UR4], R24, gsb0"]
@@ -71,6 +77,7 @@ def test_loops_are_counted_the_short_way_round():
         "HGMMA.64x16x16.F32.BF16 R24, R36, gdesc[UR4], R24, gsb0", _WAIT, "@P0 BRA `(.L_x_0)",
         ".L_x_2:", "IADD3 R1, R1, 0x1, RZ", "@P2 BRA `(.L_x_2)", "EXIT",
     )  # fmt: skip
+    assert integer_operations(code) == 4
     assert matrix_loops(code) == [dict(all=7, matrix=1, loads=1, integer=1, arrives=1, waits=1)]
 
 

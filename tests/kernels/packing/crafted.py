@@ -11,13 +11,14 @@ import numpy as np
 import torch
 import xxhash
 from fluxmoe.kernels.expert_blocks import ExpertBlocks, blocks_of
+from fluxmoe.kernels.formats import fitting
 from fluxmoe.kernels.ops import ExpertDims
 from fluxmoe.kernels.packing import Packed
 from fluxmoe.kernels.packing.expert_file import PAGE, ExpertFile, ExpertFileHeader
 
 # Rows and columns of planar12's last tiles are not all used.
 DIMS = ExpertDims(hidden=232, intermediate=248, experts=1, top_k=1, dtype=torch.bfloat16)
-KINDS = [("cpu", "planar12"), ("torch", "planar12"), ("torch", "tiered"), ("torch", "huffman")]
+KINDS = [("cpu", "planar12"), ("torch", "planar12"), ("torch", "planar8"), ("torch", "tiered"), ("torch", "huffman")]
 GUARD = 4096
 Pair = tuple[list[torch.Tensor], list[Packed | None]]
 
@@ -34,14 +35,16 @@ class Crafted:
         )
         generator = torch.Generator().manual_seed(1)
         gate_up, down = (torch.randn(shape, generator=generator) * 0.02 for shape in DIMS.shapes)
-        # Rare weights at both ends, and for planar12's planes a tile that is stored raw.
+        # Rare weights at both ends, and for planes of a fixed rate a tile that is stored raw.
         for weight in (gate_up, down):
             weight[0, 0], weight[-1, -1], weight[2, 5], weight[70, 40:42] = 1e-30, 1e30, 1e20, 1e-20
         if backend == "torch":
             gate_up[64:74, 3:6] = 1e-25
         self.whole: list[torch.Tensor] = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
         self.recipes = self.blocks.encode_expert(
-            gate_up.bfloat16(), down.bfloat16(), (self.whole[0], self.whole[1]), expert_format
+            *(fitting(expert_format, weight.bfloat16()) for weight in (gate_up, down)),
+            (self.whole[0], self.whole[1]),
+            expert_format,
         )
         with ExpertFile.create(self.path, self.header) as file:
             file.put(0, self.whole, self.recipes)

@@ -74,7 +74,7 @@ def test_no_process_dies_of_crafted_blocks(tmp_path):
 # What made compiled code write or read far away, or decode other weights without a sign, before blocks were checked.
 
 
-@pytest.mark.parametrize(("backend", "expert_format"), KINDS[:2])
+@pytest.mark.parametrize(("backend", "expert_format"), KINDS[:3])
 @pytest.mark.parametrize("d", [0, 1])
 def test_an_escape_beyond_the_weight(tmp_path, backend, expert_format, d):
     crafted = Crafted(backend, expert_format, tmp_path)
@@ -93,7 +93,7 @@ def test_an_escape_beyond_the_weight(tmp_path, backend, expert_format, d):
 def test_offsets_beyond_the_list(tmp_path, backend, expert_format):
     crafted = Crafted(backend, expert_format, tmp_path)
     block = crafted.whole[1].clone()
-    part, at = {"planar12": (1, -1), "tiered": (2, -4), "huffman": (1, -2)}[expert_format]
+    part, at = {"planar12": (1, -1), "planar8": (1, -1), "tiered": (2, -4), "huffman": (1, -2)}[expert_format]
     crafted.words(1, block)[part][at] += 1 << 30
     crafted.write(1, block, crafted.texts[1])
     with pytest.raises(PackingError, match=r"experts: down of expert 0 is damaged: its (offsets|index)"):
@@ -116,6 +116,8 @@ def test_offsets_beyond_the_list(tmp_path, backend, expert_format):
         ("torch", "planar12", 0, 0, -1, "base"),
         ("torch", "planar12", 1, 0, 1, "offsets"),
         ("torch", "planar12", 2, 0, 0xFFFF << 16 | 1, "a raw tile"),
+        ("torch", "planar8", 0, 0, 241, "base"),
+        ("torch", "planar8", 2, 0, 0xFFFF << 16 | 1, "a raw tile"),
         ("torch", "tiered", 0, slice(1024), 0xFF, "as many words"),
         ("torch", "tiered", 3, 0, -1, "as many words"),
         ("torch", "huffman", 0, 0, 12 << 8, "11 bits"),

@@ -7,15 +7,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from fluxmoe.kernels.packing import Huffman, Packed, PackingError, Planar12, Tiered
+from fluxmoe.kernels.packing import Huffman, Packed, PackingError, Planar8, Planar12, Tiered
 from fluxmoe.kernels.packing.huffman import MAX_LENGTH, canonical_codes, code_lengths
-from fluxmoe.kernels.packing.planar12 import window_base
+from fluxmoe.kernels.packing.mantissa import zero_low_bits
+from fluxmoe.kernels.packing.planar import Planar, window_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.gpu
-CODECS = {codec.name: codec for codec in (Planar12(), Tiered(), Huffman())}
+CODECS = {codec.name: codec for codec in (Planar12(), Planar8(), Tiered(), Huffman())}
 every_format = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS.keys())
 ALL_PATTERNS = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
 
@@ -59,11 +60,12 @@ def test_all_patterns_alone(codec, order):
 @every_format
 def test_all_patterns_among_common_weights(codec):
     """Few enough that nothing is stored raw: each pattern goes through the code for rare exponents."""
-    if codec.name == "planar12":
+    if isinstance(codec, Planar):
         # 4 in each of 256 tiles at a time: a tile with more than 8 would be stored raw.
         for patterns in ALL_PATTERNS[torch.randperm(65536)].view(torch.bfloat16).view(64, 16, 16, 4):
             weight = gaussian(1024, 2048)
             weight[weight.abs() < 1e-4] = 0.01
+            weight = codec.fitting(weight)
             columns = torch.stack([torch.randperm(128)[:4] for _ in range(256)]).view(16, 1, 16, 4)
             weight.view(16, 64, 16, 128)[:, 17:18].scatter_(3, columns, patterns[:, None])
             packed = round_trip(codec, weight, triton=False)
@@ -79,10 +81,10 @@ def test_all_patterns_among_common_weights(codec):
 @every_format
 def test_rare_patterns_by_triton(codec):
     """Every exponent and every NaN payload class, in a weight small enough for the interpreter."""
-    weight = gaussian(97, 512)
+    weight = codec.fitting(gaussian(97, 512))
     patterns = torch.cat([ALL_PATTERNS[::128], ALL_PATTERNS[-128:], ALL_PATTERNS[:64]]).view(torch.bfloat16)
     patterns = patterns[torch.randperm(len(patterns))]
-    # planar12 stores this tile as it is, and codes what is in the next ones.
+    # Formats of a fixed rate store this tile as it is, and code what is in the next ones.
     weight[:7, :100] = patterns[:700].view(7, 100)
     weight[70:73, 130::128] = patterns[-9:].view(3, 3)
     assert not round_trip(codec, weight).is_raw
@@ -118,6 +120,7 @@ def test_any_distribution(codec, experts, rows, cols, centre, spread, outliers, 
 )
 def test_constants_shrink(codec, name, bits):
     weight = torch.full((128, 256), bits - 65536 if bits > 32767 else bits, dtype=torch.int16).view(torch.bfloat16)
+    weight = codec.fitting(weight)
     assert codec.bits_per_weight(round_trip(codec, weight, triton=GPU or name in ("minus zero", "NaN"))) < 12.1
 
 
@@ -127,7 +130,8 @@ def test_window_does_not_wrap_at_the_ends_of_the_range(codec, low):
     """Subnormals and zeros at 0, infinities and NaNs at 255."""
     exponents = torch.randint(low, min(low + 8, 255) + 1, (66, 256))
     # The interpreter takes a second for huffman, which has no window.
-    assert not round_trip(codec, with_exponents(exponents), triton=GPU or codec.name != "huffman").is_raw
+    weight = codec.fitting(with_exponents(exponents))
+    assert not round_trip(codec, weight, triton=GPU or codec.name != "huffman").is_raw
 
 
 def test_window_base_stays_in_range():
@@ -144,7 +148,7 @@ def test_outliers_only_cost_no_more_than_raw(codec):
 @every_format
 def test_one_tile_of_outliers(codec):
     """All the escapes in one place: more than a program patches at a time."""
-    weight = gaussian(120, 512)
+    weight = codec.fitting(gaussian(120, 512))
     weight[70:90, 128:178] = with_exponents(torch.randint(0, 256, (20, 50)))
     assert not round_trip(codec, weight).is_raw
 
@@ -152,17 +156,42 @@ def test_one_tile_of_outliers(codec):
 @every_format
 def test_experts_of_different_scale(codec):
     weight = torch.stack([gaussian(70, 256, scale=scale) for scale in (1e-30, 1.0, 1e30)])
-    packed = round_trip(codec, weight)
-    if codec.name == "planar12":  # whose window is each expert's own
-        assert codec.bits_per_weight(packed) < 12.1
+    packed = round_trip(codec, codec.fitting(weight))
+    if isinstance(codec, Planar):  # whose window is each expert's own
+        assert codec.bits_per_weight(packed) < codec.bits + 0.1
 
 
 @pytest.mark.parametrize(
-    ("name", "low", "high"), [("planar12", 12, 12.05), ("tiered", 10.6, 10.9), ("huffman", 10.5, 10.8)]
+    ("name", "low", "high"),
+    [("planar12", 12, 12.05), ("planar8", 8, 8.05), ("tiered", 10.6, 10.9), ("huffman", 10.5, 10.8)],
 )
 def test_bits_of_a_gaussian(name, low, high):
-    weight = gaussian(2048, 2048)
+    weight = CODECS[name].fitting(gaussian(2048, 2048))
     assert low <= CODECS[name].bits_per_weight(round_trip(CODECS[name], weight, triton=GPU)) <= high
+
+
+FP8 = {
+    "e4m3": (torch.float8_e4m3fn, 4, 8.01),
+    "e5m2": (torch.float8_e5m2, 5, 8.01),
+}
+
+
+@pytest.mark.parametrize(("dtype", "zero_bits", "bits"), FP8.values(), ids=FP8)
+def test_weights_that_were_fp8_take_as_many_bits_as_they_did(dtype, zero_bits, bits):
+    weight = (torch.randn(512, 1024) * 90).to(dtype).bfloat16() * 2.0**-12
+    assert zero_low_bits(weight) == zero_bits
+    assert CODECS["planar8"].bits_per_weight(round_trip(CODECS["planar8"], weight, triton=GPU)) < bits
+    # With a scale that is no power of two all bits are in use again.
+    assert CODECS["planar8"].encode(weight * 0.7).is_raw
+
+
+@pytest.mark.parametrize(
+    ("bits", "zero_bits"), [([0], 7), ([0x80, -32768], 7), ([1], 0), ([0x3FC0, 0x40], 6), ([0x3F80, 2], 1), ([], 7)]
+)
+def test_zero_low_bits_are_those_of_all_weights(bits, zero_bits):
+    weight = torch.tensor(bits, dtype=torch.int16).view(torch.bfloat16)
+    assert zero_low_bits(weight) == zero_bits
+    assert zero_low_bits(weight.view(1, -1).t()) == zero_bits
 
 
 @every_format
@@ -174,7 +203,7 @@ def test_views_of_a_larger_weight(codec):
 
 @every_format
 def test_one_block_of_bytes(codec):
-    weight = gaussian(128, 512)
+    weight = codec.fitting(gaussian(128, 512))
     packed = codec.encode(weight)
     block = torch.full((packed.block_bytes + 64,), 0xAB, dtype=torch.uint8)
     placed = packed.pack_into(block)
@@ -265,9 +294,26 @@ def run_ptx(source: str, registers: dict[str, np.ndarray]) -> dict[str, np.ndarr
     return registers
 
 
+def four_weights(done: dict[str, np.ndarray]) -> np.ndarray:
+    """Of the two registers that unpacking fills, in order."""
+    halves = [done["$0"] & 0xFFFF, done["$0"] >> 16, done["$1"] & 0xFFFF, done["$1"] >> 16]
+    return np.stack(halves, axis=1).reshape(-1)
+
+
+@pytest.mark.parametrize("base", [0, 1, 112, 240])
+def test_machine_code_of_unpack_8_equals_the_definition(base):
+    pytest.importorskip("triton")
+    from fluxmoe.kernels.packing._planar import UNPACK_8
+
+    byte = np.random.default_rng(0).permutation(256).astype(np.uint8)
+    done = run_ptx(UNPACK_8.value, {"$2": byte.view(np.uint32), "$3": np.uint32(base * 0x00800080)})
+    wide = byte.astype(np.uint32)
+    assert (four_weights(done) == ((wide & 0x80) << 8 | wide & 0x70 | (base + (wide & 15)) << 7)).all()
+
+
 def test_machine_code_of_unpack_equals_the_definition():
     pytest.importorskip("triton")
-    from fluxmoe.kernels.packing._planar12 import UNPACK_HIGH, UNPACK_LOW
+    from fluxmoe.kernels.packing._planar import UNPACK_HIGH, UNPACK_LOW
 
     # Every byte with every nibble; neighbours differ so that a wrong selector shows.
     byte, code = (x.reshape(-1) for x in np.meshgrid(np.arange(256), np.arange(16)))
@@ -285,5 +331,4 @@ def test_machine_code_of_unpack_equals_the_definition():
                 "$4": np.uint32(base * 0x00800080),
             }
             done = run_ptx(source.value, registers)
-            got = np.stack([done["$0"] & 0xFFFF, done["$0"] >> 16, done["$1"] & 0xFFFF, done["$1"] >> 16], axis=1)
-            assert (got.reshape(-1) == expected).all()
+            assert (four_weights(done) == expected).all()

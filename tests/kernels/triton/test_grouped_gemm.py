@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fluxmoe.kernels.expert_table import ExpertTable
-from fluxmoe.kernels.formats import DENSE, FORMATS
+from fluxmoe.kernels.formats import DENSE, FORMATS, fitting, fused_formats
 from fluxmoe.kernels.ops import KernelError
 from fluxmoe.kernels.triton.grouped_gemm import combine, deinterleave, down, gate_up, interleave, linear, moe_torch
 from fluxmoe.kernels.triton.routing import Router
@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu
 # Relative to the largest output: half an ulp of the dtype for each of the two roundings, and the sums'.
 TOLERANCES = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2e-6}
-PLANAR12 = FORMATS["planar12"].blocks("triton")
+COMPRESSED = sorted(fused_formats("triton"))
 TILES = {
     "swap": Tile(16, 32, 16, 4, 2, swap_ab=True),
     "plain": Tile(16, 32, 32, 4, 2, group_m=2),
@@ -202,10 +202,11 @@ def test_what_does_not_fit_is_refused():
         gate_up(x, layer.table, routing, h, torch.bfloat16, Tile(16, 128, 32, 4, 2, tma=True))
 
 
-def planar12_layer(hidden: int, intermediate: int, crowded: bool = False) -> tuple[Layer, ExpertTable]:
-    """A layer, and a table of its experts of which every second one is compressed."""
-    layer = Layer(4, hidden, intermediate, torch.bfloat16)
-    rare = torch.tensor([3e-30, -0.0, 9.0, 1e-38, -2e-20]).bfloat16()
+def mixed_layer(name: str, hidden: int, intermediate: int, crowded: bool = False) -> tuple[Layer, ExpertTable]:
+    """A layer, and a table of its experts of which every second one is in a compressed format."""
+    layer, format_blocks = Layer(4, hidden, intermediate, torch.bfloat16), FORMATS[name].blocks("triton")
+    layer.weights = [(fitting(name, a), fitting(name, b)) for a, b in layer.weights]
+    rare = torch.tensor([3e-30, -0.0, 9.05, 1e-38, -2e-20]).bfloat16()
     for expert, pair in enumerate(layer.weights):
         for weight in pair:
             weight[torch.randperm(len(weight))[:expert], 0] = rare[:expert]
@@ -216,51 +217,61 @@ def planar12_layer(hidden: int, intermediate: int, crowded: bool = False) -> tup
     for expert, (pair, (gate_up_weight, down_weight)) in enumerate(zip(layer.table.blocks, layer.weights, strict=True)):
         if expert % 2:
             weights = (interleave(gate_up_weight), down_weight)
-            pair = tuple(torch.zeros(PLANAR12.nbytes(*w.shape), dtype=torch.uint8) for w in weights)
+            pair = tuple(torch.zeros(format_blocks.nbytes(*w.shape), dtype=torch.uint8) for w in weights)
             for weight, block in zip(weights, pair, strict=True):
-                recipe, decoded = PLANAR12.encode(weight, block), torch.empty_like(weight)
-                PLANAR12.decode(block, recipe, decoded)
+                recipe, decoded = format_blocks.encode(weight, block), torch.empty_like(weight)
+                format_blocks.decode(block, recipe, decoded)
                 assert torch.equal(decoded.view(torch.int16), weight.view(torch.int16))
-                assert FORMATS["planar12"].codec.encode(weight).planes["raw_tiles"].numel() == (8192 if crowded else 0)
+                assert recipe.planes["raw_tiles"].numel() == (8192 if crowded else 0)
             pair = tuple(block.to(DEVICE) for block in pair)
         blocks.append(pair)
-    return layer, ExpertTable.from_blocks(blocks, DEVICE, [DENSE, "planar12"] * 2)
+    return layer, ExpertTable.from_blocks(blocks, DEVICE, [DENSE, name] * 2)
 
 
 # A tile of the format, and two for many tokens.
 FUSED = {"one": Tile(16, 64, 64, 4, 2, swap_ab=True), "two": Tile(32, 128, 64, 8, 2)}
 
 
+@pytest.mark.parametrize("name", COMPRESSED)
 @pytest.mark.parametrize("tile", FUSED.values(), ids=FUSED)
 @pytest.mark.parametrize("crowded", [False, True], ids=["few escapes", "raw tiles"])
-def test_compressed_and_dense_experts_of_one_launch_give_the_same_bits(crowded, tile):
-    layer, mixed = planar12_layer(256, 256, crowded)
+def test_compressed_and_dense_experts_of_one_launch_give_the_same_bits(crowded, tile, name):
+    layer, mixed = mixed_layer(name, 256, 256, crowded)
     x, logits = torch.randn(9, 256).bfloat16(), torch.randn(9, 4)
     dense, _ = layer.run(x, logits, 2, tile)
     layer.table = mixed
-    assert mixed.compressed == {"planar12"}
+    assert mixed.compressed == {name}
     compressed, _ = layer.run(x, logits, 2, tile)
     assert torch.equal(compressed, dense)
 
 
+@pytest.mark.parametrize("name", COMPRESSED)
 @pytest.mark.parametrize("tile", FUSED.values(), ids=FUSED)
 @pytest.mark.parametrize(
     ("hidden", "intermediate"), [(200, 112), pytest.param(312, 120, id="rows of the format's tiles are odd")]
 )
-def test_compressed_experts_with_sizes_of_no_tile_are_right(hidden, intermediate, tile):
-    layer, mixed = planar12_layer(hidden, intermediate)
+def test_compressed_experts_with_sizes_of_no_tile_are_right(hidden, intermediate, tile, name):
+    layer, mixed = mixed_layer(name, hidden, intermediate)
     layer.table = mixed
     layer.check(11, 2, tile)
 
 
+def test_compressed_experts_of_two_formats_do_not_meet_in_a_launch():
+    layer, mixed = mixed_layer("planar12", 128, 128)
+    layer.table = ExpertTable.from_blocks(mixed.blocks, DEVICE, [DENSE, "planar12", DENSE, "planar8"])
+    with pytest.raises(KernelError, match="those of one other format, got planar12 and planar8"):
+        layer.run(torch.randn(2, 128).bfloat16(), torch.randn(2, 4), 1, FUSED["one"])
+
+
 def test_compressed_experts_need_their_tile():
-    layer, mixed = planar12_layer(128, 128)
+    layer, mixed = mixed_layer("planar12", 128, 128)
     layer.table = mixed
     with pytest.raises(KernelError, match="a multiple of 64 weight rows"):
         layer.run(torch.randn(2, 128).bfloat16(), torch.randn(2, 4), 1, TILES["plain"])
 
 
-def test_incompressible_experts_are_refused():
-    weight = torch.randint(-(2**15), 2**15, (64, 128), dtype=torch.int16).view(torch.bfloat16)
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_incompressible_experts_are_refused(name):
+    weight, blocks = torch.randint(-(2**15), 2**15, (64, 128), dtype=torch.int16), FORMATS[name].blocks("triton")
     with pytest.raises(KernelError, match="use the dense format"):
-        PLANAR12.encode(weight, torch.zeros(PLANAR12.nbytes(64, 128), dtype=torch.uint8))
+        blocks.encode(weight.view(torch.bfloat16), torch.zeros(blocks.nbytes(64, 128), dtype=torch.uint8))

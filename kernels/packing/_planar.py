@@ -1,4 +1,5 @@
-"""planar12 by Triton: `unpack_planar12` for the tile loop of a GEMM, and a decode to a buffer around it."""
+"""planar12 and planar8 by Triton: `unpack_planar12` and `unpack_planar8` for the tile loop of a GEMM, and a decode to a
+buffer around them."""
 
 from __future__ import annotations
 
@@ -32,6 +33,18 @@ _UNPACK = """{{
 }}"""
 UNPACK_LOW = tl.constexpr(_UNPACK.format(shift="mov.b32 code, $3;"))
 UNPACK_HIGH = tl.constexpr(_UNPACK.format(shift="shr.u32 code, $3, 4;"))
+# Likewise of planar8; $2: four bytes, $3: base << 7 in both halves. 8 instructions.
+UNPACK_8 = tl.constexpr("""{
+    .reg .b32 byte0, byte1, exp0, exp1;
+    prmt.b32 byte0, $2, 0, 0x1100;
+    prmt.b32 byte1, $2, 0, 0x3322;
+    and.b32  exp0, byte0, 0x000f000f;
+    and.b32  exp1, byte1, 0x000f000f;
+    mad.lo.u32 exp0, exp0, 128, $3;
+    mad.lo.u32 exp1, exp1, 128, $3;
+    lop3.b32 $0, byte0, 0x80708070, exp0, 0xea;
+    lop3.b32 $1, byte1, 0x80708070, exp1, 0xea;
+}""")
 
 
 @triton.jit
@@ -56,10 +69,22 @@ def unpack_planar12(sign_mantissa, nibbles, base, HIGH: tl.constexpr = False):
     )
 
 
+@triton.jit
+def unpack_planar8(packed, base):
+    """uint8 tile, int32 scalar base → bf16 tile, integer work only."""
+    if INTERPRETED:
+        byte = packed.to(tl.uint16)
+        exponent = ((byte & 15) + base.to(tl.uint16)) << 7
+        return ((byte & 0x80) << 8 | byte & 0x70 | exponent).to(tl.bfloat16, bitcast=True)
+    return tl.inline_asm_elementwise(
+        UNPACK_8, "=r,=r,r,r,r,r,r", [packed, base * 0x00800080], dtype=tl.bfloat16, is_pure=True, pack=4
+    )
+
+
 @triton.jit(launch_metadata=declares(every_tensor_once))
-def _planar12_kernel(
+def _planar_kernel(
     byte_ptr,  # (E·ROWS, P) uint8
-    nibble_ptr,  # (E·ROWS, P/2) uint8
+    nibble_ptr,  # (E·ROWS, P/2) uint8; None: planar8
     base_ptr,  # (E,) int32
     offset_ptr,  # (E·tiles + 1,) int32
     escape_ptr,  # (escapes,) int32
@@ -80,14 +105,18 @@ def _planar12_kernel(
     # int64: 128 experts of 2048 x 8192 reach 2^31. Inside the tile 32 bits do, which saves 1 instruction in 20.
     origin = expert.to(tl.int64) * ROWS + first_row
     byte_ptr += origin * (col_tiles * 128) + first_col
-    nibble_ptr += origin * (col_tiles * 64) + first_col // 2
     out_ptr += origin * COLS + first_col
     r, j = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
     inside = first_row + r < ROWS
     at = byte_ptr + (r * (col_tiles * 128) + j)
-    nibbles = tl.load(nibble_ptr + (r * (col_tiles * 64) + j), mask=inside, other=0)
-    low = unpack_planar12(tl.load(at, mask=inside, other=0), nibbles, base)
-    high = unpack_planar12(tl.load(at + 64, mask=inside, other=0), nibbles, base, HIGH=True)
+    if nibble_ptr is None:
+        low = unpack_planar8(tl.load(at, mask=inside, other=0), base)
+        high = unpack_planar8(tl.load(at + 64, mask=inside, other=0), base)
+    else:
+        nibble_ptr += origin * (col_tiles * 64) + first_col // 2
+        nibbles = tl.load(nibble_ptr + (r * (col_tiles * 64) + j), mask=inside, other=0)
+        low = unpack_planar12(tl.load(at, mask=inside, other=0), nibbles, base)
+        high = unpack_planar12(tl.load(at + 64, mask=inside, other=0), nibbles, base, HIGH=True)
     to = out_ptr + (r * COLS + j)
     tl.store(to, low.to(tl.int16, bitcast=True), mask=inside & (first_col + j < COLS))
     tl.store(to + 64, high.to(tl.int16, bitcast=True), mask=inside & (first_col + 64 + j < COLS))
@@ -111,5 +140,5 @@ def decode(planes: dict[str, Tensor], out: Tensor) -> None:
     """Planes of a weight that is not raw → out int16 of its shape, on one device."""
     rows, cols = out.shape[-2:]
     grid = (triton.cdiv(cols, TILE_COLS), triton.cdiv(rows, TILE_ROWS), planes["base"].numel())
-    args = (planes[name] for name in ("bytes", "nibbles", "base", "offsets", "escapes", "raw_tiles"))
-    _planar12_kernel[grid](*args, out, rows, cols, PATCH=_PATCH, num_warps=4)
+    args = (planes.get(name) for name in ("bytes", "nibbles", "base", "offsets", "escapes", "raw_tiles"))
+    _planar_kernel[grid](*args, out, rows, cols, PATCH=_PATCH, num_warps=4)

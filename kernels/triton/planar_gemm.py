@@ -1,7 +1,7 @@
-"""The tile loop of the grouped GEMM on experts in format planar12: decoded in registers, escapes handled inside.
+"""The tile loop of the grouped GEMM on experts in planar12 or planar8: decoded in registers, escapes handled inside.
 
-A block holds the planes of one weight [N, K] (`packing.planar12`, E = 1), each on a multiple of 256 bytes. A step of
-the loop is one tile of the format, 64 x 128: bytes of its two halves of columns, and nibbles that serve both. Decoded
+A block holds the planes of one weight [N, K] (`packing.planar`, E = 1), each on a multiple of 256 bytes. A step of the
+loop is one tile of the format, 64 x 128: bytes of its two halves of columns, and nibbles that serve both. Decoded
 weights are the register operand of the matrix instruction (swap AB). They pass through shared memory once more on the
 way, bf16, because the layout in which bytes are loaded widest is not that of the operand. For many tokens a step is two
 of the format's tiles, one below the other, and the instruction reads them from there.
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language import target_info
 
-from ..packing._planar12 import unpack_planar12
+from ..packing._planar import unpack_planar8, unpack_planar12
 from ..packing.codec import BLOCK_ALIGNMENT
 from .portable import INTERPRETED, dot
 
@@ -80,19 +80,22 @@ def _fence(acc):
 
 
 @triton.jit
-def planar12_times_rows(x_ptr, sources, block_ptr, n, n0, N, K, TILE: tl.constexpr, EVEN_K: tl.constexpr):
-    """`weight_times_rows` for a planar12 block, uint8 pointer; TILE has a multiple of the 64 rows of a format's tile.
+def planar_times_rows(
+    x_ptr, sources, block_ptr, n, n0, N, K, TILE: tl.constexpr, EVEN_K: tl.constexpr, NIBBLES: tl.constexpr
+):
+    """`weight_times_rows` for a block, uint8 pointer, of planar12 (with NIBBLES) or planar8; TILE has a multiple of the
+    64 rows of a format's tile.
 
     The sum runs over K in steps of 64, as that of a dense tile with BLOCK_K = 64.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
-    tl.static_assert(BLOCK_N % 64 == 0, "a tile of planar12 has 64 rows")
+    tl.static_assert(BLOCK_N % 64 == 0, "a tile of the format has 64 rows")
     tiles_k = tl.cdiv(K, 128)
     padded = tiles_k * 128
     tiles = tl.cdiv(N, 64) * tiles_k
     nibble_ptr = block_ptr + _align(N * padded)
-    base_ptr = nibble_ptr + _align(N * (padded // 2))
+    base_ptr = nibble_ptr + (_align(N * (padded // 2)) if NIBBLES else 0)
     offset_ptr = (base_ptr + ALIGNMENT).to(tl.pointer_type(tl.int32))
     escape_ptr = (base_ptr + ALIGNMENT + _align(4 * (tiles + 1))).to(tl.pointer_type(tl.uint32))
     escapes = tl.load(offset_ptr + tiles)
@@ -113,9 +116,13 @@ def planar12_times_rows(x_ptr, sources, block_ptr, n, n0, N, K, TILE: tl.constex
             left = K - step * 128
             x_low = tl.load(x_ptrs, mask=j[None, :] < left, other=0.0)
             x_high = tl.load(x_ptrs + 64, mask=j[None, :] + 64 < left, other=0.0)
-        nibbles = tl.load(nibble_ptrs)
-        low = unpack_planar12(tl.load(byte_ptrs), nibbles, base)
-        high = unpack_planar12(tl.load(byte_ptrs + 64), nibbles, base, HIGH=True)
+        if NIBBLES:
+            nibbles = tl.load(nibble_ptrs)
+            low = unpack_planar12(tl.load(byte_ptrs), nibbles, base)
+            high = unpack_planar12(tl.load(byte_ptrs + 64), nibbles, base, HIGH=True)
+        else:
+            low = unpack_planar8(tl.load(byte_ptrs), base)
+            high = unpack_planar8(tl.load(byte_ptrs + 64), base)
         for part in tl.static_range(BLOCK_N // 64):
             # A tile of the GEMM may reach beyond the last row of the format's tiles.
             offsets = offset_ptr + tl.minimum(part, parts - 1) * tiles_k + step

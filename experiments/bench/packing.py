@@ -3,8 +3,9 @@
     fluxmoe bench packing --model DIR --out results/measured/<hardware>/bench_packing
 
 A row of rows.csv is one format on one tensor type: bits a weight, the bound that the entropies of its sign, exponent
-and mantissa set, and GB/s of bf16 put in and got out, median of three. Every decode is compared bit for bit before it
-counts. On a GPU decoding to a buffer is timed too, on weights larger than L2, beside a copy of as many bytes.
+and mantissa set, low mantissa bits that are zero in every weight (as in files that were FP8), and GB/s of bf16 put in
+and got out, median of three. Every decode is compared bit for bit before it counts. On a GPU decoding to a buffer is
+timed too, on weights larger than L2, beside a copy of as many bytes.
 
 A row of gemm.csv is one MoE layer at one number of tokens, uncompressed and in planar12, timed in turns over layers
 that together exceed the caches; the results of both are compared bit for bit first.
@@ -23,6 +24,7 @@ import torch
 from fluxmoe.kernels.formats import DENSE, codec_of, compressed_formats
 from fluxmoe.kernels.ops import ExpertOps
 from fluxmoe.kernels.packing import Codec, Packed
+from fluxmoe.kernels.packing.mantissa import zero_low_bits
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.decoder import expert_dims
 from fluxmoe.runtime.devices import device_of
@@ -85,6 +87,7 @@ def bench_format(codec: Codec, tensor: str, weight: Tensor) -> dict:
         "weights": weight.numel(),
         "bits_per_weight": codec.bits_per_weight(packed),
         "bound_bits": bound_of(weight),
+        "zero_mantissa_bits": zero_low_bits(weight),
         "encode_gb_per_s": weight.nbytes / median_seconds(lambda: codec.encode(weight)) / 1e9,
         "decode_gb_per_s": weight.nbytes / median_seconds(lambda: codec.decode(packed, out)) / 1e9,
         "copy_gb_per_s": weight.nbytes / median_seconds(lambda: out.copy_(weight)) / 1e9,

@@ -4,7 +4,8 @@
 
 A packed checkpoint is loaded by copying bytes, and is the disk tier of a model that is larger than memory. Works an
 expert at a time; each is restored from its blocks and compared bit for bit before it counts. Stopped, it goes on where
-it was when it is run again; until the end the directory is refused as unfinished. See fluxmoe.models.packed for the
+it was when it is run again; until the end the directory is refused as unfinished. Says at the end how many low
+mantissa bits are zero in all weights, if any are, and which format leaves them out. See fluxmoe.models.packed for the
 files.
 """
 
@@ -18,11 +19,13 @@ from pathlib import Path
 
 import torch
 from fluxmoe.kernels.expert_blocks import ExpertBlocks, blocks_of
-from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, FORMATS
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, FORMATS, codec_of, compressed_formats, fused_formats
 from fluxmoe.kernels.ops import KernelError
 from fluxmoe.kernels.packing import PackingError
 from fluxmoe.kernels.packing.expert_file import ExpertFile, ExpertFileHeader, expert_file_name
+from fluxmoe.kernels.packing.mantissa import zero_low_bits
 from fluxmoe.models.checkpoint import Checkpoint
+from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import expert_dims
 from fluxmoe.models.packed import INDEX, UNFINISHED, header_of, write_index
 from safetensors.torch import save_file
@@ -50,11 +53,13 @@ class Arguments:
     out: Path = option("new folder", metavar="DIR")
 
 
-def pack_experts(checkpoint: Checkpoint, header: ExpertFileHeader, out: Path) -> None:
-    """Write the files of all layers, but for experts that are there."""
+def pack_experts(checkpoint: Checkpoint, header: ExpertFileHeader, out: Path) -> int:
+    """Write the files of all layers, but for experts that are there. Returns how many low mantissa bits are zero in all
+    that was written; 0 where weights are not bf16, or nothing was."""
     config, dims = checkpoint.config, expert_dims(checkpoint.config)
     blocks = blocks_of(header.backend, dims)
     gate_up, down = (torch.empty(nbytes, dtype=torch.uint8) for nbytes in header.sizes)
+    zero_bits = set[int]()
     progress = tqdm(total=len(config.moe_layers) * config.num_experts, desc="experts", unit="expert")
     with progress:
         for rank, layer in enumerate(config.moe_layers):
@@ -64,9 +69,26 @@ def pack_experts(checkpoint: Checkpoint, header: ExpertFileHeader, out: Path) ->
                 wanted = lambda i, expert: i == layer and expert not in there  # noqa: B023, E731 - used before the next
                 for _, expert, *weights in checkpoint.experts(wanted):
                     _pack_expert(file, blocks, expert, (weights[0], weights[1]), (gate_up, down))
+                    zero_bits |= {zero_low_bits(w) if w.dtype == torch.bfloat16 else 0 for w in weights}
                     progress.update()
                 file.commit()
                 file.drop_cache()
+    return min(zero_bits, default=0)
+
+
+def about_zero_bits(config: ModelConfig, backend: str, name: str, zero_bits: int) -> str:
+    """What to say of experts, packed in format `name`, whose low mantissa bits are all zero; "" where none are."""
+    made_for = [each for each in compressed_formats() if 0 < codec_of(each).lost_bits < 1 << zero_bits]
+    if not zero_bits or name in made_for:
+        return ""
+    found = f"the low {zero_bits} of 7 mantissa bits are zero in every weight, as in files that were FP8"
+    if not made_for:
+        return f"{found}: {zero_bits / 16 * config.expert_bytes_total / 1e9:.3f} GB, which no format leaves out"
+    best = min(made_for, key=lambda each: FORMATS[each].bits)
+    sizes = header_of(config, backend, best, "").sizes
+    total = len(config.moe_layers) * config.num_experts * sum(sizes)
+    price = "" if best in fused_formats(backend) else f", but {backend} kernels must decode it first"
+    return f"{found}: --format {best} leaves them out and takes {total / 1e9:.3f} GB{price}"
 
 
 def _pack_expert(
@@ -104,7 +126,8 @@ def copy_dense(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def pack_checkpoint(source: Path, name: str, out: Path, backend: str = "cpu") -> dict[str, float]:
-    """Returns bytes of the experts before and after, bits a weight, seconds. Raises UsageError, CheckpointError."""
+    """Returns bytes of the experts before and after, bits a weight, seconds, low mantissa bits that are zero in all
+    experts packed now. Raises UsageError, CheckpointError."""
     checkpoint = Checkpoint(source)
     config = checkpoint.config
     if checkpoint.packed:
@@ -126,7 +149,7 @@ def pack_checkpoint(source: Path, name: str, out: Path, backend: str = "cpu") ->
     write_json(marker, who)
     begin = time.perf_counter()
     try:
-        pack_experts(checkpoint, header, out)
+        zero_bits = pack_experts(checkpoint, header, out)
     except (KernelError, PackingError) as error:
         raise UsageError(f"{source} cannot be packed: {error}") from None
     copy_dense(checkpoint, out)
@@ -142,7 +165,10 @@ def pack_checkpoint(source: Path, name: str, out: Path, backend: str = "cpu") ->
     before, after = config.expert_bytes_total, len(config.moe_layers) * config.num_experts * sum(header.sizes)
     seconds = time.perf_counter() - begin
     bits = 8 * config.dtype.itemsize
-    return {"before_bytes": before, "after_bytes": after, "bits_per_weight": bits * after / before, "seconds": seconds}
+    return {
+        "before_bytes": before, "after_bytes": after, "bits_per_weight": bits * after / before, "seconds": seconds,
+        "zero_bits": zero_bits,
+    }  # fmt: skip
 
 
 def run(args: Arguments) -> None:
@@ -152,3 +178,5 @@ def run(args: Arguments) -> None:
         f"{args.out}: experts {done['before_bytes'] / 1e9:.3f} → {done['after_bytes'] / 1e9:.3f} GB, "
         f"{done['bits_per_weight']:.3f} bits a weight, {done['before_bytes'] / done['seconds'] / 1e6:.0f} MB/s"
     )
+    if about := about_zero_bits(Checkpoint(args.out).config, backend, args.format, int(done["zero_bits"])):
+        print(about)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,13 +16,14 @@ from fluxmoe.experiments.commands import pack_checkpoint as script
 from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.experiments.lib.results import UsageError
-from fluxmoe.kernels.formats import compressed_formats
+from fluxmoe.kernels.formats import codec_of, compressed_formats, fitting
 from fluxmoe.kernels.packing.expert_file import ExpertFile, _recipe_text
 from fluxmoe.models.checkpoint import Checkpoint, CheckpointError
 from fluxmoe.models.packed import INDEX, UNFINISHED
 from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.serving.engine import Engine, EngineConfig
 from fluxmoe.runtime.serving.request import Request, SamplingParams
+from safetensors.torch import load_file, save_file
 
 from ..kernels.packing.crafted import reseal
 
@@ -35,6 +37,18 @@ def model_dir(tmp_path_factory):
     return make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("models") / "moe", shard_bytes=400_000, **SIZES)
 
 
+@pytest.fixture(scope="module")
+def fp8_dir(model_dir, tmp_path_factory):
+    """The same model, had its experts been FP8: four low mantissa bits of each are zero."""
+    out = shutil.copytree(model_dir, tmp_path_factory.mktemp("models") / "fp8")
+    for path in out.glob("*.safetensors"):
+        tensors = load_file(path)
+        experts = {name: tensor for name, tensor in tensors.items() if ".experts." in name}
+        coarse = {name: fitting("planar8", tensor) for name, tensor in experts.items()}
+        save_file(tensors | coarse, path, metadata={"format": "pt"})
+    return out
+
+
 def tokens_of(directory, placement="packed", **settings) -> list:
     config = EngineConfig(device="cpu", placement=placement, max_context=64, max_batched_tokens=16, **settings)
     with Engine(directory, config) as engine:
@@ -43,8 +57,9 @@ def tokens_of(directory, placement="packed", **settings) -> list:
 
 
 @pytest.mark.parametrize("name", compressed_formats())
-def test_a_packed_checkpoint_is_the_same_model_in_fewer_bytes(model_dir, tmp_path, name, capsys):
+def test_a_packed_checkpoint_is_the_same_model_in_fewer_bytes(model_dir, fp8_dir, tmp_path, name, capsys):
     out = tmp_path / "packed"
+    model_dir = fp8_dir if codec_of(name).lost_bits else model_dir
     call(["pack-checkpoint", "--model", str(model_dir), "--format", name, "--out", str(out)])
     assert "bits a weight" in capsys.readouterr().out
     original, packed = Checkpoint(model_dir), Checkpoint(out)
@@ -56,9 +71,35 @@ def test_a_packed_checkpoint_is_the_same_model_in_fewer_bytes(model_dir, tmp_pat
             assert torch.equal(a.view(torch.int16), b.view(torch.int16))
     dense = [sorted((r, l or -1, t.sum().item()) for r, l, t in c.dense_tensors()) for c in (original, packed)]  # noqa: E741
     assert dense[0] == dense[1]
-    assert sum(f.stat().st_size for f in out.iterdir()) < 0.95 * sum(f.stat().st_size for f in model_dir.iterdir())
+    # Each of these small blocks has room for a raw tile, a half of its weights.
+    assert sum(f.stat().st_size for f in out.iterdir()) < 0.97 * sum(f.stat().st_size for f in model_dir.iterdir())
     assert (out / "tokenizer.json").read_bytes() == (model_dir / "tokenizer.json").read_bytes()
     assert tokens_of(out) == tokens_of(model_dir)
+
+
+def test_zero_mantissa_bits_are_found(model_dir, fp8_dir, tmp_path, capsys):
+    pack = lambda model, name, backend: call(  # noqa: E731
+        ["pack-checkpoint", "--model", str(model), "--format", name, "--backend", backend, "--out",
+         str(tmp_path / f"{model.name}-{name}-{backend}")]
+    )  # fmt: skip
+    said = "the low 4 of 7 mantissa bits are zero in every weight, as in files that were FP8: --format planar8 leaves "
+    pack(fp8_dir, "planar12", "triton")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(said)
+    assert line.endswith(" GB")
+    pack(fp8_dir, "dense", "cpu")
+    assert capsys.readouterr().out.splitlines()[-1].endswith(", but cpu kernels must decode it first")
+    for model, name in ((fp8_dir, "planar8"), (model_dir, "planar12")):
+        pack(model, name, "cpu")
+        assert "mantissa bits" not in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"do not fit format planar8: .* their low mantissa bits are not zero"):
+        script.pack_checkpoint(model_dir, "planar8", tmp_path / "none")
+
+
+def test_zero_mantissa_bits_that_no_format_leaves_out(model_dir):
+    config = Checkpoint(model_dir).config
+    expected = f"{3 / 16 * config.expert_bytes_total / 1e9:.3f} GB, which no format leaves out"
+    assert script.about_zero_bits(config, "cpu", "huffman", 3).endswith(expected)
 
 
 def test_qwen3_next_can_be_packed_too(tmp_path):

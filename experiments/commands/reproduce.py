@@ -26,7 +26,7 @@ import torch
 
 from ..lib.args import option
 from ..lib.comparison import compare
-from ..lib.results import UsageError, code_digest, cores, device_name, instructions, write_json
+from ..lib.results import UsageError, code_digest, cores, device_name, family, instructions, write_json
 
 RUNS = Path(__file__).with_name("runs.toml")
 _DONE = "done.json"
@@ -87,14 +87,23 @@ def hardware_folder(results: Path) -> str:
     gpu = torch.cuda.is_available()
     name, kind = device_name("cuda" if gpu else "cpu"), None if gpu else instructions()
     folders = sorted(results.glob("measured/*/"))
+    likely = None
     for path in (p for folder in folders for p in (folder / "profile.json", *sorted(folder.glob("*/provenance.json")))):
         said = json.loads(path.read_text()) if path.exists() else {}
         # Names of virtual machines say little. What does not know its instructions is of a CPU with AVX2.
         made = {"hardware": said.get("name"), **said.get("provenance", said)}
         same = gpu or ((made.get("instructions") or "AVX2"), made.get("cpus", cores())) == (kind, cores())
-        if made["hardware"] == name and same:
-            return path.relative_to(results / "measured").parts[0]
-    return re.sub(r"[^a-z0-9]+", "-", f"{name} {kind or ''}".lower()).strip("-")
+        if made["hardware"] != name or not same:
+            continue
+        folder = path.relative_to(results / "measured").parts[0]
+        if gpu or made.get("family") == family():
+            return folder
+        if made.get("family") is None:  # made before families were written down
+            likely = likely or folder
+    if likely:
+        return likely
+    words = [name] if gpu else [name, kind or "", family() or ""]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
 def missing(run: Run, pythons: Mapping[str, str | None]) -> str | None:

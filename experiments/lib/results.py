@@ -137,6 +137,7 @@ def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, Any]:
         "device": device,
         "hardware": device_name(device),
         "instructions": instructions() if device == "cpu" else None,
+        "family": family() if device == "cpu" else None,
         "cpus": cores(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
@@ -176,6 +177,13 @@ def instructions() -> str | None:
     names = {"avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
     flags = (_cpuinfo("flags") or "").split()
     return next((name for flag, name in names.items() if flag in flags), None)
+
+
+def family() -> str | None:
+    """The CPU's family and model, as 25/17: two generations may have one name and the same instructions. None where the
+    system does not say."""
+    generation, model = _cpuinfo("cpu family"), _cpuinfo("model\t")
+    return f"{generation}/{model}" if generation and model else None
 
 
 def device_name(device: str) -> str:

@@ -54,15 +54,16 @@ def runs(monkeypatch):
 @pytest.mark.parametrize(
     ("profiles", "expected"),
     [
-        ({}, "cpu-x-avx-512"),
+        ({}, "cpu-x-avx-512-25-17"),
         ({"a": ("CPU X", "AVX2"), "b": ("CPU X", "AVX-512"), "c": ("CPU Y", "AVX-512")}, "b"),
-        ({"a": ("CPU X", None)}, "cpu-x-avx-512"),
+        ({"a": ("CPU X", None)}, "cpu-x-avx-512-25-17"),
     ],
     ids=["no results yet", "one of each kind", "a profile of before instructions were noted"],
 )
 def test_a_machines_folder_is_that_of_its_processor_and_instructions(profiles, expected, monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce, "device_name", lambda device: "CPU X")
     monkeypatch.setattr(reproduce, "instructions", lambda: "AVX-512")
+    monkeypatch.setattr(reproduce, "family", lambda: "25/17")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for folder, (name, kind) in profiles.items():
         made = {} if kind is None else {"instructions": kind}
@@ -74,19 +75,33 @@ def test_a_machines_folder_is_that_of_its_processor_and_instructions(profiles, e
     ("made", "expected"),
     [
         ({"hardware": "CPU X", "instructions": "AVX-512", "cpus": 2}, "a"),
-        ({"hardware": "CPU X", "instructions": "AVX-512", "cpus": 64}, "cpu-x-avx-512"),
-        ({"hardware": "CPU Y", "instructions": "AVX-512", "cpus": 2}, "cpu-x-avx-512"),
-        ({"hardware": "CPU X", "instructions": None, "cpus": 2}, "cpu-x-avx-512"),
+        ({"hardware": "CPU X", "instructions": "AVX-512", "cpus": 64}, "cpu-x-avx-512-25-17"),
+        ({"hardware": "CPU Y", "instructions": "AVX-512", "cpus": 2}, "cpu-x-avx-512-25-17"),
+        ({"hardware": "CPU X", "instructions": None, "cpus": 2}, "cpu-x-avx-512-25-17"),
+        ({"hardware": "CPU X", "instructions": "AVX-512", "cpus": 2, "family": "25/17"}, "a"),
+        ({"hardware": "CPU X", "instructions": "AVX-512", "cpus": 2, "family": "26/2"}, "cpu-x-avx-512-25-17"),
     ],
-    ids=["its own", "more cores", "another", "AVX2"],
+    ids=["its own", "more cores", "another", "AVX2", "its own family", "another family"],
 )
 def test_a_machine_without_a_profile_is_known_by_any_of_its_results(made, expected, monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce, "device_name", lambda device: "CPU X")
     monkeypatch.setattr(reproduce, "instructions", lambda: "AVX-512")
+    monkeypatch.setattr(reproduce, "family", lambda: "25/17")
     monkeypatch.setattr(reproduce, "cores", lambda: 2)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     write_json(tmp_path / "measured" / "a" / "versus" / "provenance.json", made)
     assert reproduce.hardware_folder(tmp_path) == expected
+
+
+def test_a_folder_of_its_family_goes_before_one_that_does_not_say(monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, "device_name", lambda device: "CPU X")
+    monkeypatch.setattr(reproduce, "instructions", lambda: "AVX-512")
+    monkeypatch.setattr(reproduce, "family", lambda: "25/17")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    made = {"hardware": "CPU X", "instructions": "AVX-512"}
+    write_json(tmp_path / "measured" / "a" / "versus" / "provenance.json", made)
+    write_json(tmp_path / "measured" / "b" / "versus" / "provenance.json", {**made, "family": "25/17"})
+    assert reproduce.hardware_folder(tmp_path) == "b"
 
 
 def test_runs_are_chosen_by_kind_and_by_name(capsys):

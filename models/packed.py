@@ -122,7 +122,7 @@ class PackedExperts:
                     try:
                         for d in (0, 1):
                             file.read(expert, d, blocks[d], self._blocks.check_expert)
-                        recipes = file.recipe(expert, 0), file.recipe(expert, 1)
+                        recipes = file.recipes(expert)
                     except PackingError as error:
                         raise CheckpointError(f"layer {layer}: {error}") from None
                     yield layer, expert, *self._blocks.weights_of(self.header.format, (blocks[0], blocks[1]), recipes)

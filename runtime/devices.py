@@ -200,7 +200,9 @@ class CpuDevice(Device):
         return machine.touched_bytes()
 
     def empty(self, nbytes: int) -> Tensor:
-        return self._from_page(torch.empty(nbytes + PAGE, dtype=torch.uint8, device="cpu"), nbytes)
+        raw = torch.empty(nbytes + PAGE, dtype=torch.uint8, device="cpu")
+        machine.prefer_huge_pages(raw.data_ptr(), raw.nbytes)
+        return self._from_page(raw, nbytes)
 
     def zeros(self, nbytes: int) -> Tensor:
         # numpy asks the system for zeros, which come page by page; torch writes them all.

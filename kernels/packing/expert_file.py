@@ -39,6 +39,8 @@ Check = Callable[[str, int, Tensor, Packed | None], None]
 _PREFIX = struct.Struct("<8sIIQ")
 _RECORD, _RECORD_BYTES = struct.Struct("<QI"), 512
 _DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
+# Through the page cache a block comes in such parts, which are summed up while they are in a core's cache.
+_PART = 512 << 10
 # A header takes some hundred bytes; more than this is garbage, not a reason to allocate.
 _MAX_HEADER = 1 << 16
 _MAX_SIZE = 1 << 40
@@ -172,6 +174,10 @@ class ExpertFile:
         except (ValueError, KeyError, TypeError):
             raise PackingError(f"{self.path}: the record of {_name(expert, tensor_type)} is damaged") from None
 
+    def recipes(self, expert: int) -> tuple[Packed | None, Packed | None]:
+        """Those of its (gate_up, down) blocks."""
+        return self.recipe(expert, GATE_UP), self.recipe(expert, DOWN)
+
     def place(self, expert: int, tensor_type: int) -> int:
         """Byte at which a block begins."""
         gate_up, down = map(pages, self.header.sizes)
@@ -204,21 +210,24 @@ class ExpertFile:
 
     # Reading.
 
-    def read(self, expert: int, tensor_type: int, target: Tensor, check: Check | None = None) -> None:
+    def read(
+        self, expert: int, tensor_type: int, target: Tensor, check: Check | None = None, cached: bool = False
+    ) -> None:
         """Fill the beginning of `target`, uint8 in host memory, with a block. Releases the GIL.
 
-        Where `target` begins at a page and holds whole pages, the read goes past the page cache. PackingError naming
+        Where `target` begins at a page and holds whole pages, the read goes past the page cache; not with `cached`,
+        for what is read at each start of a program: it is as fast as memory from the second on. PackingError naming
         file and expert when the disk fails, the sum is wrong, or `check` refuses the block.
         """
         what, size = _name(expert, tensor_type), self.header.sizes[tensor_type]
         total, text = _RECORD.unpack_from(self._records[expert, tensor_type])
         if not total:
             raise PackingError(f"{self.path}: {what} is not there")
-        whole_pages = target.data_ptr() % PAGE == 0 and target.numel() >= pages(size)
-        view, place, done = target.numpy(), self.place(expert, tensor_type), 0
+        past_cache = not cached and target.data_ptr() % PAGE == 0 and target.numel() >= pages(size)
+        view, place, done, digest = target.numpy(), self.place(expert, tensor_type), 0, xxhash.xxh3_64()
         while done < size:
-            direct = self.direct_io and whole_pages
-            part = view[done : pages(size) if direct else size]
+            direct = self.direct_io and past_cache
+            part = view[done : pages(size) if direct else min(size, done + _PART)]
             try:
                 got = os.preadv(self._handle(direct), [part.data], place + done)
             except OSError as error:
@@ -228,9 +237,10 @@ class ExpertFile:
                 raise PackingError(f"reading {what} from {self.path} failed: {error.strerror}") from None
             if got == 0:
                 raise PackingError(f"reading {what} from {self.path} failed: the file ends early")
+            digest.update(view[done : min(size, done + got)].data)
             done += got
-        record = self._records[expert, tensor_type, _RECORD.size : _RECORD.size + text]
-        if _sum(view[:size], record.tobytes()) != total:
+        digest.update(self._records[expert, tensor_type, _RECORD.size : _RECORD.size + text].data)
+        if _not_nothing(digest) != total:
             raise PackingError(f"{self.path}: {what} is corrupt, its sum is wrong; pack the checkpoint again")
         if check is not None:
             recipe = self.recipe(expert, tensor_type)
@@ -283,6 +293,10 @@ def _name(expert: int, tensor_type: int) -> str:
 def _sum(data: np.ndarray, recipe: bytes) -> int:
     digest = xxhash.xxh3_64(data.data)
     digest.update(recipe)
+    return _not_nothing(digest)
+
+
+def _not_nothing(digest: xxhash.xxh3_64) -> int:
     return digest.intdigest() or 1  # 0 says that nothing is here
 
 

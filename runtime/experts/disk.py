@@ -69,7 +69,7 @@ class DiskTier:
     def recipes(self, layer: int, expert: int) -> Recipes:
         """What `decode_expert` needs beside the blocks. StoreError if the file is damaged."""
         try:
-            return self._files[layer].recipe(expert, 0), self._files[layer].recipe(expert, 1)
+            return self._files[layer].recipes(expert)
         except PackingError as error:
             raise StoreError(str(error)) from None
 

@@ -12,6 +12,7 @@ import numpy as np
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP
 from fluxmoe.kernels.formats import DENSE
 from fluxmoe.kernels.ops import ExpertSizes
+from fluxmoe.kernels.packing.expert_file import ExpertFileHeader
 
 from ..devices import device_of
 from ..memory.slabs import FREE
@@ -106,13 +107,20 @@ class Footprint:
         counts = (Tier.RESIDENT, as_dense), (layout.moving_tiers[-1], tiers.size - as_dense)
         return sum(count * layout.slabs_each(tier, slab_bytes) for tier, count in counts)
 
-    def host_lines(self) -> dict[str, int]:
-        """Host bytes by line: experts that lie there, what `put` passes through."""
+    def host_lines(self, source: ExpertFileHeader | None = None) -> dict[str, int]:
+        """Host bytes by line: experts that lie there, what one passes through on its way. source: of the files from
+        which they come, if these hold blocks."""
         layout = self.layout
         host = layout.tier_bytes(Tier.HOST)
         if self.config.adaptive:  # a copy of every expert
             host = layout.placement.tiers.size * layout.expert_bytes(layout.stored(Tier.HOST))
-        lines = {"host_experts": host, "staging": sum(sum(sizes) for sizes in layout.sizes.values())}
+        staging = sum(sum(sizes) for sizes in layout.sizes.values())
+        placed = (Tier(tier) for tier in np.unique(layout.placement.tiers))
+        stored = {layout.stored(Tier.HOST)} if self.config.adaptive else set(map(layout.stored, placed))
+        if source is not None and stored != {source.format}:
+            # A block of the file, decoded, and as it was before it was arranged.
+            staging += sum(source.sizes) + 2 * sum(layout.sizes[DENSE])
+        lines = {"host_experts": host, "staging": staging}
         return {line: nbytes for line, nbytes in lines.items() if nbytes}
 
     @property

@@ -93,9 +93,14 @@ class MovingStore(ExpertStore):
         return self.format
 
     def _put(self, where: Where, blocks: Sequence[Tensor], recipes: Recipes) -> None:
-        host, tier = self._host_pair(where), self.tier_of(*where)
-        for target, block in zip(host, blocks, strict=True):
+        for target, block in zip(self._host_pair(where), blocks, strict=True):
             target.copy_(block)
+
+    def target(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+        return self._host_pair((layer, expert))
+
+    def _arrived(self, where: Where, recipes: Recipes) -> None:
+        host, tier = self._host_pair(where), self.tier_of(*where)
         self._recipes[where] = recipes
         if tier in DEVICE_TIERS:
             slabs = self._slabs[where] = self.reserve(tier)

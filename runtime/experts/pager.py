@@ -15,31 +15,28 @@ A host is a serving engine, or a test. The pager knows no scheduler, no attentio
 from __future__ import annotations
 
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP
-from fluxmoe.kernels.ops import ExpertDims, ExpertOps, MoeBlock, Recipes
-from fluxmoe.kernels.packing import PackingError
-from fluxmoe.kernels.packing.expert_file import ExpertFile, ExpertFileHeader, pages
+from fluxmoe.kernels.ops import ExpertDims, ExpertOps, MoeBlock
+from fluxmoe.kernels.packing.expert_file import ExpertFile, ExpertFileHeader
 from torch import Tensor
 
-from ..devices import HOST, device_of
+from ..devices import device_of
 from ..hardware import measure_bandwidths
 from ..memory.slabs import FREE, SlabPool
 from ..timeline import COMPUTE, Timeline
 from .cache import ExpertCache
 from .cache_policies import POLICIES
 from .config import PagingConfig
-from .disk import READERS, DiskTier, StoreError
+from .disk import DiskTier, StoreError
 from .footprint import EXPERT_LINES, Footprint, lay_out
+from .loading import loading
 from .mover import MakeRoom, Mover
 from .moving_store import MovingStore
 from .placement import Placement, Tier
@@ -47,9 +44,6 @@ from .planner import Move
 from .recording import RoutingRecorder
 from .store import ExpertStore, StaticStore
 from .streamer import Counters, Streamer
-
-# Of experts that are read ahead while a packed checkpoint is loaded.
-_READ_AHEAD_BYTES = 64 << 20
 
 
 class PagerError(ValueError):
@@ -117,9 +111,9 @@ class ExpertPager:
         """Device bytes by line of the ledger; before anything is allocated, too. See `Footprint.lines`."""
         return self.footprint.lines(slab_bytes)
 
-    def host_lines(self) -> dict[str, int]:
-        """Host bytes by line of the ledger; before anything is allocated, too."""
-        return self.footprint.host_lines()
+    def host_lines(self, source: ExpertFileHeader | None = None) -> dict[str, int]:
+        """Host bytes by line of the ledger; before anything is allocated, too. See `Footprint.host_lines`."""
+        return self.footprint.host_lines(source)
 
     def held_bytes(self) -> dict[str, int]:
         """What is really held on the device, by the same lines."""
@@ -212,39 +206,26 @@ class ExpertPager:
         """Whether an expert is still to be put: those that a folder has are here already."""
         return self.store.wants(layer, expert)
 
-    def put_from(self, layer: int, file: ExpertFile, done: Callable[[], object] = lambda: None) -> None:
-        """As `put` for all experts of a layer that are wanted, from a file of blocks that these kernels read: copied
-        where they are stored so, else decoded. Several reads are in flight. done: called after each expert. StoreError
-        also where the file is damaged."""
-        assert file.header.backend == self.ops.backend, "blocks are of these kernels"
-        sizes = file.header.sizes
-        ahead = max(1, min(READERS, _READ_AHEAD_BYTES // sum(sizes)))
+    @contextmanager
+    def put_from(self, files: Mapping[int, ExpertFile], done: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """As `put` for all experts that are wanted of the layers in `files`, of blocks that these kernels read. They
+        come in threads while the context's body runs, which may do anything but use the pager; at its end they are
+        here. done: called after each expert, in any thread. StoreError also where a file is damaged."""
+        assert all(file.header.backend == self.ops.backend for file in files.values()), "blocks are of these kernels"
+        with loading(self.store, files, self.ops.check_expert, self._put_through, done):
+            yield
 
-        def read(expert: int) -> tuple[tuple[Tensor, Tensor], Recipes]:
-            gate_up, down = (HOST.empty(pages(size)) for size in sizes)
-            file.read(expert, GATE_UP, gate_up, self.ops.check_expert)
-            file.read(expert, DOWN, down, self.ops.check_expert)
-            recipes = file.recipe(expert, GATE_UP), file.recipe(expert, DOWN)
-            return (gate_up[: sizes[GATE_UP]], down[: sizes[DOWN]]), recipes
-
-        wanted = [expert for expert in range(self.ops.dims.experts) if self.wants(layer, expert)]
-        with ThreadPoolExecutor(ahead, "expert-read") as readers:
-            rest = iter(wanted)
-            reads = deque((expert, readers.submit(read, expert)) for expert in islice(rest, ahead))
-            while reads:
-                expert, reading = reads.popleft()
-                try:
-                    blocks, recipes = reading.result()
-                except PackingError as error:
-                    readers.shutdown(cancel_futures=True)
-                    raise StoreError(f"layer {layer}: {error}") from None
-                for following in islice(rest, 1):
-                    reads.append((following, readers.submit(read, following)))
-                if self.store.stored(layer, expert) == file.header.format:
-                    self.store.put(layer, expert, blocks, recipes)
-                else:
-                    self.put(layer, expert, *self.ops.weights_of(file.header.format, blocks, recipes))
-                done()
+    def _put_through(self, layer: int, expert: int, file: ExpertFile) -> None:
+        """`put` of one expert that a file has in another format, or that host code cannot read to where it will lie.
+        PackingError."""
+        name = file.header.format
+        blocks = self._staging.get(name) or tuple(map(_host_bytes, file.header.sizes))
+        for d in (GATE_UP, DOWN):
+            file.read(expert, d, blocks[d], self.ops.check_expert, cached=True)
+        if self.store.stored(layer, expert) == name:
+            self.store.put(layer, expert, blocks, file.recipes(expert))
+        else:
+            self.put(layer, expert, *self.ops.weights_of(name, (blocks[0], blocks[1]), file.recipes(expert)))
 
     def seal(self) -> None:
         """All experts are here; loads begin. StoreError where one is missing."""

@@ -128,7 +128,12 @@ class ExpertStore(ABC):
         for block, size in zip(blocks, sizes, strict=True):
             assert block.numel() == size, f"{block.numel()} bytes, expected {size}"
         self._put(where, blocks, recipes)
-        self._missing.remove(where)
+        self.arrived(layer, expert, recipes)
+
+    def arrived(self, layer: int, expert: int, recipes: Recipes) -> None:
+        """The blocks of an expert that was wanted lie in its `target`: it is stored."""
+        self._arrived((layer, expert), recipes)
+        self._missing.remove((layer, expert))
 
     def seal(self) -> None:
         """All experts are here, and can be read from now on. StoreError otherwise."""
@@ -141,8 +146,17 @@ class ExpertStore(ABC):
         """The format in which `put` wants an expert."""
 
     @abstractmethod
+    def target(self, layer: int, expert: int) -> tuple[Tensor, Tensor] | None:
+        """Host memory in which the (gate/up, down) blocks of an expert that is wanted will lie, in the format that
+        `stored` says: whoever writes them there says `arrived`. None for those that lie elsewhere."""
+
+    @abstractmethod
     def _put(self, where: Where, blocks: Sequence[Tensor], recipes: Recipes) -> None:
-        """Copy the blocks to where they belong; keep the recipes if the expert will ever be decoded."""
+        """Copy the blocks to where they belong."""
+
+    @abstractmethod
+    def _arrived(self, where: Where, recipes: Recipes) -> None:
+        """The blocks are where they belong; keep the recipes if the expert will ever be decoded."""
 
     # What it takes.
 
@@ -303,15 +317,30 @@ class StaticStore(ExpertStore):
         return self.layout.stored(self.tier_of(layer, expert))
 
     def _put(self, where: Where, blocks: Sequence[Tensor], recipes: Recipes) -> None:
+        if self.tier_of(*where) is Tier.DISK:
+            self.on_disk.put(*where, blocks, recipes)
+            return
+        for room, block in zip(self._room(where), blocks, strict=True):
+            room.copy_(block)
+
+    def _room(self, where: Where) -> tuple[Tensor, Tensor]:
+        """The blocks of an expert in memory, inside its tier's arena."""
         (layer, expert), tier = where, self.tier_of(*where)
-        if tier is Tier.DISK:
-            self.on_disk.put(layer, expert, blocks, recipes)
-        else:
-            place = self._members[tier][layer].index(expert)
-            for d, block in enumerate(blocks):
-                begin = place * self._stride(tier, d)
-                self._arenas[tier][layer][d][begin : begin + block.numel()].copy_(block)
-        if self.layout.decodes(tier):
+        place, sizes = self._members[tier][layer].index(expert), self.layout.sizes[self.layout.stored(tier)]
+        begins = (place * self._stride(tier, d) for d in (0, 1))
+        gate_up, down = (
+            arena[begin : begin + size]
+            for arena, begin, size in zip(self._arenas[tier][layer], begins, sizes, strict=True)
+        )
+        return gate_up, down
+
+    def target(self, layer: int, expert: int) -> tuple[Tensor, Tensor] | None:
+        tier = self.tier_of(layer, expert)
+        in_host = tier is Tier.HOST or (tier is not Tier.DISK and self.device.is_host)
+        return self._room((layer, expert)) if in_host else None
+
+    def _arrived(self, where: Where, recipes: Recipes) -> None:
+        if self.layout.decodes(self.tier_of(*where)):
             self._recipes[where] = recipes
 
     def seal(self) -> None:

@@ -87,7 +87,7 @@ class Engine(ServingLoop):
         self.residency: Residency | None = None
         self._links: Links | None = None
         self._compute = ComputeProfile()
-        in_host = self.pager.host_lines()
+        in_host = self.pager.host_lines(checkpoint.packed.header if checkpoint.packed else None)
         in_host["staging"] += buffers
         shared = free.shared and config.budget_bytes is None
         formats = config.device_format, config.formats.host
@@ -157,29 +157,28 @@ class Engine(ServingLoop):
         return (self.config.disk_dir or checkpoint.directory) / name, content
 
     def _load(self, checkpoint: Checkpoint, context: int) -> Decoder:
-        """Stream the checkpoint into decoder and pager, one tensor at a time."""
+        """Stream the checkpoint into decoder and pager."""
         decoder = Decoder(self.model, self.ops, context)
-        for role, layer, weight in checkpoint.dense_tensors():
-            decoder.load(role, layer, weight)
-        self._load_experts(checkpoint)
-        self.pager.seal()
-        return decoder
-
-    def _load_experts(self, checkpoint: Checkpoint) -> None:
         pager, rank = self.pager, {layer: i for i, layer in enumerate(self.model.moe_layers)}
         wanted = [(i, e) for i in range(len(rank)) for e in range(self.model.num_experts) if pager.wants(i, e)]
         progress = tqdm(total=len(wanted), desc="experts", disable=not self.config.progress, leave=False, unit="expert")
-        with progress:
-            if checkpoint.packed is not None and checkpoint.packed.header.backend == pager.ops.backend:
-                for layer, i in rank.items():
-                    with checkpoint.packed.file(layer) as file:
-                        pager.put_from(i, file, progress.update)
-                return
-            for layer, expert, gate_up, down in checkpoint.experts(
-                lambda layer, expert: pager.wants(rank[layer], expert)
-            ):
-                pager.put(rank[layer], expert, gate_up, down)
-                progress.update()
+        with ExitStack() as loading:
+            loading.enter_context(progress)
+            packed = checkpoint.packed
+            in_blocks = packed is not None and packed.header.backend == pager.ops.backend
+            if packed is not None and in_blocks:
+                layers = {i for i, _ in wanted}
+                files = {i: loading.enter_context(packed.file(layer)) for layer, i in rank.items() if i in layers}
+                loading.enter_context(pager.put_from(files, progress.update))
+            # Meanwhile.
+            for role, layer, weight in checkpoint.dense_tensors():
+                decoder.load(role, layer, weight)
+            if not in_blocks:
+                for layer, expert, *weights in checkpoint.experts(lambda i, expert: pager.wants(rank[i], expert)):
+                    pager.put(rank[layer], expert, *weights)
+                    progress.update()
+        pager.seal()
+        return decoder
 
     # Serving: what the loop asks for.
 

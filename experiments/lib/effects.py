@@ -13,6 +13,7 @@ from typing import NamedTuple
 from fluxmoe.kernels.formats import DENSE, fused_formats
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.runtime.devices import resolve_device
+from fluxmoe.runtime.experts.cache_policies import STATIC
 from fluxmoe.runtime.experts.placement import BY_BANDWIDTH, IN_FILES, WHOLLY_ON_DEVICE
 from fluxmoe.runtime.serving.config import EngineConfig
 
@@ -96,6 +97,10 @@ EFFECTS: Mapping[str, Effect | None] = {
     "transfer": _FAR,
     "cache_bytes": Effect(_CACHE, _has_cache),
     "cache_policy": Effect(_CACHE + ", served for real", lambda s: _has_cache(s) and s.device != SIMULATED),
+    "cache_recording": Effect(
+        f"--cache-policy {STATIC} of a cache that serves for real",
+        lambda s: _has_cache(s) and s.settings.cache_policy == STATIC and s.device != SIMULATED,
+    ),
     "profile": Effect("shares by bandwidth that are not given, --transfer auto, and --device sim", _asks_rates),
     "slots": Effect("experts that are copied or decoded before they are read: give another --placement", _uses_slots),
     "adaptive": None,

@@ -5,10 +5,12 @@ expert with the lowest score leaves. An expert that was used lately is not one t
 between, and with many tokens nearly all of a layer's experts come once a pass, so that what LRU keeps is what comes
 last (it misses 97 % where 670 experts scan through 560 places).
 
-    static       the most used of all, for ever: needs to be told (`popularity`)
+    static       the most used of all, for ever: needs to be told (`popularity`); the others pass through
     lru          used last
     lfu          used most, old uses counting less
     next_use     expected to be used soonest: visits until the layer's turn, and passes until a use at its rate
+    learned      as next_use, with how much more often than at their rate experts of their kind were used at their next
+                 turn: kinds are turns since the last use, and rates
     least_stale  missed the fewest of its layer's turns since its last use; of equals, whose turn comes first
     lirs         whose longest gap of late, between its last two uses or since the last, is shortest; equals keep a
                  fixed order, so that a scan through more than there is room for keeps a part of it
@@ -30,6 +32,10 @@ import numpy as np
 _NEWEST = 0.05
 # Below this a rate says nothing: once in a thousand passes.
 _LEAST_RATE = 1e-3
+# Kinds of experts: upper ends of turns since the last use, and of rates.
+_TURNS, _RATES = np.array([1, 2, 4, 8, 16, 32]), np.array([0.01, 0.03, 0.1, 0.3])
+# As many uses of a kind say that its experts are used at their rates, until there are more.
+_PRIOR = 8.0
 # Turns: more than any run has, yet few enough to be added to.
 _NEVER = 1 << 40
 
@@ -45,16 +51,31 @@ class Uses:
         self.since = np.full((layers, experts), _NEVER, np.int64)
         self.gap = self.since.copy()
         self.rate = np.zeros((layers, experts))
+        # By kind: uses at the next turn, and those that the rates said.
+        self._found, self._said = np.zeros((2, (len(_TURNS) + 1) * (len(_RATES) + 1)))
 
     def note(self, layer: int, experts: np.ndarray) -> None:
         """A visit of `layer` uses `experts`."""
         self.visit, self.layer = self.visit + 1, layer
+        kinds, size = self._kinds(layer), len(self._found)
+        self._found += np.bincount(kinds[experts], minlength=size)
+        self._said += np.bincount(kinds, self.rate[layer], minlength=size)
         self.last[layer, experts] = self.visit
         self.since[layer] += 1
         self.gap[layer, experts] = np.minimum(self.since[layer, experts], _NEVER)
         self.since[layer, experts] = 0
         self.rate[layer] *= 1 - _NEWEST
         self.rate[layer, experts] += _NEWEST
+
+    def _kinds(self, layers: int | slice) -> np.ndarray:
+        """The kind of each expert of some layers."""
+        since, rate = self.since[layers], self.rate[layers]
+        return np.searchsorted(_TURNS, since, "right") * (len(_RATES) + 1) + np.searchsorted(_RATES, rate, "right")
+
+    def chance(self) -> np.ndarray:
+        """float64 [L, E]: how likely the layer's next turn uses each expert, by its rate and its kind."""
+        lift = (self._found + _PRIOR) / (self._said + _PRIOR)
+        return np.minimum(self.rate * lift[self._kinds(slice(None))], 1.0)
 
     def until_turn(self) -> np.ndarray:
         """int64 [L]: visits until each layer's turn comes again; that of the layer which runs is a whole pass away."""
@@ -76,7 +97,15 @@ def lfu(uses: Uses) -> np.ndarray:
 
 def next_use(uses: Uses) -> np.ndarray:
     """Minus the expected visits until the next use: the layer's turn, then a geometric number of passes."""
-    passes = 1 / np.maximum(uses.rate, _LEAST_RATE) - 1
+    return _soonest(uses, uses.rate)
+
+
+def learned(uses: Uses) -> np.ndarray:
+    return _soonest(uses, uses.chance())
+
+
+def _soonest(uses: Uses, chance: np.ndarray) -> np.ndarray:
+    passes = 1 / np.maximum(chance, _LEAST_RATE) - 1
     return -(uses.until_turn()[:, None] + len(uses.rate) * passes)
 
 
@@ -96,8 +125,10 @@ def static(popularity: np.ndarray) -> Policy:
     return lambda uses: scores
 
 
+STATIC = "static"
+# Those that need nothing but what was used.
 POLICIES: dict[str, Policy] = {
-    "next_use": next_use, "lru": lru, "lfu": lfu, "least_stale": least_stale, "lirs": lirs,
+    "next_use": next_use, "learned": learned, "lru": lru, "lfu": lfu, "least_stale": least_stale, "lirs": lirs,
 }  # fmt: skip
 
 

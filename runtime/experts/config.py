@@ -20,6 +20,7 @@ from fluxmoe.kernels.formats import (
 from ..hardware import HardwareProfile, list_profiles
 from ..memory.budget import parse_bytes
 from .cache_policies import POLICIES as CACHE_POLICIES
+from .cache_policies import STATIC
 from .layout import ExpertFormats
 from .placement import COMPRESSING, IN_FILES, POLICIES
 
@@ -62,8 +63,9 @@ class PagingConfig:
     )  # fmt: skip
     transfer: str | None = setting(
         None, "whole: what a layer lacks on the device is copied ahead; on_demand: kernels read routed experts in host "
-        "memory, and from files only these come, into a cache; auto, with adaptive: whichever the planner expects to "
-        "cost less (default: on_demand from files, where the kernels can, else whole)",
+        "memory, and from files only these come, into a cache; auto: with adaptive whichever the planner expects to "
+        "cost less, from files on_demand, but what nearly all passes of a layer use is read ahead (default: auto from "
+        "files, where the kernels can, else whole)",
         choices=("whole", "on_demand", "auto"),
     )  # fmt: skip
     cache_bytes: int | None = setting(
@@ -72,8 +74,12 @@ class PagingConfig:
     )  # fmt: skip
     cache_policy: str = setting(
         "next_use",
-        "which experts leave the cache: those expected to be used last, or as the name says",
-        choices=tuple(CACHE_POLICIES),
+        "which experts leave the cache: those expected to be used last, or as the name says; static: those that "
+        "cache_recording used least",
+        choices=(*CACHE_POLICIES, STATIC),
+    )
+    cache_recording: Path | None = setting(
+        None, "routing of this model, as generate --record-routing saves it, for cache_policy static", metavar="FILE"
     )
     profile: HardwareProfile | None = setting(
         None, "the machine's rates, for balanced without alpha and transfer auto (default: measured, roughly): a file, "
@@ -121,11 +127,15 @@ class PagingConfig:
         if self.placement in COMPRESSING and self.device_format == DENSE:
             choices = ", ".join(compressed_formats())
             raise SettingError(f"placement {self.placement} holds compressed experts: choose {choices}")
-        if self.transfer == "auto" and not self.counts_routing:
-            raise SettingError("transfer auto is the planner's choice: it needs adaptive")
+        if self.transfer == "auto" and not self.counts_routing and self.placement not in IN_FILES:
+            raise SettingError(f"transfer auto needs adaptive, or placement {' or '.join(IN_FILES)}")
         if self.cache_bytes is not None and (self.placement not in IN_FILES or self.formats.transfer == "whole"):
             raise SettingError(
                 f"cache_bytes is of experts that come on demand from files: it needs placement {' or '.join(IN_FILES)}"
+            )
+        if (self.cache_policy == STATIC) != (self.cache_recording is not None):
+            raise SettingError(
+                f"cache_policy {STATIC} and cache_recording go together: it keeps what a recording uses most"
             )
         if self.disk_share is not None and self.placement != "three_tiers":
             raise SettingError("disk_share is for placement three_tiers: elsewhere it has no effect")
@@ -140,12 +150,17 @@ class PagingConfig:
         """Formats of all tiers."""
         packed = DEFAULT_COMPRESSED if self.device_format == DENSE else self.device_format  # no policy will use it
         host = self.host_format or self.device_format
-        transfer = "whole" if self.transfer == "auto" else self.transfer
-        if transfer is None:
+        transfer = self.transfer
+        if transfer in (None, "auto"):
             readable = {DENSE, *fused_formats("torch" if self.kernels == "torch" else "cpu")}
             on_demand = self.placement in IN_FILES and self.kernels != "triton" and host in readable
             transfer = "on_demand" if on_demand else "whole"
         return ExpertFormats(packed, host, self.slot_format, transfer)
+
+    @property
+    def named(self) -> str:
+        """Placement and formats, for errors."""
+        return f"placement {self.placement} ({' and '.join(dict.fromkeys((self.device_format, self.formats.host)))})"
 
     @property
     def formats_met(self) -> set[str]:

@@ -32,7 +32,7 @@ from ..hardware import measure_bandwidths
 from ..memory.slabs import FREE, SlabPool
 from ..timeline import COMPUTE, Timeline
 from .cache import ExpertCache
-from .cache_policies import POLICIES
+from .cache_policies import POLICIES, Policy, static
 from .config import PagingConfig
 from .disk import DiskTier, StoreError
 from .footprint import EXPERT_LINES, Footprint, lay_out
@@ -41,7 +41,7 @@ from .mover import MakeRoom, Mover
 from .moving_store import MovingStore
 from .placement import Placement, Tier
 from .planner import Move
-from .recording import RoutingRecorder
+from .recording import Recording, RecordingError, RoutingRecorder
 from .store import ExpertStore, StaticStore
 from .streamer import Counters, Streamer
 
@@ -56,7 +56,7 @@ class ExpertPager:
 
     ops: kernels; None: those that config and device ask for. measure: bandwidths of the tiers, asked for only where
     they decide. Raises PlacementError, LayoutError, StoreError, KernelError and DeviceError for settings that cannot
-    be.
+    be, RecordingError for a cache_recording of another model.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class ExpertPager:
         self.ops = ops or self.device.make_expert_ops(dims, max_tokens, config)
         layout = lay_out(num_layers, config, self.ops, lambda: measure(self.device.torch))
         self.footprint = Footprint(layout, config, self.ops)
+        self._cache_policy = _policy(config, num_layers, dims.experts)
         self._resources = ExitStack()
         self._store: ExpertStore | None = None
         self._streamer: Streamer | None = None
@@ -165,7 +166,7 @@ class ExpertPager:
         if self.ops.backend == "triton":
             raise StoreError("the Triton kernels do not tell which experts they need; use --transfer whole")
         return ExpertCache(
-            self.footprint.layout, self.device, self.store.on_disk, places, POLICIES[config.cache_policy],
+            self.footprint.layout, self.device, self.store.on_disk, places, self._cache_policy,
             config.link_bandwidth, config.load_delay, self.timeline,
         )  # fmt: skip
 
@@ -380,3 +381,16 @@ class ExpertPager:
 
 def _host_bytes(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+
+def _policy(config: PagingConfig, num_layers: int, num_experts: int) -> Policy:
+    if config.cache_recording is None:
+        return POLICIES[config.cache_policy]
+    recording = Recording.load(config.cache_recording)
+    if recording.shape != (num_layers, num_experts):
+        layers, experts = recording.shape
+        raise RecordingError(
+            f"{config.cache_recording} is of {layers} layers of {experts} experts, this model has {num_layers} of "
+            f"{num_experts}: record its own (generate --record-routing)"
+        )
+    return static(recording.popularity())

@@ -49,6 +49,12 @@ class Recording:
         """Layers and experts."""
         return self.experts.shape[1], self.num_experts
 
+    def popularity(self) -> np.ndarray:
+        """int64 [L, E]: by how many tokens each expert was chosen."""
+        layers, experts = self.shape
+        chosen = np.where(self.experts < 0, experts, self.experts)
+        return np.stack([np.bincount(chosen[:, i].ravel(), minlength=experts + 1)[:experts] for i in range(layers)])
+
     def visits(self) -> list[Visit]:
         """The passes as they were made, layer by layer."""
         cuts = np.flatnonzero(np.diff(self.step)) + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import fields
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -18,6 +19,7 @@ SHOWN = {f.name: flag_of(f) for f in fields(EngineConfig) if f.metadata.get("hel
 OLMOE, NEXT = published_config("olmoe-1b-7b"), published_config("qwen3-next-80b-a3b")
 PACKED, HOST, HALF = dict(placement="packed"), dict(placement="host"), dict(placement="balanced", alpha=0.5)
 DISK, HUFFMAN, ADAPTIVE = dict(placement="disk"), dict(expert_format="huffman"), dict(adaptive=True)
+STATIC = dict(cache_policy="static", cache_recording=Path("routing.npz"))
 ON_DEMAND, WHOLE, PLANAR = dict(transfer="on_demand"), dict(transfer="whole"), dict(expert_format="planar12")
 
 
@@ -36,6 +38,7 @@ USED = {
     "transfer": [on(**HALF), on(**PACKED, **ADAPTIVE)],
     "cache_bytes": [on(**DISK), on("sim", placement="three_tiers")],
     "cache_policy": [on(**DISK), on(placement="three_tiers")],
+    "cache_recording": [on(**DISK, **STATIC)],
     "profile": [on(placement="balanced"), on(placement="three_tiers", alpha=0.5), on("sim"),
                 on(**ADAPTIVE, transfer="auto"), on("cuda", **ADAPTIVE)],
     "slots": [on(**HOST), on(**PACKED, **HUFFMAN), on(**PACKED, **ADAPTIVE), on(**DISK), on(**DISK, **WHOLE),
@@ -60,6 +63,7 @@ IDLE = {
     "transfer": [on(), on(**PACKED)],
     "cache_bytes": [on(**HOST), on(**DISK, **WHOLE)],
     "cache_policy": [on(), on("sim", **DISK), on(**DISK, **WHOLE)],
+    "cache_recording": [on(**DISK), on("sim", **DISK, **STATIC), on(**HOST, **STATIC)],
     "profile": [on(), on(**HALF), on(placement="three_tiers", alpha=0.5, disk_share=0.2), on(**ADAPTIVE)],
     "slots": [on(), on(**PACKED), on(**HOST, **ON_DEMAND), on("cuda", **PACKED)],
     "disk_dir": [on(), on(**HALF), on("sim", **DISK)],

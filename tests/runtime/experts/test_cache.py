@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from fluxmoe.runtime.experts.cache_policies import (
 from fluxmoe.runtime.experts.config import PagingConfig, SettingError
 from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.pager import ExpertPager
+from fluxmoe.runtime.experts.recording import Recording, RecordingError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -75,6 +77,7 @@ SETTINGS = {
     "three tiers, compressed, some dense": dict(
         placement="three_tiers", alpha=0.5, disk_share=0.25, dense_share=0.25, expert_format="planar12"
     ),
+    "learned": dict(cache_policy="learned"),
     "lru": dict(cache_policy="lru"),
     "lfu": dict(cache_policy="lfu"),
     "least stale": dict(cache_policy="least_stale"),
@@ -164,6 +167,15 @@ def test_closing_gives_up_what_was_not_read():
     assert threading.active_count() == threads
 
 
+@pytest.mark.parametrize("transfer", [None, "auto", "on_demand", "whole"])
+@pytest.mark.parametrize("expert_format", [None, "planar12", "huffman"])
+def test_from_files_experts_come_on_demand_where_kernels_read_them_so(transfer, expert_format):
+    config = PagingConfig(placement="disk", transfer=transfer, expert_format=expert_format)
+    readable = expert_format != "huffman"
+    expected = transfer if transfer in ("on_demand", "whole") else "on_demand" if readable else "whole"
+    assert config.formats.transfer == expected
+
+
 def test_settings_that_make_no_cache_are_refused():
     with pytest.raises(SettingError, match="it needs placement three_tiers or disk"):
         PagingConfig(placement="host", cache_bytes=1 << 20)
@@ -172,9 +184,44 @@ def test_settings_that_make_no_cache_are_refused():
     with pytest.raises(SettingError, match="disk_share is for placement three_tiers"):
         PagingConfig(placement="disk", disk_share=0.5)
     with pytest.raises(
-        SettingError, match="cache_policy must be one of next_use, lru, lfu, least_stale, lirs, got 'mru'"
+        SettingError,
+        match="cache_policy must be one of next_use, learned, lru, lfu, least_stale, lirs, static, got 'mru'",
     ):
         PagingConfig(cache_policy="mru")
+    for half in (dict(cache_policy="static"), dict(cache_recording=Path("routing.npz"))):
+        with pytest.raises(SettingError, match="cache_policy static and cache_recording go together"):
+            PagingConfig(placement="disk", **half)
+
+
+def recording_of(experts: np.ndarray, path: Path) -> Path:
+    """A file that says that one token a pass chose `experts` int16 [R, L, k]."""
+    zeros = np.zeros(len(experts), np.int32)
+    with path.open("wb") as file:
+        Recording(experts.astype(np.int16), np.arange(len(experts), dtype=np.int32), zeros, zeros, 8, {}).save(file)
+    return path
+
+
+def test_static_keeps_what_a_recording_uses_most(tmp_path, expected):
+    """Experts 5 and 2 of each layer: they are read once, whatever comes between."""
+    chosen = np.array([[5, 2]] * 3 + [[5, 0]] * 2)[:, None].repeat(LAYERS, axis=1)
+    path = recording_of(chosen, tmp_path / "routing.npz")
+    with opened(cache_policy="static", cache_recording=path) as pager:
+        assert all(torch.equal(a, b) for a, b in zip(passes(pager), expected, strict=True))
+        cache = pager.store.cache
+        here = lambda: {(i, e) for i in range(LAYERS) for e in (5, 2)} <= cache._place_of.keys()  # noqa: E731
+        assert here()
+        misses = cache.misses
+        passes(pager, counts=(1, 1, 5, 12, 1))
+        assert here()
+        assert misses < cache.misses
+
+
+@pytest.mark.parametrize(("layers", "says"), [(LAYERS + 1, "is of 5 layers of 8 experts, this model has 4 of 8")])
+def test_a_recording_of_another_model_is_refused_before_anything_is_read(tmp_path, layers, says):
+    path = recording_of(np.zeros((1, layers, 2)), tmp_path / "routing.npz")
+    config = PagingConfig(placement="disk", cache_policy="static", cache_recording=path)
+    with pytest.raises(RecordingError, match=says):
+        ExpertPager(DIMS, LAYERS, config, "cpu", TOKENS)
 
 
 # Policies.
@@ -290,6 +337,30 @@ def test_skewed_routing_at_batch_one():
     assert rates["next_use"] > rates["lru"]
     assert rates["next_use"] > 0.9 * fixed
     assert belady(visits, shape, places).hit_rate > rates["next_use"]
+
+
+def bursts(rng, passes: int, layers: int, experts: int, stay: float) -> list[tuple[int, np.ndarray]]:
+    """Each layer uses one expert of all, which stays in use from pass to pass with probability `stay`."""
+    now, visits = rng.integers(0, experts, layers), []
+    for _ in range(passes):
+        for layer in range(layers):
+            if rng.random() > stay:
+                now[layer] = rng.integers(0, experts)
+            visits.append((layer, now[[layer]].copy()))
+    return visits
+
+
+@pytest.mark.parametrize("stay", [0.0, 0.8])
+def test_learned_finds_out_whether_experts_come_again(stay):
+    """Chances as they are: of an expert in use, of one that was used lately, of one that is not."""
+    layers, experts = 3, 12
+    uses = Uses(layers, experts)
+    for layer, used in bursts(np.random.default_rng(0), 3000, layers, experts, stay):
+        uses.note(layer, used)
+    chance = uses.chance()
+    in_use, gone = uses.since == 0, (uses.since > 3) & (uses.since < 32)
+    assert chance[in_use].mean() == pytest.approx(stay + (1 - stay) / experts, abs=0.06)
+    assert chance[gone].mean() == pytest.approx((1 - stay) / experts, abs=0.04)
 
 
 def test_turns_are_counted_from_the_layer_that_runs():

@@ -113,3 +113,10 @@ def test_files_round_trip_and_others_are_refused(tmp_path):
         path.write_bytes(replace(recorded(), **damage).to_bytes())
         with pytest.raises(RecordingError, match="damaged"):
             Recording.load(path)
+
+
+def test_popularity_counts_tokens_and_not_what_is_elsewhere():
+    experts = np.array([[[0, 2], [1, -1]], [[2, 3], [-1, -1]]], np.int16)
+    zeros = np.zeros(2, np.int32)
+    recording = Recording(experts, zeros, zeros, zeros, 4, {})
+    assert recording.popularity().tolist() == [[1, 0, 2, 1], [0, 1, 0, 0]]

@@ -355,7 +355,7 @@ def test_the_reference_kernels_read_compressed_experts_from_decoded_slots(wide_m
         (dict(expert_format="zip"), "expert_format must be one of dense, planar12"),
         (dict(host_format="zip"), "host_format must be one of dense, planar12"),
         (dict(transfer="zip"), "transfer must be one of whole, on_demand, auto"),
-        (dict(transfer="auto"), "it needs adaptive"),
+        (dict(transfer="auto"), "auto needs adaptive"),
         (dict(slot_format="zip"), "slot_format must be one of packed, decoded"),
         (dict(expert_format="planar12"), "placement packed holds them in planar12"),
         (dict(placement="packed", expert_format="dense"), "choose planar12, tiered"),

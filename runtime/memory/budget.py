@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 
@@ -15,6 +15,10 @@ class BudgetError(ValueError):
     """The memory budget cannot be read, or cannot hold what it must; then `least` is the budget that works."""
 
     least: int | None = None
+
+
+class HostShortError(BudgetError):
+    """A GPU's host lacks memory, whatever the budget."""
 
 
 def parse_bytes(text: str) -> int | None:
@@ -52,16 +56,21 @@ def require(total: int, lines: Mapping[str, int], hint: str = "") -> None:
 
 
 @contextmanager
-def explained(of: str, beside: int = 0) -> Iterator[None]:
-    """BudgetErrors from here say what needs the budget, and the least with the bytes that lie `beside` it."""
+def explained(
+    of: str, beside: int = 0, together: bool = True, least: Callable[[], int | None] = lambda: None
+) -> Iterator[None]:
+    """BudgetErrors from here say what needs the budget, the least that works, and that with the host memory that lies
+    `beside` it. together: the budget holds that too. least: asked where an error does not know."""
     try:
         yield
     except BudgetError as error:
-        more = ""
-        if error.least is not None and beside:
-            more = f"; with {format_bytes(beside)} of host memory beside it {error.least + beside} bytes in all"
+        found, more = error.least, ""
+        if found is None and not isinstance(error, HostShortError) and (found := least()) is not None:
+            more = f"; the least that works is {found} bytes ({format_bytes(found)})"
+        if found is not None and beside:
+            more += f"; with {format_bytes(beside)} of host memory beside it {found + beside} bytes in all"
         named = BudgetError(f"{of}: {error}{more}")
-        named.least = error.least + beside if error.least is not None else None
+        named.least = found + beside if found is not None and together else found
         raise named from None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ..devices import HOST, Device
-from .budget import BudgetError, MemoryBudget, by_line, format_bytes
+from .budget import BudgetError, HostShortError, MemoryBudget, by_line, format_bytes
 
 # What the ledgers may be wrong by, beside what the kind of a device allows.
 TOLERANCE = 0.02
@@ -76,7 +76,7 @@ class FreeMemory(NamedTuple):
                 "GPU's memory are free; lower the budget"
             )
         if self.host_bytes is not None and host > self.host_bytes:
-            raise BudgetError(
+            raise HostShortError(
                 f"host memory takes {format_bytes(host)} ({by_line(host_lines)}), and only "
                 f"{format_bytes(self.host_bytes)} are free; keep more experts on the device{hint}"
             )

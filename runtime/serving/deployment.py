@@ -8,6 +8,8 @@ host holds beside it has a ledger of its own (the pager's `host_lines`, `swap_li
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from fluxmoe.kernels.formats import DENSE
 from fluxmoe.kernels.ops import Limits, OpSizes
@@ -17,7 +19,7 @@ from fluxmoe.models.decoder import non_expert_bytes
 from ..experts.footprint import EXPERT_LINES, Footprint
 from ..experts.placement import Placement
 from ..experts.planner import Planner, PlannerConfig
-from ..memory.budget import MemoryBudget, format_bytes, require
+from ..memory.budget import BudgetError, MemoryBudget, format_bytes, require
 from ..memory.slabs import FREE
 from .config import EngineConfig
 from .kv_cache import KV_LINE, KVLayout
@@ -37,6 +39,20 @@ def require_workspace(model: ModelConfig, limits: Limits, memory: int) -> None:
     logits = 4 * limits.sequences * model.vocab_size
     hint = "lower --max-batch or --max-batched-tokens"
     require(memory, {"workspace at least": rows * model.dtype.itemsize + logits}, hint)
+
+
+def least_budget(deploy: Callable[[int], object]) -> int | None:
+    """The least `total` for which `deploy` makes a Deployment; None where none is known."""
+    total: int | None = 0
+    while total is not None:
+        try:
+            deploy(total)
+        except BudgetError as error:
+            # What a larger total is cut into may take more.
+            total = None if error.least is None else max(error.least, total + 1)
+        else:
+            return total
+    return None
 
 
 class Deployment:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from ..memory.slabs import FREE
 from ..timeline import COMPUTE, Timeline
 from .batch import build_batch
 from .config import EngineConfig
-from .deployment import Deployment, limits_of, require_workspace
+from .deployment import Deployment, least_budget, limits_of, require_workspace
 from .graphs import DecodeGraphs
 from .kv_cache import KV_LINE, PagedKVCache
 from .loop import Executed, ServingLoop
@@ -65,11 +66,13 @@ class Engine(ServingLoop):
         kind = device_of(self.device)
         free, self._taken_before = FreeMemory.now(kind), kind.taken_bytes()
         total = kind.available_bytes() if config.budget_bytes is None else config.budget_bytes
-        free.check_budget(total)
+        with explained(config.named):
+            free.check_budget(total)
         checkpoint = Checkpoint(model_dir)
         self.model = model = checkpoint.config
         limits = limits_of(model, config)
-        require_workspace(model, limits, max(total, free.device_bytes or 0))
+        with explained(config.named):
+            require_workspace(model, limits, max(total, free.device_bytes or 0))
         self.ops = kind.make_ops(layer_dims(model), limits, config)
         self.timeline = Timeline(config.timeline, kind.clock())
         self.pager = ExpertPager(
@@ -90,14 +93,13 @@ class Engine(ServingLoop):
         in_host = self.pager.host_lines(checkpoint.packed.header if checkpoint.packed else None)
         in_host["staging"] += buffers
         shared = free.shared and config.budget_bytes is None
-        formats = config.device_format, config.formats.host
-        named = f"placement {config.placement} ({' and '.join(dict.fromkeys(formats))})"
-        with explained(named, beside=sum(in_host.values()) if shared else 0):
+        parts = model, config, self.ops, self.pager.footprint
+        deploy = partial(Deployment, *parts, graph_bytes=self._graph_bytes, swap_inside=shared)
+        beside = sum(in_host.values()) if free.shared else 0
+        with explained(config.named, beside, together=shared, least=partial(least_budget, deploy)):
             if shared:
                 total = free.beside(total, in_host)
-            self.deployment = Deployment(
-                model, config, self.ops, self.pager.footprint, total, self._graph_bytes, swap_inside=shared
-            )
+            self.deployment = deploy(total)
             self.placement, self.budget = self.deployment.placement, self.deployment.budget
             num_blocks = self.deployment.reserve_kv()
             in_host |= self.deployment.swap_lines(num_blocks)

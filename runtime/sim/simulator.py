@@ -31,6 +31,7 @@ from ..experts.footprint import EXPERT_LINES, Footprint, lay_out, slot_schedule
 from ..experts.layout import ExpertLayout
 from ..experts.planner import Move, Observation, PlannerError
 from ..hardware import HardwareProfile, ProfileError
+from ..memory.budget import explained
 from ..memory.slabs import SlabError, SlabPool
 from ..serving.config import EngineConfig
 from ..serving.deployment import Deployment, limits_of, require_workspace
@@ -141,11 +142,13 @@ class SimEngine(ServingLoop):
         parameters = parameters or CostParameters()
         limits = limits_of(model, config)
         total = int(profile.memory_bytes * _USABLE) if config.budget_bytes is None else config.budget_bytes
-        require_workspace(model, limits, max(total, int(profile.memory_bytes)) * self.devices)
+        with explained(config.named):
+            require_workspace(model, limits, max(total, int(profile.memory_bytes)) * self.devices)
         ops = SimOps(model, limits, self.devices, parameters)
         layout = lay_out(len(model.moe_layers), config, ops.experts, lambda: profile.bandwidths(None))
         experts = Footprint(layout, config, ops.experts)
-        self.deployment = Deployment(model, config, ops, experts, total, shares=self.devices)
+        with explained(config.named):
+            self.deployment = Deployment(model, config, ops, experts, total, shares=self.devices)
         self.placement, self.budget = self.deployment.placement, self.deployment.budget
         self.costs = CostModel(model, profile, self.devices, parameters)
         self._copy_rate = copy_rate

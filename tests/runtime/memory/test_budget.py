@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.memory import machine
-from fluxmoe.runtime.memory.budget import BudgetError, MemoryBudget, explained, format_bytes, parse_bytes, require
+from fluxmoe.runtime.memory.budget import (
+    BudgetError,
+    HostShortError,
+    MemoryBudget,
+    explained,
+    format_bytes,
+    parse_bytes,
+    require,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -124,3 +132,24 @@ def test_an_error_says_whose_budget_it_is_and_the_least_with_what_lies_beside():
     with pytest.raises(BudgetError, match=says) as raised, explained("placement host", beside=3):
         require(5, {"weights": 7})
     assert raised.value.least == 10
+
+
+@pytest.mark.parametrize(
+    ("beside", "together", "says", "least"),
+    [
+        (0, True, "", 7),
+        (3, True, "; with 3 B of host memory beside it 10 bytes in all", 10),
+        (3, False, "; with 3 B of host memory beside it 10 bytes in all", 7),
+    ],
+)
+def test_what_does_not_know_the_least_is_told(beside, together, says, least):
+    with pytest.raises(BudgetError) as raised, explained("this", beside, together, least=lambda: 7):
+        raise BudgetError("refused")
+    assert str(raised.value) == f"this: refused; the least that works is 7 bytes (7 B){says}"
+    assert raised.value.least == least
+
+
+def test_no_budget_helps_a_host_without_memory():
+    with pytest.raises(BudgetError, match=r"^this: short$") as raised, explained("this", 3, least=lambda: 7):
+        raise HostShortError("short")
+    assert raised.value.least is None

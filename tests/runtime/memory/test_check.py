@@ -130,8 +130,15 @@ def test_host_and_device_together_are_refused_before_anything_is_loaded(model_di
     free(needed - 1)
     monkeypatch.setattr(ExpertPager, "open", lambda *arguments: pytest.fail("experts are stored"))
     monkeypatch.setattr(Engine, "_load", lambda *arguments: pytest.fail("a checkpoint is loaded"))
-    with pytest.raises(BudgetError, match=f"{line} .*of memory are free"):
+    says = (
+        rf"^placement {settings.get('placement', 'resident')} \(.*{line} .*of memory are free.*; the least that works"
+    )
+    with pytest.raises(BudgetError, match=says) as info:
         Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=device))
+    monkeypatch.undo()
+    with pytest.raises(BudgetError, match="is too small"):
+        Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=info.value.least - 1))
+    Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=info.value.least)).close()
 
 
 @pytest.mark.parametrize(
@@ -160,7 +167,14 @@ def test_all_leaves_room_for_what_the_host_holds(model_dir, free, settings):
 def test_all_where_the_host_alone_is_too_much(model_dir, free):
     _, host, _ = lines_of(model_dir, placement="host")
     free(sum(host.values()))
-    with pytest.raises(BudgetError, match=r"host memory takes .*host_experts .*--placement disk"):
+    says = r"^placement host \(dense\): host memory takes .*host_experts .*--placement disk\); the least that works is"
+    with pytest.raises(BudgetError, match=says) as info:
+        Engine(model_dir, EngineConfig(**COMMON, placement="host"))
+    # As much as `all` must be.
+    free(HOST.free_for(info.value.least))
+    Engine(model_dir, EngineConfig(**COMMON, placement="host")).close()
+    free(HOST.free_for(info.value.least - 1))
+    with pytest.raises(BudgetError, match="is too small"):
         Engine(model_dir, EngineConfig(**COMMON, placement="host"))
 
 
@@ -276,4 +290,6 @@ def test_the_command_refuses_what_does_not_fit(model_dir, free, capsys):
     with pytest.raises(SystemExit) as info:
         main(arguments_of(model_dir, "--budget", "3GiB"))
     assert info.value.code == 2
-    assert capsys.readouterr().err.startswith("error: a budget of 3 GiB is more than the 2 GiB of memory")
+    assert capsys.readouterr().err.startswith(
+        "error: placement resident (dense): a budget of 3 GiB is more than the 2 GiB of memory"
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.config import load_config
+from fluxmoe.runtime.devices import resolve_device
 from fluxmoe.runtime.memory.budget import parse_bytes
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
@@ -22,6 +23,7 @@ from ..lib import wall
 from ..lib.args import group, option
 from ..lib.effects import Setup, served_on
 from ..lib.results import UsageError, output_file, provenance, write_atomically, write_csv, write_json
+from ..lib.serve import compile_kernels
 from ..lib.tokenizer import Tokenizer
 
 
@@ -178,6 +180,10 @@ def serve(args: Arguments) -> dict:
 
 def run(args: Arguments) -> None:
     if args.wall is not None:
+        wall.check()
+        if resolve_device(args.engine.device).type == "cpu":
+            print("compiling kernels, unless they are: outside of the wall", file=sys.stderr)
+            compile_kernels(load_config(args.model), args.settings)
         wall.call(args.wall, run, replace(args, wall=None))
         return
     result = serve(args)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fluxmoe.kernels.formats import FORMATS
-from fluxmoe.runtime.experts.placement import Tier, place
+from fluxmoe.models.config import ModelConfig
+from fluxmoe.runtime.experts.placement import IN_FILES, Tier, place
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
@@ -18,6 +21,7 @@ from fluxmoe.runtime.serving.request import Request
 from fluxmoe.runtime.sim.cost_model import CostParameters
 from fluxmoe.runtime.sim.simulator import SimEngine
 
+from .checkpoints import make_checkpoint
 from .machines import Machine
 from .models import Source
 from .results import UsageError
@@ -82,6 +86,28 @@ def warm_up(machine: Machine, source: Source, settings: EngineConfig) -> None:
     if not machine.simulated:
         small = replace(settings, placement="host", budget_bytes=None, max_context=None, min_kv_tokens=1, max_batch=2)
         serve(machine, source, small, short_requests(source))
+
+
+def compile_kernels(model: ModelConfig, settings: EngineConfig) -> None:
+    """All kernels that `settings` use on a CPU for a model of this architecture and dtype are compiled, and kept on
+    disk: by serving a tiny one. Compiling takes more memory than a wall may leave to whoever comes first on a machine.
+
+    Experts of files lie in host memory here: the same kernels read them.
+    """
+    in_files = settings.placement in IN_FILES
+    small = replace(
+        settings, device="cpu", budget_bytes=None, max_batch=2, max_batched_tokens=16, max_context=64, min_kv_tokens=1,
+        placement="host" if in_files else settings.placement, cache_bytes=None, disk_share=None, link_bandwidth=None,
+        transfer=settings.formats.transfer if in_files else settings.transfer, record_routing=False, timeline=False,
+        cache_policy="next_use", cache_recording=None, progress=False,
+    )  # fmt: skip
+    # Wide enough for every format to save something; four layers are one turn of Qwen3-Next's kinds.
+    sizes: dict[str, Any] = dict(layers=4, experts=4, hidden=256, moe_intermediate=256, vocab=320, max_positions=64)
+    with tempfile.TemporaryDirectory(prefix="fluxmoe-") as folder:
+        dtype = str(model.dtype).removeprefix("torch.")
+        tiny = make_checkpoint(model.arch, Path(folder) / "tiny", dtype=dtype, **sizes)
+        with Engine(tiny, small) as engine:
+            run(engine, make_requests([Lengths(0.0, 8, 2)] * 2, sizes["vocab"], 0))
 
 
 def row(

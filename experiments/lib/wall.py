@@ -1,7 +1,7 @@
 """A real limit of memory: a function runs in a fresh process under a memory cgroup, which the kernel enforces.
 
 The group is a child of the one that this process is in, so a limit around us holds as before. Both versions of cgroups
-are known. Swap counts too: a wall that the system can swap around is none.
+are known; who may not make one asks systemd. Swap counts too: a wall that the system can swap around is none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,8 +64,8 @@ def call(limit: int, function: Callable[..., Any], *args: object) -> Answer:
     """`function(*args)` in a fresh process that cannot hold more than `limit` bytes.
 
     What it raises is raised here. function, arguments and result are pickled. KilledError if the process ends without
-    an answer, WallError where no wall can be made. Nothing is left behind, unless this process is killed; then the next
-    call removes it.
+    an answer, or the kernel ended any process behind the wall; WallError where no wall can be made. Nothing is left
+    behind, unless this process is killed; then the next call removes it.
     """
     with fence(limit) as behind, tempfile.TemporaryFile() as job, tempfile.TemporaryFile() as answer:
         pickle.dump((sys.argv, function, args), job)
@@ -83,9 +83,10 @@ def call(limit: int, function: Callable[..., Any], *args: object) -> Answer:
             process.kill()
             process.wait()
         answer.seek(0)
-        if process.returncode:
+        found = answer.read()
+        if process.returncode or behind.killed or not found:
             raise KilledError(behind.why(process.returncode))
-        good, value = pickle.load(answer)
+        good, value = pickle.loads(found)
         if not good:
             raise value
         return Answer(value, behind.peak_bytes)
@@ -94,46 +95,92 @@ def call(limit: int, function: Callable[..., Any], *args: object) -> Answer:
 class Fence:
     """A wall of `limit` bytes around the processes that are started by `command`, all of them together.
 
-    peak_bytes: the most that they held, without page cache, whenever `look` was called.
+    enter: what their command lines begin with; group: where their cgroup is, None while nobody knows. peak_bytes: the
+    most that they held, without page cache, whenever `look` was called.
     """
 
-    def __init__(self, limit: int, group: Path, files: _Files) -> None:
-        self.limit, self._group, self._files, self.peak_bytes = limit, group, files, 0
+    def __init__(self, limit: int, enter: Sequence[str], group: Callable[[], Path | None], files: _Files) -> None:
+        self.limit, self._enter, self._find, self._files = limit, enter, group, files
+        self._group: Path | None = None
+        self.peak_bytes = self._kills = 0
 
     def command(self, argv: Sequence[str]) -> list[str]:
         """What to start for `argv` to run behind the wall."""
-        return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self._group / "cgroup.procs"), *argv]
+        return [*self._enter, *argv]
 
     def look(self) -> None:
-        entries = _entries(self._group / "memory.stat")
-        self.peak_bytes = max(self.peak_bytes, sum(entries.get(name, 0) for name in self._files.held))
+        self._group = self._group or self._find()
+        if self._group is not None:
+            entries = _entries(self._group / "memory.stat")
+            self.peak_bytes = max(self.peak_bytes, sum(entries.get(name, 0) for name in self._files.held))
+            # systemd's groups end with their processes, and their counts with them.
+            self._kills = max(self._kills, _entries(self._group / self._files.kills).get("oom_kill", 0))
 
     @property
     def killed(self) -> bool:
         """Whether the wall has killed a process behind it."""
-        return _entries(self._group / self._files.kills).get("oom_kill", 0) > 0
+        self.look()
+        return self._kills > 0
 
     def why(self, status: int) -> str:
-        """Why a process behind the wall ended with a status that is not 0."""
+        """Why a process behind the wall gave no answer, or one that cannot be trusted."""
+        held = f"it held {format_bytes(self.peak_bytes)} when last seen"
         if self.killed:
             return (
-                f"the process was killed by its wall of {format_bytes(self.limit)}; it held "
-                f"{format_bytes(self.peak_bytes)} when last seen: give it more, or the engine a smaller budget"
+                f"the process, or one that it made, was killed by its wall of {format_bytes(self.limit)}; {held}: give "
+                "it more, or the engine a smaller budget"
             )
         said = f"signal {-status}" if status < 0 else f"status {status}"
-        return f"the process behind a wall of {format_bytes(self.limit)} ended with {said}, without an answer"
+        perhaps = f" (perhaps by the wall: {held})" if status == -signal.SIGKILL else ""
+        return f"the process behind a wall of {format_bytes(self.limit)} ended with {said}{perhaps}, without an answer"
 
 
 @contextmanager
 def fence(limit: int) -> Iterator[Fence]:
-    """A wall; what still runs behind it in the end is killed. WallError where none can be made."""
-    with _group(limit) as (group, files):
-        yield Fence(limit, group, files)
+    """A wall, by a cgroup of our own making or by systemd's; what still runs behind one of ours in the end is killed.
+    WallError where neither can be made."""
+    with ExitStack() as resources:
+        try:
+            group, files = resources.enter_context(_group(limit))
+        except WallError as error:
+            behind = _scope(limit, str(error))
+        else:
+            enter = ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs")]
+            behind = Fence(limit, enter, lambda: group, files)
+        yield behind
+
+
+def _scope(limit: int, why: str) -> Fence:
+    """A scope of systemd's, the user's own for whoever is not root. WallError, which says `why` no cgroup could be made
+    either."""
+    command = ["systemd-run", *([] if os.geteuid() == 0 else ["--user"]), "--scope", "--quiet", "--collect"]
+    limits = ["-p", f"MemoryMax={limit}", "-p", "MemorySwapMax=0", "--"]
+    try:
+        tried = subprocess.run([*command, *limits, "true"], capture_output=True, text=True, timeout=20)
+        reason = "" if tried.returncode == 0 else (tried.stderr.strip() or f"status {tried.returncode}")
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    if reason:
+        raise WallError(
+            f"{why}; nor can systemd-run ({' '.join(reason.split())}): run it as root, or without a wall in a "
+            "container whose memory is limited"
+        )
+    unit = f"{_PREFIX}{os.getpid()}-{time.monotonic_ns()}"
+    return Fence(limit, [*command, f"--unit={unit}", *limits], lambda: _scope_group(f"{unit}.scope"), _V2)
+
+
+def _scope_group(name: str, root: Path = Path("/")) -> Path | None:
+    """The cgroup (v2) of a scope, once it is there."""
+    groups = root / "sys/fs/cgroup"
+    places = f"system.slice/{name}", f"user.slice/user-*.slice/user@*.service/{name}", (
+        f"user.slice/user-*.slice/user@*.service/*.slice/{name}"
+    )  # fmt: skip
+    return next((group for place in places for group in groups.glob(place)), None)
 
 
 def check() -> None:
     """WallError where no wall can be made."""
-    with _group(1 << 30):
+    with fence(1 << 30):
         pass
 
 
@@ -171,10 +218,7 @@ def _group(limit: int) -> Iterator[tuple[Path, _Files]]:
             if (group / files.swap).exists():
                 (group / files.swap).write_text(str(limit if files.swap_is_total else 0))
         except OSError as error:
-            raise WallError(
-                f"this process may not limit memory by a cgroup ({error.strerror}: {group / files.limit}): run it as "
-                "root, or without a wall in a container whose memory is limited"
-            ) from None
+            raise WallError(f"no memory cgroup can be limited here: {group / files.limit}: {error.strerror}") from None
         yield group, files
     finally:
         _remove(group)

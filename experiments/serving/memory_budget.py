@@ -29,6 +29,7 @@ from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.loop import StepMetrics
 from fluxmoe.runtime.sim.simulator import SimEngine
+from tqdm import tqdm
 
 from ..lib import wall
 from ..lib.args import group, option
@@ -36,7 +37,7 @@ from ..lib.effects import Setup, setups_of
 from ..lib.machines import SWEPT, Machine, MachineChoice
 from ..lib.models import PRESETS, ModelChoice, Source
 from ..lib.results import UsageError
-from ..lib.serve import placed, placement_name, row, serve, short_requests, warm_up
+from ..lib.serve import compile_kernels, placed, placement_name, row, serve, short_requests, warm_up
 from ..lib.sweep import Sweep, in_turns
 from ..lib.workloads import Lengths, Workload, make_requests
 from ..plots.serving import plot_memory_budget
@@ -124,9 +125,13 @@ def run(args: Arguments) -> None:
     model = {key: str(value) if key == "dtype" else value for key, value in asdict(source.config).items()}
     facts = {"model": model, "workload": summary(lengths)}
     with Sweep.serving(args.out, "memory-budget", machine, source, made, facts, seed=seed) as sweep:
-        # Behind a wall each process warms up itself.
-        if args.wall == "none" and not all(sweep.has(settings, **point) for point, settings, _ in points):
+        # Behind a wall each process warms up itself, with kernels that are compiled already.
+        missing = [point["placement"] for point, settings, _ in points if not sweep.has(settings, **point)]
+        if missing and args.wall == "none":
             warm_up(machine, source, common)
+        elif missing:
+            for name in tqdm(dict.fromkeys(missing), "compiling kernels", leave=False):
+                compile_kernels(source.config, replace(common, **placed(name)))
         print_table(sweep.all(points))
         sweep.note_tokens()
         sweep.finish()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,81 @@ def test_groups_of_makers_that_were_killed_are_removed(own_group):
     stale.mkdir()
     wall.check()
     assert not stale.exists()
+
+
+@pytest.fixture
+def nobody(monkeypatch):
+    """Whoever may make no cgroup."""
+
+    def refuse():
+        raise wall.WallError("no memory cgroup can be made here: not by you")
+
+    monkeypatch.setattr(wall, "_own_group", refuse)
+
+
+def systemd_run(folder: Path, then: str, monkeypatch) -> Path:
+    """A systemd-run that notes its options, one a line, in the file that is returned, and goes on with `then`."""
+    script, log = folder / "systemd-run", folder / "options"
+    lines = ["#!/bin/sh", 'while [ "$1" != -- ]; do echo "$1"; shift; done > "$0.log"', "shift", then]
+    script.write_text("\n".join(lines).replace("$0.log", str(log)))
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return log
+
+
+def test_who_may_make_no_cgroup_asks_systemd(nobody, tmp_path, monkeypatch):
+    log = systemd_run(tmp_path, 'exec "$@"', monkeypatch)
+    assert wall.call(LIMIT, len, b"four").value == 4
+    options = log.read_text().split()
+    assert {"--scope", f"MemoryMax={LIMIT}", "MemorySwapMax=0"} <= set(options)
+    assert ("--user" in options) == (os.geteuid() != 0)
+    assert any(option.startswith("--unit=fluxmoe-") for option in options)
+    # The scope is gone with its process, and with it what would tell who killed.
+    with pytest.raises(wall.KilledError, match=r"ended with signal 9 \(perhaps by the wall"):
+        wall.call(LIMIT, _kill_myself, signal.SIGKILL)
+    with pytest.raises(wall.KilledError, match=r"ended with signal 15, without"):
+        wall.call(LIMIT, _kill_myself, signal.SIGTERM)
+
+
+def _kill_myself(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("how", ["refuses", "is not there"])
+def test_where_neither_may_be_one_sentence_says_why(nobody, tmp_path, monkeypatch, how):
+    if how == "refuses":
+        systemd_run(tmp_path, "echo Failed to connect to bus >&2; exit 1", monkeypatch)
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    why = {"refuses": "Failed to connect to bus", "is not there": "No such file or directory"}[how]
+    with pytest.raises(wall.WallError, match=rf"made here: not by you; nor can systemd-run \({why}\): run it as root"):
+        wall.check()
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["system.slice", "user.slice/user-7.slice/user@7.service/app.slice", "user.slice/user-7.slice/user@7.service"],
+)  # fmt: skip
+def test_a_scope_is_found_once_it_is_there(tmp_path, place):
+    assert wall._scope_group("x.scope", tmp_path) is None
+    (tmp_path / "sys/fs/cgroup" / place / "x.scope").mkdir(parents=True)
+    assert wall._scope_group("x.scope", tmp_path) == tmp_path / "sys/fs/cgroup" / place / "x.scope"
+
+
+@pytest.mark.parametrize("kills", [0, 1])
+@pytest.mark.parametrize("status", [None, 0, 5], ids=["answers", "no answer", "fails"])
+def test_kills_count_whatever_the_process_says(tmp_path, monkeypatch, kills, status):
+    """Its helper may have been killed, and the process gone on without."""
+    (tmp_path / "memory.events").write_text(f"oom 3\noom_kill {kills}\n")
+    (tmp_path / "memory.stat").write_text("anon 5\nfile 100\nshmem 2\n")
+    fake = wall.Fence(LIMIT, [], lambda: tmp_path, wall._V2)
+    monkeypatch.setattr(wall, "fence", lambda limit: nullcontext(fake))
+    if kills == 0 and status is None:
+        assert wall.call(LIMIT, len, b"four") == (4, 7)
+        return
+    said = "killed by its wall of 64 MiB; it held 7 B" if kills else f"ended with status {status}"
+    with pytest.raises(wall.KilledError, match=said):
+        wall.call(LIMIT, *((len, b"four") if status is None else (os._exit, status)))
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,8 @@ def run(args: Arguments) -> None:
     if args.wall is not None:
         wall.check()
         if resolve_device(args.engine.device).type == "cpu":
-            print("compiling kernels, unless they are: outside of the wall", file=sys.stderr)
+            if sys.stderr.isatty():
+                print("compiling kernels, unless they are: outside of the wall", file=sys.stderr)
             compile_kernels(load_config(args.model), args.settings)
         wall.call(args.wall, run, replace(args, wall=None))
         return

@@ -38,7 +38,9 @@ def loading(
     straight: list[tuple[int, int, tuple[Tensor, Tensor]]] = []
     others: list[tuple[int, int]] = []
     for layer, file in files.items():
-        for expert in filter(lambda expert, layer=layer: store.wants(layer, expert), range(file.header.experts)):
+        for expert in range(file.header.experts):
+            if not store.wants(layer, expert):
+                continue
             as_stored = store.stored(layer, expert) == file.header.format
             target = store.target(layer, expert) if as_stored else None
             if target is None:

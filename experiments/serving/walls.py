@@ -1,6 +1,6 @@
 """A model larger than memory: ours beside llama.cpp and vLLM, each in a process behind a real wall of memory; in turns.
 
-    fluxmoe versus walls --llama-python PATH --vllm-python PATH --out results/measured/<hardware>/versus_walls
+    fluxmoe versus walls --preset olmoe-1b-7b --llama-python PATH --vllm-python PATH --out results/measured/<hardware>/…
 
 A wall is a memory cgroup: all that a process has, interpreter, KV and page cache included. llama.cpp maps a GGUF file
 with the same weights, so that the kernel keeps what it can of them; of ours the first of --placements runs that fits;
@@ -39,12 +39,12 @@ from fluxmoe.runtime.memory.budget import format_bytes, parse_bytes
 
 from ..commands.pack_checkpoint import pack_checkpoint
 from ..lib import wall
-from ..lib.args import option
+from ..lib.args import group, option
 from ..lib.disks import direct_read_rate, drop_cached
 from ..lib.gguf import write_gguf
 from ..lib.machines import Machine
-from ..lib.models import Source, checkpoint_source, preset_source
-from ..lib.results import UsageError
+from ..lib.models import ModelChoice, Source
+from ..lib.results import UsageError, values_by
 from ..lib.serve import placed, placement_name
 from ..lib.sweep import Sweep
 from ..plots.walls import plot_walls
@@ -65,11 +65,8 @@ def wall_name(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    model: str | None = option(
-        "OLMoE checkpoint in bf16 (default: one of OLMoE-1B-7B's size, made if needed: 14 GB)", None, metavar="DIR"
-    )
-    checkpoints: Path = option("where that is kept", Path("checkpoints"))
-    packed: Path | None = option("the same, packed (default: beside it, made if needed)", None, metavar="DIR")
+    model: ModelChoice = group("config")
+    packed: Path | None = option("the model, packed (default: beside it, made if needed)", None, metavar="DIR")
     gguf: Path | None = option("the same for llama.cpp (default: beside it, made if needed)", None, metavar="FILE")
     llama_python: str | None = option(
         "Python of an environment that has llama-cpp-python (default: without llama.cpp)", None, metavar="PATH"
@@ -118,7 +115,7 @@ class Files(NamedTuple):
 
 def prepare(args: Arguments) -> Files:
     """The model, packed and as a GGUF file; what is missing is made."""
-    source = checkpoint_source(args.model) if args.model else preset_source("olmoe-1b-7b", args.checkpoints)
+    source = args.model.source()
     beside = source.weights.resolve()
     packed = args.packed or beside.with_name(f"{beside.name}-{DEFAULT_COMPRESSED}")
     if not (packed.exists() and PackedExperts.in_directory(packed)):
@@ -372,17 +369,16 @@ def run(args: Arguments) -> None:
 
 def report(rows: Sequence[Mapping[str, Any]], walls: Sequence[str]) -> None:
     """Medians, a line a wall and number of sequences; who was refused; whether first tokens are the same."""
-    table: dict[tuple[str, int], dict[str, list[float]]] = {}
-    for each in rows:
-        if each["status"] == "ok":
-            rates = table.setdefault((each["wall"], int(each["sequences"])), {})
-            rates.setdefault(each["provider"], []).append(float(each["decode_tokens_per_s"]))
     for said in dict.fromkeys(
         f"wall {each['wall']}: {each['provider']} {each['status']}: {each['reason']}"
         for each in rows if each["status"] != "ok"
     ):  # fmt: skip
         print(said)
-    for (name, batch), rates in sorted(table.items(), key=lambda item: (walls.index(item[0][0]), item[0][1])):
+    ok = [each for each in rows if each["status"] == "ok" and each["wall"] in walls]
+    points = {(each["wall"], int(each["sequences"])) for each in ok}
+    for name, batch in sorted(points, key=lambda point: (walls.index(point[0]), point[1])):
+        of_point = [each for each in ok if (each["wall"], int(each["sequences"])) == (name, batch)]
+        rates = values_by(of_point, "provider", "decode_tokens_per_s")
         medians = {provider: float(np.median(values)) for provider, values in rates.items()}
         mine, others = (
             [r for p, r in medians.items() if p.startswith("fluxmoe") == is_ours] for is_ours in (True, False)

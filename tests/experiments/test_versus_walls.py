@@ -174,6 +174,20 @@ def test_the_bound_of_uniform_routing(batch, kept, expected):
     assert bounds.expert_bytes("llama.cpp") == bounds.expert_bytes("fluxmoe resident") == 3 * 2048 * 1024 * 2
 
 
+def test_the_report_compares_medians_and_says_who_was_refused(capsys):
+    rows = [
+        {"status": "ok", "wall": "8GB", "sequences": 1, "round": number, "provider": who, "decode_tokens_per_s": rate}
+        for who, rates in (("fluxmoe packed", (3.0, 9.0, 4.0)), ("llama.cpp", (2.0, 1.0, 2.0)))
+        for number, rate in enumerate(rates)
+    ]
+    rows += [{**rows[0], "provider": "vllm", "status": "refused", "reason": "too large"}] * 2
+    walls.report(rows, ["none", "8GB"])
+    assert capsys.readouterr().out.splitlines() == [
+        "wall 8GB: vllm refused: too large",
+        "wall 8GB, 1 sequences, tokens/s in decode: fluxmoe packed 4.00, llama.cpp 2.00; our best is 2.00x theirs",
+    ]
+
+
 def test_agreement_is_of_prompts_that_both_had():
     row = {"status": "ok", "wall": "none", "round": 0}
     rows = [
@@ -337,4 +351,4 @@ def test_what_does_not_start_or_is_killed_is_a_row_with_its_reason(run_walls):
     ],
 )
 def test_user_errors(argv, error, error_of, tmp_path):
-    assert error in error_of("versus", "walls", "--out", tmp_path / "out", *argv)
+    assert error in error_of("versus", "walls", "--preset", "tiny", "--out", tmp_path / "out", *argv)

@@ -25,6 +25,7 @@ RoutedExperts).
 from __future__ import annotations
 
 import os
+import sys
 
 
 def register() -> None:
@@ -36,8 +37,9 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 
     # vLLM pins a worker's main thread to one core. Numba counts the cores that the thread may use when it is imported,
-    # which for vLLM is soon after this, and has no more threads ever after.
-    if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
+    # which for vLLM is soon after this, and has no more threads ever after: once they run, another number is an error.
+    running = getattr(sys.modules.get("numba.np.ufunc.parallel"), "_is_initialized", False)
+    if not running and (threads := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
         os.environ.setdefault("NUMBA_NUM_THREADS", threads)
     if "fluxmoe" not in QUANTIZATION_METHODS:
         from .config import FluxMoEConfig

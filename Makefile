@@ -43,11 +43,12 @@ VLLM := .venv-vllm
 
 $(VLLM)/.installed: tests_vllm/install.py pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python tests_vllm/install.py
+	$(VLLM)/bin/python tests_vllm/install.py $(VLLM_VERSION)
 	touch $@
 
+# Two files at a time: a start of vLLM is mostly one thread's.
 vllm-test: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest --override-ini addopts=-q tests_vllm
+	$(VLLM)/bin/python -m pytest --override-ini addopts=-q -n 2 --dist loadfile tests_vllm
 
 vllm-demo: $(VLLM)/.installed
 	$(VLLM)/bin/python -m tests_vllm.demo

@@ -27,7 +27,7 @@ def main(version: str = VERSION) -> None:
     # vLLM says which torch, of which the registry need not have the build for the CPU; ours must not change it.
     torch = next(each for each in wanted if re.match(r"torch\b", each)).removesuffix("+cpu")
     needed = [each for each in wanted if re.split(r"[^\w-]", each)[0] not in _NOT_NEEDED]
-    pip(torch, *needed, "pytest")
+    pip(torch, *needed, "pytest", "pytest-xdist")
     pip("--editable", f"{Path(__file__).parents[1]}[vllm]", torch)
 
 

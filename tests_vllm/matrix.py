@@ -1,6 +1,6 @@
-"""`make vllm-matrix`: the same tests with several versions of vLLM, and a newer one's signatures, which is only read.
+"""`make vllm-matrix`: `make vllm-test` with several versions of vLLM, and a newer one's signatures, which is only read.
 
-    python matrix.py            each version in an environment of its own, removed after: 3 GB and some minutes each
+    python matrix.py [VERSION …]    each in an environment of its own, removed after: 4 GB and some minutes each
 
 Ends with a line a version.
 """
@@ -18,26 +18,27 @@ from pathlib import Path
 VERSIONS = ("0.30.0", "0.31.0", "0.32.0")
 READ = "vllm==0.33.0"
 HERE = Path(__file__).parent
-PYTEST = ("-m", "pytest", "--override-ini", "addopts=-q")
 
 
-def run(python: Path | str, *arguments: str, **environment: str) -> bool:
-    return subprocess.run([python, *arguments], cwd=HERE.parent, env={**os.environ, **environment}).returncode == 0
+def run(*command: str, **environment: str) -> bool:
+    return subprocess.run(command, cwd=HERE.parent, env={**os.environ, **environment}).returncode == 0
 
 
 def passes(version: str) -> dict[str, bool]:
     """By version: what runs, and with the last one what is read."""
-    with tempfile.TemporaryDirectory(prefix=".venv-vllm-", dir=HERE.parent) as folder:
-        python = Path(folder, "bin", "python")
-        if not (run(sys.executable, "-m", "venv", folder) and run(python, str(HERE / "install.py"), version)):
-            return {version: False}
-        found = {version: run(python, *PYTEST, HERE.name)}
+    with tempfile.TemporaryDirectory(prefix="vllm-") as folder:
+        found = {version: run("make", "vllm-test", f"VLLM={folder}", f"VLLM_VERSION={version}")}
         if version == VERSIONS[-1]:
-            fetched = run(python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, READ)
-            wheels = [str(path) for path in Path(folder).glob("*.whl")]
-            signatures = (*PYTEST, f"{HERE.name}/test_signatures.py")
-            found[f"{READ}, read"] = fetched and run(python, *signatures, VLLM_WHEEL=wheels[0])
+            found[f"{READ}, read"] = reads(str(Path(folder, "bin", "python")), folder)
         return found
+
+
+def reads(python: str, folder: str) -> bool:
+    """Whether the signatures in READ's wheel, which goes to `folder`, are those that we know."""
+    run(python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, READ)
+    wheels = [str(path) for path in Path(folder).glob("*.whl")]
+    tests = ("-m", "pytest", "--override-ini", "addopts=-q", f"{HERE.name}/test_signatures.py")
+    return bool(wheels) and run(python, *tests, VLLM_WHEEL=wheels[0])
 
 
 def main(*versions: str) -> None:

@@ -17,6 +17,7 @@ from fluxmoe.runtime.serving.request import Request, SamplingParams
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM
 
 from .conftest import fluxmoe, prompts
+from .engines import ask
 
 QUESTION = {"prompts": prompts(16, 128), "new_tokens": 1}
 ARCHITECTURES = ("mixtral", "qwen3_moe", "olmoe", "glm4_moe")
@@ -38,14 +39,14 @@ def models(checkpoint, tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def answers(models, engines) -> dict[tuple[str, bool], list[list[int]]]:
+def answers(models) -> dict[tuple[str, bool], list[list[int]]]:
     """By architecture, with us and without."""
     cases = [(arch, ours) for arch in ARCHITECTURES for ours in (False, True)]
     llms = [
         {"model": models[arch], "enforce_eager": True, "skip_tokenizer_init": True, **(fluxmoe() if ours else {})}
         for arch, ours in cases
     ]
-    results = engines([QUESTION | {"llm": llm} for llm in llms])
+    results = ask(QUESTION | {"llm": llm} for llm in llms)
     return {case: result["likeliest"] for case, result in zip(cases, results, strict=True)}
 
 

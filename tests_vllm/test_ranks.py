@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from .conftest import fluxmoe, prompts
+from .engines import ask
 
 QUESTION = {"prompts": prompts(8, 64), "new_tokens": 8}
 TWO = {"distributed_executor_backend": "mp", "tensor_parallel_size": 2}
@@ -17,10 +18,9 @@ LLMS = {
 
 
 @pytest.fixture(scope="module")
-def answers(checkpoint, engines) -> dict[str, dict]:
+def answers(checkpoint) -> dict[str, dict]:
     model = {"model": checkpoint("qwen3_moe"), "enforce_eager": True}
-    tasks = [QUESTION | {"llm": model | llm} for llm in LLMS.values()]
-    return dict(zip(LLMS, engines(tasks, OMP_NUM_THREADS="1"), strict=True))
+    return dict(zip(LLMS, ask(QUESTION | {"llm": model | llm} for llm in LLMS.values()), strict=True))
 
 
 def test_tokens_are_the_same_wherever_experts_lie(answers):

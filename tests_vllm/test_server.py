@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +9,9 @@ from pathlib import Path
 import openai
 import pytest
 
-from .conftest import ENVIRONMENT, HERE, fluxmoe, prompts, run
+from .conftest import fluxmoe, fluxmoe_command, prompts
+from .engines import ask
+from .load import OUTPUT_TOKENS, REQUESTS, load
 from .server import Server
 
 QUESTION = {"prompts": prompts(6, 40), "new_tokens": 16}
@@ -22,8 +22,7 @@ ARGUMENTS = ("--max-model-len", "256", "--max-num-seqs", "32", "--kv-cache-memor
 @pytest.fixture(scope="module")
 def packed(checkpoint, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "model"
-    command = ("--model", checkpoint("qwen3_moe"), "--format", "planar12", "--out", str(out))
-    run(sys.executable, "-m", "fluxmoe", "pack-checkpoint", *command)
+    fluxmoe_command("pack-checkpoint", "--model", checkpoint("qwen3_moe"), "--format", "planar12", "--out", str(out))
     return out
 
 
@@ -32,7 +31,8 @@ def server(packed, tmp_path_factory) -> Iterator[Server]:
     """With half of each layer's experts in files."""
     shared = tmp_path_factory.mktemp("server")
     settings = {"FLUXMOE_PLACEMENT": "disk", "FLUXMOE_ALPHA": "0.5", "PROMETHEUS_MULTIPROC_DIR": str(shared)}
-    with Server(str(packed), shared / "log", *ARGUMENTS, **ENVIRONMENT, **settings) as server:
+    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}
+    with Server(str(packed), shared / "log", *ARGUMENTS, **settings, **alone) as server:
         yield server
 
 
@@ -42,7 +42,7 @@ def complete(server: Server, ids: list[int]) -> list[int]:
     return answer["choices"][0]["token_ids"]
 
 
-def test_a_packed_checkpoint_is_served_by_its_directory(checkpoint, engines, server):
+def test_a_packed_checkpoint_is_served_by_its_directory(checkpoint, server):
     served = complete(server, QUESTION["prompts"][0])
     with ThreadPoolExecutor(len(QUESTION["prompts"])) as clients:
         together = list(clients.map(lambda ids: complete(server, ids), QUESTION["prompts"]))
@@ -50,7 +50,7 @@ def test_a_packed_checkpoint_is_served_by_its_directory(checkpoint, engines, ser
 
     llm = {"model": checkpoint("qwen3_moe"), "enforce_eager": True} | fluxmoe()
     task = {"llm": llm, "prompts": QUESTION["prompts"][:1], "new_tokens": QUESTION["new_tokens"]}
-    assert engines([task])[0]["tokens"] == [served]
+    assert ask([task])[0]["tokens"] == [served]
 
 
 @pytest.mark.parametrize("clients", CLIENTS)
@@ -67,13 +67,11 @@ def test_the_openai_client_streams(server, clients):
     assert streamed == [whole] * clients
 
 
-def test_vllms_own_load(server, packed, tmp_path):
-    command = ("-m", f"{HERE.name}.load", server.url, str(packed), str(tmp_path / "results"), *map(str, CLIENTS))
-    run(sys.executable, *command, PYTHONPATH=str(HERE.parent))
-    results = json.loads((tmp_path / "results").read_text())
-    for clients, result in zip(CLIENTS, results, strict=True):
-        assert (result["completed"], result["failed"]) == (4 * clients, 0)
-        assert result["total_output_tokens"] == 8 * 4 * clients
+@pytest.mark.parametrize("clients", CLIENTS)
+def test_vllms_own_load(server, packed, clients):
+    result = load(server.url, str(packed), clients)
+    assert (result["completed"], result["failed"]) == (REQUESTS * clients, 0)
+    assert result["total_output_tokens"] == OUTPUT_TOKENS * REQUESTS * clients
 
 
 def test_what_it_did_is_at_metrics_and_in_its_log(server):

@@ -37,6 +37,8 @@ class VmmPool(BlockPool):
     ) -> None:  # fmt: skip
         self.driver, self._synchronize = driver or _driver(), synchronize
         if device is None or (device.index is None and device.type == "cuda"):
+            if not torch.cuda.is_available():
+                raise RegionError("pools of device memory need a CUDA device, and torch finds none here")
             device = torch.device("cuda", torch.cuda.current_device())
         d = self.driver
         self.device = device

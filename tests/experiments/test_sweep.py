@@ -35,9 +35,10 @@ CHANGES = {
     "--context": "65", "--output-tokens": "9", "--max-batch": "5", "--workload": "fixed", "--arrivals": "7.5",
     "--seed": "1", "--link-bandwidth": "4GB", "--cache-policy": "lru",
 }  # fmt: skip
-# cache-bytes and disk-share are refused but with placements in files.
+# cache-bytes, cache-recording and disk-share are refused but with placements in files.
 SWEPT = (
     "cache-bytes",
+    "cache-recording",
     "disk-share",
     "budget",
     "placement",

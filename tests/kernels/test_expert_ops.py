@@ -173,7 +173,7 @@ def test_buffers_keep_their_dtype_and_device_whatever_the_defaults_are():
     buffers = vars(ops._buffers)
     assert {str(tensor.device) for tensor in buffers.values()} == {"cpu"}
     assert {name for name, tensor in buffers.items() if tensor.dtype != torch.int32} == {
-        "topk_weights", "rounded", "activation", "expert_out", "tiles", "all",
+        "topk_weights", "rounded", "activation", "expert_out", "tiles", "rooms", "all",
     }  # fmt: skip
     assert buffers["activation"].dtype == torch.float32
 

@@ -358,7 +358,7 @@ def test_the_reference_kernels_read_compressed_experts_from_decoded_slots(wide_m
         (dict(transfer="auto"), "auto needs adaptive"),
         (dict(slot_format="zip"), "slot_format must be one of packed, decoded"),
         (dict(expert_format="planar12"), "placement packed holds them in planar12"),
-        (dict(placement="packed", expert_format="dense"), "choose planar12, tiered"),
+        (dict(placement="packed", expert_format="dense"), "choose planar12, planar8, tiered"),
     ],
 )
 def test_formats_that_cannot_be_meant(settings, match):

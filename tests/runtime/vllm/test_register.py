@@ -8,6 +8,7 @@ import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fluxmoe.runtime.vllm import register
@@ -75,5 +76,15 @@ def test_numba_gets_the_threads_that_the_worker_was_given(vllm, monkeypatch, omp
         monkeypatch.setenv(name, value or "")
         if value is None:
             monkeypatch.delenv(name)
+    monkeypatch.setitem(sys.modules, "numba.np.ufunc.parallel", SimpleNamespace(_is_initialized=False))
     register()
     assert os.environ.get("NUMBA_NUM_THREADS") == then
+
+
+def test_numba_keeps_threads_that_run(vllm, monkeypatch):
+    """Another number would be an error of the next compilation."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+    monkeypatch.setitem(sys.modules, "numba.np.ufunc.parallel", SimpleNamespace(_is_initialized=True))
+    register()
+    assert "NUMBA_NUM_THREADS" not in os.environ

@@ -326,7 +326,7 @@ def test_pools_for_devices():
     with HOST.make_pool(MIB) as pool:
         assert isinstance(pool, MemfdPool)
     if not torch.cuda.is_available():
-        with pytest.raises(RegionError, match="pip install cuda-bindings|need a CUDA device"):
+        with pytest.raises(RegionError, match=r"pip install cuda-bindings|need a CUDA device"):
             device_of("cuda").make_pool(MIB)
     with pytest.raises(RegionError, match="multiple of"):
         MemfdPool(MIB, block_bytes=1000)

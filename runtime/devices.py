@@ -77,14 +77,21 @@ class Device(ABC):
     def taken_bytes(self) -> int | None:
         """Memory that is taken now, for differences; None where this cannot be told."""
 
+    @property
+    def most_room(self) -> int | None:
+        """The most that `all` leaves free, whatever the share says; None for no bound."""
+        return None
+
     def available_bytes(self) -> int:
         """What `all` means: of the memory that is free now a share, and at most what leaves room for the slack."""
         free = self.free_bytes()
-        return max(0, min(int(free * self.usable), free - self.slack_bytes))
+        available = min(int(free * self.usable), free - self.slack_bytes)
+        return max(0, available if self.most_room is None else max(available, free - self.most_room))
 
     def free_for(self, budget: int) -> int:
         """The least memory that must be free for `all` to be `budget` bytes."""
-        return max(math.ceil(budget / self.usable), budget + self.slack_bytes)
+        free = max(math.ceil(budget / self.usable), budget + self.slack_bytes)
+        return free if self.most_room is None else min(free, budget + self.most_room)
 
     @abstractmethod
     def empty(self, nbytes: int) -> Tensor:
@@ -195,6 +202,11 @@ class CpuDevice(Device):
 
     def total_bytes(self) -> int:
         return machine.total_bytes()
+
+    @property
+    def most_room(self) -> int | None:
+        # A container's memory is its own: nobody else's needs are in it, and page cache makes way.
+        return 2 * self.slack_bytes if machine.has_wall() else None
 
     def taken_bytes(self) -> int | None:
         return machine.touched_bytes()

@@ -22,6 +22,11 @@ def total_bytes() -> int:
     return min([_meminfo("MemTotal"), *(limit for limit, _ in _cgroups())])
 
 
+def has_wall() -> bool:
+    """Whether a cgroup holds this process to less than the machine has."""
+    return any(limit < _meminfo("MemTotal") for limit, _ in _cgroups())
+
+
 def touched_bytes() -> int | None:
     """What this process has touched, without files that it maps, which the system can drop: not a page of a tensor that
     nobody has written yet. None where this cannot be told."""

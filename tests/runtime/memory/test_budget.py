@@ -118,10 +118,20 @@ def test_a_container_leaves_what_its_tightest_cgroup_leaves(tmp_path, membership
 
 
 @pytest.mark.parametrize(
-    ("free", "available"), [(1000 << 20, 744 << 20), (2000 << 20, 1600 << 20), (256 << 20, 0), (5, 0)]
+    ("free", "available", "walled"),
+    [
+        (1000 << 20, 744 << 20, True),
+        (2000 << 20, 1600 << 20, True),
+        (256 << 20, 0, True),
+        (5, 0, True),
+        (8000 << 20, 7488 << 20, True),
+        (8000 << 20, 6400 << 20, False),
+    ],
 )
-def test_all_respects_the_container(monkeypatch, free, available):
+def test_all_respects_the_container(monkeypatch, free, available, walled):
+    """Of a machine that others use, too, it leaves a fifth; of a container of any size 512 MiB at most."""
     monkeypatch.setattr(machine, "_cgroups", lambda: [(2 * free, free)])
+    monkeypatch.setattr(machine, "_meminfo", lambda entry: 16 << 30 if walled else 2 * free)
     assert HOST.available_bytes() == available
     if available:
         assert HOST.free_for(available) == free

@@ -133,7 +133,7 @@ def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, Any]:
         if (changed := _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/results")) is None
         else bool(changed),
         "code": code_digest(),
-        "command": " ".join(["fluxmoe", *map(_anywhere, sys.argv[1:])]),
+        "command": " ".join(["fluxmoe", *map(anywhere, sys.argv[1:])]),
         "device": device,
         "hardware": device_name(device),
         "instructions": instructions() if device == "cpu" else None,
@@ -159,7 +159,7 @@ def write_result(
     write_json(out / "provenance.json", {"experiment": experiment, **provenance(about["device"], seed), **about})
 
 
-def _anywhere(word: str) -> str:
+def anywhere(word: str) -> str:
     """A word of a command line as it may stand in a published file: absolute paths are those of one machine."""
     path = Path(word)
     if not path.is_absolute():

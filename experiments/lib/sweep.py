@@ -19,7 +19,18 @@ from tqdm import tqdm
 
 from .machines import Machine
 from .models import Source
-from .results import UsageError, check_out, code_digest, digest, load_json, provenance, read_csv, write_csv, write_json
+from .results import (
+    UsageError,
+    anywhere,
+    check_out,
+    code_digest,
+    digest,
+    load_json,
+    provenance,
+    read_csv,
+    write_csv,
+    write_json,
+)
 
 # Exit status of a command whose device was lost: what is left can be measured by another process.
 EXIT_AGAIN = 75
@@ -84,7 +95,7 @@ class Sweep:
     ) -> Sweep:  # fmt: skip
         """Of runs of one model on one machine. made: what else makes every row; facts: what provenance.json says."""
         common = {"machine": machine.content, "model": source.content, **made}
-        return cls(out, experiment, table, common, seed, **{**machine.about, "model": source.name, **facts})
+        return cls(out, experiment, table, common, seed, **{**machine.about, "model": anywhere(source.name), **facts})
 
     def __enter__(self) -> Sweep:
         return self

@@ -198,7 +198,7 @@ def test_attention_matches_reference(heads, kv_heads, head_dim, qk_norm, clip, w
     limits = Limits(tokens=128, sequences=8, context=128, block_size=block_size)
     rope = RopeTable(torch.randn(128, head_dim // 2), torch.randn(128, head_dim // 2))
     width = {"none": 0, "head": 1, "full": None}[qk_norm]
-    norms = (None, None)
+    norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if width is None:
         norms = (torch.rand(heads * head_dim), torch.rand(kv_heads * head_dim))
     elif width:
@@ -239,7 +239,8 @@ def test_block_size_must_fit_the_vector():
 @pytest.mark.parametrize("mlp", [0, 17])
 def test_workspace_is_what_is_held(mlp):
     ops = CpuOps(replace(DIMS, mlp=mlp), LIMITS)
-    held = [*ops._buffers.values(), *vars(ops._attention).values()]
-    arrays = [ops._scratch.counter, ops._scratch.row_table, ops._scratch.rounded]
+    held: list[torch.Tensor] = [*ops._buffers.values(), *vars(ops._attention).values()]
+    scratch = ops._scratch
+    arrays = scratch.counter.nbytes + scratch.row_table.nbytes + scratch.rounded.nbytes
     transient = 64 * 48 * 4 + 8 * 48 * 4  # embedded tokens, sampled rows
-    assert ops.workspace_bytes == sum(t.nbytes for t in held) + sum(a.nbytes for a in arrays) + transient
+    assert ops.workspace_bytes == sum(t.nbytes for t in held) + arrays + transient

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM
 from .conftest import fluxmoe, prompts
 from .engines import ask
 
-QUESTION = {"prompts": prompts(16, 128), "new_tokens": 1}
+QUESTION: dict[str, Any] = {"prompts": prompts(16, 128), "new_tokens": 1}
 ARCHITECTURES = ("mixtral", "qwen3_moe", "olmoe", "glm4_moe")
 
 
@@ -27,14 +29,14 @@ ARCHITECTURES = ("mixtral", "qwen3_moe", "olmoe", "glm4_moe")
 def models(checkpoint, tmp_path_factory) -> dict[str, str]:
     """By architecture; the last is one that our own engine does not know."""
     torch.manual_seed(0)
-    config = Glm4MoeConfig(
+    sizes: dict[str, Any] = dict(
         hidden_size=256, intermediate_size=512, moe_intermediate_size=192, num_hidden_layers=4, first_k_dense_replace=1,
         num_attention_heads=4, num_key_value_heads=2, head_dim=64, n_routed_experts=8, num_experts_per_tok=2,
         n_shared_experts=1, n_group=1, topk_group=1, vocab_size=1024, max_position_embeddings=512,
         initializer_range=0.1, num_nextn_predict_layers=0, tie_word_embeddings=False,
     )  # fmt: skip
     glm = tmp_path_factory.mktemp("glm4_moe") / "model"
-    Glm4MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(glm)
+    Glm4MoeForCausalLM(Glm4MoeConfig(**sizes)).bfloat16().save_pretrained(glm)
     return {**{arch: checkpoint(arch) for arch in ARCHITECTURES[:-1]}, "glm4_moe": str(glm)}
 
 
@@ -76,9 +78,9 @@ def of_our_engine(directory: str) -> list[list[int]]:
             found.append(logits.argmax(-1)[:-1].tolist())
             return logits[logit_rows]
 
-        engine.decoder.forward = all_rows
-        for prompt in prompts:
-            engine.generate([Request(tuple(prompt), SamplingParams(max_new_tokens=1, ignore_eos=True))])
+        with patch.object(engine.decoder, "forward", all_rows):
+            for prompt in prompts:
+                engine.generate([Request(tuple(prompt), SamplingParams(max_new_tokens=1, ignore_eos=True))])
     return found
 
 

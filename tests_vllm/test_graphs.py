@@ -31,6 +31,7 @@ class Hosted(Passes):
     def __init__(self, store, slots: int, monkeypatch) -> None:
         super().__init__(store, slots, poison=True)
         compilation = SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
+        self._times = 1
         self._vllm_config = SimpleNamespace(compilation_config=compilation)
         set_offloader(NoopOffloader())
         self.hooks = follow(self._vllm_config, self.streamer)
@@ -54,7 +55,7 @@ class Hosted(Passes):
         # Before each layer's experts, and after the last: attention, norms and the like.
         self._pieces = [self._wrap(lambda: None, CUDAGraphMode.PIECEWISE) for _ in range(self.layers + 1)]
 
-    def _wrap(self, runnable: Callable[[], None], mode: CUDAGraphMode) -> cuda_graph.CUDAGraphWrapper:
+    def _wrap(self, runnable: Callable[..., Any], mode: CUDAGraphMode) -> cuda_graph.CUDAGraphWrapper:
         return cuda_graph.CUDAGraphWrapper(runnable, self._vllm_config, mode)
 
     def _passes(self) -> None:

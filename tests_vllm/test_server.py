@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -14,7 +15,7 @@ from .engines import ask
 from .load import OUTPUT_TOKENS, REQUESTS, load
 from .server import Server
 
-QUESTION = {"prompts": prompts(6, 40), "new_tokens": 16}
+QUESTION: dict[str, Any] = {"prompts": prompts(6, 40), "new_tokens": 16}
 CLIENTS = (1, 8, 32)
 ARGUMENTS = ("--max-model-len", "256", "--max-num-seqs", "32", "--kv-cache-memory-bytes", "67108864", "--enforce-eager")
 

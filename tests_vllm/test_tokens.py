@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from .conftest import fluxmoe, prompts
 from .engines import ask
 
-PLACES = {
+PLACES: dict[str, dict[str, Any]] = {
     "packed": {},
     "resident": dict(placement="resident"),
     "packed, huffman": dict(expert_format="huffman"),

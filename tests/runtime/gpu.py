@@ -20,7 +20,7 @@ class OrderError(AssertionError):
     """Two pieces of work have no order, or a capture was left open at an end."""
 
 
-class Stream:
+class _Stream:
     def __init__(self, gpu: Gpu, name: str) -> None:
         self.gpu, self.name = gpu, name
         self.done: set = set()  # work that is certainly done when the stream's next begins
@@ -35,7 +35,7 @@ class Stream:
             raise OrderError("an event that was recorded in a graph is waited for outside")
         self.done |= event.done
 
-    def wait_stream(self, stream: Stream) -> None:
+    def wait_stream(self, stream: _Stream) -> None:
         event = self.gpu.Event()
         event.record(stream)
         self.wait_event(event)
@@ -49,7 +49,7 @@ class Event:
         self.done: set = set()
         self.capture: Capture | None = None
 
-    def record(self, stream: Stream) -> None:
+    def record(self, stream: _Stream) -> None:
         capture = stream.gpu.capture
         self.capture = capture if capture is not None and stream in capture.streams else None
         self.done = set(stream.done if self.capture is None else self.capture.streams[stream])
@@ -58,9 +58,9 @@ class Event:
 class Capture:
     """What a graph holds: nodes in the order of their capture, (work before it, buffer, what it writes or reads)."""
 
-    def __init__(self, origin: Stream) -> None:
+    def __init__(self, origin: _Stream) -> None:
         self.origin = origin
-        self.streams: dict[Stream, set[int]] = {origin: set()}
+        self.streams: dict[_Stream, set[int]] = {origin: set()}
         self.nodes: list[tuple[set[int], int, Any, bool]] = []
 
 
@@ -68,7 +68,7 @@ class Gpu:
     """torch.cuda, as far as CudaStreamer and vLLM's graphs use it."""
 
     def __init__(self) -> None:
-        self._current = self.main = Stream(self, "main")
+        self._current = self.main = _Stream(self, "main")
         self._work = self._streams = 0
         # By buffer: its last writer and what that wrote; all that has touched it since, itself included.
         self._content: dict[int, tuple[int, Any]] = {}
@@ -76,18 +76,18 @@ class Gpu:
         self.capture: Capture | None = None
         self.synchronize = lambda: None
 
-    def Stream(self) -> Stream:
+    def Stream(self) -> _Stream:
         self._streams += 1
-        return Stream(self, f"stream {self._streams}")
+        return _Stream(self, f"stream {self._streams}")
 
     def Event(self) -> Event:
         return Event()
 
-    def current_stream(self) -> Stream:
+    def current_stream(self) -> _Stream:
         return self._current
 
     @contextmanager
-    def stream(self, stream: Stream) -> Iterator[None]:
+    def stream(self, stream: _Stream) -> Iterator[None]:
         before, self._current = self._current, stream
         try:
             yield
@@ -132,7 +132,7 @@ class Gpu:
     # Graphs.
 
     @contextmanager
-    def graph(self, graph: CUDAGraph, pool: Any = None, stream: Stream | None = None) -> Iterator[None]:
+    def graph(self, graph: CUDAGraph, pool: Any = None, stream: _Stream | None = None) -> Iterator[None]:
         with self.stream(stream or self.Stream()):
             self.capture = capture = Capture(self._current)
             try:

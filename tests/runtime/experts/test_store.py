@@ -127,7 +127,7 @@ def test_reads_back_what_was_put(placement, formats, tmp_path):
                 copies = len(placement.members(layer, Tier.HOST)) if layout.streams(Tier.HOST) else 0
                 assert copied == copies * stride + len(placement.members(layer, Tier.DISK)) * size
                 slot.append(buffer)
-            blocks = store.blocks_in_place(layer) | store.slot_blocks(store.load_plans[layer], tuple(slot))
+            blocks = store.blocks_in_place(layer) | store.slot_blocks(store.load_plans[layer], (slot[0], slot[1]))
             assert sorted(blocks) == list(range(placement.tiers.shape[1]))
             for expert, block in blocks.items():
                 read = layout.read(Tier(placement.tiers[layer, expert]))
@@ -149,7 +149,9 @@ def test_nothing_is_left_on_disk_even_without_close(tmp_path):
 
 def test_a_truncated_file_is_named(tmp_path):
     with filled(place("disk", 2, 3), disk_dir=tmp_path) as store:
-        os.ftruncate(store.on_disk._files[1]._file, 100)
+        descriptor = store.on_disk._files[1]._file
+        assert descriptor is not None
+        os.ftruncate(descriptor, 100)
         with pytest.raises(StoreError, match=rf"layer 1: reading down of expert . from {tmp_path} failed.*early"):
             read_all(store, 1, 1)
 
@@ -186,7 +188,9 @@ def test_a_folder_keeps_its_experts_for_the_next_store(tmp_path):
         for expert, block in store.slot_blocks(store.load_plans[1], (slot, slot)).items():
             assert torch.equal(block.pair[0], block_of(1, expert, 0))
     os.chmod(folder, 0o555)
-    disk_of(layout_of(half), tmp_path, folder).close()
+    kept = disk_of(layout_of(half), tmp_path, folder)
+    assert kept is not None
+    kept.close()
     layout = ExpertLayout(half, {**SIZES, "dense": (1001, 516)}, DENSE_HOST, FUSED)
     with pytest.raises(StoreError, match=r"holds other experts: sizes is \(1000, 516\), not \(1001, 516\)"):
         disk_of(layout, tmp_path, folder)

@@ -5,6 +5,7 @@ It adds in the order of `tile`'s, on the same numbers: the result has the same b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from llvmlite import binding as llvm
@@ -22,6 +23,7 @@ from .simd import (
     VEC_F32,
     ZERO,
     Values,
+    by_count,
     const,
     fma,
     function,
@@ -214,84 +216,87 @@ def _replace(
     return replaced
 
 
-def _make_tile(rows: int, kind: int = BF16, keep: bool = False):
-    """The tile for `rows` rows; keep: it leaves the panel decoded too, bf16 [K, 16] from address `room` on."""
+def _emit(builder: ir.IRBuilder, rows: int, kind: int, keep: bool, arguments: Values) -> None:
+    panel, base, escapes, x_rows, depth, ahead, room, y, y_stride = arguments
+    x = row_addresses(builder, x_rows, rows)
+    weights = (_Pairs if kind == BF16_DOT else _Rows)(builder, x)
+    step = weights.step
+    whole_steps = builder.and_(depth, const(-step))
+
+    def address_of(k: ir.Value) -> ir.Value:
+        return builder.add(panel, builder.mul(k, const(PAIR_BYTES // 2)))
+
+    def plain(k: ir.Value, sums: Values) -> Values:
+        address = address_of(k)
+        for pair in range(step // 2):
+            prefetch(builder, builder.add(builder.add(address, ahead), const(pair * PAIR_BYTES)))
+        decoded = weights.decode(address, base)
+        if keep:
+            weights.keep(k, decoded, room)
+        return weights.multiply(k, decoded, sums)
+
+    def segment(state: Values) -> Values:
+        # The steps up to the next escape, in a loop of their own that knows of no escapes: with a branch
+        # inside, the weights of a tall tile would not fit the registers.
+        k, at, escape, *sums = state
+        of_escape = builder.and_(builder.lshr(escape, const(_K_BIT)), const(-step))
+        near = builder.icmp_signed("<", of_escape, whole_steps)
+        stop = builder.select(near, of_escape, whole_steps)
+        sums = loop(builder, k, stop, step, sums, plain)
+        more = builder.icmp_signed("<", stop, depth)
+        patched = when(builder, more, [at, escape, *sums], lambda values: patch(stop, values))
+        return [builder.add(stop, const(step)), *patched]
+
+    def patch(k: ir.Value, values: Values) -> Values:
+        at, escape, *sums = values
+        whole = builder.icmp_signed("<", k, whole_steps)
+        decoded = weights.decode(address_of(k), base, whole)
+        # Entries ascend, and those of this step lie below the first place of the next.
+        limit = builder.shl(builder.add(k, const(step)), const(_K_BIT))
+        at, escape, *decoded = repeat(
+            builder,
+            [at, escape, *decoded],
+            lambda state: builder.icmp_signed("<", state[1], limit),
+            lambda state: fix(k, state),
+        )
+        if keep:
+            weights.keep(k, decoded, room, whole)
+        return [at, escape, *weights.multiply(k, decoded, sums, whole)]
+
+    def fix(k: ir.Value, state: Values) -> Values:
+        at, escape, *decoded = state
+        place = builder.sub(builder.lshr(escape, const(16)), builder.mul(k, const(LANES)))
+        decoded = _replace(builder, decoded, weights.places, place, builder.trunc(escape, I16))
+        following = builder.add(at, const(8))
+        return [following, load_at(builder, following, I64, 8), *decoded]
+
+    first_escape = load_at(builder, escapes, I64, 8)
+    _, _, _, *sums = repeat(
+        builder,
+        [const(0), escapes, first_escape, *weights.first],
+        lambda state: builder.icmp_signed("<", state[0], depth),
+        segment,
+    )
+    weights.store(sums, [builder.add(y, builder.mul(y_stride, const(r))) for r in range(rows)])
+
+
+def _make_tile(kind: int, counts: Sequence[int], keep: bool = False):
+    """The tile for any of `counts` rows; keep: it leaves the panel decoded too, bf16 [K, 16] from address `room` on."""
 
     @intrinsic
-    def tile(typing_context, panel, base, escapes, x_rows, depth, ahead, room, y, y_stride):
+    def tile(typing_context, rows, panel, base, escapes, x_rows, depth, ahead, room, y, y_stride):
         def codegen(context, builder, signature, arguments):
-            panel, base, escapes, x_rows, depth, ahead, room, y, y_stride = arguments
-            x = row_addresses(builder, x_rows, rows)
-            weights = (_Pairs if kind == BF16_DOT else _Rows)(builder, x)
-            step = weights.step
-            whole_steps = builder.and_(depth, const(-step))
-
-            def address_of(k: ir.Value) -> ir.Value:
-                return builder.add(panel, builder.mul(k, const(PAIR_BYTES // 2)))
-
-            def plain(k: ir.Value, sums: Values) -> Values:
-                address = address_of(k)
-                for pair in range(step // 2):
-                    prefetch(builder, builder.add(builder.add(address, ahead), const(pair * PAIR_BYTES)))
-                decoded = weights.decode(address, base)
-                if keep:
-                    weights.keep(k, decoded, room)
-                return weights.multiply(k, decoded, sums)
-
-            def segment(state: Values) -> Values:
-                # The steps up to the next escape, in a loop of their own that knows of no escapes: with a branch
-                # inside, the weights of a tall tile would not fit the registers.
-                k, at, escape, *sums = state
-                of_escape = builder.and_(builder.lshr(escape, const(_K_BIT)), const(-step))
-                near = builder.icmp_signed("<", of_escape, whole_steps)
-                stop = builder.select(near, of_escape, whole_steps)
-                sums = loop(builder, k, stop, step, sums, plain)
-                more = builder.icmp_signed("<", stop, depth)
-                patched = when(builder, more, [at, escape, *sums], lambda values: patch(stop, values))
-                return [builder.add(stop, const(step)), *patched]
-
-            def patch(k: ir.Value, values: Values) -> Values:
-                at, escape, *sums = values
-                whole = builder.icmp_signed("<", k, whole_steps)
-                decoded = weights.decode(address_of(k), base, whole)
-                # Entries ascend, and those of this step lie below the first place of the next.
-                limit = builder.shl(builder.add(k, const(step)), const(_K_BIT))
-                at, escape, *decoded = repeat(
-                    builder,
-                    [at, escape, *decoded],
-                    lambda state: builder.icmp_signed("<", state[1], limit),
-                    lambda state: fix(k, state),
-                )
-                if keep:
-                    weights.keep(k, decoded, room, whole)
-                return [at, escape, *weights.multiply(k, decoded, sums, whole)]
-
-            def fix(k: ir.Value, state: Values) -> Values:
-                at, escape, *decoded = state
-                place = builder.sub(builder.lshr(escape, const(16)), builder.mul(k, const(LANES)))
-                decoded = _replace(builder, decoded, weights.places, place, builder.trunc(escape, I16))
-                following = builder.add(at, const(8))
-                return [following, load_at(builder, following, I64, 8), *decoded]
-
-            first_escape = load_at(builder, escapes, I64, 8)
-            _, _, _, *sums = repeat(
-                builder,
-                [const(0), escapes, first_escape, *weights.first],
-                lambda state: builder.icmp_signed("<", state[0], depth),
-                segment,
-            )
-            weights.store(sums, [builder.add(y, builder.mul(y_stride, const(r))) for r in range(rows)])
+            by_count(builder, arguments[0], counts, lambda n: _emit(builder, n, kind, keep, arguments[1:]))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 9), codegen
+        return types.void(*[types.int64] * 10), codegen
 
     return tile
 
 
-_rows_1, _rows_2, _rows_3, _rows_4, _rows_5, _rows_6 = [_make_tile(r + 1) for r in range(MAX_ROWS)]
-_dot_1, _dot_2, _dot_3, _dot_4, _dot_5, _dot_6, _dot_7, _dot_8 = [_make_tile(r + 1, BF16_DOT) for r in range(DOT_ROWS)]
-_decode_tile = _make_tile(0, keep=True)
-_rows_kept, _dot_kept = _make_tile(MAX_ROWS, keep=True), _make_tile(DOT_ROWS, BF16_DOT, keep=True)
+_fma, _dots = _make_tile(BF16, range(1, MAX_ROWS + 1)), _make_tile(BF16_DOT, range(1, DOT_ROWS + 1))
+_fma_kept, _dots_kept = _make_tile(BF16, [MAX_ROWS], keep=True), _make_tile(BF16_DOT, [DOT_ROWS], keep=True)
+_decode_tile = _make_tile(BF16, [0], keep=True)
 
 
 @njit(nogil=True, cache=True)
@@ -299,40 +304,15 @@ def decode_panel(block, panel, panels, depth, out):
     """Panel `panel` of the block at address `block` as bf16 [K, 16] at address `out`."""
     data = block + 128 + panel * depth * 24
     escapes = block + load_i64(block + 128 + panels * depth * 24 + 8 * panel)
-    _decode_tile(data, load_i64(block), escapes, block, depth, _AHEAD, out, 0, 0)
+    _decode_tile(0, data, load_i64(block), escapes, block, depth, _AHEAD, out, 0, 0)
 
 
 @njit(nogil=True, cache=True)
 def _tile(data, base, escapes, kind, x_rows, rows, depth, ahead, y, y_stride):
     if HAS_DOT and kind == BF16_DOT:
-        if rows == 1:
-            _dot_1(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
-        elif rows == 2:
-            _dot_2(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
-        elif rows == 3:
-            _dot_3(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
-        elif rows == 4:
-            _dot_4(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
-        elif rows == 5:
-            _dot_5(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
-        elif rows == 6:
-            _dot_6(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
-        elif rows == 7:
-            _dot_7(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
-        else:
-            _dot_8(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
-    elif rows == 1:
-        _rows_1(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
-    elif rows == 2:
-        _rows_2(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
-    elif rows == 3:
-        _rows_3(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
-    elif rows == 4:
-        _rows_4(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
-    elif rows == 5:
-        _rows_5(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
+        _dots(rows, data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
     else:
-        _rows_6(data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
+        _fma(rows, data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
 
 
 @njit(nogil=True, cache=True)
@@ -356,7 +336,7 @@ def planar_panel(block, panel, panels, kind, x_rows, rows, depth, room, y, y_str
         _tile(data, base, escapes, kind, x_rows, rows - half, depth, following - data, y, y_stride)
     else:
         if HAS_DOT and kind == BF16_DOT:
-            _dot_kept(data, base, escapes, x_rows, depth, _AHEAD, room, y, y_stride)
+            _dots_kept(most, data, base, escapes, x_rows, depth, _AHEAD, room, y, y_stride)
         else:
-            _rows_kept(data, base, escapes, x_rows, depth, _AHEAD, room, y, y_stride)
+            _fma_kept(most, data, base, escapes, x_rows, depth, _AHEAD, room, y, y_stride)
         gemm_panel(room, kind, x_rows + 8 * most, rows - most, depth, following, y + most * y_stride, y_stride)

@@ -7,7 +7,7 @@ are fast on a laptop and on a server.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 from numba import njit, types
@@ -117,6 +117,18 @@ def when(builder: ir.IRBuilder, condition: ir.Value, values: Values, body: Calla
         phi.add_incoming(before, begin)
         phi.add_incoming(after, end)
     return merged
+
+
+def by_count(builder: ir.IRBuilder, count: ir.Value, counts: Sequence[int], emit: Callable[[int], None]) -> None:
+    """Code of its own for each of `counts`, one of which `count` (i64) is: `emit` makes it."""
+    blocks = {n: builder.append_basic_block(f"of{n}") for n in counts}
+    switch, done = builder.switch(count, blocks[counts[-1]]), builder.append_basic_block("of.done")
+    for n, block in blocks.items():
+        switch.add_case(const(n), block)
+        builder.position_at_end(block)
+        emit(n)
+        builder.branch(done)
+    builder.position_at_end(done)
 
 
 @intrinsic

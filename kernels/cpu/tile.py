@@ -19,6 +19,8 @@ is what makes the CPU engine batch-invariant.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from llvmlite import binding as llvm
 from llvmlite import ir
@@ -35,6 +37,7 @@ from .simd import (
     VEC_I32,
     ZERO,
     Values,
+    by_count,
     const,
     fma,
     function,
@@ -110,76 +113,71 @@ def _previous(builder: ir.IRBuilder, out: Values, accumulate: ir.Value) -> Value
     return when(builder, goes_on, [ZERO] * len(out), lambda _: [load_at(builder, at, VEC_F32, 4) for at in out])
 
 
-def _make_fma_tile(rows: int, kind: int):
+def _fma_tile(kind: int, builder: ir.IRBuilder, rows: int, arguments: Values) -> None:
+    panel, x_rows, depth, ahead, y, y_stride, accumulate = arguments
+    x, out = row_addresses(builder, x_rows, rows), _outputs(builder, y, y_stride, rows)
+    row_bytes = LANES * (4 if kind == FP32 else 2)
+
+    def add_row(k: ir.Value, sums: Values) -> Values:
+        at = builder.add(panel, builder.mul(k, const(row_bytes)))
+        prefetch(builder, builder.add(at, ahead))
+        weights = _row_of_panel(builder, at, kind)
+        lane = builder.mul(k, const(4))
+        scalars = [load_at(builder, builder.add(row, lane), F32, 4) for row in x]
+        return [fma(builder, splat(builder, s), weights, t) for s, t in zip(scalars, sums, strict=True)]
+
+    sums = loop(builder, const(0), depth, 1, _previous(builder, out, accumulate), add_row)
+    for total, at in zip(sums, out, strict=True):
+        store_at(builder, total, at, 4)
+
+
+def _dot_tile(builder: ir.IRBuilder, rows: int, arguments: Values) -> None:
+    panel, x_rows, depth, ahead, y, y_stride, accumulate = arguments
+    x, out = row_addresses(builder, x_rows, rows), _outputs(builder, y, y_stride, rows)
+
+    def add_pair(k: ir.Value, sums: Values) -> Values:
+        at = builder.add(panel, builder.mul(k, const(2 * LANES)))
+        prefetch(builder, builder.add(at, ahead))
+        two_rows = load_at(builder, at, PAIRS, 2)
+        side_by_side = [word for lane in range(LANES) for word in (lane, LANES + lane)]
+        indices = ir.Constant(ir.VectorType(I32, 2 * LANES), side_by_side)
+        return add_dots(builder, x, k, builder.shuffle_vector(two_rows, two_rows, indices), sums)
+
+    def add_single(k: ir.Value, sums: Values) -> Values:
+        row = load_at(builder, builder.add(panel, builder.mul(k, const(2 * LANES))), VEC_I16, 2)
+        weights = builder.bitcast(builder.zext(row, VEC_I32), PAIRS)
+        last = [load_at(builder, builder.add(row, builder.mul(k, const(2))), I16, 2) for row in x]
+        return [dot(builder, builder.zext(x_last, I32), weights, t) for x_last, t in zip(last, sums, strict=True)]
+
+    def add_quad(k: ir.Value, sums: Values) -> Values:
+        even, odd = sums[:rows], sums[rows:]
+        return add_pair(k, even) + add_pair(builder.add(k, const(2)), odd)
+
+    first = _previous(builder, out, accumulate) + [ZERO] * rows
+    whole = builder.and_(depth, const(-4))
+    sums = loop(builder, const(0), whole, 4, first, add_quad)
+    left = builder.sub(depth, whole)
+    two = builder.icmp_signed(">=", left, const(2))
+    even, odd = when(builder, two, sums[:rows], lambda sums: add_pair(whole, sums)), sums[rows:]
+    last = builder.sub(depth, const(1))
+    three = builder.icmp_signed("==", left, const(3))
+    odd = when(builder, three, odd, lambda sums: add_single(last, sums))
+    one = builder.icmp_signed("==", left, const(1))
+    even = when(builder, one, even, lambda sums: add_single(last, sums))
+    store_sums(builder, even, odd, out)
+
+
+def _make_tile(kind: int):
+    """The tile of a kind, for any number of rows that it takes."""
+    emit, most = (_dot_tile, DOT_ROWS) if kind == BF16_DOT else (partial(_fma_tile, kind), MAX_ROWS)
+
     @intrinsic
-    def tile(typing_context, panel, x_rows, depth, ahead, y, y_stride, accumulate):
+    def tile(typing_context, rows, panel, x_rows, depth, ahead, y, y_stride, accumulate):
         def codegen(context, builder, signature, arguments):
-            panel, x_rows, depth, ahead, y, y_stride, accumulate = arguments
-            x, out = row_addresses(builder, x_rows, rows), _outputs(builder, y, y_stride, rows)
-            row_bytes = LANES * (4 if kind == FP32 else 2)
-
-            def add_row(k: ir.Value, sums: Values) -> Values:
-                at = builder.add(panel, builder.mul(k, const(row_bytes)))
-                prefetch(builder, builder.add(at, ahead))
-                weights = _row_of_panel(builder, at, kind)
-                lane = builder.mul(k, const(4))
-                scalars = [load_at(builder, builder.add(row, lane), F32, 4) for row in x]
-                return [fma(builder, splat(builder, s), weights, t) for s, t in zip(scalars, sums, strict=True)]
-
-            sums = loop(builder, const(0), depth, 1, _previous(builder, out, accumulate), add_row)
-            for total, at in zip(sums, out, strict=True):
-                store_at(builder, total, at, 4)
+            by_count(builder, arguments[0], range(1, most + 1), lambda n: emit(builder, n, arguments[1:]))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), codegen
-
-    return tile
-
-
-def _make_dot_tile(rows: int):
-    @intrinsic
-    def tile(typing_context, panel, x_rows, depth, ahead, y, y_stride, accumulate):
-        def codegen(context, builder, signature, arguments):
-            panel, x_rows, depth, ahead, y, y_stride, accumulate = arguments
-            x, out = row_addresses(builder, x_rows, rows), _outputs(builder, y, y_stride, rows)
-
-            def add_pair(k: ir.Value, sums: Values) -> Values:
-                at = builder.add(panel, builder.mul(k, const(2 * LANES)))
-                prefetch(builder, builder.add(at, ahead))
-                two_rows = load_at(builder, at, PAIRS, 2)
-                side_by_side = [word for lane in range(LANES) for word in (lane, LANES + lane)]
-                weights = builder.shuffle_vector(
-                    two_rows, two_rows, ir.Constant(ir.VectorType(I32, 2 * LANES), side_by_side)
-                )
-                return add_dots(builder, x, k, weights, sums)
-
-            def add_single(k: ir.Value, sums: Values) -> Values:
-                row = load_at(builder, builder.add(panel, builder.mul(k, const(2 * LANES))), VEC_I16, 2)
-                weights = builder.bitcast(builder.zext(row, VEC_I32), PAIRS)
-                last = [load_at(builder, builder.add(row, builder.mul(k, const(2))), I16, 2) for row in x]
-                return [
-                    dot(builder, builder.zext(x_last, I32), weights, t) for x_last, t in zip(last, sums, strict=True)
-                ]
-
-            def add_quad(k: ir.Value, sums: Values) -> Values:
-                even, odd = sums[:rows], sums[rows:]
-                return add_pair(k, even) + add_pair(builder.add(k, const(2)), odd)
-
-            first = _previous(builder, out, accumulate) + [ZERO] * rows
-            whole = builder.and_(depth, const(-4))
-            sums = loop(builder, const(0), whole, 4, first, add_quad)
-            left = builder.sub(depth, whole)
-            two = builder.icmp_signed(">=", left, const(2))
-            even, odd = when(builder, two, sums[:rows], lambda sums: add_pair(whole, sums)), sums[rows:]
-            last = builder.sub(depth, const(1))
-            three = builder.icmp_signed("==", left, const(3))
-            odd = when(builder, three, odd, lambda sums: add_single(last, sums))
-            one = builder.icmp_signed("==", left, const(1))
-            even = when(builder, one, even, lambda sums: add_single(last, sums))
-            store_sums(builder, even, odd, out)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 7), codegen
+        return types.void(*[types.int64] * 8), codegen
 
     return tile
 
@@ -197,9 +195,7 @@ def store_sums(builder: ir.IRBuilder, even: Values, odd: Values, out: Values) ->
         store_at(builder, builder.fadd(a, b), at, 4)
 
 
-(_bf16_1, _bf16_2, _bf16_3, _bf16_4, _bf16_5, _bf16_6) = [_make_fma_tile(r + 1, BF16) for r in range(MAX_ROWS)]
-(_fp32_1, _fp32_2, _fp32_3, _fp32_4, _fp32_5, _fp32_6) = [_make_fma_tile(r + 1, FP32) for r in range(MAX_ROWS)]
-(_dot_1, _dot_2, _dot_3, _dot_4, _dot_5, _dot_6, _dot_7, _dot_8) = [_make_dot_tile(r + 1) for r in range(DOT_ROWS)]
+_fp32, _bf16, _dots = map(_make_tile, (FP32, BF16, BF16_DOT))
 
 
 @njit(nogil=True, cache=True)
@@ -211,47 +207,11 @@ def gemm_tile(panel, kind, x_rows, rows, depth, ahead, y, y_stride, accumulate):
     ahead: bytes from each line that is read to one that is fetched meanwhile, since it is to be read soon.
     """
     if HAS_DOT and kind == BF16_DOT:
-        if rows == 1:
-            _dot_1(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-        elif rows == 2:
-            _dot_2(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-        elif rows == 3:
-            _dot_3(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-        elif rows == 4:
-            _dot_4(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-        elif rows == 5:
-            _dot_5(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-        elif rows == 6:
-            _dot_6(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-        elif rows == 7:
-            _dot_7(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-        else:
-            _dot_8(panel, x_rows, depth, ahead, y, y_stride, accumulate)
+        _dots(rows, panel, x_rows, depth, ahead, y, y_stride, accumulate)
     elif kind == BF16:
-        if rows == 1:
-            _bf16_1(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-        elif rows == 2:
-            _bf16_2(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-        elif rows == 3:
-            _bf16_3(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-        elif rows == 4:
-            _bf16_4(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-        elif rows == 5:
-            _bf16_5(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-        else:
-            _bf16_6(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-    elif rows == 1:
-        _fp32_1(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-    elif rows == 2:
-        _fp32_2(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-    elif rows == 3:
-        _fp32_3(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-    elif rows == 4:
-        _fp32_4(panel, x_rows, depth, ahead, y, y_stride, accumulate)
-    elif rows == 5:
-        _fp32_5(panel, x_rows, depth, ahead, y, y_stride, accumulate)
+        _bf16(rows, panel, x_rows, depth, ahead, y, y_stride, accumulate)
     else:
-        _fp32_6(panel, x_rows, depth, ahead, y, y_stride, accumulate)
+        _fp32(rows, panel, x_rows, depth, ahead, y, y_stride, accumulate)
 
 
 @njit(nogil=True, cache=True)

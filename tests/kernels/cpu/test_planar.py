@@ -110,13 +110,13 @@ def test_portable_decoding_agrees_with_the_byte_shuffle(monkeypatch):
 
     monkeypatch.setattr(planar_tile, "_HAS_VBMI", False)
     monkeypatch.setattr(planar_tile, "_HAS_AVX2", False)
-    portable = planar_tile._make_tile(0, keep=True)
+    portable = planar_tile._make_tile(planar_tile.BF16, [0], keep=True)
     panels = gaussian(1, 64)
     block, out = encoded(panels), torch.empty(64, 16, dtype=torch.bfloat16)
 
     @njit
     def decode(data, base, escapes, y):
-        portable(data, base, escapes, data, 64, 0, y, 0, 0)
+        portable(0, data, base, escapes, data, 64, 0, y, 0, 0)
 
     base = block[:8].view(torch.int64).item()
     index = planar_tile.HEADER_BYTES + 32 * planar_tile.PAIR_BYTES

@@ -68,12 +68,7 @@ class Timing:
     @property
     def columns(self) -> dict[str, float | str]:
         """As a row has them."""
-        return {
-            "time_us": self.p50 * 1e6,
-            "p20_us": self.p20 * 1e6,
-            "p80_us": self.p80 * 1e6,
-            "method": self.method,
-        }
+        return {"time_us": self.p50 * 1e6, "p20_us": self.p20 * 1e6, "p80_us": self.p80 * 1e6, "method": self.method}
 
 
 def require_gpu(rehearse: bool = False) -> torch.device:

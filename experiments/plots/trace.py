@@ -9,13 +9,7 @@ from matplotlib.patches import Patch
 
 from .common import subplots
 
-_COLOURS = {
-    "experts": "#0072B2",
-    "other compute": "#56B4E9",
-    "wait": "#D55E00",
-    "load": "#009E73",
-    "step": "#999999",
-}
+_COLOURS = {"experts": "#0072B2", "other compute": "#56B4E9", "wait": "#D55E00", "load": "#009E73", "step": "#999999"}
 # Share of the picture's width from which on a span has room for the number of its layer.
 _ROOM = 0.011
 

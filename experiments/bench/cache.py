@@ -39,7 +39,7 @@ from ..lib.models import PRESETS, preset_config, preset_model
 from ..lib.results import UsageError, digest, provenance, write_atomically, write_csv
 from ..lib.skew import MOST_SKEW, synthetic_routing
 from ..lib.sweep import Sweep, say
-from ..plots.cache import plot_cache
+from ..plots.bench import plot_cache
 
 BOUND, RESIDENT = "belady", ("static", "fixed")
 # A policy is ahead of residency by so much.

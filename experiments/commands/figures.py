@@ -12,8 +12,7 @@ from pathlib import Path
 
 from ..lib.args import option
 from ..lib.results import UsageError
-from ..plots.cache import plot_cache
-from ..plots.kernels import plot_layer
+from ..plots.bench import plot_cache, plot_layer
 from ..plots.paper import plot_fig7, plot_fig8, plot_knee, plot_kv_capacity, plot_memory_split, plot_sensitivity
 from ..plots.serving import (
     plot_adaptation,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 from fluxmoe.runtime.memory.budget import parse_bytes
+from matplotlib.axes import Axes
 
 from ..paper import stated
 from .common import (
@@ -130,35 +132,48 @@ def plot_at_a_glance(directory: Path) -> Path | None:
     return save(figure, directory / "at_a_glance.png")
 
 
+def _read_turns(directory: Path) -> tuple[pd.DataFrame, dict, bool]:
+    """Rows and provenance of `versus` or its kin; whether x is the budget, in MiB: where there are several. Else it is
+    the requests at once."""
+    rows, about = read(directory, "rows.csv", dtype={"budget": str})
+    by_budget = rows.budget.nunique() > 1
+    return rows.assign(x=rows.budget.map(parse_bytes) / MIB if by_budget else rows.sequences), about, by_budget
+
+
+def _draw_refused(axis: Axes, x: Sequence[float], index: int, top: float, colour: str) -> None:
+    """Crosses below the axis, a line of them for each index."""
+    axis.plot(x, [-0.03 * top * (index + 1)] * len(x), "x", color=colour, markersize=5)
+
+
+def _finish_turns(axis: Axes, rows: pd.DataFrame, label: str) -> None:
+    ticks = sorted(rows.x.dropna().unique())
+    log_ticks(axis, ticks, [f"{tick:.0f}" for tick in ticks], 2)
+    axis.axhline(0, color="0.6", linewidth=0.6)
+    axis.set_xlabel(label)
+
+
 def plot_versus(directory: Path) -> Path:
     """versus.png beside rows.csv of versus: throughput against budget, or against sequences where there is one
     budget; median of rounds, with the range of several. Crosses below the axis: does not start, or stopped."""
-    rows, about = read(directory, "rows.csv", dtype={"budget": str})
-    over = "budget" if rows.budget.nunique() > 1 else "sequences"
+    rows, about, by_budget = _read_turns(directory)
     figure, axis = subplots(figsize=(7.2, 4.6))
     ok = rows[rows.status == "ok"]
-    x_of = (lambda text: (parse_bytes(text) or 0) / MIB) if over == "budget" else float
     # Ours as in the other figures, and first.
     names = sorted(rows.provider.unique(), key=lambda name: (not name.startswith("fluxmoe"), name))
     others = iter(("#0072B2", "#009E73", "#E69F00", "#F0E442", "#56B4E9", "#999999"))
     for index, provider in enumerate(names):
         mine, ours = rows[rows.provider == provider], provider.startswith("fluxmoe")
         colour = style_of(provider.removeprefix("fluxmoe "))[0] if ours else next(others)
-        mine_ok = mine[mine.status == "ok"]
-        rounds = mine_ok.groupby(mine_ok[over].map(x_of)).tokens_per_s
         draw_runs(
-            axis, rounds, color=colour, label=provider, linewidth=1.5,
+            axis, mine[mine.status == "ok"].groupby("x").tokens_per_s, color=colour, label=provider, linewidth=1.5,
             marker="D" if ours else "o", markersize=5, linestyle=line_of(about),
         )  # fmt: skip
-        refused = [x_of(x) for x in mine[mine.status != "ok"][over].unique()] if over == "budget" else []
-        axis.plot(refused, [-0.03 * ok.tokens_per_s.max() * (index + 1)] * len(refused), "x", color=colour)
-    ticks = sorted({x_of(x) for x in rows[over].dropna()})
-    log_ticks(axis, ticks, [f"{t:.0f}" for t in ticks], 2)
-    axis.axhline(0, color="0.6", linewidth=0.6)
-    axis.set_xlabel("memory budget (MiB)" if over == "budget" else "requests at once")
+        if by_budget:
+            _draw_refused(axis, mine[mine.status != "ok"].x.unique(), index, ok.tokens_per_s.max(), colour)
+    _finish_turns(axis, rows, "memory budget (MiB)" if by_budget else "requests at once")
     axis.set_ylabel(axis_label("output tokens/s", about))
-    at_once = f", {max(about['sequences'])} requests" if over == "budget" else ""
-    single = runs_of(ok, about, ["provider", over])
+    at_once = f", {max(about['sequences'])} requests" if by_budget else ""
+    single = runs_of(ok, about, ["provider", "x"])
     axis.set_title(f"model of preset {about['model']}{at_once}{single}; {where_of(about)}", fontsize=9)
     legend_below(figure, axis, 2)
     return save(figure, directory / "versus.png")
@@ -169,39 +184,30 @@ def plot_vllm_plugin(directory: Path) -> Path:
     and tokens of KV, over the budget, or over requests at once where there is one budget; medians of rounds, ranges as
     bars. Over budgets with the most requests. Crosses below the axis: does not start, or stopped. Our own engine makes
     no more KV cache than so many requests can use, so that panel is without it."""
-    rows, about = read(directory, "rows.csv", dtype={"budget": str})
-    over = "budget" if rows.budget.nunique() > 1 else "sequences"
+    rows, about, by_budget = _read_turns(directory)
     ok, most = rows[rows.status == "ok"], max(about["sequences"])
-    if over == "budget":
+    if by_budget:
         ok = ok[ok.sequences == most]
-    x_of = (lambda text: (parse_bytes(text) or 0) / MIB) if over == "budget" else float
     panels = (("tokens_per_s", "output tokens/s", 1), ("ttft_s", "time to the first token (s)", 1),
               ("tpot_s", "time between tokens (ms)", 1000), ("kv_tokens", "tokens of KV cache", 1))  # fmt: skip
     figure, axes = subplots(2, 2, figsize=(8.4, 6.4))
-    names = list(rows.provider.unique())
     for axis, (column, label, scale) in zip(axes.flat, panels, strict=True):
-        for index, provider in enumerate(names):
+        for index, provider in enumerate(rows.provider.unique()):
             if column == "kv_tokens" and provider.startswith("fluxmoe"):
                 continue
             inside, placement = "vllm" in provider, provider.rpartition("fluxmoe ")[2]
             colour = "#000000" if provider == "vllm" else style_of(placement)[0]
-            found = ok[ok.provider == provider].groupby(over)[column].agg(["median", "min", "max"]) * scale
-            found = found.set_axis([x_of(x) for x in found.index]).sort_index()
-            axis.errorbar(
-                found.index, found["median"], yerr=[found["median"] - found["min"], found["max"] - found["median"]],
-                color=colour, label=provider, capsize=2, linewidth=1.5, linestyle=line_of(about), markersize=6,
-                marker="o" if provider == "vllm" else "D" if inside else "*",
+            mine = ok[ok.provider == provider]
+            draw_runs(
+                axis, (scale * mine[column]).groupby(mine.x), color=colour, label=provider, linewidth=1.5, markersize=6,
+                linestyle=line_of(about), marker="o" if provider == "vllm" else "D" if inside else "*",
             )  # fmt: skip
-            refused = rows[(rows.provider == provider) & (rows.status != "ok")][over].dropna().unique()
-            if over == "budget" and len(ok):
-                low = -0.03 * scale * ok[column].max() * (index + 1)
-                axis.plot([x_of(x) for x in refused], [low] * len(refused), "x", color=colour, markersize=5)
-        ticks = sorted({x_of(x) for x in rows[over].dropna()})
-        log_ticks(axis, ticks, [f"{tick:.0f}" for tick in ticks], 2)
-        axis.axhline(0, color="0.6", linewidth=0.6)
-        axis.set_xlabel("memory of the process (MiB)" if over == "budget" else "requests at once")
+            if by_budget and len(ok):
+                refused = rows[(rows.provider == provider) & (rows.status != "ok")].x.dropna().unique()
+                _draw_refused(axis, refused, index, scale * ok[column].max(), colour)
+        _finish_turns(axis, rows, "memory of the process (MiB)" if by_budget else "requests at once")
         axis.set_ylabel(axis_label(label, about))
-    which = f"{most} requests" if over == "budget" else f"{rows.budget.iloc[0]} in all"
+    which = f"{most} requests" if by_budget else f"{rows.budget.iloc[0]} in all"
     title = f"vLLM {about['vllm']}, model {Path(about['model']).name}, {which}; {where_of(about)}"
     figure.suptitle(title, fontsize=9)
     legend_below(figure, axes.flat[0], 3)

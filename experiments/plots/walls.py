@@ -41,7 +41,7 @@ def plot_walls(directory: Path) -> Path:
                 placement = point.provider.removeprefix("fluxmoe ").partition("+")[0].partition(":")[0]
                 axis.plot(point.x, point.median, _MARKS.get(placement, "o"), color=colour, markersize=6)
             asked = set(rows[(rows.sequences == batch) & rows.provider.str.startswith(engine)].wall)
-            for name in asked - set(best.wall):
+            for name in sorted(asked - set(best.wall)):
                 axis.plot(at[name], 0.02, "x", color=colour, transform=axis.get_xaxis_transform(), clip_on=False)
         bound = mine[mine.provider.str.contains("disk")].groupby("wall").uniform_bound_tokens_per_s.median().dropna()
         bound = bound.rename(index=at).sort_index()

@@ -1,4 +1,4 @@
-"""Hit rates of cache policies, drawn from a folder of bench cache."""
+"""Figures of benchmarks: hit rates of cache policies, and what MoE layers take on a GPU; from rows alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pandas as pd
 
 from .common import legend_below, line_of, read, save, subplots, where_of
 
-# Okabe-Ito, and what a legend says.
-_STYLE = {
+# Colours of Okabe and Ito, and what a legend says.
+_POLICIES = {
     "belady": ("#999999", "Belady: knows the future, the best of caches"),
     "next_use": ("#D55E00", "next_use"),
     "least_stale": ("#CC79A7", "least_stale"),
@@ -18,6 +18,14 @@ _STYLE = {
     "lru": ("#56B4E9", "lru"),
     "static": ("#0072B2", "static: most popular before"),
     "fixed": ("#000000", "fixed: same share of each layer, by id"),
+}
+# Ours first.
+_PROVIDERS = {
+    "fluxmoe": ("#000000", "o", "FluxMoE, dense experts"),
+    "fluxmoe planar12": ("#D55E00", "P", "FluxMoE, experts at 12 bits, decoded in the GEMM"),
+    "vllm": ("#0072B2", "D", "vLLM's fused MoE, tuned; its top-k not counted"),
+    "triton_kernels": ("#009E73", "^", "OpenAI's triton_kernels"),
+    "torch": ("#999999", "s", "torch's grouped_mm; top-k not counted"),
 }
 
 
@@ -33,7 +41,7 @@ def plot_cache(directory: Path) -> Path:
     for line, ((source, skew), found) in zip(axes, groups, strict=True):
         for axis, batch in zip(line, batches, strict=True):
             here = found[found.batch == batch]
-            for policy, (colour, label) in _STYLE.items():
+            for policy, (colour, label) in _POLICIES.items():
                 curve = here[here.policy == policy].sort_values("share")
                 axis.plot(
                     curve.share, curve.hit_rate, line_of(about), marker="o", markersize=2.5, linewidth=1.3,
@@ -54,3 +62,32 @@ def plot_cache(directory: Path) -> Path:
     figure.suptitle(f"Which experts a cache keeps: {kind}", fontsize=9)
     legend_below(figure, axes[0][0], 4)
     return save(figure, directory / "cache.png")
+
+
+def plot_layer(directory: Path) -> Path | None:
+    """layer.png beside rows.csv of bench moe: time of a MoE layer over that of the floor which bytes and flops set for
+    dense experts, against tokens, a panel for each shape with more than one point; None where there is none."""
+    rows, about = read(directory, "rows.csv")
+    rows = rows[rows.status == "ok"]
+    shapes = [shape for shape, points in rows.groupby("shape", sort=False) if points.tokens.nunique() > 1]
+    if not shapes:
+        return None
+    figure, axes = subplots(1, len(shapes), figsize=(1.4 + 3.4 * len(shapes), 3.9), sharey=True, squeeze=False)
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        points = rows[rows["shape"] == shape]
+        floor = points[points.provider == "fluxmoe"].set_index("tokens").floor_us
+        for provider, (colour, marker, label) in _PROVIDERS.items():
+            times = points[points.provider == provider].set_index("tokens").time_us
+            if len(times):
+                axis.plot(times / floor.loc[times.index], line_of(about), color=colour, marker=marker, label=label)
+        axis.axhline(1.0, color="0.4", linewidth=0.8, linestyle=":")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(floor.index, [str(tokens) for tokens in floor.index])
+        axis.set_title(shape, fontsize=9)
+        axis.set_xlabel("tokens in the batch")
+    axes[0][0].set_yscale("log", base=2)
+    axes[0][0].set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    axes[0][0].set_ylabel("time over the floor of dense experts")
+    axes[0][-1].legend(fontsize=7, frameon=False)
+    figure.suptitle(f"one MoE layer, weights cold; {where_of(about)}", fontsize=9)
+    return save(figure, directory / "layer.png")

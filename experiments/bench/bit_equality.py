@@ -70,15 +70,10 @@ def count_mismatches(dense, packed, repeats: int) -> dict[str, int]:
     counts = torch.zeros(3, dtype=torch.int64, device=first.device)
     for _ in range(repeats):
         outputs = dense(), packed()
-        same = [torch.eq(_bits(o), _bits(first)).all() for o in outputs]
-        same.append(torch.eq(_bits(outputs[0]), _bits(outputs[1])).all())
-        counts += ~torch.stack(same)
+        pairs = (outputs[0], first), (outputs[1], first), outputs
+        counts += ~torch.stack([(a.view(torch.int16) == b.view(torch.int16)).all() for a, b in pairs])
     names = ("dense_differs_from_its_first", "packed_differs_from_it", "packed_differs_from_dense")
     return dict(zip(names, counts.tolist(), strict=True))
-
-
-def _bits(x: Tensor) -> Tensor:
-    return x.view(torch.int16)
 
 
 def compare(twins: Twins, tensor: str, rows: int, repeats: int) -> dict:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -58,53 +59,47 @@ _BLOCK_SIZE = 32
 
 
 class Job(NamedTuple):
-    """A function of this module and its arguments, which can be sent to another process."""
+    """A call that can be sent to another process."""
 
     name: str
-    function: str
-    arguments: tuple
+    work: Callable[[], None]
 
 
 class Target(NamedTuple):
-    """What is compiled for. gpu: the name under which its tuned tiles are found."""
+    """What is compiled for."""
 
     capability: int
     num_sms: int
-    gpu: str | None
 
 
-def jobs(tuned: Path | None, rehearse: bool) -> Iterator[Job]:
-    """All jobs, those of the first steps first."""
+def jobs(tuned: Path | None, gpu: str | None, rehearse: bool) -> Iterator[Job]:
+    """All jobs, those of the first steps first. gpu: the name under which its tuned tiles are found."""
     if rehearse:
-        yield Job("delta net 1 1", "delta_point", (1, 1))
+        yield Job("delta net 1 1", partial(delta_point, 1, 1))
         return
     for rows in bit_equality.ROWS:
-        yield Job(f"bits {rows}", "bit_tiles", (rows,))
+        yield Job(f"bits {rows}", partial(bit_tiles, rows))
     for name in check_engine.MODELS:
         for dtype in check_engine.TOLERANCES:
             for packed in (True, False) if dtype == "bfloat16" else (False,):
                 for invariant in (False, True):
                     where = f"{name} {dtype}{' packed' * packed}{' invariant' * invariant}"
-                    yield Job(where, "small_model", (name, dtype, packed, invariant))
-    for provider in bench_grouped_gemm.OURS:
-        for shape in ("qwen3_30b", "mixtral"):
-            for tokens in (1, 2, 8, 32, 128, 512, 1024, 2048, 8192):
-                yield Job(f"layer {shape} {tokens} {provider}", "layer_point", (shape, tokens, provider, tuned))
-    for packed in (True, False):
-        for stage in ENGINE_PASSES:
-            yield Job(f"engine {stage}{' packed' * packed}", "preset_model", ("gpu-short", packed, stage))
-    for bound in tune_grouped_gemm.BOUNDS:
-        for shape in ("qwen3_30b", "mixtral"):
-            for part in range(4):
-                yield Job(f"tiles {shape} {bound} {part}", "candidate_tiles", (shape, bound, part))
-    for shape in ("qwen3_30b", "mixtral"):
-        for sequences, queries, context in ((1, 1, 4096), (32, 1, 4096), (128, 1, 4096), (1, 2048, 2048)):
-            where = f"attention {shape} {sequences} {queries}"
-            yield Job(where, "attention_point", (shape, sequences, queries, context))
+                    yield Job(where, partial(small_model, name, dtype, packed, invariant))
+    shapes = ("qwen3_30b", "mixtral")
+    for provider, shape in product(bench_grouped_gemm.OURS, shapes):
+        for tokens in (1, 2, 8, 32, 128, 512, 1024, 2048, 8192):
+            point = partial(layer_point, shape, tokens, provider, tuned, gpu)
+            yield Job(f"layer {shape} {tokens} {provider}", point)
+    for packed, stage in product((True, False), ENGINE_PASSES):
+        yield Job(f"engine {stage}{' packed' * packed}", partial(preset_model, "gpu-short", packed, stage))
+    for bound, shape, part in product(tune_grouped_gemm.BOUNDS, shapes, range(4)):
+        yield Job(f"tiles {shape} {bound} {part}", partial(candidate_tiles, shape, bound, part))
+    for shape, sizes in product(shapes, ((1, 1, 4096), (32, 1, 4096), (128, 1, 4096), (1, 2048, 2048))):
+        yield Job(f"attention {shape} {sizes[0]} {sizes[1]}", partial(attention_point, shape, *sizes))
     for sequences, tokens in ((1, 1), (32, 1), (128, 1), (1, 512), (1, 2048)):
-        yield Job(f"delta net {sequences} {tokens}", "delta_point", (sequences, tokens))
+        yield Job(f"delta net {sequences} {tokens}", partial(delta_point, sequences, tokens))
     for name in compressed_formats():
-        yield Job(f"decode {name}", "decode", (name,))
+        yield Job(f"decode {name}", partial(decode, name))
 
 
 # What the jobs do; all inside `compile_only`, on tensors without memory.
@@ -131,7 +126,7 @@ def _layer_inputs(name: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.empty(tokens, shape.experts, device=META)
 
 
-def candidate_tiles(name: str, bound: int, part: int, gpu: str | None) -> None:
+def candidate_tiles(name: str, bound: int, part: int) -> None:
     """A quarter of the candidates, so that cores share them."""
     shape = SHAPES[name]
     tokens, layer = tune_grouped_gemm.tokens_for(shape, bound), bench_grouped_gemm.Layer(shape, META)
@@ -140,49 +135,45 @@ def candidate_tiles(name: str, bound: int, part: int, gpu: str | None) -> None:
         bench_grouped_gemm.Ours(shape, tokens, META, bench_grouped_gemm.Tiles(tile, tile)).run(layer, x, logits)
 
 
-def bit_tiles(rows: int, gpu: str | None) -> None:
+def bit_tiles(rows: int) -> None:
     twins = bit_equality.Twins(*bit_equality.SIZES, META)
     for tensor in bit_equality.TENSORS:
         for run in twins.outputs(tensor, rows):
             run()
 
 
-def attention_point(name: str, sequences: int, queries: int, context: int, gpu: str | None) -> None:
+def attention_point(name: str, sequences: int, queries: int, context: int) -> None:
     case = bench_attention.make_case(bench_attention.SHAPES[name], sequences, queries, context, META)
     for invariant in (False, True):
         case.ours(invariant)
 
 
-def delta_point(sequences: int, tokens: int, gpu: str | None) -> None:
+def delta_point(sequences: int, tokens: int) -> None:
     case = bench_delta_net.Case(bench_delta_net.DIMS, sequences, tokens, META)
     for token_by_token in (False, True) if tokens > 1 else (False,):
         case.ours(token_by_token)
 
 
-def decode(name: str, gpu: str | None) -> None:
+def decode(name: str) -> None:
     codec = codec_of(name)
     packed = codec.encode(codec.fitting((0.02 * torch.randn(256, 512)).bfloat16()))
     codec.decode_triton(packed.to("meta"), torch.empty(256, 512, dtype=torch.bfloat16, device=META))
 
 
-def small_model(name: str, dtype: str, packed: bool, invariant: bool, gpu: str | None) -> None:
+def small_model(name: str, dtype: str, packed: bool, invariant: bool) -> None:
     shape = replace(check_engine.MODELS[name], dtype=dtype)
     config = ARCHITECTURES[shape.arch].config_from_hf(hf_config(shape))
     forward_passes(config, packed, invariant, decode=(1, 2, 4), prefill=((1, 24), (3, 22)), context=128)
 
 
-def preset_model(preset: str, packed: bool, stage: str, gpu: str | None) -> None:
+def preset_model(preset: str, packed: bool, stage: str) -> None:
     forward_passes(preset_config(preset), packed, False, *ENGINE_PASSES[stage], context=1024)
 
 
 def forward_passes(
-    config: ModelConfig,
-    packed: bool,
-    invariant: bool,
-    decode: Iterable[int],
-    prefill: Iterable[tuple[int, int]],
+    config: ModelConfig, packed: bool, invariant: bool, decode: Iterable[int], prefill: Iterable[tuple[int, int]],
     context: int,
-) -> None:
+) -> None:  # fmt: skip
     """The launches of a model's passes: decode steps of so many sequences, as graphs pad them and without; prefills of
     (sequences, tokens in all)."""
     from fluxmoe.kernels.triton.experts import TritonExperts
@@ -252,8 +243,8 @@ def run_job(job: Job, target: Target) -> dict[str, object]:
     """In a worker: columns of the job's row."""
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    with compile_only(target.capability, target.num_sms) as launches:
-        globals()[job.function](*job.arguments, target.gpu)
+    with compile_only(*target) as launches:
+        job.work()
     kernels = {(launch.kernel.__name__, launch.compiled.hash) for launch in launches}
     return {"kernels": len(kernels), "launches": len(launches), "seconds": time.perf_counter() - begin}
 
@@ -289,13 +280,13 @@ def run(args: Arguments) -> None:
     tuned = args.tuned if args.tuned and args.tuned.exists() else None
     forget_other_caches(args.where.out)
     with args.where.rows("bench compile") as results:
-        wanted = [job for job in jobs(tuned, rehearse) if not results.has(job=job.name)]
+        gpu = None if rehearse else torch.cuda.get_device_name()
+        wanted = [job for job in jobs(tuned, gpu, rehearse) if not results.has(job=job.name)]
         begin = time.perf_counter()
         if rehearse:
             for job in wanted:
-                say(results.measure(partial(run_job, job, Target(90, 132, None)), job=job.name))
+                say(results.measure(partial(run_job, job, Target(90, 132)), job=job.name))
         else:
-            target = Target(capability_of(device), num_sms_of(device), torch.cuda.get_device_name())
-            compile_all(wanted, target, args.workers, results)
+            compile_all(wanted, Target(capability_of(device), num_sms_of(device)), args.workers, results)
         print(json.dumps({"jobs": len(wanted), "seconds": round(time.perf_counter() - begin, 1)}))
         results.finish()

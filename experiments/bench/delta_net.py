@@ -24,8 +24,8 @@ from fluxmoe.kernels.work import Work
 from torch import Tensor
 
 from ..lib.args import group, option
-from ..lib.sweep import AbsentError, WrongError
-from .timing import GpuBench, TimedPoint, Timing, cold_copies, measure_roofs, time_calls, time_providers
+from .peers import imported
+from .timing import GpuBench, TimedPoint, Timing, check, cold_copies, measure_roofs, time_calls, time_providers
 
 DIMS = DeltaNetDims(key_heads=16, value_heads=32, key_dim=128, value_dim=128, taps=4)
 _TINY = DeltaNetDims(key_heads=1, value_heads=2, key_dim=16, value_dim=16, taps=4)
@@ -75,10 +75,7 @@ class Case:
 
     def fla(self) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
         """(the recurrence alone, from what the convolution leaves; the gated norm that makes our output of it)."""
-        try:
-            from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-        except ImportError as error:
-            raise AbsentError(f"fla cannot be imported: {error}") from None
+        rules = imported("fla.ops.gated_delta_rule")
         d, heads = self.dims, self.dims.value_heads
         shape = (self.sequences, self.tokens)
         x, z, beta, a = self.projected.split([d.channels, d.value_size, heads, heads], dim=-1)
@@ -93,7 +90,7 @@ class Case:
             beta=beta.float().sigmoid().view(*shape, heads), scale=d.key_dim**-0.5, output_final_state=True,
             initial_state=None if self.first else self.state, use_qk_l2norm_in_kernel=True,
         )  # fmt: skip
-        rule = chunk_gated_delta_rule if self.first else fused_recurrent_gated_delta_rule
+        rule = rules.chunk_gated_delta_rule if self.first else rules.fused_recurrent_gated_delta_rule
 
         def recurrence() -> Tensor:
             with torch.no_grad():
@@ -139,18 +136,12 @@ class Point(TimedPoint):
         if provider == "fla":
             pairs = [case.fla() for case in self.cases]
             recurrence, finish = pairs[0]
-            _check(finish(recurrence()), expected)
+            check(finish(recurrence()), expected)
             return time_calls([recurrence for recurrence, _ in pairs])
         with self._states_kept():
             calls = [partial(case.ours, token_by_token=provider == TOKEN_BY_TOKEN) for case in self.cases]
-            _check(calls[0](), expected)
+            check(calls[0](), expected)
             return time_calls(calls)
-
-
-def _check(got: Tensor, expected: Tensor) -> None:
-    error = (got.double() - expected).abs().max() / expected.abs().max()
-    if not error < 0.02:  # nor for NaN
-        raise WrongError(f"it differs by {error:.1%} of the largest value")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from fluxmoe.runtime.memory.budget import parse_bytes
 
 from ..lib.args import option
 from ..lib.models import PRESETS, checkpoint_source, preset_source
-from ..lib.serve import placement_name
+from ..lib.serve import placement_names
 from ..lib.sweep import AbsentError, WrongError, say
 from .attention import SHAPES as ATTENTION_SHAPES
 from .attention import make_case
@@ -123,28 +123,18 @@ def sanitizer(name: str, tool: str) -> dict[str, object]:
 Spans = list[tuple[float, float]]
 
 
-def merged(spans: Iterable[tuple[float, float]]) -> Spans:
-    """Overlapping spans (begin, end) as one."""
-    whole: Spans = []
+def covered(spans: Spans) -> float:
+    """How long any of spans (begin, end) runs."""
+    total, until = 0.0, float("-inf")
     for begin, end in sorted(spans):
-        if whole and begin <= whole[-1][1]:
-            whole[-1] = (whole[-1][0], max(end, whole[-1][1]))
-        else:
-            whole.append((begin, end))
-    return whole
-
-
-def overlap(one: Iterable[tuple[float, float]], other: Iterable[tuple[float, float]]) -> float:
-    """How long both kinds of spans run at once."""
-    a, b = merged(one), merged(other)
-    total, i, j = 0.0, 0, 0
-    while i < len(a) and j < len(b):
-        total += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
-        if a[i][1] < b[j][1]:
-            i += 1
-        else:
-            j += 1
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
     return total
+
+
+def overlap(one: Spans, other: Spans) -> float:
+    """How long both kinds of spans run at once."""
+    return covered(one) + covered(other) - covered(one + other)
 
 
 def overlap_columns(events: list[dict]) -> dict[str, object]:
@@ -152,10 +142,9 @@ def overlap_columns(events: list[dict]) -> dict[str, object]:
     spans = [(e["cat"], e["name"], (e["ts"], e["ts"] + e["dur"])) for e in events if e.get("ph") == "X" and "cat" in e]
     copies = [span for cat, name, span in spans if cat == "gpu_memcpy" and "HtoD" in name]
     kernels = [span for cat, _, span in spans if cat == "kernel"]
-    copied = sum(end - begin for begin, end in merged(copies))
-    both = overlap(copies, kernels)
+    copied, both = covered(copies), overlap(copies, kernels)
     return {
-        "copy_us": copied, "compute_us": sum(end - begin for begin, end in merged(kernels)), "both_us": both,
+        "copy_us": copied, "compute_us": covered(kernels), "both_us": both,
         "share_of_copies_under_compute": both / copied if copied else "", "copies": len(copies),
         "kernels": len(kernels),
     }  # fmt: skip
@@ -173,13 +162,9 @@ def trace(args: Arguments, placement: str, device: torch.device) -> dict[str, ob
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         served.columns(placement, False, 4)
     served.close()
-    path = args.out / f"trace-{placement.replace(':', '-')}.json"
+    path = args.out / f"trace-{placement.replace(':', '-')}.json.gz"  # which the profiler compresses, as it is called
     profiler.export_chrome_trace(str(path))
-    text = path.read_text()
-    with gzip.open(f"{path}.gz", "wt") as file:
-        file.write(text)
-    path.unlink()
-    return overlap_columns(json.loads(text)["traceEvents"])
+    return overlap_columns(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"])
 
 
 def points(args: Arguments, device: torch.device) -> Iterable[tuple[dict, Callable[[], dict]]]:
@@ -207,7 +192,7 @@ class Arguments:
     model: str | None = option("trace: checkpoint (default: the preset)", None, metavar="DIR")
     preset: str = option("trace: a model that is made if needed", "gpu-short", choices=tuple(sorted(PRESETS)))
     checkpoints: Path = option("where presets keep their model", Path("checkpoints"))
-    placements: tuple[str, ...] = option("trace: which", _STREAMED, parse=placement_name)
+    placements: tuple[str, ...] = placement_names("trace: which", _STREAMED)
     budget: int | None = option("trace: device bytes for everything (default: 4GiB)", 4 << 30, parse=parse_bytes)
     rehearse: bool = option("no GPU: interpreted on the CPU", False)
     out: Path = option("folder of the results; kernels has none", Path("results/measured/tools"), metavar="DIR")

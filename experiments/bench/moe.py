@@ -39,11 +39,22 @@ from torch import Tensor
 
 from ..lib.args import group, option
 from ..lib.results import UsageError, load_json
-from ..lib.sweep import Sweep, WrongError
+from ..lib.sweep import Sweep
 from .experts import encoded, table_of
 from .peers import PEERS
 from .shapes import MODEL_SHAPES, SHAPES, TOKENS, Shape
-from .timing import GpuBench, Roofs, TimedPoint, Timing, cold_copies, measure_roofs, ratio, time_calls, time_providers
+from .timing import (
+    GpuBench,
+    Roofs,
+    TimedPoint,
+    Timing,
+    check,
+    cold_copies,
+    measure_roofs,
+    ratio,
+    time_calls,
+    time_providers,
+)
 
 # Ours on dense experts, with one tile for all batches, and on experts in each format that the GEMM decodes.
 OURS = ("fluxmoe", "fluxmoe invariant", *(f"fluxmoe {name}" for name in sorted(fused_formats("triton"))))
@@ -178,13 +189,6 @@ def reference(
     return out
 
 
-def check(got: Tensor, expected: Tensor) -> None:
-    """WrongError unless `got` agrees within the roundings of bf16."""
-    error = (got.float() - expected).abs().max().item() / max(1e-6, expected.abs().max().item())
-    if not error < 0.02:  # nor for NaN
-        raise WrongError(f"its output differs by {error:.1%} of the largest value")
-
-
 class Point(TimedPoint):
     """One shape at one number of tokens, on all cold copies of its layer."""
 
@@ -194,14 +198,9 @@ class Point(TimedPoint):
         self.logits = router_logits(self.shape, tokens, routing, tokens, self.device)
         self.weights, self.chosen = choose(self.logits, self.shape.top_k)
         self.touched = len(self.chosen.unique())
-        self._expected: dict[tuple[bool, str], Tensor] = {}
         self._tuned = read_tuned(tuned) if tuned else {}
-
-    def expected(self, plus_one: bool = False, expert_format: str = DENSE) -> Tensor:
-        key = plus_one, expert_format
-        if key not in self._expected:
-            self._expected[key] = reference(self.layers[0], self.x, self.weights, self.chosen, *key)
-        return self._expected[key]
+        # By plus_one and expert_format.
+        self.expected = cache(partial(reference, layers[0], self.x, self.weights, self.chosen))
 
     def tiles(self, provider: str) -> Tiles | None:
         """None: the rule's."""

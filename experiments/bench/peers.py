@@ -7,8 +7,12 @@ experts int32 [T, top_k]; it returns [T, H] without the residual.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +31,14 @@ class Peer:
     make: Callable[[Tensor, Tensor], Run]
     plus_one: bool = False
     graph: bool = True
+
+
+def imported(module: str) -> ModuleType:
+    """AbsentError where a peer's module is not there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise AbsentError(f"{module.partition('.')[0]} cannot be imported: {error}") from None
 
 
 def torch_grouped(gate_up: Tensor, down: Tensor) -> Run:
@@ -54,24 +66,18 @@ def torch_grouped(gate_up: Tensor, down: Tensor) -> Run:
 
 def liger_fused(gate_up: Tensor, down: Tensor) -> Run:
     """Liger's fused MoE (liger_kernel ≥ 0.8). It tunes itself at the first call of a shape."""
-    try:
-        from liger_kernel.ops import LigerFusedMoEFunction
-    except ImportError as error:
-        raise AbsentError(f"liger_kernel cannot be imported: {error}") from None
+    fused_moe = imported("liger_kernel.ops").LigerFusedMoEFunction
 
     def run(x: Tensor, logits: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         with torch.no_grad():
-            return LigerFusedMoEFunction.apply(x, gate_up, down, chosen, weights)
+            return fused_moe.apply(x, gate_up, down, chosen, weights)
 
     return run
 
 
 def vllm_fused(gate_up: Tensor, down: Tensor) -> Run:
     """vLLM's fused_experts with its Triton kernels and tuned tables."""
-    try:
-        from vllm.model_executor.layers.fused_moe import fused_experts
-    except ImportError as error:
-        raise AbsentError(f"vllm cannot be imported: {error}") from None
+    fused_experts = imported("vllm.model_executor.layers.fused_moe").fused_experts
 
     def run(x: Tensor, logits: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         return fused_experts(x, gate_up, down, weights, chosen)
@@ -87,18 +93,11 @@ def triton_kernels_matmul(gate_up: Tensor, down: Tensor) -> Run:
     half = gate_up.shape[1] // 2
     mixed = torch.stack([gate_up[:, :half], gate_up[:, half:]], dim=2).flatten(1, 2)
     first, second = mixed.transpose(1, 2), down.transpose(1, 2)
-    try:
-        from triton_kernels.swiglu import swiglu_fn
-    except ImportError as error:
-        raise AbsentError(f"triton_kernels cannot be imported: {error}") from None
-    try:
-        return _triton_kernels_new(first, second, swiglu_fn)
-    except ImportError:
-        pass
-    try:
-        return _triton_kernels_36(first, second, swiglu_fn)
-    except ImportError as error:
-        raise AbsentError(f"this version of triton_kernels is not known: {error}") from None
+    swiglu = imported("triton_kernels.swiglu").swiglu_fn
+    for adapter in (_triton_kernels_new, _triton_kernels_36):
+        with suppress(ImportError):
+            return adapter(first, second, swiglu)
+    raise AbsentError("this version of triton_kernels is not known")
 
 
 def _triton_kernels_new(first: Tensor, second: Tensor, swiglu_fn: object) -> Run:
@@ -115,12 +114,9 @@ def _triton_kernels_new(first: Tensor, second: Tensor, swiglu_fn: object) -> Run
         # Sorted position → row, a token's choices side by side.
         rows = sparse.mask_metadata.col_sorted_indx
         ragged = make_ragged_tensor_metadata(sparse.mask_metadata.col_sum, len(rows))
-        h = matmul(
-            x, first, None, a_ragged_metadata=ragged, gather_indx=rows // top_k, fused_activation=activation
-        )  # fmt: skip
-        y = matmul(
-            h, second, None, a_ragged_metadata=ragged, scatter_indx=rows, gammas=sparse.vals.flatten()[rows]
-        )  # fmt: skip
+        with_ragged = partial(matmul, a_ragged_metadata=ragged)
+        h = with_ragged(x, first, None, gather_indx=rows // top_k, fused_activation=activation)
+        y = with_ragged(h, second, None, scatter_indx=rows, gammas=sparse.vals.flatten()[rows])
         return reduce(y.view(len(x), top_k, -1), dim=1)[0]
 
     return run
@@ -140,7 +136,7 @@ def _triton_kernels_36(first: Tensor, second: Tensor, swiglu_fn: object) -> Run:
     from triton_kernels.topk import topk
 
     activation = FusedActivation(FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2), (1.0, None))
-    precision = PrecisionConfig()
+    matmul = partial(matmul_ogs, precision_config=PrecisionConfig())
 
     def run(x: Tensor, logits: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         top_k = chosen.shape[1]
@@ -149,12 +145,8 @@ def _triton_kernels_36(first: Tensor, second: Tensor, swiglu_fn: object) -> Run:
         ragged = make_ragged_tensor_metadata(sparse.mask_metadata.col_sum, len(to_rows))
         data = RoutingData(sparse.vals.flatten()[to_rows], ragged.slice_sizes, len(first), top_k, ragged)
         gather, scatter = GatherIndx(to_rows, to_sorted), ScatterIndx(to_sorted, to_rows)
-        h = matmul_ogs(
-            x, first, None, data, gather_indx=gather, precision_config=precision, fused_activation=activation
-        )  # fmt: skip
-        return matmul_ogs(
-            h, second, None, data, scatter_indx=scatter, precision_config=precision, gammas=data.gate_scal
-        )  # fmt: skip
+        h = matmul(x, first, None, data, gather_indx=gather, fused_activation=activation)
+        return matmul(h, second, None, data, scatter_indx=scatter, gammas=data.gate_scal)
 
     return run
 

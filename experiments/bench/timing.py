@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from fluxmoe.kernels.work import Work
+from torch import Tensor
 
 from ..lib.args import option
 from ..lib.results import UsageError
-from ..lib.sweep import Sweep, say
+from ..lib.sweep import Sweep, WrongError, say
 
 GIB = 1 << 30
 T = TypeVar("T")
@@ -80,6 +81,13 @@ def require_gpu(rehearse: bool = False) -> torch.device:
     return torch.device("cuda")
 
 
+def check(got: Tensor, expected: Tensor) -> None:
+    """WrongError unless `got` agrees within the roundings of bf16."""
+    error = ((got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
+    if not error < 0.02:  # nor for NaN
+        raise WrongError(f"it differs by {error:.1%} of the largest value")
+
+
 def measure_roofs(device: torch.device | str = "cuda") -> Roofs:
     """1 GiB read and copied, and an 8192 x 8192 x 8192 product in bf16; in a rehearsal, next to nothing.
 
@@ -114,16 +122,15 @@ def time_calls(work: Sequence[Callable[[], object]], seconds: float = 0.15, grap
     """
     if not torch.cuda.is_available():
         return _percentiles([host_seconds(call) for call in work], "rehearsal")
-    for call in work:
-        call()
-    torch.cuda.synchronize()
 
-    def once() -> None:
+    def each() -> None:
         for call in work:
             call()
 
-    replay = _captured(once) if graph else None
-    once, method = (replay, "graph") if replay else (once, "eager")
+    each()
+    torch.cuda.synchronize()
+    replay = _captured(each) if graph else None
+    once, method = (replay, "graph") if replay else (each, "eager")
     once()
     rounds = int(np.clip(seconds / max(_elapsed(once), 1e-7), 5, 200))
     return _percentiles([_elapsed(once) / len(work) for _ in range(rounds)], method)

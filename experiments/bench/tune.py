@@ -35,9 +35,9 @@ from torch import Tensor
 from ..lib.args import group, option
 from ..lib.results import device_name, provenance, write_json
 from ..lib.sweep import WrongError, say
-from .moe import Layer, Ours, check, choose, cold_layers, reference, router_logits
+from .moe import Layer, Ours, choose, cold_layers, reference, router_logits
 from .shapes import MODEL_SHAPES, SHAPES, Shape
-from .timing import GpuBench, time_calls
+from .timing import GpuBench, check, time_calls
 
 # Bounds of the table, and the tokens that are timed for each: rows per expert just at the bound.
 BOUNDS = (4, 16, 32, 64, 128, 512)
@@ -154,12 +154,8 @@ def run(args: Arguments) -> None:
                 continue
             shape = SHAPES[name]
             tiles = candidates(bound, capability_of(device))[: 2 if rehearse else None]
-            work = partial(_best, shape, bound, layers(shape, device), tiles)
+            work = lambda: Search(shape, bound, layers(shape, device)).best(tiles)  # noqa: B023, E731 - used at once
             say(results.measure(work, shape=name, rows=bound))
             write_table(table, results.rows, device.type)
         print(f"tiles → {table}")
         results.finish()
-
-
-def _best(shape: Shape, bound: int, layers: list[Layer], tiles: list[Tile]) -> dict[str, object]:
-    return Search(shape, bound, layers).best(tiles)

@@ -23,7 +23,7 @@ from ..lib.args import group, option
 from ..lib.machines import SIMULATED, Machine
 from ..lib.models import PRESETS, ModelChoice
 from ..lib.results import output_file, provenance, write_json
-from ..lib.serve import placed, placement_name, row, warm_up
+from ..lib.serve import placed, placement_names, row, warm_up
 from ..lib.workloads import Workload
 from ..paper.validate_simulator import CPU_COSTS
 from .profile import measure
@@ -41,7 +41,7 @@ class Arguments:
     )
     budget: int | None = option("device bytes for everything", None, parse=parse_bytes, metavar="BYTES")
     max_batch: int | None = option("sequences in a batch (default: the preset's, or 64)", None, least=1)
-    placements: tuple[str, ...] = option("which", PLACEMENTS, parse=placement_name, metavar="NAME[:ALPHA][+FORMAT]")
+    placements: tuple[str, ...] = placement_names("which", PLACEMENTS)
     json: Path | None = option("save the table", None, parse=output_file, metavar="FILE")
 
 

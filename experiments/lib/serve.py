@@ -21,6 +21,7 @@ from fluxmoe.runtime.serving.request import Request
 from fluxmoe.runtime.sim.cost_model import CostParameters
 from fluxmoe.runtime.sim.simulator import SimEngine
 
+from .args import option
 from .checkpoints import make_checkpoint
 from .machines import Machine
 from .models import Source
@@ -142,3 +143,8 @@ def placement_name(text: str) -> str:
     """`text`, which `placed` takes."""
     placed(text)
     return text
+
+
+def placement_names(help: str, default: tuple[str, ...]) -> Any:
+    """A field of a command's arguments: names that `placed` takes."""
+    return option(help, default, parse=placement_name, metavar="NAME[:ALPHA][+FORMAT]")

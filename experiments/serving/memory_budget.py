@@ -37,7 +37,7 @@ from ..lib.effects import Setup, setups_of
 from ..lib.machines import SWEPT, Machine, MachineChoice
 from ..lib.models import PRESETS, ModelChoice, Source
 from ..lib.results import UsageError
-from ..lib.serve import compile_kernels, placed, placement_name, row, serve, short_requests, warm_up
+from ..lib.serve import compile_kernels, placed, placement_names, row, serve, short_requests, warm_up
 from ..lib.sweep import Sweep, in_turns
 from ..lib.workloads import Lengths, Workload, make_requests
 from ..plots.serving import plot_memory_budget
@@ -64,9 +64,9 @@ class Arguments:
         "e.g. 256MiB 512MiB 1GiB (default: the preset's, or a row that suits the model)", (), parse=axis_bytes,
         metavar="BYTES",
     )  # fmt: skip
-    placements: tuple[str, ...] = option(
+    placements: tuple[str, ...] = placement_names(
         f"{', '.join(POLICIES)}; with a share of experts on the device where it takes one, and + a format for "
-        "compressed experts", PLACEMENTS, parse=placement_name, metavar="NAME[:ALPHA][+FORMAT]",
+        "compressed experts", PLACEMENTS,
     )  # fmt: skip
     repeats: int = option("runs of each point", 1, least=1)
     wall: str = option(

@@ -24,7 +24,7 @@ from ..lib.args import group, option
 from ..lib.effects import Setup, setups_of
 from ..lib.machines import SWEPT, MachineChoice
 from ..lib.models import ModelChoice
-from ..lib.serve import Served, placed, placement_name
+from ..lib.serve import Served, placed, placement_names
 from ..lib.serve import run as serve
 from ..lib.sweep import Sweep, WrongError, say
 from ..lib.workloads import Lengths, make_requests
@@ -38,9 +38,7 @@ class Arguments:
     model: ModelChoice = group("config")
     machine: MachineChoice = group("devices")
     engine: EngineConfig = group(*SWEPT, "max_batch")
-    placements: tuple[str, ...] = option(
-        "what is compared with resident", PLACEMENTS, parse=placement_name, metavar="NAME[:ALPHA][+FORMAT]"
-    )
+    placements: tuple[str, ...] = placement_names("what is compared with resident", PLACEMENTS)
     batches: tuple[int, ...] = option("requests at once", (1, 8, 32, 64), least=1)
     prompt_tokens: int = option("of each request", 32, least=1)
     output_tokens: int = option("of each request", 48, least=2)

@@ -29,7 +29,7 @@ from ..lib.args import group, option
 from ..lib.machines import Machine
 from ..lib.models import ModelChoice, Source
 from ..lib.results import UsageError, instructions, values_by
-from ..lib.serve import placement_name
+from ..lib.serve import placement_names
 from ..lib.sweep import Sweep
 from ..plots.serving import plot_versus
 from . import engines
@@ -52,9 +52,7 @@ class Arguments:
     transformers: bool = option("transformers' generate too", False)
     device: str = option("what serves", "auto", choices=("auto", "cpu", "cuda"))
     budgets: tuple[str, ...] = option("of weights and KV", ("all",), metavar="BYTES")
-    placements: tuple[str, ...] = option(
-        "of ours", ("resident",), parse=placement_name, metavar="NAME[:ALPHA][+FORMAT]"
-    )
+    placements: tuple[str, ...] = placement_names("of ours", ("resident",))
     sequences: tuple[int, ...] = option("requests at once", (1, 8, 32, 64), least=1)
     prompt_tokens: int = option("of each request", 128, least=1)
     output_tokens: int = option("of each request", 64, least=1)
@@ -152,9 +150,20 @@ def take_turns(budget: str, starting: Mapping[str, Callable], work: Work, save: 
             runner.close()
 
 
+def fill(sweep: Sweep, starting: Mapping[str, Mapping[str, Callable]], work: Work) -> None:
+    """Rows of budgets, each with what starts its providers. A budget's are kept together or not at all: they were made
+    in turns."""
+    kind = instructions() if sweep.about["device"] == "cpu" else None
+    for budget, starters in starting.items():
+        fresh: list[dict] = []
+        take_turns(budget, starters, work, fresh.append)
+        sweep.replace({"budget": budget}, [COLUMNS | row for row in fresh])
+        report(budget, fresh, kind)
+
+
 def run(args: Arguments) -> None:
     machine = args.machine
-    version = version_of_vllm(args.vllm_python, args.environment) if args.vllm_python else None
+    version = version_of(args.vllm_python, args.environment, "vllm") if args.vllm_python else None
     source = args.model.source()
     asked = {k: getattr(args, k) for k in ("placements", "dtypes", "sequences", "rounds", "prompt_tokens",
                                            "output_tokens", "vllm_offload", "transformers", "eager")}  # fmt: skip
@@ -162,14 +171,8 @@ def run(args: Arguments) -> None:
     facts = asked | {"vllm": version, "vllm_env": sorted(args.environment)}
     work = Work(args.sequences, args.rounds, args.prompt_tokens, args.output_tokens, source.config.vocab_size)
     with Sweep.serving(args.out, "versus", machine, source, made, facts, "rows.csv") as sweep:
-        for text in args.budgets:
-            if sweep.made_together(budget=text):
-                continue
-            fresh: list[dict] = []
-            take_turns(text, starters(args, source, parse_bytes(text)), work, fresh.append)
-            # A budget's rows are kept together or not at all: they were made in turns.
-            sweep.replace({"budget": text}, [COLUMNS | row for row in fresh])
-            report(text, fresh, instructions() if machine.device == "cpu" else None)
+        missing = [text for text in args.budgets if not sweep.made_together(budget=text)]
+        fill(sweep, {text: starters(args, source, parse_bytes(text)) for text in missing}, work)
         rows = sweep.rows
     for provider in dict.fromkeys(row["provider"] for row in rows):
         if len(args.budgets) > 1 and (found := near_peak(rows, provider)):
@@ -193,6 +196,8 @@ def report(budget: str, rows: list[dict], kind: str | None) -> None:
         shown = ", ".join(f"{name} {rate:.1f}" for name, rate in medians.items())
         ratio = f"; our best is {max(ours) / max(others):.2f}x theirs{on}" if ours and others else ""
         print(f"{budget}, {sequences} sequences, tokens/s: {shown}{ratio}", flush=True)
+    for name, tokens in {row["provider"]: row["kv_tokens"] for row in ok if row["kv_tokens"]}.items():
+        print(f"{budget}: {name} holds {tokens} tokens of KV", flush=True)
 
 
 def near_peak(rows: Sequence[Mapping], provider: str, share: float = 0.9) -> tuple[float, str] | None:
@@ -220,7 +225,3 @@ def ask_vllm(python: str, environment: Mapping[str, str], code: str) -> str | No
 def version_of(python: str, environment: Mapping[str, str], package: str) -> str:
     """Of a package under another Python, as it says itself."""
     return ask_vllm(python, environment, f"import {package}; print({package}.__version__)") or "unknown"
-
-
-def version_of_vllm(python: str, environment: Mapping[str, str]) -> str:
-    return version_of(python, environment, "vllm")

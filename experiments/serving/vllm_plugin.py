@@ -23,13 +23,13 @@ from fluxmoe.runtime.memory.budget import format_bytes, parse_bytes
 from ..lib.args import group, option
 from ..lib.machines import Machine
 from ..lib.models import ModelChoice
-from ..lib.results import UsageError, code_digest, instructions
-from ..lib.serve import placement_name
+from ..lib.results import UsageError, code_digest
+from ..lib.serve import placement_names
 from ..lib.sweep import Sweep
 from ..plots.serving import plot_vllm_plugin
 from . import engines
 from .engines import RefusedError
-from .versus import COLUMNS, Work, ask_vllm, report, take_turns, version_of_vllm
+from .versus import Work, ask_vllm, fill, version_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +38,8 @@ class Arguments:
     vllm_python: str = option("Python of an environment that has vLLM and this project", metavar="PATH")
     device: str = option("what serves", "auto", choices=("auto", "cpu", "cuda"))
     budgets: tuple[str, ...] = option("of each process in all", ("1536MiB", "2GiB"), metavar="BYTES")
-    placements: tuple[str, ...] = option(
-        "of the plug-in's", ("packed", "balanced:0.5", "host", "disk"), parse=placement_name,
-        metavar="NAME[:ALPHA][+FORMAT]",
-    )  # fmt: skip
-    engine: tuple[str, ...] = option(
-        "placements of our own engine", ("packed",), parse=placement_name, metavar="NAME[:ALPHA][+FORMAT]"
-    )
+    placements: tuple[str, ...] = placement_names("of the plug-in's", ("packed", "balanced:0.5", "host", "disk"))
+    engine: tuple[str, ...] = placement_names("placements of our own engine", ("packed",))
     sequences: tuple[int, ...] = option("requests at once", (1, 8, 32), least=1)
     prompt_tokens: int = option("of each request", 128, least=1)
     output_tokens: int = option("of each request", 64, least=1)
@@ -103,7 +98,7 @@ def compile_first(starting: Mapping[str, Callable]) -> None:
 
 def run(args: Arguments) -> None:
     machine = Machine(resolve_device(args.device).type)
-    version = version_of_vllm(args.vllm_python, {})
+    version = version_of(args.vllm_python, {}, "vllm")
     check(args, machine.device)
     source = args.model.source()
     checkpoint = Path(source.checkpoint or "").resolve()
@@ -116,11 +111,5 @@ def run(args: Arguments) -> None:
         starting = {text: starters(args, machine.device, str(checkpoint), parse_bytes(text) or 0) for text in missing}
         if missing:
             compile_first(starting[max(missing, key=lambda text: parse_bytes(text) or 0)])
-        for text in missing:
-            fresh: list[dict] = []
-            take_turns(text, starting[text], work, fresh.append)
-            sweep.replace({"budget": text}, [COLUMNS | row for row in fresh])
-            report(text, fresh, instructions() if machine.device == "cpu" else None)
-            for name, tokens in {row["provider"]: row["kv_tokens"] for row in fresh if row["status"] == "ok"}.items():
-                print(f"{text}: {name} holds {tokens} tokens of KV", flush=True)
+        fill(sweep, starting, work)
     print(f"figure: {plot_vllm_plugin(args.out)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import tempfile
@@ -12,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.memory.budget import format_bytes
 
 from ..lib.args import option
-from ..lib.models import PRESETS
+from ..lib.models import PRESETS, preset_config
 from ..lib.results import code_digest, cores, device_name, output_file, write_json
 from .reproduce import hardware_folder
 
@@ -50,16 +50,14 @@ class Finding:
 
 
 def machine() -> list[Finding]:
-    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    here = Path.cwd()
+    here, spill = Path.cwd(), tempfile.gettempdir()
     found = [
         Finding("processor", f"{device_name('cpu')}, {cores()} cores for this process"),
-        Finding("memory", format_bytes(pages)),
+        Finding("memory", format_bytes(HOST.total_bytes())),
         Finding("disk", f"{format_bytes(shutil.disk_usage(here).free)} free in {here}"),
-        Finding("spilling", f"{format_bytes(shutil.disk_usage(tempfile.gettempdir()).free)} free in "
-                f"{tempfile.gettempdir()} (--disk-dir for another place)"),
+        Finding("spilling", f"{format_bytes(shutil.disk_usage(spill).free)} free in {spill} (--disk-dir for another)"),
         Finding("code", f"{code_digest()}, Python {platform.python_version()}"),
-    ]  # fmt: skip
+    ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
@@ -96,20 +94,15 @@ def profile() -> Finding:
     return Finding("profile", f"{path}: {rates.memory_bandwidth / 1e9:.1f} GB/s of memory, {copies}", True)
 
 
-def presets() -> list[Finding]:
+def presets() -> Finding:
     """Which made models fit in memory here."""
-    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    fit = [name for name, preset in PRESETS.items() if _weights(preset.model) < pages]
-    return [Finding("presets", f"{', '.join(fit)} fit in the memory that is free", bool(fit))]
-
-
-def _weights(shape) -> int:
-    """Bytes of all experts, about."""
-    return shape.layers * shape.experts * 3 * shape.hidden * shape.moe_intermediate * 2
+    free = HOST.free_bytes()
+    fit = [name for name in PRESETS if preset_config(name).expert_bytes_total < free]
+    return Finding("presets", f"{', '.join(fit)} fit in the memory that is free", bool(fit))
 
 
 def run(args: Arguments) -> None:
-    findings = [*machine(), *packages(), profile(), *presets()]
+    findings = [*machine(), *packages(), profile(), presets()]
     for each in findings:
         mark = {True: "ok", False: "--", None: ""}[each.works]
         print(f"{mark:>2} {each.what:<16} {each.found}" + (f"\n{'':20}→ {each.remedy}" if each.remedy else ""))

@@ -5,7 +5,6 @@ fluxmoe generate --model DIR --prompt "Once upon a time" --max-new-tokens 32 --b
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from fluxmoe.runtime.serving.request import Request, SamplingParams
 from ..lib import wall
 from ..lib.args import group, option
 from ..lib.effects import Setup, served_on
-from ..lib.results import UsageError, output_file, provenance, write_atomically, write_csv, write_json
+from ..lib.results import UsageError, load_json, output_file, provenance, write_atomically, write_csv, write_json
 from ..lib.serve import compile_kernels
 from ..lib.tokenizer import Tokenizer
 
@@ -101,10 +100,7 @@ def read_prompts(args: Arguments, tokenizer: Tokenizer, vocab_size: int, limit: 
     """Token ids of every prompt, each checked against vocabulary and context length."""
     prompts: list = list(args.prompt)
     if args.prompts:
-        try:
-            prompts = json.loads(args.prompts.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{args.prompts} is not JSON: {error}") from None
+        prompts = load_json(args.prompts)
         if not isinstance(prompts, list) or not prompts:
             raise UsageError(f"{args.prompts} must be a non-empty list of strings or of lists of token ids")
     encoded = []
@@ -117,8 +113,7 @@ def read_prompts(args: Arguments, tokenizer: Tokenizer, vocab_size: int, limit: 
             raise UsageError(f"prompt {i} is neither a string nor a list of token ids")
         if not ids:
             raise UsageError(f"prompt {i} is empty; a prompt needs at least one token")
-        outside = [t for t in ids if not 0 <= t < vocab_size]
-        if outside:
+        if outside := [t for t in ids if not 0 <= t < vocab_size]:
             raise UsageError(f"prompt {i}: token id {outside[0]} is outside the vocabulary of {vocab_size}")
         if len(ids) + args.max_new_tokens > limit:
             raise UsageError(

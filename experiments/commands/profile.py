@@ -9,10 +9,8 @@ one device cannot tell (links between devices) is left at 0, and `sources` says 
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,13 +21,14 @@ from fluxmoe.kernels.cpu.copy import stream_copy
 from fluxmoe.kernels.cpu.gemm import default_threads
 from fluxmoe.kernels.cpu.tile import kind_of
 from fluxmoe.kernels.formats import codec_of, compressed_formats
-from fluxmoe.runtime.devices import HOST, PAGE, resolve_device
+from fluxmoe.runtime.devices import HOST, resolve_device
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.hardware import HardwareProfile, best_seconds, measure_bandwidths, measure_links
 from tqdm import tqdm
 
 from ..bench.cpu_moe import peak_flops
 from ..lib.args import option
+from ..lib.disks import drop_cached, read_rate
 from ..lib.results import output_file, provenance, write_json
 
 _SIZES = (64 << 10, 1 << 20, 16 << 20, 128 << 20)
@@ -125,56 +124,36 @@ def copy_overlap(device: torch.device, host_bytes: int) -> float:
     return min(1.0, max(0.0, (compute_s + copy_s - both_s) / min(compute_s, copy_s)))
 
 
-def decoders(device: torch.device, size: int) -> dict[str, float]:
-    """Format → bytes/s of bf16 put out; on a CPU by one thread, as the copy thread decodes."""
-    weight = (torch.randn(size, size) * 0.02).bfloat16()
-    out = torch.empty(size, size, dtype=torch.bfloat16, device=device)
-    rates = {}
-    for name in compressed_formats():
-        codec = codec_of(name)
-        packed = codec.encode(codec.fitting(weight)).to(device)
-        rates[name] = weight.nbytes / best_seconds(lambda: codec.decode(packed, out, parallel=False), device)  # noqa: B023
-    return rates
-
-
-def decode_latency(device: torch.device) -> float:
-    """Seconds that decoding a tensor of 32 x 64 weights takes: the most of the formats."""
-    weight = (torch.randn(32, 64) * 0.02).bfloat16()
-    out, calls = torch.empty(32, 64, dtype=torch.bfloat16, device=device), 50
-    latencies = []
-    for codec in map(codec_of, compressed_formats()):
+def decode_seconds(device: torch.device, rows: int, columns: int, calls: int = 1) -> dict[str, float]:
+    """Format → seconds of decoding a tensor, the mean of `calls`; on a CPU by one thread, as loads decode."""
+    weight = (torch.randn(rows, columns) * 0.02).bfloat16()
+    out, seconds = torch.empty(rows, columns, dtype=torch.bfloat16, device=device), {}
+    for name, codec in ((name, codec_of(name)) for name in compressed_formats()):
         packed = codec.encode(codec.fitting(weight)).to(device)
 
         def decode() -> None:
             for _ in range(calls):
                 codec.decode(packed, out, parallel=False)  # noqa: B023
 
-        latencies.append(best_seconds(decode, device) / calls)
-    return max(latencies)
+        seconds[name] = best_seconds(decode, device) / calls
+    return seconds
+
+
+def decoders(device: torch.device, size: int) -> dict[str, float]:
+    """Format → bytes/s of bf16 put out."""
+    return {name: 2 * size**2 / seconds for name, seconds in decode_seconds(device, size, size).items()}
 
 
 def disk_reads(directory: Path, file_bytes: int) -> float:
-    """Bytes/s of a file read past the page cache (where the file system allows that), in chunks of 32 MiB."""
+    """Bytes/s of a file, read as the disk tier reads: past the page cache, where the file system allows that."""
     with tempfile.NamedTemporaryFile(dir=directory, prefix="fluxmoe-profile-") as file:
         chunk = HOST.empty(32 << 20).random_()
         for _ in range(file_bytes // chunk.numel()):
             file.write(chunk.numpy().data)
         file.flush()
-        os.fsync(file.fileno())
-        try:
-            handle = os.open(file.name, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-        except OSError:
-            handle = os.open(file.name, os.O_RDONLY)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        try:
-            begin, read = time.perf_counter(), 0
-            while got := os.preadv(handle, [chunk.numpy().data], read):
-                read += got
-                assert read % PAGE == 0, "a direct read of an odd length"
-            return read / (time.perf_counter() - begin)
-        finally:
-            os.close(handle)
+        paths = [Path(file.name)]
+        drop_cached(paths)
+        return read_rate(paths) or read_rate(paths, direct=False) or 0.0
 
 
 def launch_seconds(device: torch.device) -> float:
@@ -204,15 +183,15 @@ def measure(device: torch.device, disk_dir: Path, effort: Effort = FULL) -> Hard
         bar.update()
         return result
 
-    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = HOST.total_bytes()
     rates = step("memory", lambda: measure_bandwidths(device))
     copies = step("copies", lambda: host_copies(device, effort.host_bytes))
     profile = HardwareProfile(
         name=made_by["hardware"],
         device=device.type,
         num_devices=1,
-        memory_bytes=pages if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory,
-        host_memory_bytes=pages,
+        memory_bytes=memory if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory,
+        host_memory_bytes=memory,
         memory_bandwidth=rates[Tier.RESIDENT],
         matmul_flops=step("products", lambda: matmul_flops(device)),
         host_bandwidth=max(copies.values()),
@@ -220,7 +199,7 @@ def measure(device: torch.device, disk_dir: Path, effort: Effort = FULL) -> Hard
         copy_overlap=step("copies under compute", lambda: copy_overlap(device, effort.host_bytes)),
         kernel_host_bandwidth=step("reads of host memory", lambda: measure_links(device).read),
         decode_bandwidth=step("decoders", lambda: decoders(device, effort.weight)),
-        decode_latency_s=step("small decodes", lambda: decode_latency(device)),
+        decode_latency_s=step("small decodes", lambda: max(decode_seconds(device, 32, 64, 50).values())),
         disk_bandwidth=step("disk", lambda: disk_reads(disk_dir, effort.file_bytes)),
         launch_s=step("launches", lambda: launch_seconds(device)),
         measured=effort == FULL,

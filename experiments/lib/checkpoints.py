@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .args import option
-from .results import UsageError, write_json
+from .results import UsageError, allowed, write_json
 from .skew import MOST_SKEW, row_scales
 
 # In config.json of what this file wrote.
@@ -88,9 +88,7 @@ def write_checkpoint(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists already; remove it or choose another --out")
     if shape.vocab < _MIN_VOCAB:
-        raise UsageError(
-            f"--vocab must be at least {_MIN_VOCAB} to hold all bytes and the special tokens, got {shape.vocab}"
-        )
+        raise UsageError(f"--vocab must be at least {_MIN_VOCAB}, got {shape.vocab}")
     if shape.dtype not in DTYPES:
         raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {shape.dtype}")
     if not 0 < scale < math.inf or shard_bytes < 1:
@@ -156,8 +154,7 @@ def hf_config(shape: ModelShape) -> dict[str, Any]:
     dense = sorted(set(shape.dense_layers))
     if dense and arch not in _WITH_DENSE_LAYERS:
         raise UsageError(f"{arch} has experts in every layer; --dense-layers is for {' and '.join(_WITH_DENSE_LAYERS)}")
-    missing = [layer for layer in dense if not 0 <= layer < layers]
-    if missing:
+    if missing := [layer for layer in dense if not 0 <= layer < layers]:
         raise UsageError(f"--dense-layers {missing[0]} does not exist; {layers} layers are numbered from 0")
     size_of_head = hidden // max(1, heads) if shape.head_dim is None else shape.head_dim
     config: dict[str, Any] = {
@@ -317,8 +314,6 @@ def _write_tokenizer(directory: Path, vocab: int) -> None:
 
 def share(directory: Path) -> None:
     """Give what private-by-default writers (mkdtemp, safetensors) made the modes that the user's umask asks for."""
-    umask = os.umask(0)
-    os.umask(umask)
-    directory.chmod(0o777 & ~umask)
+    directory.chmod(allowed(0o777))
     for path in directory.iterdir():
-        path.chmod(0o666 & ~umask)
+        path.chmod(allowed(0o666))

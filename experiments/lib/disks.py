@@ -15,11 +15,11 @@ from fluxmoe.runtime.experts.disk import READERS
 _BLOCK = 8 << 20
 
 
-def direct_read_rate(paths: Sequence[Path], seconds: float = 1.5) -> float | None:
-    """Bytes/s of READERS reads of 8 MiB at a time, at random places of files, past the page cache; None where there are
-    no direct reads."""
+def read_rate(paths: Sequence[Path], seconds: float = 1.5, direct: bool = True) -> float | None:
+    """Bytes/s of READERS reads of 8 MiB at a time, at random places of files. direct: past the page cache; None where
+    there are no such reads."""
     try:
-        files = [os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0)) for path in paths]
+        files = [os.open(path, os.O_RDONLY | (getattr(os, "O_DIRECT", 0) if direct else 0)) for path in paths]
     except OSError:
         return None
     until, begin = time.perf_counter() + seconds, time.perf_counter()

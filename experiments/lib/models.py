@@ -53,31 +53,24 @@ PRESETS = {
     ),
     # Five times as large: 2.0 GB of experts, KV of a full batch 537 MB.
     "medium": Preset(
-        ModelShape(
-            arch="qwen3_moe", layers=8, experts=64, top_k=4, hidden=1024, moe_intermediate=640, heads=16, kv_heads=8,
-            head_dim=64, vocab=8192, max_positions=4096),
-        requests=64, context=512, output_tokens=128, max_batch=64,
+        replace(_SMALL_MOE, experts=64, hidden=1024, moe_intermediate=640, heads=16), requests=64, context=512,
+        output_tokens=128, max_batch=64,
         budgets=("512MiB", "768MiB", "1GiB", "1536MiB", "2GiB", "2560MiB"),
     ),
     # Qwen3-Next's kinds of layers: 403 MB of experts, recurrent states of a full batch 27 MB, its KV 134 MB.
     "next": Preset(
-        ModelShape(
-            arch="qwen3_next", layers=8, experts=64, top_k=6, hidden=512, moe_intermediate=256, heads=8, kv_heads=8,
-            head_dim=64, vocab=8192, max_positions=4096),
-        requests=64, context=512, output_tokens=128, max_batch=64,
+        replace(_SMALL_MOE, arch="qwen3_next", experts=64, top_k=6, moe_intermediate=256), requests=64, context=512,
+        output_tokens=128, max_batch=64,
         budgets=("160MiB", "256MiB", "352MiB", "448MiB", "512MiB", "640MiB"),
     ),
     # Deep, as the paper's models: an eighth of the layers is more than two slots hold. 302 and 352 MB of experts.
     "deep-next": Preset(
-        ModelShape(
-            arch="qwen3_next", layers=24, experts=32, top_k=4, hidden=512, moe_intermediate=128, heads=8, kv_heads=4,
-            head_dim=64, vocab=8192, max_positions=4096),
+        replace(_SMALL_MOE, arch="qwen3_next", layers=24, moe_intermediate=128, kv_heads=4),
         requests=32, context=512, output_tokens=128, max_batch=32, budgets=("384MiB", "512MiB"),
     ),
     "deep-mixtral": Preset(
-        ModelShape(
-            arch="mixtral", layers=32, experts=8, top_k=2, hidden=256, moe_intermediate=896, heads=8, kv_heads=8,
-            head_dim=32, vocab=8192, max_positions=4096),
+        replace(_SMALL_MOE, arch="mixtral", layers=32, experts=8, top_k=2, hidden=256, moe_intermediate=896,
+                head_dim=32),
         requests=32, context=512, output_tokens=128, max_batch=32, budgets=("384MiB", "512MiB"),
     ),
     # OLMoE-1B-7B's true size, 13.8 GB, for `versus walls`.

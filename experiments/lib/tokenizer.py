@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .results import UsageError
+from .results import UsageError, load_json
 
 # Twice the largest published.
 _MOST_BYTES = 64 << 20
@@ -83,10 +82,7 @@ class Tokenizer:
 
     def _settings(self) -> dict:
         path = self._directory / "tokenizer_config.json"
-        try:
-            return json.loads(path.read_text()) if path.exists() else {}
-        except ValueError as error:
-            raise UsageError(f"{path} is not JSON: {error}") from None
+        return load_json(path) if path.exists() else {}
 
 
 def _refuse(message: str) -> None:

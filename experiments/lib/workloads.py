@@ -31,8 +31,6 @@ class Lengths:
 def drawn_lengths(requests: int, context: int, output_tokens: int, seed: int) -> list[Lengths]:
     """All arrive at once; output fixed, so that every run does equal work; prompt + output is uniform in
     [context/2, context], as in a conversation service whose histories are cut at `context`."""
-    if output_tokens < 1 or requests < 1:
-        raise UsageError("--requests and --output-tokens must be at least 1")
     if context < output_tokens + 1:
         raise UsageError(f"--context {context} leaves no room for a prompt before {output_tokens} output tokens")
     low = max(output_tokens + 1, context // 2)
@@ -53,8 +51,8 @@ _SHAREGPT_PROMPT, _SHAREGPT_OUTPUT, _SHAREGPT_SIGMA = 161.31, 337.99, 1.1
 
 def sharegpt_lengths(requests: int, context: int, seed: int) -> list[Lengths]:
     """ShareGPT-like: prompts and outputs log-normal about the means of its conversations, cut to `context`."""
-    if requests < 1 or context < 2:
-        raise UsageError(f"a workload needs requests and a context of at least 2 tokens, got {requests} and {context}")
+    if context < 2:
+        raise UsageError(f"a workload needs a context of at least 2 tokens, got {context}")
     rng = np.random.default_rng(seed)
 
     def drawn(mean: float) -> np.ndarray:
@@ -124,7 +122,7 @@ class Workload:
 
     def lengths(self, preset: Preset | None, model: ModelConfig) -> list[Lengths]:
         """Lengths and arrivals; what is not given is as the preset says. UsageError if they are invalid."""
-        requests = self.requests or (preset.requests if preset else None)
+        requests = self.requests or (preset.requests if preset else 64)
         output = self.output_tokens or (preset.output_tokens if preset else 64)
         context = self.context or (preset.context if preset else min(1024, model.max_position_embeddings))
         check_context(context, model)
@@ -136,11 +134,11 @@ class Workload:
         if from_trace:
             lengths = trace_lengths(self.workload, self.requests, context, at_once=self.arrivals != "trace")
         elif self.workload == "sharegpt":
-            lengths = sharegpt_lengths(requests or 64, context, self.seed)
+            lengths = sharegpt_lengths(requests, context, self.seed)
         elif self.workload == "fixed":
-            lengths = fixed_lengths(requests or 64, context, output)
+            lengths = fixed_lengths(requests, context, output)
         else:
-            lengths = drawn_lengths(requests or 64, context, output, self.seed)
+            lengths = drawn_lengths(requests, context, output, self.seed)
         if self.arrivals in ("at_once", "trace"):
             return lengths
         try:

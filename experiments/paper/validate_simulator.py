@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,10 +146,8 @@ def ratio_errors(rows: list[dict]) -> np.ndarray:
     """Of every two measured runs of a sweep: error of the simulated ratio of their speeds, larger over smaller."""
     errors = []
     for source in {row["source"] for row in rows}:
-        pairs = [(row["stated"], row["simulated"]) for row in rows if row["source"] == source]
-        for i, (said, simulated) in enumerate(pairs):
-            errors += [abs(np.log(simulated / other_simulated * other_said / said))
-                       for other_said, other_simulated in pairs[:i]]  # fmt: skip
+        logs = [np.log(row["simulated"] / row["stated"]) for row in rows if row["source"] == source]
+        errors += [abs(one - other) for one, other in combinations(logs, 2)]
     return np.exp(errors) - 1
 
 

@@ -40,7 +40,7 @@ from fluxmoe.runtime.memory.budget import format_bytes, parse_bytes
 from ..commands.pack_checkpoint import pack_checkpoint
 from ..lib import wall
 from ..lib.args import group, option
-from ..lib.disks import direct_read_rate, drop_cached
+from ..lib.disks import drop_cached, read_rate
 from ..lib.gguf import write_gguf
 from ..lib.machines import Machine
 from ..lib.models import ModelChoice, Source
@@ -50,7 +50,7 @@ from ..lib.sweep import Sweep
 from ..plots.walls import plot_walls
 from .engines import RefusedError, WorkerPeer
 from .phases import AHEAD
-from .versus import version_of, version_of_vllm
+from .versus import version_of
 
 NO_WALL = "none"
 LLAMA, VLLM = "llama.cpp", "vllm"
@@ -346,7 +346,7 @@ def run(args: Arguments) -> None:
         wall.check()
     versions = {
         LLAMA: version_of(args.llama_python, {}, "llama_cpp") if args.llama_python else None,
-        VLLM: version_of_vllm(args.vllm_python, {}) if args.vllm_python else None,
+        VLLM: version_of(args.vllm_python, {}, "vllm") if args.vllm_python else None,
     }
     files = prepare(args)
     asked = {name: getattr(args, name) for name in ("prompt_tokens", "output_tokens", "seconds", "eager")}
@@ -360,7 +360,7 @@ def run(args: Arguments) -> None:
         processes = args.rounds * sum(len(turns(args, files, setup)) for setup in setups)
         taken = Turns(args, files, sweep, processes)
         for number in range(args.rounds):
-            bounds = Bounds(model, direct_read_rate(sorted(files.packed.glob("*.flux"))))
+            bounds = Bounds(model, read_rate(sorted(files.packed.glob("*.flux"))))
             for setup in setups:
                 taken.round(number, setup, bounds)
         report(sweep.rows, args.walls)

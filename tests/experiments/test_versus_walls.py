@@ -14,7 +14,7 @@ import torch
 from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib import wall
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
-from fluxmoe.experiments.lib.disks import direct_read_rate, drop_cached
+from fluxmoe.experiments.lib.disks import drop_cached, read_rate
 from fluxmoe.experiments.lib.gguf import write_gguf
 from fluxmoe.experiments.lib.models import preset_config
 from fluxmoe.experiments.lib.results import UsageError, read_csv
@@ -203,9 +203,9 @@ def test_files_are_read_past_the_page_cache(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(9 << 20))
     drop_cached([path])
-    rate = direct_read_rate([path], seconds=0.05)
+    rate = read_rate([path], seconds=0.05)
     assert rate is None or rate > 0
-    assert direct_read_rate([tmp_path / "missing"]) is None
+    assert read_rate([tmp_path / "missing"]) is None
 
 
 # As much of llama_cpp as the worker uses: the token after t is t + 1. It eats memory at a prompt of 33 tokens.

@@ -23,13 +23,14 @@ import torch
 from numba import njit, prange, types
 from torch import Tensor
 
-from ..ops import AttentionMetadata, KernelError, RopeTable
+from ..ops import AttentionMetadata, KernelError, LayerDims, RopeTable
 from .gemm import LANES, Scratch, padded, zeros
 from .norm import rms_scale
 from .simd import exp_f32, fetch_add, float_bits, largest, round_bf16, round_row, store_u16, store_u32
 from .tile import BF16_DOT, DOT_ROWS, FP32, MAX_ROWS, gemm_tile, kind_of
 
-NO_NORM, HEAD_NORM, FULL_NORM = 0, 1, 2
+_NORMS = {"none": 0, "head": 1, "full": 2}
+_NO_WEIGHT = np.zeros(0, np.float32)
 
 
 def kv_block_shape(block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -169,16 +170,9 @@ def _attention(
                     for p in range(min(panels_per_block, (end - b * block_size + 15) // 16)):
                         y = score.ctypes.data + h * rows * score_stride + (b * block_size - origin + p * 16) * 4
                         gemm_tile(
-                            at + p * k_panel,
-                            kind,
-                            rows_at.ctypes.data + 8 * h * rows,
-                            rows,
-                            dim,
-                            ahead,
-                            y,
-                            score_stride,
-                            0,
-                        )
+                            at + p * k_panel, kind, rows_at.ctypes.data + 8 * h * rows, rows, dim, ahead, y,
+                            score_stride, 0,
+                        )  # fmt: skip
             for h in range(last_head - head):
                 for r in range(rows):
                     i = h * rows + r
@@ -224,17 +218,20 @@ class AttentionBuffers:
         self.scores = zeros(threads, rows, positions)
         self.out = zeros(threads, rows, padded(head_dim))
         self.row_tables = zeros(threads, 8, dtype=torch.int64)
+        self._tasks: tuple[AttentionMetadata, np.ndarray] | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in vars(self).values())
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
     def tasks(self, metadata: AttentionMetadata, heads: int, kv_heads: int) -> np.ndarray:
-        """int64 [tasks, 5]: sequence, first row, rows, first KV head, the one behind the last.
+        """int64 [tasks, 5]: sequence, first row, rows, first KV head, the one behind the last; the same in all layers.
 
         A row is a query head of a token. All rows of a task fit this scratch, and there are four tasks a thread where
         there are as many heads.
         """
+        if self._tasks is not None and self._tasks[0] is metadata:
+            return self._tasks[1]
         threads, most, _ = self.q.shape
         all_rows = np.diff(metadata.query_start.numpy()).astype(np.int64) * (heads // kv_heads)
         tiles = -(-all_rows // most)
@@ -246,93 +243,35 @@ class AttentionBuffers:
         tile = np.repeat(np.arange(len(sequence)), shares)
         share = np.arange(len(tile)) - np.repeat(np.cumsum(shares) - shares, shares)
         bounds = [(share + i) * kv_heads // shares[tile] for i in (0, 1)]
-        return np.stack([sequence[tile], first[tile], rows[tile], *bounds], axis=1)
-
-
-def prepare_qkv(
-    qkv: Tensor,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    norm: int,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    clip: float,
-    rope: RopeTable,
-    metadata: AttentionMetadata,
-    k_cache: Tensor,
-    v_cache: Tensor,
-) -> None:
-    """QK-norm (NO_NORM, HEAD_NORM: weight [D], FULL_NORM: weight [heads·D]), clip (0: none), RoPE; in place.
-
-    qkv fp32 [T, ≥ (heads + 2·kv_heads)·D] becomes normalised and rotated; K and V are rounded to the cache's
-    dtype (nearest even) and written to `metadata.slot_mapping`.
-    """
-    _prepare_qkv(
-        qkv.numpy(),
-        heads,
-        kv_heads,
-        head_dim,
-        norm,
-        q_weight.numpy(),
-        k_weight.numpy(),
-        eps,
-        clip,
-        metadata.positions.numpy(),
-        metadata.slot_mapping.numpy(),
-        rope.cos.numpy(),
-        rope.sin.numpy(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        k_cache.stride(0) * k_cache.itemsize,
-        v_cache.stride(0) * v_cache.itemsize,
-        metadata.block_size,
-        k_cache.dtype == torch.bfloat16,
-    )
+        self._tasks = metadata, np.stack([sequence[tile], first[tile], rows[tile], *bounds], axis=1)
+        return self._tasks[1]
 
 
 def attention(
-    qkv: Tensor,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    window: int,
-    metadata: AttentionMetadata,
-    tasks: np.ndarray,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    out: Tensor,
-    buffers: AttentionBuffers,
+    dims: LayerDims, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, rope: RopeTable,
+    metadata: AttentionMetadata, k_cache: Tensor, v_cache: Tensor, out: Tensor, buffers: AttentionBuffers,
     scratch: Scratch,
-) -> Tensor:
-    """Causal attention of the batch's queries over their cached contexts; window 0 means no sliding window.
+) -> Tensor:  # fmt: skip
+    """QK-norm, clip, RoPE and KV write, then causal attention of the queries over their cached contexts, in `out`.
 
-    qkv: as `prepare_qkv` left it; tasks: of the same metadata; out fp32 [T, heads·D].
+    qkv fp32 [T, ≥ (heads + 2·kv_heads)·D] becomes normalised and rotated; q_norm, k_norm fp32: [D] by head, [heads·D]
+    of all; K and V are rounded to the cache's dtype (nearest even) and written to `metadata.slot_mapping`. out fp32
+    [T, heads·D].
     """
+    sizes = qkv.numpy(), dims.heads, dims.kv_heads, dims.head_dim
+    norms = (_NO_WEIGHT if weight is None else weight.numpy() for weight in (q_norm, k_norm))
+    caches = (
+        k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride(0) * k_cache.itemsize,
+        v_cache.stride(0) * v_cache.itemsize, metadata.block_size,
+    )  # fmt: skip
+    _prepare_qkv(
+        *sizes, _NORMS[dims.qk_norm], *norms, dims.eps, dims.clip_qkv, metadata.positions.numpy(),
+        metadata.slot_mapping.numpy(), rope.cos.numpy(), rope.sin.numpy(), *caches, k_cache.dtype == torch.bfloat16,
+    )  # fmt: skip
     _attention(
-        qkv.numpy(),
-        heads,
-        kv_heads,
-        head_dim,
-        np.float32(head_dim**-0.5),
-        window,
-        tasks,
-        metadata.query_start.numpy(),
-        metadata.context_lens.numpy(),
-        metadata.block_table.numpy(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        k_cache.stride(0) * k_cache.itemsize,
-        v_cache.stride(0) * v_cache.itemsize,
-        metadata.block_size,
-        kind_of(k_cache.dtype),
-        out.numpy(),
-        buffers.q.numpy(),
-        buffers.scores.numpy(),
-        buffers.out.numpy(),
-        buffers.row_tables.numpy(),
-        scratch.counter,
-        scratch.threads,
-    )
+        *sizes, np.float32(dims.head_dim**-0.5), dims.window, buffers.tasks(metadata, dims.heads, dims.kv_heads),
+        metadata.query_start.numpy(), metadata.context_lens.numpy(), metadata.block_table.numpy(), *caches,
+        kind_of(k_cache.dtype), out.numpy(), buffers.q.numpy(), buffers.scores.numpy(), buffers.out.numpy(),
+        buffers.row_tables.numpy(), scratch.counter, scratch.threads,
+    )  # fmt: skip
     return out

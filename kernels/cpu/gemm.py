@@ -116,20 +116,10 @@ def linear(x: Tensor, weight: Tensor, n: int, kind: int, y: Tensor, scratch: Scr
     assert kind != BF16_DOT or scratch.rounded.numel() >= rows * depth, f"{list(x.shape)} do not fit"
     if rows:
         _linear(
-            weight.data_ptr(),
-            kind,
-            depth,
-            padded(n) // LANES,
-            x.data_ptr(),
-            x.stride(0) * 4,
-            rows,
-            scratch.rounded.data_ptr(),
-            y.data_ptr(),
-            y.stride(0) * 4,
-            scratch.row_table,
-            scratch.counter,
+            weight.data_ptr(), kind, depth, padded(n) // LANES, x.data_ptr(), x.stride(0) * 4, rows,
+            scratch.rounded.data_ptr(), y.data_ptr(), y.stride(0) * 4, scratch.row_table, scratch.counter,
             scratch.threads,
-        )
+        )  # fmt: skip
     return y[:rows, :n]
 
 
@@ -160,8 +150,3 @@ class Scratch:
     @property
     def nbytes(self) -> int:
         return self.counter.nbytes + self.row_table.nbytes + self.rounded.nbytes
-
-
-def linear_torch(x: Tensor, weight: Tensor) -> Tensor:
-    """Reference in float64: x [M, K], weight [N, K] → [M, N]."""
-    return x.double() @ weight.double().t()

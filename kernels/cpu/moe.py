@@ -44,13 +44,8 @@ _PLANAR12 = FORMATS["planar12"].number
 _CHUNK_ROWS = 48
 
 
-def gate_up_bytes(intermediate: int, hidden: int, dtype: torch.dtype) -> int:
-    """Bytes of an arranged gate/up block."""
-    return 2 * padded(intermediate) * hidden * dtype.itemsize
-
-
 def arrange_gate_up(gate_up: Tensor, out: Tensor) -> None:
-    """Write gate_up [2I, H] (gate rows, then up rows) into `out`, uint8 [gate_up_bytes(I, H, dtype)]."""
+    """Write gate_up [2I, H] (gate rows, then up rows) into `out`, uint8."""
     double, hidden = gate_up.shape
     bits = torch.int16 if gate_up.dtype == torch.bfloat16 else torch.int32
     panels = out.view(bits).view(-1, 2, hidden, LANES)
@@ -322,26 +317,12 @@ def gate_up(
     """activation[r] = silu(x[token of r] @ gate^T) * (x[token of r] @ up^T); x fp32 [T, H]. chosen uint8 [E]: rows of
     these experts alone."""
     _gate_up(
-        table.addresses.numpy(),
-        table.formats.numpy(),
-        (b.all if chosen is None else chosen).numpy(),
-        kind_of(dtype),
-        x.shape[1],
-        padded(intermediate) // LANES,
-        x.data_ptr(),
-        x.stride(0) * 4,
-        len(x),
-        b.rounded.data_ptr(),
-        routing.row_token.numpy(),
-        routing.expert_start.numpy(),
-        b.activation.data_ptr(),
-        b.activation.stride(0) * b.activation.itemsize,
-        s.row_table,
-        b.tiles.numpy(),
-        b.rooms.numpy(),
-        s.counter,
+        table.addresses.numpy(), table.formats.numpy(), (b.all if chosen is None else chosen).numpy(), kind_of(dtype),
+        x.shape[1], padded(intermediate) // LANES, x.data_ptr(), x.stride(0) * 4, len(x), b.rounded.data_ptr(),
+        routing.row_token.numpy(), routing.expert_start.numpy(), b.activation.data_ptr(),
+        b.activation.stride(0) * b.activation.itemsize, s.row_table, b.tiles.numpy(), b.rooms.numpy(), s.counter,
         s.threads,
-    )
+    )  # fmt: skip
 
 
 def down(
@@ -350,22 +331,11 @@ def down(
 ) -> None:  # fmt: skip
     """expert_out[r] = activation[r, :I] @ down^T. chosen uint8 [E]: rows of these experts alone."""
     _down(
-        table.addresses.numpy(),
-        table.formats.numpy(),
-        (b.all if chosen is None else chosen).numpy(),
-        kind_of(dtype),
-        intermediate,
-        b.expert_out.shape[1] // LANES,
-        b.activation.data_ptr(),
-        b.activation.stride(0) * b.activation.itemsize,
-        routing.expert_start.numpy(),
-        b.expert_out.data_ptr(),
-        b.expert_out.stride(0) * 4,
-        s.row_table,
-        b.rooms.numpy(),
-        s.counter,
-        s.threads,
-    )
+        table.addresses.numpy(), table.formats.numpy(), (b.all if chosen is None else chosen).numpy(), kind_of(dtype),
+        intermediate, b.expert_out.shape[1] // LANES, b.activation.data_ptr(),
+        b.activation.stride(0) * b.activation.itemsize, routing.expert_start.numpy(), b.expert_out.data_ptr(),
+        b.expert_out.stride(0) * 4, s.row_table, b.rooms.numpy(), s.counter, s.threads,
+    )  # fmt: skip
 
 
 def combine(residual: Tensor, out: Tensor, routing: Routing, b: MoeBuffers) -> Tensor:

@@ -7,7 +7,6 @@ is free. Weights and KV cache keep the model's dtype.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
@@ -17,8 +16,6 @@ from . import attention as attn
 from . import delta_net, gates, gemm
 from .norm import rms_norm
 from .tile import kind_of
-
-_NORMS = {"none": attn.NO_NORM, "head": attn.HEAD_NORM, "full": attn.FULL_NORM}
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -48,7 +45,6 @@ class CpuOps:
         self._attention = attn.AttentionBuffers(
             dims.head_dim, limits.context, limits.block_size, self.threads, dims.dtype
         )
-        self._tasks: tuple[AttentionMetadata, np.ndarray] | None = None  # of attention, the same in all layers
         self._buffers = {
             "hidden": gemm.zeros(tokens, dims.hidden),
             "normed": gemm.zeros(tokens, dims.hidden),
@@ -67,7 +63,6 @@ class CpuOps:
             self._buffers["delta_in"] = gemm.zeros(tokens, pad(dims.delta.projected))
             self._buffers["delta_mixed"] = gemm.zeros(tokens, dims.delta.channels)
             self._buffers["delta_out"] = gemm.zeros(tokens, dims.delta.value_size)
-        self._no_norm = gemm.zeros(0)
         # Temporaries of torch's own: embedded tokens before they are upcast, the rows that are sampled from.
         transient = tokens * dims.hidden * dims.dtype.itemsize + limits.sequences * dims.hidden * 4
         self.workspace_bytes = (
@@ -108,16 +103,8 @@ class CpuOps:
         k_cache: Tensor, v_cache: Tensor,
     ) -> Tensor:  # fmt: skip
         """QK-norm, RoPE, KV write, then causal attention over the paged context: [T, heads·D]."""
-        d = self.dims
-        q_weight, k_weight = (self._no_norm if norm is None else norm for norm in (q_norm, k_norm))
-        attn.prepare_qkv(
-            qkv, d.heads, d.kv_heads, d.head_dim, _NORMS[d.qk_norm], q_weight, k_weight, d.eps, d.clip_qkv, rope,
-            metadata, k_cache, v_cache,
-        )  # fmt: skip
-        if self._tasks is None or self._tasks[0] is not metadata:
-            self._tasks = metadata, self._attention.tasks(metadata, d.heads, d.kv_heads)
         return attn.attention(
-            qkv, d.heads, d.kv_heads, d.head_dim, d.window, metadata, self._tasks[1], k_cache, v_cache,
+            self.dims, qkv, q_norm, k_norm, rope, metadata, k_cache, v_cache,
             self._buffers["attended"][: len(qkv)], self._attention, self._scratch,
         )  # fmt: skip
 

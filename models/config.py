@@ -148,14 +148,6 @@ class ModelConfig:
             raise ConfigError(f"bos_token_id must be an integer or null, got {self.bos_token_id!r}")
 
     @property
-    def gate_up_shape(self) -> tuple[int, int]:
-        return 2 * self.moe_intermediate_size, self.hidden_size
-
-    @property
-    def down_shape(self) -> tuple[int, int]:
-        return self.hidden_size, self.moe_intermediate_size
-
-    @property
     def expert_params(self) -> int:
         """Parameters of one expert."""
         return 3 * self.hidden_size * self.moe_intermediate_size

@@ -173,22 +173,6 @@ class Timeline:
         )
         return sorted((s for s in resolved if s.end_ns > s.start_ns), key=lambda s: s.start_ns)
 
-    def overlap(self) -> float:
-        """Share of load time during which something was computed: 1 when all loads are hidden, 0 without loads."""
-        spans = self.spans
-        loads = [s for s in spans if s.kind == "load"]
-        compute = _union([s for s in spans if s.kind == "compute"])
-        total = sum(s.end_ns - s.start_ns for s in loads)
-        covered, first = 0, 0
-        for load in loads:
-            while first < len(compute) and compute[first][1] <= load.start_ns:
-                first += 1
-            for start, end in compute[first:]:
-                if start >= load.end_ns:
-                    break
-                covered += min(end, load.end_ns) - max(start, load.start_ns)
-        return covered / total if total else 0.0
-
     def trace(self) -> dict[str, Any]:
         """The Chrome trace: a track is a named thread, times in µs from its beginning."""
         spans = self.spans
@@ -228,14 +212,3 @@ def _in_flight(spans: Sequence[Span]) -> Iterator[Count]:
     for at_ns, change in changes:
         total += change
         yield Count("bytes in flight", at_ns, {"bytes": total})
-
-
-def _union(spans: Sequence[Span]) -> list[tuple[int, int]]:
-    """Stretches that spans, in the order of their starts, cover."""
-    merged: list[tuple[int, int]] = []
-    for span in spans:
-        if merged and span.start_ns <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], span.end_ns))
-        else:
-            merged.append((span.start_ns, span.end_ns))
-    return merged

@@ -5,6 +5,7 @@ Weights are row-major, gate rows before up rows, as in checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,20 @@ class Choice(NamedTuple):
 
     ids: Tensor
     weights: Tensor
+
+
+def add_mixture(
+    out: Tensor, x: Tensor, weights: Callable[[int], tuple[Tensor, Tensor]], experts: Tensor, row_weights: Tensor
+) -> Tensor:
+    """out [T, H] += Σ row_weights · expert(x), in the dtype of x [T, H]; returns out. weights(e) → gate_up [2I, H],
+    down [H, I] as in checkpoints; experts, row_weights [T, top_k], experts below 0 elsewhere."""
+    for expert in experts[experts >= 0].unique().tolist():
+        token, choice = torch.where(experts == expert)
+        gate_up, down = (weight.to(x.dtype) for weight in weights(expert))
+        gate, up = F.linear(x[token], gate_up).chunk(2, dim=-1)
+        y = F.linear(F.silu(gate) * up, down)
+        out.index_add_(0, token, y * row_weights[token, choice, None].to(y.dtype))
+    return out
 
 
 class TorchBlocks(ExpertBlocks):
@@ -67,20 +82,13 @@ class TorchExperts(ExpertLayer[Choice], TorchBlocks):
         return Choice(topk_ids.long(), topk_weights)
 
     def moe_add(self, x: Tensor, routing: Choice, experts: LayerExperts, residual: Tensor) -> Tensor:
-        here = (routing.ids >= 0) & (routing.ids < self.dims.experts)
-        experts.need(routing.ids[here].unique().cpu().numpy())
+        ids = torch.where(routing.ids < self.dims.experts, routing.ids, -1)
+        experts.need(ids[ids >= 0].unique().cpu().numpy())
         for d in (GATE_UP, DOWN):
             for _ in experts.ready(d):
                 pass  # all of them, before the first is used
-        out = residual.clone()
-        for expert in range(self.dims.experts):
-            token, choice = torch.where(routing.ids == expert)
-            if len(token):
-                gate_up, down = self.restore_expert(experts.table.blocks[expert])
-                gate, up = F.linear(x[token], gate_up.to(x.dtype)).chunk(2, dim=-1)
-                y = F.linear(F.silu(gate) * up, down.to(x.dtype))
-                out.index_add_(0, token, y * routing.weights[token, choice, None].to(y.dtype))
-        return out
+        blocks = experts.table.blocks
+        return add_mixture(residual.clone(), x, lambda e: self.restore_expert(blocks[e]), ids, routing.weights)
 
     def count_routed(self, routing: Choice, counts: Tensor) -> None:
         here = routing.ids[(routing.ids >= 0) & (routing.ids < self.dims.experts)]

@@ -122,9 +122,7 @@ class TorchOps(RowMajor):
         return F.linear(x, w, None if weight.bias is None else weight.bias.to(x.dtype))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.dims.eps)
-        return (y * weight.float()).to(x.dtype)
+        return rms_norm(x.float(), weight.float(), self.dims.eps).to(x.dtype)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [n, heads, D] are the last n positions of k, v [context, kv_heads, D] → [n, heads·D]."""
@@ -139,6 +137,11 @@ class TorchOps(RowMajor):
         scores = torch.einsum("nhd,hcd->hnc", q, k).float() * d.head_dim**-0.5
         weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1).to(v.dtype)
         return rearrange(torch.einsum("hnc,hcd->nhd", weights, v), "n h d -> n (h d)")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · weight, row by row, in their dtype."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ triton_kernels; a buffer of rows summed afterwards, SonicMoE (arXiv 2512.14080).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -169,24 +169,6 @@ def interleave(gate_up_weight: Tensor, out: Tensor | None = None) -> Tensor:
 def deinterleave(weight: Tensor) -> Tensor:
     """Undo `interleave`."""
     return weight.view(weight.shape[0] // 2, 2, -1).transpose(0, 1).reshape(weight.shape)
-
-
-def moe_torch(
-    x: Tensor, weights: Callable[[int], tuple[Tensor, Tensor]], experts: Tensor, row_weights: Tensor
-) -> Tensor:
-    """Reference in float64: loops over experts. x [T, H]; weights(e) → gate_up [2I, H], down [H, I] as in checkpoints;
-    experts, row_weights [T, top_k] → [T, H].
-    """
-    out = torch.zeros(x.shape, dtype=torch.float64)
-    x = x.double()
-    for expert in range(int(experts.max()) + 1 if experts.numel() else 0):
-        token, choice = torch.where(experts == expert)
-        if len(token):
-            gate_up_weight, down_weight = (w.double() for w in weights(expert))
-            gate, up = (x[token] @ gate_up_weight.T).chunk(2, dim=-1)
-            y = torch.nn.functional.silu(gate) * up @ down_weight.T
-            out.index_add_(0, token, y * row_weights[token, choice, None].double())
-    return out
 
 
 def audit_cases() -> Iterator[Case]:

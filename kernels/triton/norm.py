@@ -86,12 +86,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     return out
 
 
-def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The same in float64, returned in float64."""
-    y = x.double()
-    return y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
-
-
 def audit_cases() -> Iterator[Case]:
     """For `kernels.audit`: the norm of Qwen3-30B-A3B and of Mixtral-8x7B."""
     for model, hidden in (("qwen3-30b-a3b", 2048), ("mixtral-8x7b", 4096)):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from fluxmoe.models.config import ConfigError, load_config
+from fluxmoe.models.decoder import expert_dims
 from transformers import AutoModelForCausalLM
 
 SIZES = {
@@ -162,9 +163,8 @@ def test_top_level_original_length_has_priority(tmp_path):
 
 def test_sizes_count_what_is_stored(tmp_path):
     config = load_config(write(tmp_path, "mixtral", num_key_value_heads=2))
-    assert config.gate_up_shape == (64, 64)
-    assert config.down_shape == (64, 32)
-    assert config.expert_params == math.prod(config.gate_up_shape) + math.prod(config.down_shape)
+    assert expert_dims(config).shapes == ((64, 64), (64, 32))
+    assert config.expert_params == 64 * 64 + 64 * 32
     assert config.expert_bytes_total == 2 * 4 * (64 * 64 + 64 * 32) * 2
     assert config.kv_bytes_per_token == 2 * 2 * 2 * 8 * 2
 

@@ -28,23 +28,6 @@ def pieces(timeline):
     return [(s.track, s.name, s.start_ns, s.end_ns) for s in timeline.spans]
 
 
-@pytest.mark.parametrize(
-    ("compute", "share"),
-    [
-        ([(50, 80), (70, 120), (190, 310)], (50 + 100) / 200),
-        ([(0, 300)], 1),
-        ([(100, 200)], 0),
-        ([], 0),
-    ],
-)
-def test_overlap_is_the_hidden_share(compute, share):
-    timeline = timeline_at(
-        ("copy", "load", 0, 100), ("copy", "load", 200, 300), ("compute", "wait", 0, 300),
-        *(("compute", "compute", start, end) for start, end in compute),
-    )  # fmt: skip
-    assert timeline.overlap() == pytest.approx(share)
-
-
 def test_disabled_records_nothing():
     timeline = Timeline(enabled=False)
     with timeline.span("compute", "x"):
@@ -52,7 +35,6 @@ def test_disabled_records_nothing():
     timeline.count("KV blocks", 0, used=1)
     timeline.begin()
     assert (timeline.spans, timeline.counts) == ([], [])
-    assert timeline.overlap() == 0
     assert [event["ph"] for event in timeline.trace()["traceEvents"]] == ["M"]
 
 

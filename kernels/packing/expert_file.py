@@ -13,9 +13,11 @@ Integers are little endian. Sums are of xxHash (xxhash.com), 64 bits, which runs
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
+import mmap
 import os
 import struct
 from collections.abc import Callable, Sequence
@@ -44,6 +46,9 @@ _PART = 512 << 10
 # A header takes some hundred bytes; more than this is garbage, not a reason to allocate.
 _MAX_HEADER = 1 << 16
 _MAX_SIZE = 1 << 40
+# Of madvise since Linux 5.14; Python has no name for it.
+_POPULATE_READ = 22
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class ExpertFile:
         self.path, self.header, self.direct_io = path, header, False
         self._file: int | None = file
         self._direct: int | None = None
+        self._mapping: Tensor | None = None
         self._written: set[int] = set()
         try:
             if writable:
@@ -210,35 +216,40 @@ class ExpertFile:
 
     # Reading.
 
+    def mapped(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Its (gate_up, down) blocks where the page cache has them, uint8, for as long as the tensors live; of use once
+        they have been the targets of `read`. The file must not change from then on. OSError where it cannot be mapped.
+        """
+        if self._mapping is None:
+            # Private and writable, as torch wants memory to be: whoever writes to it by mistake changes no file.
+            self._mapping = torch.frombuffer(mmap.mmap(self._handle(), 0, flags=mmap.MAP_PRIVATE), dtype=torch.uint8)
+        places = (self.place(expert, d) for d in (GATE_UP, DOWN))
+        gate_up, down = (self._mapping[at : at + size] for at, size in zip(places, self.header.sizes, strict=True))
+        return gate_up, down
+
     def read(
         self, expert: int, tensor_type: int, target: Tensor, check: Check | None = None, cached: bool = False
     ) -> None:
         """Fill the beginning of `target`, uint8 in host memory, with a block. Releases the GIL.
 
         Where `target` begins at a page and holds whole pages, the read goes past the page cache; not with `cached`,
-        for what is read at each start of a program: it is as fast as memory from the second on. PackingError naming
-        file and expert when the disk fails, the sum is wrong, or `check` refuses the block.
+        for what is read at each start of a program: it is as fast as memory from the second on. What is `mapped` is
+        not copied. PackingError naming file and expert when the disk fails, the sum is wrong, or `check` refuses the
+        block.
         """
         what, size = _name(expert, tensor_type), self.header.sizes[tensor_type]
         total, text = _RECORD.unpack_from(self._records[expert, tensor_type])
         if not total:
             raise PackingError(f"{self.path}: {what} is not there")
-        past_cache = not cached and target.data_ptr() % PAGE == 0 and target.numel() >= pages(size)
-        view, place, done, digest = target.numpy(), self.place(expert, tensor_type), 0, xxhash.xxh3_64()
-        while done < size:
-            direct = self.direct_io and past_cache
-            part = view[done : pages(size) if direct else min(size, done + _PART)]
-            try:
-                got = os.preadv(self._handle(direct), [part.data], place + done)
-            except OSError as error:
-                if direct and error.errno == errno.EINVAL:
-                    self.direct_io = False  # some file systems take the flag and refuse the read
-                    continue
-                raise PackingError(f"reading {what} from {self.path} failed: {error.strerror}") from None
-            if got == 0:
-                raise PackingError(f"reading {what} from {self.path} failed: the file ends early")
-            digest.update(view[done : min(size, done + got)].data)
-            done += got
+        place, digest = self.place(expert, tensor_type), xxhash.xxh3_64()
+        try:
+            if self._mapping is not None and target.data_ptr() == self._mapping.data_ptr() + place:
+                self._bring(place, size)
+                digest.update(target.numpy().data)
+            else:
+                self._copy(place, size, target, cached, digest)
+        except OSError as error:
+            raise PackingError(f"reading {what} from {self.path} failed: {error.strerror}") from None
         digest.update(self._records[expert, tensor_type, _RECORD.size : _RECORD.size + text].data)
         if _not_nothing(digest) != total:
             raise PackingError(f"{self.path}: {what} is corrupt, its sum is wrong; pack the checkpoint again")
@@ -248,6 +259,35 @@ class ExpertFile:
                 check(self.header.format, tensor_type, target[:size], recipe)
             except PackingError as error:
                 raise PackingError(f"{self.path}: {what} is damaged: {error}; pack the checkpoint again") from None
+
+    def _copy(self, place: int, size: int, target: Tensor, cached: bool, digest: xxhash.xxh3_64) -> None:
+        """Read a block, and sum it up. OSError."""
+        past_cache = not cached and target.data_ptr() % PAGE == 0 and target.numel() >= pages(size)
+        view, done = target.numpy(), 0
+        while done < size:
+            direct = self.direct_io and past_cache
+            part = view[done : pages(size) if direct else min(size, done + _PART)]
+            try:
+                got = os.preadv(self._handle(direct), [part.data], place + done)
+            except OSError as error:
+                if direct and error.errno == errno.EINVAL:
+                    self.direct_io = False  # some file systems take the flag and refuse the read
+                    continue
+                raise
+            if got == 0:
+                raise OSError(errno.EIO, "the file ends early")
+            digest.update(view[done : min(size, done + got)].data)
+            done += got
+
+    def _bring(self, place: int, size: int) -> None:
+        """Have a block of the mapping in the page cache, read in one go. OSError, where touching it would be SIGBUS."""
+        assert self._mapping is not None, "what is mapped is brought"
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._handle(), place, size, os.POSIX_FADV_WILLNEED)
+        address = self._mapping.data_ptr() + place
+        failed = _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _POPULATE_READ)
+        if failed and ctypes.get_errno() == errno.EFAULT:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def drop_cache(self) -> None:
         """What was read or written through the page cache need not stay in it."""

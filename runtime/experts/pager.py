@@ -136,11 +136,13 @@ class ExpertPager:
         folder: Path | None = None,
         content: str = "",
         cache_bytes: int | None = None,
+        files: Mapping[int, ExpertFile] | None = None,
     ) -> None:
         """Allocate the tiers. pool: where experts that move lie on the device; None: one of the pager's own, which
         holds all of them. folder: where experts of the disk tier are kept, those of a model with digest `content`, and
-        found again; None: in nameless files of `config.disk_dir`. cache_bytes: see Footprint.cache_places. StoreError,
-        HostMemoryError or SlabError, which leave nothing behind."""
+        found again; None: in nameless files of `config.disk_dir`. cache_bytes: see Footprint.cache_places. files: those
+        of `put_from`, where kernels in the host may read experts that stay, without a copy. StoreError, HostMemoryError
+        or SlabError, which leave nothing behind."""
         assert self._store is None, "a pager is opened once"
         layout, config, decode = self.footprint.layout, self.config, self.ops.decode_expert
         with ExitStack() as undo:
@@ -151,7 +153,7 @@ class ExpertPager:
                 self._store = MovingStore(layout, self.device, pool, self.footprint.most_streamed, decode)
             else:
                 disk = self._open_disk(folder, content)
-                self._store = StaticStore(layout, self.device, decode, disk)
+                self._store = StaticStore(layout, self.device, decode, disk, files=files)
             undo.callback(self.store.close)
             if layout.cached:
                 self._store.cache = self._make_cache(self.footprint.cache_places(cache_bytes))

@@ -1,6 +1,7 @@
 """ExpertStore: the bytes of every expert, in the tier that placement chose; StaticStore, where they stay there.
 
-    RESIDENT, PACKED   one device arena a layer and tensor type; kernels read it in place
+    RESIDENT, PACKED   one device arena a layer and tensor type; kernels read it in place. On a CPU, experts of files
+                       that hold them as they are read have no arena: the files are mapped
     HOST               one host arena a layer and tensor type (page-locked for CUDA): a layer's load is one copy a type
     DISK               a file a layer: a load reads several experts at a time
 
@@ -17,6 +18,7 @@ from typing import NamedTuple
 from fluxmoe.kernels.cpu.copy import stream_copy
 from fluxmoe.kernels.ops import Recipes
 from fluxmoe.kernels.packing import Packed
+from fluxmoe.kernels.packing.expert_file import ExpertFile
 from torch import Tensor
 
 from ..devices import Device
@@ -173,6 +175,11 @@ class ExpertStore(ABC):
         assert self.disk is not None, "a store with experts on disk has files"
         return self.disk
 
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of those that lie where files are mapped: in the page cache, which counts as nobody's memory."""
+        return 0
+
     # Reading.
 
     @abstractmethod
@@ -255,7 +262,9 @@ class ExpertStore(ABC):
 
 class StaticStore(ExpertStore):
     """disk: the files of the DISK tier, if there are experts in it; the store closes them. host: by layer the arenas of
-    the HOST tier, filled already, in memory of the caller's; None: they are allocated here, for `put` to fill."""
+    the HOST tier, filled already, in memory of the caller's; None: they are allocated here, for `put` to fill. files:
+    by layer, of blocks as kernels of this device read them: what these read in place in host memory is mapped there,
+    and `target` says so; the caller may close them."""
 
     moves = False
 
@@ -266,8 +275,10 @@ class StaticStore(ExpertStore):
         decode: DecodeExpert | None = None,
         disk: DiskTier | None = None,
         host: Sequence[tuple[Tensor, Tensor]] | None = None,
+        files: Mapping[int, ExpertFile] | None = None,
     ) -> None:
         super().__init__(layout, device, decode)
+        self._files = dict(files or {}) if device.is_host else {}
         layers = range(layout.num_layers)
         self._members = {tier: [layout.placement.members(i, tier) for i in layers] for tier in Tier}
         self.disk = disk
@@ -283,6 +294,7 @@ class StaticStore(ExpertStore):
         try:
             self._arenas = {tier: [self._arena(i, tier) for i in layers] for tier in DEVICE_TIERS}
             self._arenas[Tier.HOST] = [self._arena(i, Tier.HOST) for i in layers] if host is None else list(host)
+            self._rooms = {tier: [self._rooms_of(i, tier) for i in layers] for tier in self._arenas}
         except BaseException:
             self.close()
             raise
@@ -298,7 +310,7 @@ class StaticStore(ExpertStore):
         return LoadPlan(layer, streamed, places, host_runs, self._arenas[Tier.PACKED][layer])
 
     def _arena(self, layer: int, tier: Tier) -> tuple[Tensor, Tensor]:
-        members = self._members[tier][layer]
+        members = [] if self._maps(layer, tier) else self._members[tier][layer]
         sizes = [len(members) * self._stride(tier, d) if members else 0 for d in (0, 1)]
         make = self._memory.empty if tier is Tier.HOST else self.device.empty
         try:
@@ -313,6 +325,26 @@ class StaticStore(ExpertStore):
             ) from None
         return gate_up, down
 
+    def _maps(self, layer: int, tier: Tier) -> bool:
+        """Whether a layer's experts of a tier lie where their file is mapped."""
+        if tier not in DEVICE_TIERS or layer not in self._files or self.layout.streams(tier):
+            return False
+        return self._files[layer].header.format == self.layout.stored(tier)
+
+    def _rooms_of(self, layer: int, tier: Tier) -> list[tuple[Tensor, Tensor]]:
+        """The (gate/up, down) blocks of a layer's experts of a tier in memory, in order."""
+        members = self._members[tier][layer]
+        if not members:
+            return []
+        if not self._maps(layer, tier):
+            arenas = enumerate(self._arenas[tier][layer])
+            gate_ups, downs = (self._blocks(tier, d, arena, len(members)) for d, arena in arenas)
+            return list(zip(gate_ups, downs, strict=True))
+        try:
+            return [self._files[layer].mapped(expert) for expert in members]
+        except OSError as error:
+            raise StoreError(f"{self._files[layer].path} cannot be mapped: {error.strerror}") from None
+
     def stored(self, layer: int, expert: int) -> str:
         return self.layout.stored(self.tier_of(layer, expert))
 
@@ -324,15 +356,9 @@ class StaticStore(ExpertStore):
             room.copy_(block)
 
     def _room(self, where: Where) -> tuple[Tensor, Tensor]:
-        """The blocks of an expert in memory, inside its tier's arena."""
+        """The blocks of an expert in memory."""
         (layer, expert), tier = where, self.tier_of(*where)
-        place, sizes = self._members[tier][layer].index(expert), self.layout.sizes[self.layout.stored(tier)]
-        begins = (place * self._stride(tier, d) for d in (0, 1))
-        gate_up, down = (
-            arena[begin : begin + size]
-            for arena, begin, size in zip(self._arenas[tier][layer], begins, sizes, strict=True)
-        )
-        return gate_up, down
+        return self._rooms[tier][layer][self._members[tier][layer].index(expert)]
 
     def target(self, layer: int, expert: int) -> tuple[Tensor, Tensor] | None:
         tier = self.tier_of(layer, expert)
@@ -352,18 +378,22 @@ class StaticStore(ExpertStore):
         return self.layout.slot_bytes(tensor_type)
 
     def tier_bytes(self, tier: Tier) -> int:
-        return sum(arena.nbytes for pair in self._arenas[tier] for arena in pair)
+        return sum(arena.nbytes for pair in self._arenas[tier] for arena in pair) + self._mapped_bytes(tier)
+
+    def _mapped_bytes(self, tier: Tier) -> int:
+        mapped = sum(len(each) for i, each in enumerate(self._members[tier]) if self._maps(i, tier))
+        return mapped * self.layout.expert_bytes(self.layout.stored(tier)) if mapped else 0
+
+    @property
+    def mapped_bytes(self) -> int:
+        return sum(map(self._mapped_bytes, DEVICE_TIERS))
 
     def blocks_in_place(self, layer: int) -> dict[int, Block]:
         blocks: dict[int, Block] = {}
         for tier in (*DEVICE_TIERS, Tier.HOST):
-            members = self._members[tier][layer]
-            if members and not self.layout.streams(tier):
-                arenas = enumerate(self._arenas[tier][layer])
-                blocks_of = (self._blocks(tier, d, arena, len(members)) for d, arena in arenas)
-                read = self.layout.read(tier)
-                for expert, gate_up, down in zip(members, *blocks_of, strict=True):
-                    blocks[expert] = Block((gate_up, down), read)
+            if not self.layout.streams(tier):
+                rooms = zip(self._members[tier][layer], self._rooms[tier][layer], strict=True)
+                blocks |= {expert: Block(pair, self.layout.read(tier)) for expert, pair in rooms}
         if self.cache is not None:
             # Until they come, when the cache says where to.
             anywhere = Block(self.cache.pair(0), self.layout.read(Tier.DISK))

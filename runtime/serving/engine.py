@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from fluxmoe.kernels.ops import AttentionMetadata
+from fluxmoe.kernels.packing.expert_file import ExpertFile
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.decoder import Decoder, expert_dims, layer_dims
 from torch import Tensor
@@ -107,7 +108,8 @@ class Engine(ServingLoop):
         self.pool = kind.make_slabs(*self.deployment.pool_shape, poison=config.poison)
         resources.callback(self.pager.close)
         pool = self.pool if config.adaptive else None
-        self.pager.open(pool, *self._disk_folder(checkpoint), self.deployment.reserve_cache())
+        files = self._files_of_blocks(checkpoint, resources)
+        self.pager.open(pool, *self._disk_folder(checkpoint), self.deployment.reserve_cache(), files)
         host_blocks = num_blocks if config.preemption == "swap" else 0
         self.kv = PagedKVCache(
             self.deployment.kv_layout, self.pool, host_blocks, pin=host_blocks > 0 and kind.asynchronous
@@ -119,7 +121,7 @@ class Engine(ServingLoop):
             self.kv.blocks, config.block_size, self.deployment.max_sequences, limits.tokens, config.preemption,
             limits.context, eos_token_ids=model.eos_token_ids, host_blocks=host_blocks,
         )  # fmt: skip
-        self.decoder = self._load(checkpoint, limits.context)
+        self.decoder = self._load(checkpoint, files, limits.context)
         self.states: StateCache | None = None
         if model.delta is not None:
             self.states = StateCache(model.delta, *self.deployment.state_sizes, self.device)
@@ -158,7 +160,14 @@ class Engine(ServingLoop):
         name = f"fluxmoe-{backend}-{expert_format}-{content[:12]}"
         return (self.config.disk_dir or checkpoint.directory) / name, content
 
-    def _load(self, checkpoint: Checkpoint, context: int) -> Decoder:
+    def _files_of_blocks(self, checkpoint: Checkpoint, resources: ExitStack) -> dict[int, ExpertFile] | None:
+        """By layer, of a checkpoint whose experts are blocks of these kernels."""
+        packed = checkpoint.packed
+        if packed is None or packed.header.backend != self.pager.ops.backend:
+            return None
+        return {i: resources.enter_context(packed.file(layer)) for i, layer in enumerate(self.model.moe_layers)}
+
+    def _load(self, checkpoint: Checkpoint, files: dict[int, ExpertFile] | None, context: int) -> Decoder:
         """Stream the checkpoint into decoder and pager."""
         decoder = Decoder(self.model, self.ops, context)
         pager, rank = self.pager, {layer: i for i, layer in enumerate(self.model.moe_layers)}
@@ -166,16 +175,12 @@ class Engine(ServingLoop):
         progress = tqdm(total=len(wanted), desc="experts", disable=not self.config.progress, leave=False, unit="expert")
         with ExitStack() as loading:
             loading.enter_context(progress)
-            packed = checkpoint.packed
-            in_blocks = packed is not None and packed.header.backend == pager.ops.backend
-            if packed is not None and in_blocks:
-                layers = {i for i, _ in wanted}
-                files = {i: loading.enter_context(packed.file(layer)) for layer, i in rank.items() if i in layers}
+            if files is not None:
                 loading.enter_context(pager.put_from(files, progress.update))
             # Meanwhile.
             for role, layer, weight in checkpoint.dense_tensors():
                 decoder.load(role, layer, weight)
-            if not in_blocks:
+            if files is None:
                 for layer, expert, *weights in checkpoint.experts(lambda i, expert: pager.wants(rank[i], expert)):
                     pager.put(rank[layer], expert, *weights)
                     progress.update()
@@ -258,7 +263,7 @@ class Engine(ServingLoop):
         On CUDA: the device's ledger, and by how much more is taken on the GPU than before the engine was made, kernels'
         code and what other processes do included. More than 2 % above the ledger is a warning.
 
-        On a CPU: both ledgers, and by how much more memory this process has touched. Less is
+        On a CPU: both ledgers, and by how much more memory this process has touched, with experts that it maps. Less is
         usual: a workspace is touched as far as it was needed, and malloc may have kept what others gave back. Compiled
         kernels, threads and what malloc keeps are in no ledger: only above 2 % and 256 MiB it is a warning.
         """
@@ -267,7 +272,8 @@ class Engine(ServingLoop):
         if kind.is_host:
             ledger += self.host_budget.used
         now = kind.taken_bytes()
-        held = None if now is None or self._taken_before is None else now - self._taken_before
+        mapped = self.pager.store.mapped_bytes
+        held = None if now is None or self._taken_before is None else now - self._taken_before + mapped
         return MemoryCheck.of(kind, ledger, held)
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ def written(path, experts=range(5), recipes=(None, RECIPE)):
     return path
 
 
-@pytest.mark.parametrize("target", ["pages", "bytes"])
+@pytest.mark.parametrize("target", ["pages", "bytes", "mapped"])
 def test_experts_come_back(tmp_path, target):
     path = written(tmp_path / "layer", experts=(3, 0))
     with ExpertFile(path, HEADER) as file:
@@ -48,6 +48,7 @@ def test_experts_come_back(tmp_path, target):
         for expert in (0, 3):
             for d, block in enumerate(blocks_of(expert)):
                 into = aligned(len(block)) if target == "pages" else torch.zeros(len(block), dtype=torch.uint8)
+                into = file.mapped(expert)[d] if target == "mapped" else into
                 file.read(expert, d, into)
                 assert torch.equal(into[: len(block)], block)
             assert file.recipe(expert, 0) is None
@@ -57,6 +58,29 @@ def test_experts_come_back(tmp_path, target):
             assert [(p.dtype, p.numel()) for p in recipe.planes.values()] == [(torch.int32, 7)]
         with pytest.raises(PackingError, match="gate_up of expert 1 is not there"):
             file.read(1, 0, aligned(5000))
+
+
+def test_what_is_mapped_outlives_the_file_and_is_not_the_file(tmp_path):
+    path = written(tmp_path / "layer")
+    before = path.read_bytes()
+    with ExpertFile(path, HEADER) as file:
+        gate_up, down = file.mapped(3)
+        file.read(3, 0, gate_up)
+        file.read(3, 1, down)
+    down.zero_()
+    assert path.read_bytes() == before
+    path.unlink()
+    assert torch.equal(gate_up, blocks_of(3)[0])
+
+
+def test_a_mapped_file_that_gives_no_bytes_is_an_error(tmp_path):
+    """Touching what is not there would be SIGBUS, as where the disk fails."""
+    path = written(tmp_path / "layer")
+    with ExpertFile(path, HEADER) as file:
+        gate_up, _ = file.mapped(4)
+        os.truncate(path, file.place(4, 0))
+        with pytest.raises(PackingError, match=r"reading gate_up of expert 4 .* failed"):
+            file.read(4, 0, gate_up)
 
 
 def test_more_experts_may_come_later_and_holes_take_no_room(tmp_path):

@@ -13,6 +13,7 @@ from fluxmoe.kernels.ops import ExpertDims
 from fluxmoe.kernels.packing.expert_file import ExpertFile, ExpertFileHeader
 from fluxmoe.runtime.experts.config import PagingConfig
 from fluxmoe.runtime.experts.disk import StoreError
+from fluxmoe.runtime.experts.footprint import EXPERT_LINES
 from fluxmoe.runtime.experts.pager import ExpertPager
 
 LAYERS = 3
@@ -36,26 +37,32 @@ def weights_of(layer: int, expert: int) -> list[torch.Tensor]:
     return [(each / 16).to(DIMS.dtype) for each in drawn]
 
 
-def opened(config: PagingConfig) -> ExpertPager:
+def opened(config: PagingConfig, files: dict[int, ExpertFile] | None = None) -> ExpertPager:
     pager = ExpertPager(DIMS, LAYERS, config, "cpu", max_tokens=4)
-    pager.open()
+    pager.open(files=files)
     return pager
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Of all layers, as the CPU kernels read them."""
+def written(tmp_path_factory):
+    """Files of all layers, as the CPU kernels read them: folder and header."""
     folder, ops = tmp_path_factory.mktemp("files"), CpuBlocks(DIMS)
     sizes = ops.expert_bytes(FORMAT)
     header = ExpertFileHeader(ops.backend, FORMAT, "bfloat16", DIMS.hidden, DIMS.intermediate, DIMS.experts, sizes, "x")
     blocks = (torch.empty(sizes[0], dtype=torch.uint8), torch.empty(sizes[1], dtype=torch.uint8))
+    for layer in range(LAYERS):
+        with ExpertFile.create(folder / f"{layer}", header) as file:
+            for expert in range(DIMS.experts):
+                gate_up, down = weights_of(layer, expert)
+                file.put(expert, blocks, ops.encode_expert(gate_up, down, blocks, FORMAT))
+            file.commit()
+    return folder, header
+
+
+@pytest.fixture
+def files(written):
+    folder, header = written
     with ExitStack() as stack:
-        for layer in range(LAYERS):
-            with ExpertFile.create(folder / f"{layer}", header) as file:
-                for expert in range(DIMS.experts):
-                    gate_up, down = weights_of(layer, expert)
-                    file.put(expert, blocks, ops.encode_expert(gate_up, down, blocks, FORMAT))
-                file.commit()
         yield {layer: stack.enter_context(ExpertFile(folder / f"{layer}", header)) for layer in range(LAYERS)}
 
 
@@ -67,10 +74,11 @@ def passes(pager: ExpertPager) -> list[torch.Tensor]:
     return [pager.experts(layer, x, ids, torch.full((3, 2), 0.5)) for layer in range(LAYERS)]
 
 
+@pytest.mark.parametrize("mapped", [False, True], ids=["copied", "mapped"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_the_same_as_one_by_one(config, files):
+def test_the_same_as_one_by_one(config, mapped, files):
     calls: Counter[bool] = Counter()
-    with opened(config) as expected, opened(config) as pager:
+    with opened(config) as expected, opened(config, files if mapped else None) as pager:
         for layer in range(LAYERS):
             for expert in range(DIMS.experts):
                 expected.put(layer, expert, *weights_of(layer, expert))
@@ -83,15 +91,35 @@ def test_the_same_as_one_by_one(config, files):
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize(("name", "share"), [("packed", 1), ("dense and packed", 1 / 2), ("resident", 0), ("host", 0),
+                                             ("packed, another format", 0)])  # fmt: skip
+def test_what_stays_as_its_file_has_it_is_not_copied(name, share, files):
+    before = [file.path.read_bytes() for file in files.values()]
+    with opened(CONFIGS[name], files) as pager:
+        each = pager.footprint.layout.expert_bytes(FORMAT) if share else 0
+        assert pager.store.mapped_bytes == share * LAYERS * DIMS.experts * each
+        held = {line: pager.store.tier_bytes(tier) for tier, line in EXPERT_LINES.items()}
+        assert pager.lines() == pager.lines() | held
+        # Another expert in its place is this process's alone.
+        pager.put(0, 0, *weights_of(2, 2))
+        with pager.put_from(files):
+            pass
+    assert [file.path.read_bytes() for file in files.values()] == before
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["copied", "mapped"])
 @pytest.mark.parametrize("name", ["packed", "resident"])
-def test_a_damaged_block_is_one_error_and_ends_all_reads(name, files, tmp_path):
+def test_a_damaged_block_is_one_error_and_ends_all_reads(name, mapped, files, tmp_path):
     healthy = files[1]
     damaged = bytearray(healthy.path.read_bytes())
     damaged[healthy.place(4, 1) + 5] ^= 1
     (tmp_path / "damaged").write_bytes(damaged)
-    with ExpertFile(tmp_path / "damaged", healthy.header) as file, opened(CONFIGS[name]) as pager:
+    with ExitStack() as stack:
+        file = stack.enter_context(ExpertFile(tmp_path / "damaged", healthy.header))
+        each = {**files, 1: file}
+        pager = stack.enter_context(opened(CONFIGS[name], each if mapped else None))
         what = f"layer 1: {file.path}: down of expert 4 is corrupt"
-        with pytest.raises(StoreError, match=what), pager.put_from({**files, 1: file}):
+        with pytest.raises(StoreError, match=what), pager.put_from(each):
             pass
         with pytest.raises(StoreError, match="expert 4 of layer 1"):
             pager.seal()

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
+from fluxmoe.kernels.host_memory import host_zeros
 from fluxmoe.kernels.ops import (
     AttentionMetadata,
     DeltaNetWeights,
@@ -212,7 +213,7 @@ class Decoder:
 
     def _arrange(self, weight: Tensor, arrange: Callable[[Tensor, Tensor], None], bias: Tensor | None = None) -> Linear:
         n, k = weight.shape
-        block = torch.empty(self.ops.arranged_bytes(n, k), dtype=torch.uint8)
+        block = host_zeros(self.ops.arranged_bytes(n, k))
         arrange(weight, block)
         vector = None if bias is None else self._vector(bias)
         return Linear(block.to(self.ops.device), n, k, weight.dtype, vector)

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import torch
+from fluxmoe.kernels.host_memory import host_zeros
 from fluxmoe.kernels.ops import ExpertDims, ExpertOps, LayerDims, Limits, Ops
 from torch import Tensor
 
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from .experts.streamer_cuda import CudaStreamer
     from .memory.region import BlockPool
     from .memory.slabs import SlabPool
-
-# Direct reads want offsets, lengths and addresses in multiples of the logical block size; 4096 suits all devices.
-PAGE = 4096
 
 
 class DeviceError(ValueError):
@@ -212,18 +209,10 @@ class CpuDevice(Device):
         return machine.touched_bytes()
 
     def empty(self, nbytes: int) -> Tensor:
-        raw = torch.empty(nbytes + PAGE, dtype=torch.uint8, device="cpu")
-        machine.prefer_huge_pages(raw.data_ptr(), raw.nbytes)
-        return self._from_page(raw, nbytes)
+        return host_zeros(nbytes)
 
     def zeros(self, nbytes: int) -> Tensor:
-        # numpy asks the system for zeros, which come page by page; torch writes them all.
-        return self._from_page(torch.from_numpy(np.zeros(nbytes + PAGE, dtype=np.uint8)), nbytes)
-
-    @staticmethod
-    def _from_page(raw: Tensor, nbytes: int) -> Tensor:
-        skip = -raw.data_ptr() % PAGE
-        return raw[skip : skip + nbytes]
+        return host_zeros(nbytes)
 
     def make_pool(self, max_bytes: int) -> BlockPool:
         from .memory.region import MemfdPool

@@ -24,13 +24,14 @@ from fluxmoe.kernels.cpu.gemm import default_threads
 from fluxmoe.kernels.cpu.tile import kind_of
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.formats import DENSE
+from fluxmoe.kernels.host_memory import PAGE, host_zeros
 from fluxmoe.kernels.ops import ExpertDims
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.hardware import measure_bandwidths
 
 from ..lib.args import option
 from ..lib.results import write_result
-from .experts import encoded, random_expert
+from .experts import random_expert
 from .timing import host_times
 
 # (hidden, intermediate, experts): the demo's shape, a layer of OLMoE-1B-7B, two of Qwen3-30B-A3B's width.
@@ -50,12 +51,18 @@ class Layer:
 
 def make_layer(hidden: int, intermediate: int, experts: int) -> Layer:
     dims = ExpertDims(hidden, intermediate, experts, 1, torch.bfloat16)
-    weights = [random_expert(dims) for _ in range(experts)]
-    dense, compressed = (
-        ExpertTable.from_blocks([encoded(CpuBlocks(dims), pair, name)[0] for pair in weights], "cpu", name)
-        for name in (DENSE, "planar12")
-    )
-    return Layer(dense, compressed, weights)
+    weights, encoder = [random_expert(dims) for _ in range(experts)], CpuBlocks(dims)
+
+    def table(name: str) -> ExpertTable:
+        # One arena a tensor type, as the engine has them.
+        sizes = [(nbytes, -(-nbytes // PAGE) * PAGE) for nbytes in encoder.expert_bytes(name)]
+        arenas = [host_zeros(experts * stride).view(experts, stride)[:, :nbytes] for nbytes, stride in sizes]
+        blocks = [(gate_up, down) for gate_up, down in zip(*arenas, strict=True)]
+        for pair, block in zip(weights, blocks, strict=True):
+            encoder.encode_expert(*pair, block, name)
+        return ExpertTable.from_blocks(blocks, "cpu", name)
+
+    return Layer(table(DENSE), table("planar12"), weights)
 
 
 def median_seconds(calls: Sequence[Callable[[], object]]) -> tuple[float, float]:

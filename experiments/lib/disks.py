@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fluxmoe.runtime.devices import HOST, PAGE
+from fluxmoe.kernels.host_memory import PAGE
+from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.experts.disk import READERS
 
 _BLOCK = 8 << 20

@@ -31,11 +31,11 @@ import xxhash
 from torch import Tensor
 
 from ..expert_table import DOWN, GATE_UP
+from ..host_memory import PAGE
 from .codec import Packed, PackingError
 
 MAGIC = b"FLUXEXPT"
 VERSION = 1
-PAGE = 4096
 # (format, tensor type, block, recipe) → PackingError unless it is safe to use the block: `ExpertBlocks.check_expert`.
 Check = Callable[[str, int, Tensor, Packed | None], None]
 _PREFIX = struct.Struct("<8sIIQ")

@@ -23,7 +23,7 @@ from functools import cached_property
 import numpy as np
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE
-from fluxmoe.kernels.packing.expert_file import PAGE
+from fluxmoe.kernels.host_memory import PAGE
 
 from .placement import Placement, Tier
 

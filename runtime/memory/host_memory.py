@@ -40,7 +40,7 @@ class HostMemory:
         if not self.pin or not nbytes:
             try:
                 return HOST.empty(nbytes)
-            except RuntimeError:
+            except (RuntimeError, MemoryError):
                 raise HostMemoryError(f"cannot allocate {format_bytes(nbytes)} of host memory") from None
         with ExitStack() as undo:
             size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -12,9 +12,10 @@ import torch
 import xxhash
 from fluxmoe.kernels.expert_blocks import ExpertBlocks, blocks_of
 from fluxmoe.kernels.formats import fitting
+from fluxmoe.kernels.host_memory import PAGE
 from fluxmoe.kernels.ops import ExpertDims
 from fluxmoe.kernels.packing import Packed
-from fluxmoe.kernels.packing.expert_file import PAGE, ExpertFile, ExpertFileHeader
+from fluxmoe.kernels.packing.expert_file import ExpertFile, ExpertFileHeader
 
 # Rows and columns of planar12's last tiles are not all used.
 DIMS = ExpertDims(hidden=232, intermediate=248, experts=1, top_k=1, dtype=torch.bfloat16)

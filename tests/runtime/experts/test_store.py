@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fluxmoe.kernels.host_memory import PAGE
 from fluxmoe.kernels.packing import Packed
 from fluxmoe.kernels.packing.expert_file import ExpertFileHeader
-from fluxmoe.runtime.devices import HOST, PAGE
+from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.experts import disk as disk_module
 from fluxmoe.runtime.experts import store as store_module
 from fluxmoe.runtime.experts.disk import DiskTier, StoreError

@@ -6,7 +6,7 @@ import mmap
 
 import pytest
 import torch
-from fluxmoe.runtime.devices import PAGE
+from fluxmoe.kernels.host_memory import PAGE
 from fluxmoe.runtime.experts import store
 from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.placement import Tier, place

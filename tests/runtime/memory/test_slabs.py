@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fluxmoe.runtime.devices import HOST, PAGE, CpuDevice
+from fluxmoe.kernels.host_memory import PAGE
+from fluxmoe.runtime.devices import HOST, CpuDevice
 from fluxmoe.runtime.memory.slabs import FREE, SlabError
 from fluxmoe.runtime.serving.kv_cache import KV_LINE, KVLayout, PagedKVCache
 from hypothesis import settings

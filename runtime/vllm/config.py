@@ -69,6 +69,7 @@ def paged_model_of(quant_config: FluxMoEConfig, vllm_config: Any) -> PagedModel:
     from ..devices import device_of
     from ..experts.config import SettingError
     from .paged_model import PagedModel
+    from .room import RoomInVllm, token_bytes
     from .settings import read_settings
 
     model = _models.get(quant_config)
@@ -83,12 +84,11 @@ def paged_model_of(quant_config: FluxMoEConfig, vllm_config: Any) -> PagedModel:
             settings = replace(settings, threads=torch.get_num_threads())
         tokens, room, follow = vllm_config.scheduler_config.max_num_batched_tokens, None, None
         if settings.kv_tokens is not None:
-            from .room import RoomInVllm
-
             room = RoomInVllm(vllm_config)
         if device_of(device).graphs:
             from .offloader import follow as follow_graphs
 
             follow = partial(follow_graphs, vllm_config)
-        model = _models[quant_config] = PagedModel(settings, device, tokens, room, follow)
+        token = partial(token_bytes, vllm_config)
+        model = _models[quant_config] = PagedModel(settings, device, tokens, room, follow, token)
     return model

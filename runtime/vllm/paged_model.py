@@ -56,7 +56,7 @@ _REPORT_EVERY_S = 60
 class PagedModel:
     """config: settings; device: of the model; max_tokens: of the largest pass; room: for experts and KV, asked for when
     the first expert comes, where config.kv_tokens chooses by it; follow: tells whoever captures graphs of the streamer,
-    where there may be graphs."""
+    where there may be graphs; token_bytes: of a token's KV, for the table, where a host knows."""
 
     def __init__(
         self,
@@ -65,8 +65,10 @@ class PagedModel:
         max_tokens: int,
         room: RoomOf | None = None,
         follow: Callable[[CudaStreamer], GraphPasses] | None = None,
+        token_bytes: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.config, self.device, self.room, self._follow = config, torch.device(device), room, follow
+        self._token_bytes = token_bytes
         self._graphs: GraphPasses | None = None
         self.max_tokens = min(max_tokens, _CPU_TOKENS) if self.device.type == "cpu" else max_tokens
         self.dims: ExpertDims | None = None
@@ -162,7 +164,9 @@ class PagedModel:
         if self._follow is not None and isinstance(streamer := self.pager.streamer, CudaStreamer) and streamer.order:
             self._graphs = self._follow(streamer)
         self._warm_up()
-        logger.info("FluxMoE\n%s", report.placement_table(self.pager))
+        logger.info("FluxMoE\n%s", report.placement_table(self.pager, self._token_bytes()))
+        # They know vLLM's configuration, which knows whose key we are kept under: it would never go.
+        self.room, self._follow, self._token_bytes = None, None, lambda: None
         # When the model goes, or its process ends: unlike atexit, also one that multiprocessing has started.
         Finalize(self, _end, (self.pager, self._graphs), exitpriority=100)
 

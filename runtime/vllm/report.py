@@ -10,9 +10,9 @@ from ..experts.streamer import Counters
 from ..memory.budget import format_bytes
 
 
-def placement_table(pager: ExpertPager) -> str:
+def placement_table(pager: ExpertPager, token_bytes: int | None = None) -> str:
     """One row a tier that holds experts, then cache, slots and workspace, then what of the device's memory is free that
-    dense experts would take."""
+    dense experts would take. token_bytes: of a token's KV, None where that is not known."""
     layout, lines = pager.footprint.layout, pager.lines()
     counts = pager.placement.counts()
     rows = [("experts", "where", "format", "bytes")]
@@ -33,10 +33,12 @@ def placement_table(pager: ExpertPager) -> str:
     dense, taken = layout.placement.tiers.size * sum(pager.ops.expert_bytes(DENSE)), sum(lines.values())
     if pager.device.is_host:  # there both tiers are the same memory
         taken += sum(nbytes for line, nbytes in pager.host_lines().items() if line != "staging")
+    free = f"{format_bytes(dense - taken)} are free for KV cache" if taken < dense else "no more is free than then"
+    if token_bytes and taken < dense:
+        free += f", {(dense - taken) // token_bytes:,} tokens more than it would have then"
     table.append(
         f"dense, the experts would take {format_bytes(dense)} of the device's memory; now, with slots and workspace, "
-        f"{format_bytes(taken)} are taken"
-        + (f": {format_bytes(dense - taken)} are free for KV cache" if taken < dense else ": no more is free than then")
+        f"{format_bytes(taken)} are taken: {free}"
     )
     return "\n".join(table)
 

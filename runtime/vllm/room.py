@@ -71,11 +71,18 @@ class RoomInVllm:
         return _ACTIVATIONS * activations + _LOGITS * logits
 
     def _token_bytes(self) -> int:
-        layers = get_layers_from_vllm_config(self._config, AttentionLayerBase).values()
-        specs = [spec for layer in layers if (spec := layer.get_kv_cache_spec(self._config)) is not None]
-        if not specs or not all(isinstance(spec, AttentionSpec) for spec in specs):
+        if (token := token_bytes(self._config)) is None:
             raise SettingError("kv_tokens is for models whose layers all keep keys and values; give a placement")
-        return sum(math.ceil(spec.page_size_bytes / spec.block_size) for spec in specs)
+        return token
+
+
+def token_bytes(vllm_config: Any) -> int | None:
+    """Of one token's KV in all layers of the model that is being made; None where some keep other states."""
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase).values()
+    specs = [spec for layer in layers if (spec := layer.get_kv_cache_spec(vllm_config)) is not None]
+    if not specs or not all(isinstance(spec, AttentionSpec) for spec in specs):
+        return None
+    return sum(math.ceil(spec.page_size_bytes / spec.block_size) for spec in specs)
 
 
 def _resident_bytes() -> int:

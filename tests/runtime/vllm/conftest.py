@@ -12,7 +12,7 @@ import pytest
 import torch
 
 # Ours that import vLLM.
-OURS = ("config", "method", "offloader")
+OURS = ("config", "method", "offloader", "room")
 METHODS = "vllm.model_executor.layers.quantization"
 
 
@@ -63,6 +63,17 @@ class FusedMoEQuantConfig:
 
 class QuantizationConfig:
     pass
+
+
+class AttentionSpec(SimpleNamespace):
+    pass
+
+
+class Attention:
+    """A layer with 128 bytes of KV for each token."""
+
+    def get_kv_cache_spec(self, config) -> AttentionSpec:
+        return AttentionSpec(page_size_bytes=2048, block_size=16)
 
 
 class CUDAGraphMode(Enum):
@@ -129,9 +140,10 @@ def _models_of_tests_before_are_gone(request) -> None:
 @pytest.fixture
 def vllm(monkeypatch) -> SimpleNamespace:
     """`vllm` while a test runs; `config`: what get_current_vllm_config says; `forward`: the forward context, if any;
-    `offloader`: whose hooks are called around graphs."""
+    `offloader`: whose hooks are called around graphs; `attention`: layers with KV."""
     world = SimpleNamespace(
-        config=vllm_config(), methods=["fp8"], registered={}, forward=None, offloader=NoopOffloader()
+        config=vllm_config(), methods=["fp8"], registered={}, forward=None, offloader=NoopOffloader(),
+        attention=[Attention()] * 3,
     )  # fmt: skip
 
     def register_quantization_config(name):
@@ -145,7 +157,10 @@ def vllm(monkeypatch) -> SimpleNamespace:
 
     contents = {
         "vllm": {},
-        "vllm.config": {"get_current_vllm_config": lambda: world.config, "CUDAGraphMode": CUDAGraphMode},
+        "vllm.config": {
+            "get_current_vllm_config": lambda: world.config, "CUDAGraphMode": CUDAGraphMode,
+            "get_layers_from_vllm_config": lambda config, kind: dict(enumerate(world.attention)),
+        },
         "vllm.forward_context": {
             "get_forward_context": lambda: world.forward, "is_forward_context_available": lambda: bool(world.forward)
         },
@@ -156,6 +171,7 @@ def vllm(monkeypatch) -> SimpleNamespace:
         },
         "vllm.model_executor": {},
         "vllm.model_executor.layers": {},
+        "vllm.model_executor.layers.attention_layer_base": {"AttentionLayerBase": object},
         METHODS: {"QUANTIZATION_METHODS": world.methods, "register_quantization_config": register_quantization_config},
         f"{METHODS}.base_config": {"QuantizationConfig": QuantizationConfig},
         "vllm.model_executor.layers.fused_moe": {
@@ -169,6 +185,8 @@ def vllm(monkeypatch) -> SimpleNamespace:
         "vllm.model_executor.models.utils": {
             "extract_layer_index": lambda name: next(int(part) for part in name.split(".") if part.isdigit())
         },
+        "vllm.v1": {},
+        "vllm.v1.kv_cache_interface": {"AttentionSpec": AttentionSpec},
         "vllm.model_executor.utils": {
             "set_weight_attrs": lambda tensor, attrs: [setattr(tensor, *each) for each in attrs.items()]
         },

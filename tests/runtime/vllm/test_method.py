@@ -230,8 +230,10 @@ def test_a_draft_model_has_a_pager_of_its_own(vllm):
 
 def test_a_model_that_is_gone_gives_its_memory_back(vllm, caplog):
     model = loaded(vllm)
+    vllm.config.quant_config = model.quant_config
     caplog.set_level("INFO", logger="vllm.fluxmoe")
     del model
+    vllm.config = None
     gc.collect()
     assert "FluxMoE: 0 loads brought 0 B from host memory" in caplog.text
 

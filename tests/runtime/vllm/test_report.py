@@ -34,9 +34,16 @@ def test_a_table_says_what_a_file_frees(vllm, caplog):
     model = loaded(vllm, fluxmoe=dict(placement="disk", host_format="planar12"), max_num_batched_tokens=1)
     taken = sum(model.paged.pager.held_bytes().values())
     assert taken < 1.125 * 2**20
-    assert caplog.messages[0].endswith(
-        f"{format_bytes(taken)} are taken: {format_bytes(int(1.125 * 2**20) - taken)} are free for KV cache"
-    )
+    free = int(1.125 * 2**20) - taken
+    said = f"{format_bytes(taken)} are taken: {format_bytes(free)} are free for KV cache"
+    assert caplog.messages[0].endswith(f"{said}, {free // 384:,} tokens more than it would have then")
+
+
+def test_tokens_of_kv_are_not_said_where_layers_keep_other_states(vllm, caplog):
+    caplog.set_level("INFO", logger="vllm.fluxmoe")
+    vllm.attention = [SimpleNamespace(get_kv_cache_spec=lambda config: SimpleNamespace(page_size_bytes=2048))]
+    loaded(vllm, fluxmoe=dict(placement="disk", host_format="planar12"), max_num_batched_tokens=1)
+    assert caplog.messages[0].endswith("are free for KV cache")
 
 
 def test_what_was_served_is_said_once_in_a_while(vllm, caplog, monkeypatch):

@@ -44,14 +44,17 @@ class Hosted(Passes):
 
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Gpu.CUDAGraph)
         monkeypatch.setattr(torch.cuda, "graph", self.gpu.graph)
+        no_pools = SimpleNamespace(get_global_graph_pool=lambda: None, graph_pool_handle=lambda: None)
         for module in (cuda_graph, cudagraph_utils):
             monkeypatch.setattr(module, "current_stream", self.gpu.current_stream)
-            monkeypatch.setattr(module, "capture_pool", anything)
+            monkeypatch.setattr(module, "current_platform", no_pools)
+            # The first before 0.32, the second since.
+            monkeypatch.setattr(module, "set_graph_pool_id", lambda pool: None, raising=False)
+            monkeypatch.setattr(module, "capture_pool", anything, raising=False)
         monkeypatch.setattr(cudagraph_utils, "graph_capture", anything)
         monkeypatch.setattr(cudagraph_utils, "is_global_first_rank", lambda: False)
         monkeypatch.setattr(cuda_graph, "validate_cudagraph_capturing_enabled", lambda: None)
         monkeypatch.setattr(cuda_graph, "weak_ref_tensors", lambda output: output)
-        monkeypatch.setattr(cuda_graph, "current_platform", SimpleNamespace(get_global_graph_pool=lambda: None))
         # Before each layer's experts, and after the last: attention, norms and the like.
         self._pieces = [self._wrap(lambda: None, CUDAGraphMode.PIECEWISE) for _ in range(self.layers + 1)]
 

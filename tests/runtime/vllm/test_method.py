@@ -133,6 +133,17 @@ def test_an_expert_is_put_away_as_soon_as_it_is_whole(vllm):
     assert model.paged.opened
 
 
+def test_no_more_than_an_expert_is_held_whole(vllm):
+    """In a checkpoint's order, beside what is in its tier."""
+    model = Model(vllm)
+    most = 0
+    for each in ALL:
+        model.bring([each])
+        waiting = [parts for layer in model.layers for parts in layer.quant_method._assembly._waiting.values()]
+        most = max(most, sum(parts.gate_up.nbytes + parts.down.nbytes for parts in waiting))
+    assert most == 3 * HIDDEN * WIDE * 2
+
+
 def test_more_tokens_than_a_pass_holds(vllm):
     """With data parallelism or padding, vLLM brings more than it schedules."""
     model, (x, weights, ids) = loaded(vllm), inputs(1, tokens=75)

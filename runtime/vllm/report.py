@@ -35,7 +35,7 @@ def placement_table(pager: ExpertPager, token_bytes: int | None = None) -> str:
         taken += sum(nbytes for line, nbytes in pager.host_lines().items() if line != "staging")
     free = f"{format_bytes(dense - taken)} are free for KV cache" if taken < dense else "no more is free than then"
     if token_bytes and taken < dense:
-        free += f", {(dense - taken) // token_bytes:,} tokens more than it would have then"
+        free += f", {(dense - taken) // token_bytes:,} tokens of it"
     table.append(
         f"dense, the experts would take {format_bytes(dense)} of the device's memory; now, with slots and workspace, "
         f"{format_bytes(taken)} are taken: {free}"

@@ -36,7 +36,7 @@ def test_a_table_says_what_a_file_frees(vllm, caplog):
     assert taken < 1.125 * 2**20
     free = int(1.125 * 2**20) - taken
     said = f"{format_bytes(taken)} are taken: {format_bytes(free)} are free for KV cache"
-    assert caplog.messages[0].endswith(f"{said}, {free // 384:,} tokens more than it would have then")
+    assert caplog.messages[0].endswith(f"{said}, {free // 384:,} tokens of it")
 
 
 def test_tokens_of_kv_are_not_said_where_layers_keep_other_states(vllm, caplog):

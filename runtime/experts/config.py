@@ -98,7 +98,9 @@ class PagingConfig:
         "auto", "auto: triton on CUDA, numba on the CPU; torch: the slow reference", choices=("auto", "triton", "torch")
     )
     batch_invariant: bool = setting(
-        False, "CUDA: a request's tokens do not depend on who shares its batch, at some speed (on the CPU always so)"
+        False,
+        "CUDA: a request's tokens do not depend on who shares its batch, at some speed (on the CPU always so, but for "
+        "kernels torch)",
     )
     # Keep which experts every token chose, in memory that no ledger counts (`ExpertPager.recorder`).
     record_routing: bool = setting(False, None)

@@ -169,17 +169,25 @@ class ModelConfig:
         delta = frozenset(self.delta_layers)
         return tuple(layer for layer in range(self.num_layers) if layer not in delta)
 
+    def matrices(self, layer: int) -> list[tuple[int, int]]:
+        """Shapes [n, k] of a layer's matrices, as kernels multiply them, but for experts and a shared one's score."""
+        h, heads = self.hidden_size, self.num_heads * self.head_dim
+        if self.delta is not None and layer in self.delta_layers:
+            shapes = [(self.delta.projected, h), (h, self.delta.value_size)]
+        else:
+            shapes = [(heads + 2 * self.num_kv_heads * self.head_dim, h), (h, heads)]
+            shapes += [(heads, h)] if self.attention_gate else []
+        dense = layer in self.dense_layers
+        shapes += [] if dense else [(self.num_experts, h)]
+        mlp = self.mlp_intermediate_size if dense else self.shared_intermediate_size
+        return shapes + ([(2 * mlp, h), (h, mlp)] if mlp else [])
+
     @property
     def non_expert_bytes(self) -> int:
         """Bytes of all other matrices."""
-        attention = self.head_dim * ((3 if self.attention_gate else 2) * self.num_heads + 2 * self.num_kv_heads)
-        rows = len(self.attention_layers) * attention
-        if self.delta is not None:
-            rows += len(self.delta_layers) * (self.delta.projected + self.delta.value_size)
-        rows += len(self.moe_layers) * (self.num_experts + 3 * self.shared_intermediate_size)
-        rows += len(self.dense_layers) * 3 * self.mlp_intermediate_size
-        rows += self.vocab_size * (1 if self.tie_word_embeddings else 2)
-        return rows * self.hidden_size * self.dtype.itemsize
+        layers = sum(n * k for layer in range(self.num_layers) for n, k in self.matrices(layer))
+        vocab = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return (layers + vocab) * self.dtype.itemsize
 
     @property
     def kv_bytes_per_token(self) -> int:

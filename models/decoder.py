@@ -101,26 +101,16 @@ def _norm_sizes(config: ModelConfig) -> tuple[int, int]:
     return 0, 0
 
 
-def _mlp_shapes(intermediate: int, hidden: int) -> list[tuple[int, int]]:
-    return [(2 * intermediate, hidden), (hidden, intermediate)]
-
-
 def non_expert_bytes(config: ModelConfig, ops: OpSizes, max_context: int) -> int:
     """Device bytes of everything but experts: embeddings, projections, routers, norms and biases (fp32), RoPE."""
-    c, d = config, layer_dims(config)
-    floats = c.num_layers * 2 * c.hidden_size
-    linears = len(c.moe_layers) * [(c.num_experts, c.hidden_size)]
-    if c.shared_intermediate_size:
-        linears += len(c.moe_layers) * [*_mlp_shapes(c.shared_intermediate_size, c.hidden_size), (1, c.hidden_size)]
-    linears += len(c.dense_layers) * _mlp_shapes(c.mlp_intermediate_size, c.hidden_size)
-    for _ in c.attention_layers:
-        floats += sum(_norm_sizes(c)) + (d.qkv_size + c.hidden_size if c.attention_bias else 0)
-        linears += [(d.qkv_size, c.hidden_size), (c.hidden_size, c.num_heads * c.head_dim)]
-        linears += [(c.num_heads * c.head_dim, c.hidden_size)] if c.attention_gate else []
+    c = config
+    linears = [shape for layer in range(c.num_layers) for shape in c.matrices(layer)]
+    linears += len(c.moe_layers) * [(1, c.hidden_size)] if c.shared_intermediate_size else []
+    biases = layer_dims(c).qkv_size + c.hidden_size if c.attention_bias else 0
+    floats = c.num_layers * 2 * c.hidden_size + len(c.attention_layers) * (sum(_norm_sizes(c)) + biases)
     if c.delta is not None:
         vectors = c.delta.channels * c.delta.taps + 2 * c.delta.value_heads + c.delta.value_dim
         floats += len(c.delta_layers) * vectors
-        linears += len(c.delta_layers) * [(c.delta.projected, c.hidden_size), (c.hidden_size, c.delta.value_size)]
     layers = sum(ops.arranged_bytes(n, k) for n, k in linears) + 4 * floats
     vocab = ops.arranged_bytes(c.vocab_size, c.hidden_size) * (1 if c.tie_word_embeddings else 2)
     rope = 4 * max_context * (c.head_dim // 2) * 2

@@ -79,7 +79,7 @@ def paged_model_of(quant_config: FluxMoEConfig, vllm_config: Any) -> PagedModel:
         if settings.vllm_kernels:
             raise SettingError("vllm_kernels leaves vLLM's own method: leave out --quantization fluxmoe, or it")
         device = vllm_config.device_config.device
-        if device.type == "cpu" and settings.threads is None:
+        if device_of(device).is_host and settings.threads is None:
             # Those that vLLM has bound this worker to; the main thread itself may be pinned to one core.
             settings = replace(settings, threads=torch.get_num_threads())
         tokens, room, follow = vllm_config.scheduler_config.max_num_batched_tokens, None, None

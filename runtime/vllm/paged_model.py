@@ -70,7 +70,7 @@ class PagedModel:
         self.config, self.device, self.room, self._follow = config, torch.device(device), room, follow
         self._token_bytes = token_bytes
         self._graphs: GraphPasses | None = None
-        self.max_tokens = min(max_tokens, _CPU_TOKENS) if self.device.type == "cpu" else max_tokens
+        self.max_tokens = min(max_tokens, _CPU_TOKENS) if device_of(self.device).is_host else max_tokens
         self.dims: ExpertDims | None = None
         self.layers = self._ready = 0
         self._pager: ExpertPager | None = None
@@ -187,7 +187,7 @@ class PagedModel:
             self._graphs.begin()
         y = self.pager.experts(layer, x, topk_ids, topk_weights)
         # On a GPU, counters wait for the device, and a pass may be a graph that is being captured.
-        if layer == self.layers - 1 and self.device.type == "cpu":
+        if layer == self.layers - 1 and self.pager.device.is_host:
             self._report()
         return y
 

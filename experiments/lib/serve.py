@@ -55,7 +55,7 @@ def run(engine: Engine | SimEngine, requests: Sequence[Request], watch: Watch | 
         "status": "ok", "reason": "", "tokens_per_s": generated / wall if wall else 0.0,
         "total_tokens_per_s": (generated + prompts) / wall if wall else 0.0, **totals, "requests": len(requests),
         "refused": sum(output.finish_reason == "refused" for output in outputs), "generated_tokens": generated,
-        "kv_blocks": engine.scheduler.num_blocks, "max_sequences": engine.deployment.max_sequences,
+        "kv_blocks": engine.scheduler.most_blocks, "max_sequences": engine.deployment.max_sequences,
         "hidden_share": 1 - totals["stall_s"] / totals["transfer_s"] if totals["transfer_s"] else None,
         **engine.budget.lines(), "host_bytes": layout.tier_bytes(Tier.HOST), "disk_bytes": layout.tier_bytes(Tier.DISK),
         "tokens_sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
@@ -73,7 +73,7 @@ def serve(
         if first:
             run(engine, first)
         served = run(engine, requests, watch)
-        placed = {"alpha": engine.placement.alpha, "kv_tokens": engine.scheduler.num_blocks * settings.block_size}
+        placed = {"alpha": engine.placement.alpha, "kv_tokens": engine.scheduler.most_blocks * settings.block_size}
     return served._replace(row=placed | served.row)
 
 

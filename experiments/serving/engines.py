@@ -162,7 +162,7 @@ class OurPeer:
     def __init__(self, machine: Machine, source: Source, placement: str, settings: EngineConfig) -> None:
         self.name = f"fluxmoe {placement}"
         self._engine = machine.engine(source, replace(settings, **placed(placement)))
-        self.kv_tokens: int | None = self._engine.scheduler.num_blocks * settings.block_size
+        self.kv_tokens: int | None = self._engine.scheduler.most_blocks * settings.block_size
 
     def run(self, prompts: list[list[int]], output_tokens: int) -> Timing:
         params = SamplingParams(max_new_tokens=output_tokens, ignore_eos=True)

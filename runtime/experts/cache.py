@@ -3,8 +3,9 @@
     need(layer, experts)   reads what is missing, gate_up of all before down of all, several reads at a time
     ready(tensor_type)     experts in the order in which they are there: kernels start on those, while others come
 
-A place holds one expert of any layer. Which one leaves says a policy (`cache_policies`); those that the layer which
-runs needs do not, and neither do those that are on their way. Where nearly every pass has used an expert of the layer
+A place, a slab of a pool, holds one expert of any layer. Which one leaves says a policy (`cache_policies`); those that
+the layer which runs needs do not, and neither do those that are on their way. Between passes places come and go as KV,
+which has slabs of the same pool, leaves them. Where nearly every pass has used an expert of the layer
 after, as with many tokens, it is read ahead: then this is whole-layer streaming, over the end of a pass too, of all but
 what is here already.
 """
@@ -19,9 +20,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 import numpy as np
 import torch
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP, ExpertTable
+from fluxmoe.kernels.packing.expert_file import PAGE
 from torch import Tensor
 
-from ..devices import Device
+from ..memory.slabs import SlabPool
 from ..timeline import COMPUTE, DISK, Timeline
 from .cache_policies import Policy, Uses
 from .config import Delay
@@ -29,37 +31,56 @@ from .disk import DiskTier
 from .layout import TENSOR_NAMES, ExpertLayout
 from .placement import Tier
 
+# The holder of slabs, and its line in the ledger.
+CACHE_LINE = "expert_cache"
 # Experts that so many of the last passes used are read ahead.
 _AHEAD = 0.8
 Where = tuple[int, int]
 
 
 class ExpertCache:
-    """`places` experts of a layout's DISK tier, all in one format that kernels read in place. For the thread that runs
-    passes, and not thread-safe.
+    """Experts of a layout's DISK tier, all in one format that kernels read in place, one in each of `places` slabs of
+    `pool`, which hold one from any page on. For the thread that runs passes, and not thread-safe.
 
     link_bandwidth: bytes/s that reads take no more of; delay: seconds before a read, for tests.
     """
 
     def __init__(
-        self, layout: ExpertLayout, device: Device, disk: DiskTier, places: int, policy: Policy,
+        self, layout: ExpertLayout, disk: DiskTier, pool: SlabPool, places: int, policy: Policy,
         link_bandwidth: float | None = None, delay: Delay | None = None, timeline: Timeline | None = None,
     ) -> None:  # fmt: skip
-        self.layout, self.disk, self.places, self._policy = layout, disk, places, policy
+        self.layout, self.disk, self.pool, self._policy = layout, disk, pool, policy
         self._delay, self._link = delay, _Link(link_bandwidth)
         self.timeline = timeline or Timeline(enabled=False)
         self._members = layout.placement.tiers == Tier.DISK
         self.layers = np.flatnonzero(self._members.any(axis=1)).tolist()
         self.uses = Uses(*self._members.shape)
         name = layout.stored(Tier.DISK)
-        self._sizes, strides = layout.sizes[name], [layout.stride(name, d) for d in (GATE_UP, DOWN)]
-        self._buffers = [device.empty(places * stride).view(places, stride) for stride in strides]
-        self._owners: list[Where | None] = [None] * places
+        self._sizes, self._strides = layout.sizes[name], (layout.stride(name, GATE_UP), layout.stride(name, DOWN))
+        # By place, the number of its slab.
+        self._owners: dict[int, Where | None] = {}
         self._place_of: dict[Where, int] = {}
         # By place: its two reads, until both are known to be done.
         self._reads: dict[int, tuple[Future[int], Future[int]]] = {}
         self._closing = threading.Event()
         self.hits = self.misses = self.read_bytes = self.stall_ns = 0
+        for _ in range(places):
+            self.grow()
+
+    @property
+    def places(self) -> int:
+        return len(self._owners)
+
+    def grow(self) -> None:
+        """Take a slab. SlabError, and nothing is changed, if none is free."""
+        self._owners[self.pool.take(CACHE_LINE)] = None
+
+    def shrink(self, count: int) -> None:
+        """Give so many slabs back, between passes: empty ones, then those whose experts the policy lets go."""
+        self._settle()
+        for place in self._make_room(count, frozenset()):
+            del self._owners[place]
+            self.pool.give(place)
 
     @staticmethod
     def least_places(layout: ExpertLayout, layers: int) -> int:
@@ -69,12 +90,21 @@ class ExpertCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers)
+        return self.places * self.pool.slab_bytes
 
     def pair(self, place: int) -> tuple[Tensor, Tensor]:
         """The (gate_up, down) blocks of a place."""
-        gate_up, down = (buffer[place, :size] for buffer, size in zip(self._buffers, self._sizes, strict=True))
+        gate_up, down = (block[:size] for block, size in zip(self._blocks(place), self._sizes, strict=True))
         return gate_up, down
+
+    def any_pair(self) -> tuple[Tensor, Tensor]:
+        """Blocks that may be anything."""
+        return self.pair(next(iter(self._owners)))
+
+    def _blocks(self, place: int) -> tuple[Tensor, Tensor]:
+        """Whole pages of a slab, as direct reads need them, for the (gate_up, down) blocks."""
+        slab, (gate_up, down) = self.pool.memory[place], self._strides
+        return slab[(begin := -slab.data_ptr() % PAGE) : begin + gate_up], slab[begin + gate_up :][:down]
 
     def need(self, layer: int, experts: np.ndarray, table: ExpertTable) -> CachedExperts:
         """The layer runs now, and tokens are routed to `experts`; their places go into its table."""
@@ -98,21 +128,21 @@ class ExpertCache:
         if not missing or following == layer:
             return
         keep = pinned | {(following, expert) for expert in likely}
-        idle = sum(owner not in keep and place not in self._reads for place, owner in enumerate(self._owners))
+        idle = sum(owner not in keep and place not in self._reads for place, owner in self._owners.items())
         missing = missing[:idle]
         self._read(self._make_room(len(missing), keep), missing)
 
-    def _make_room(self, count: int, pinned: set[Where]) -> list[int]:
+    def _make_room(self, count: int, pinned: Set[Where]) -> list[int]:
         """`count` places that hold nothing: empty ones, then those of experts with the lowest scores."""
         if not count:
             return []
-        free = [place for place, owner in enumerate(self._owners) if owner is None][:count]
+        free = self._empty()[:count]
         if len(free) == count:
             return free
         while True:
             idle = [
                 (owner, place)
-                for place, owner in enumerate(self._owners)
+                for place, owner in self._owners.items()
                 if owner is not None and owner not in pinned and place not in self._reads
             ]
             if len(free) + len(idle) >= count:
@@ -124,13 +154,16 @@ class ExpertCache:
             assert ahead, f"{count} experts are needed at a time, the cache has {self.places} places"
             wait(ahead, return_when=FIRST_COMPLETED)
             self._settle(pinned)
-            free = [place for place, owner in enumerate(self._owners) if owner is None][:count]
+            free = self._empty()[:count]
         scores = self._policy(self.uses)
         idle.sort(key=lambda entry: (scores[entry[0]], entry[0]))
         for owner, place in idle[: count - len(free)]:
             self._forget(owner, place)
             free.append(place)
         return free
+
+    def _empty(self) -> list[int]:
+        return [place for place, owner in self._owners.items() if owner is None]
 
     def _forget(self, where: Where, place: int) -> None:
         self._owners[place] = None
@@ -145,7 +178,7 @@ class ExpertCache:
             self._reads[place] = gate_up, down
 
     def _submit(self, place: int, where: Where, tensor_type: int) -> Future[int]:
-        (layer, expert), target = where, self._buffers[tensor_type][place]
+        (layer, expert), target = where, self._blocks(place)[tensor_type]
         began: list[tuple[str, int]] = []
 
         def begin() -> bool:

@@ -69,7 +69,8 @@ class PagingConfig:
         choices=("whole", "on_demand", "auto"),
     )  # fmt: skip
     cache_bytes: int | None = setting(
-        None, "of the cache of experts that come on demand from files, e.g. 2GiB (default: what KV leaves)",
+        None, "of the cache of experts that come on demand from files, e.g. 2GiB (default: what KV does not need at "
+        "the moment)",
         parse=parse_bytes, metavar="BYTES",
     )  # fmt: skip
     cache_policy: str = setting(

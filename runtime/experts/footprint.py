@@ -16,7 +16,7 @@ from fluxmoe.kernels.packing.expert_file import ExpertFileHeader
 
 from ..devices import device_of
 from ..memory.slabs import FREE
-from .cache import ExpertCache
+from .cache import CACHE_LINE, ExpertCache
 from .config import PagingConfig
 from .disk import StoreError
 from .layout import ExpertLayout
@@ -75,7 +75,7 @@ class Footprint:
 
     def lines(self, slab_bytes: int = 0) -> dict[str, int]:
         """Device bytes by line: experts that lie there, slots, workspace. slab_bytes: of the host's pool that experts
-        which move will be in, in whole slabs; 0: they are in one of the pager's own."""
+        which move, or a cache of them, will be in, in whole slabs; 0: they are in one of the pager's own."""
         layout = self.layout
         if self.config.adaptive:
             size = slab_bytes or layout.slab_bytes
@@ -85,20 +85,20 @@ class Footprint:
         else:
             experts = {line: layout.tier_bytes(tier) for tier, line in EXPERT_LINES.items()}
         lines = {**experts, "slots": self.slot_bytes, "workspace": self._ops_bytes + self.count_bytes}
-        return lines | ({"expert_cache": self.cache_bytes()} if layout.cached else {})
+        return lines | ({CACHE_LINE: self.cache_places() * (slab_bytes or self.place_bytes)} if layout.cached else {})
 
-    def cache_places(self, room: int | None = None) -> int:
-        """Experts that a cache holds in `room` bytes (None: config.cache_bytes, or as few as work), at most all that
-        may come: never less than `slots` layers' worth, of which one runs while the next are read."""
-        layout = self.layout
-        room = self.config.cache_bytes if room is None else room
-        least = ExpertCache.least_places(layout, self.config.slots)
-        each = layout.expert_bytes(layout.stored(Tier.DISK))
-        return max(least, min(layout.cached, (room or 0) // each))
+    @property
+    def place_bytes(self) -> int:
+        """Of an expert in a cache."""
+        return self.layout.expert_bytes(self.layout.stored(Tier.DISK))
 
-    def cache_bytes(self, room: int | None = None) -> int:
-        """Bytes of so many places."""
-        return self.cache_places(room) * self.layout.expert_bytes(self.layout.stored(Tier.DISK))
+    def cache_places(self) -> int:
+        """Experts that a cache holds in config.cache_bytes, at most all that may come; without, and at least, as few as
+        work: `slots` layers' worth, of which one runs while the next are read."""
+        if not self.layout.cached:
+            return 0
+        least = ExpertCache.least_places(self.layout, self.config.slots)
+        return max(least, min(self.layout.cached, (self.config.cache_bytes or 0) // self.place_bytes))
 
     def most_slabs(self, slab_bytes: int, dense: bool = False) -> int:
         """Slabs that hold all experts: those that are dense now, or with `dense` all of them, as dense ones."""

@@ -31,7 +31,7 @@ from ..devices import device_of
 from ..hardware import measure_bandwidths
 from ..memory.slabs import FREE, SlabPool
 from ..timeline import COMPUTE, Timeline
-from .cache import ExpertCache
+from .cache import CACHE_LINE, ExpertCache
 from .cache_policies import POLICIES, Policy, static
 from .config import PagingConfig
 from .disk import DiskTier, StoreError
@@ -121,7 +121,7 @@ class ExpertPager:
         counts = (self.popularity, self._reads, self._scratch) if self._reads is not None else (self.popularity,)
         cache = self.store.cache
         return {
-            **({"expert_cache": cache.nbytes} if cache is not None else {}),
+            **({CACHE_LINE: cache.nbytes} if cache is not None else {}),
             **{line: self.store.tier_bytes(tier) for tier, line in EXPERT_LINES.items()},
             **({} if self._own_pool is None else {FREE: self._own_pool.bytes_of(FREE)}),
             "slots": self.streamer.slot_bytes,
@@ -135,14 +135,13 @@ class ExpertPager:
         pool: SlabPool | None = None,
         folder: Path | None = None,
         content: str = "",
-        cache_bytes: int | None = None,
         files: Mapping[int, ExpertFile] | None = None,
     ) -> None:
-        """Allocate the tiers. pool: where experts that move lie on the device; None: one of the pager's own, which
-        holds all of them. folder: where experts of the disk tier are kept, those of a model with digest `content`, and
-        found again; None: in nameless files of `config.disk_dir`. cache_bytes: see Footprint.cache_places. files: those
-        of `put_from`, where kernels in the host may read experts that stay, without a copy. StoreError, HostMemoryError
-        or SlabError, which leave nothing behind."""
+        """Allocate the tiers. pool: where experts that move lie on the device, or those of a cache, which begins with
+        `Footprint.cache_places`; None: one of the pager's own, which holds all of them. folder: where experts of the
+        disk tier are kept, those of a model with digest `content`, and found again; None: in nameless files of
+        `config.disk_dir`. files: those of `put_from`, where kernels in the host may read experts that stay, without a
+        copy. StoreError, HostMemoryError or SlabError, which leave nothing behind."""
         assert self._store is None, "a pager is opened once"
         layout, config, decode = self.footprint.layout, self.config, self.ops.decode_expert
         with ExitStack() as undo:
@@ -156,19 +155,20 @@ class ExpertPager:
                 self._store = StaticStore(layout, self.device, decode, disk, files=files)
             undo.callback(self.store.close)
             if layout.cached:
-                self._store.cache = self._make_cache(self.footprint.cache_places(cache_bytes))
+                self._store.cache = self._make_cache(pool)
             self._resources = undo.pop_all()
         # One expert at a time passes through here, arranged and compressed.
         self._staging = {
             name: (_host_bytes(gate_up), _host_bytes(down)) for name, (gate_up, down) in layout.sizes.items()
         }
 
-    def _make_cache(self, places: int) -> ExpertCache:
-        config = self.config
+    def _make_cache(self, pool: SlabPool | None) -> ExpertCache:
+        config, places = self.config, self.footprint.cache_places()
         if self.ops.backend == "triton":
             raise StoreError("the Triton kernels do not tell which experts they need; use --transfer whole")
+        pool = pool or self.device.make_slabs(places, self.footprint.place_bytes, config.poison)
         return ExpertCache(
-            self.footprint.layout, self.device, self.store.on_disk, places, self._cache_policy,
+            self.footprint.layout, self.store.on_disk, pool, places, self._cache_policy,
             config.link_bandwidth, config.load_delay, self.timeline,
         )  # fmt: skip
 

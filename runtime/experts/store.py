@@ -396,7 +396,7 @@ class StaticStore(ExpertStore):
                 blocks |= {expert: Block(pair, self.layout.read(tier)) for expert, pair in rooms}
         if self.cache is not None:
             # Until they come, when the cache says where to.
-            anywhere = Block(self.cache.pair(0), self.layout.read(Tier.DISK))
+            anywhere = Block(self.cache.any_pair(), self.layout.read(Tier.DISK))
             blocks |= dict.fromkeys(self._members[Tier.DISK][layer], anywhere)
         return blocks
 

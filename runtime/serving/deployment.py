@@ -2,8 +2,8 @@
 
 Pure arithmetic over sizes, so that the engine and the simulator decide alike. Bytes are charged to a MemoryBudget in
 this order: non-expert weights, experts on the device, slots, workspace, graphs, recurrent states; what is left is KV
-cache. Experts that move and KV are counted in slabs of one pool; a KV cache that never changes is one slab. What the
-host holds beside it has a ledger of its own (the pager's `host_lines`, `swap_lines`).
+cache. Experts that move, or a cache of experts, and KV are counted in slabs of one pool; a KV cache that never changes
+is one slab. What the host holds beside it has a ledger of its own (the pager's `host_lines`, `swap_lines`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections.abc import Callable
 import torch
 from fluxmoe.kernels.formats import DENSE
 from fluxmoe.kernels.ops import Limits, OpSizes
+from fluxmoe.kernels.packing.expert_file import PAGE
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import non_expert_bytes
 
+from ..experts.cache import CACHE_LINE
 from ..experts.footprint import EXPERT_LINES, Footprint
 from ..experts.placement import Placement
 from ..experts.planner import Planner, PlannerConfig
@@ -77,7 +79,9 @@ class Deployment:
         self.block_bytes = self.kv_layout.block_bytes
         weights = non_expert_bytes(model, ops, self.limits.context)
         others = weights + ops.workspace_bytes + graph_bytes
-        self.slab_bytes = self._choose_slab(total - others) if config.adaptive else 0
+        # Whether a cache of experts has what KV leaves, in slabs of one pool.
+        self.lends = bool(self.layout.cached) and config.cache_bytes is None and not config.adaptive
+        self.slab_bytes = self._choose_slab(total - others) if config.adaptive or self.lends else 0
         # What KV takes at a time: blocks and bytes of a slab, or a block alone.
         self._step = max(1, self.slab_bytes // self.block_bytes), self.slab_bytes or self.block_bytes
         lines = {"non_expert_weights": weights, **experts.lines(self.slab_bytes)}
@@ -91,7 +95,8 @@ class Deployment:
             self.max_sequences = self._sequences(total - sum(lines.values()) - self._spare_states * each, each)
             lines["states"] = (self.max_sequences + self._spare_states) * each
             self._state_bytes = each
-        least = self._steps(-(-config.min_kv_tokens // config.block_size)) * self._step[1]
+        self._least_steps = self._steps(-(-config.min_kv_tokens // config.block_size))
+        least = self._least_steps * self._step[1]
         self._swap_inside = swap_inside and config.preemption == "swap"
         swap = {"swap_space": least + self.max_sequences * self._state_bytes} if self._swap_inside else {}
         require(total, {**lines, KV_LINE: least, **swap}, hint=self._hint())
@@ -101,7 +106,12 @@ class Deployment:
 
     def _choose_slab(self, total: int) -> int:
         """Bytes of a slab: what an expert takes, or more, up to the end of another KV block, whichever leaves room for
-        more blocks in `total` bytes for the pager and KV."""
+        more blocks in `total` bytes for the pager and KV; to a cache of experts the former.
+        """
+        if self.lends:
+            # Blocks are read to where a page begins.
+            skipped = PAGE if self.kv_layout.unit_bytes % PAGE else 0
+            return self.kv_layout.slab_bytes(self._experts.place_bytes + skipped)
 
         def blocks(size: int) -> int:
             return (total - sum(self._experts.lines(size).values())) // size * (size // self.block_bytes)
@@ -120,7 +130,10 @@ class Deployment:
 
     def kv_slabs(self, now: int) -> tuple[int, int]:
         """The least and the most slabs of a KV cache that shares with experts, and has `now`: for one request of full
-        context, as far as it has them, and, unless it may not grow, for all requests."""
+        context, as far as it has them, and, unless it may not grow, for all requests; where a cache lends them, `now`,
+        and what was found at `reserve_kv`."""
+        if self.lends:
+            return now, self.most_blocks // self._step[0]
         one = self._steps(-(-self.limits.context // self.config.block_size))
         return min(now, one), self._steps(self.useful_blocks) if self.config.grow_kv else now
 
@@ -143,13 +156,23 @@ class Deployment:
 
     def reserve_kv(self) -> int:
         """Charge the KV cache with what is left, as far as it is of use, and where experts move, free slabs with what
-        these may still need; returns the number of KV blocks."""
+        these may still need; returns the number of KV blocks. Of a pool that a cache of experts lends from, KV begins
+        with as little as works, and the rest is free."""
         blocks, size = self._step
         room = self.kv_room // size
-        if self._shares_with_cache:
-            # Half each, unless KV must have more or can use less.
-            room = max(room // 2, self._steps(-(-self.config.min_kv_tokens // self.config.block_size)))
         steps = min(room, self._steps(self.useful_blocks))
+        self.most_blocks = steps * blocks
+        if self.lends:
+            if self._swap_inside:
+                # What may be swapped out has memory of its own: a quarter each, half for the cache.
+                steps = max(self._least_steps, steps // 2)
+                self.most_blocks = steps * blocks
+                room = (self.budget.free - sum(self.swap_lines(self.most_blocks).values())) // size
+            least = self._least_steps
+            useful = steps + self.layout.cached - self._experts.cache_places()
+            self.budget.reserve(KV_LINE, least * size)
+            self.budget.reserve(FREE, (min(room, useful) - least) * size)
+            return least * blocks
         self.budget.reserve(KV_LINE, steps * size)
         if self.config.adaptive:
             held = sum(self.budget.lines()[line] for line in EXPERT_LINES.values()) // size
@@ -161,9 +184,10 @@ class Deployment:
     def pool_shape(self) -> tuple[int, int]:
         """Slabs of the pool and their bytes, once KV is reserved."""
         lines = self.budget.lines()
-        if not self.config.adaptive:
+        if not self.slab_bytes:
             return 1, lines[KV_LINE]
-        return sum(lines[line] for line in (*EXPERT_LINES.values(), KV_LINE, FREE)) // self.slab_bytes, self.slab_bytes
+        others = (CACHE_LINE,) if self.lends else EXPERT_LINES.values()
+        return sum(lines[line] for line in (*others, KV_LINE, FREE)) // self.slab_bytes, self.slab_bytes
 
     def make_planner(self) -> Planner:
         """The planner that the settings of a run whose experts move ask for; see PlannerConfig."""
@@ -175,22 +199,6 @@ class Deployment:
                 densify=config.densify, reserve_bytes=size, least_alpha=config.least_alpha,
             )
         )  # fmt: skip
-
-    @property
-    def _shares_with_cache(self) -> bool:
-        """Whether a cache of experts takes what KV leaves."""
-        return bool(self.layout.cached) and self.config.cache_bytes is None
-
-    def reserve_cache(self) -> int | None:
-        """Charge a cache of experts with what is left, as far as it is of use; returns its bytes, None without one."""
-        if not self.layout.cached:
-            return None
-        held = self.budget.lines()["expert_cache"]
-        if not self._shares_with_cache:
-            return held
-        nbytes = self._experts.cache_bytes(held + self.budget.free)
-        self.budget.reserve("expert_cache", nbytes - held)
-        return nbytes
 
     @property
     def state_sizes(self) -> tuple[int, int, torch.dtype]:

@@ -40,7 +40,7 @@ from .graphs import DecodeGraphs
 from .kv_cache import KV_LINE, PagedKVCache
 from .loop import Executed, ServingLoop
 from .request import Request
-from .residency import ComputeProfile, Residency, Seen, Sharing
+from .residency import ComputeProfile, Lending, Residency, Seen, Sharing
 from .sampling import sample
 from .scheduler import Scheduler, Step
 from .state_cache import StateCache
@@ -103,20 +103,25 @@ class Engine(ServingLoop):
             self.deployment = deploy(total)
             self.placement, self.budget = self.deployment.placement, self.deployment.budget
             num_blocks = self.deployment.reserve_kv()
-            in_host |= self.deployment.swap_lines(num_blocks)
+            most_blocks = self.deployment.most_blocks
+            in_host |= self.deployment.swap_lines(most_blocks)
             self.host_budget = free.host_budget(self.budget.used, in_host)
         self.pool = kind.make_slabs(*self.deployment.pool_shape, poison=config.poison)
         resources.callback(self.pager.close)
-        pool = self.pool if config.adaptive else None
         files = self._files_of_blocks(checkpoint, resources)
-        self.pager.open(pool, *self._disk_folder(checkpoint), self.deployment.reserve_cache(), files)
-        host_blocks = num_blocks if config.preemption == "swap" else 0
+        self.pager.open(self.pool if self.deployment.slab_bytes else None, *self._disk_folder(checkpoint), files)
+        host_blocks = most_blocks if config.preemption == "swap" else 0
         self.kv = PagedKVCache(
             self.deployment.kv_layout, self.pool, host_blocks, pin=host_blocks > 0 and kind.asynchronous
         )
         resources.callback(self.kv.close)
         while self.kv.num_blocks < num_blocks:
             self.kv.grow()
+        self.lending: Lending | None = None
+        if self.deployment.lends:
+            kv_slabs, cache = self.deployment.kv_slabs(self.kv.num_slabs), self.pager.store.cache
+            assert cache is not None, "who lends has a cache"
+            self.lending = Lending(self.kv, cache, self.budget, kv_slabs, self.pager.footprint.layout.cached)
         self.scheduler = Scheduler(
             self.kv.blocks, config.block_size, self.deployment.max_sequences, limits.tokens, config.preemption,
             limits.context, eos_token_ids=model.eos_token_ids, host_blocks=host_blocks,
@@ -232,6 +237,8 @@ class Engine(ServingLoop):
         )
 
     def _adapt(self, step: Step, executed: Executed, elapsed_s: float) -> None:
+        if self.lending is not None:
+            self.lending.take_back()
         if self.residency is None:
             return
         load, compute = executed.transfer_s, elapsed_s - executed.stall_s
@@ -254,7 +261,7 @@ class Engine(ServingLoop):
         optional |= {"graphs": self._graph_bytes} if self._graph_bytes else {}
         held = self.pager.held_bytes()
         held["workspace"] += self.ops.workspace_bytes
-        held |= {FREE: self.pool.bytes_of(FREE)} if self.config.adaptive else {}
+        held |= {FREE: self.pool.bytes_of(FREE)} if self.deployment.slab_bytes else {}
         return optional | held | {"non_expert_weights": self.decoder.nbytes, KV_LINE: self.kv.nbytes}
 
     def memory_check(self) -> MemoryCheck:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import prod
 from operator import attrgetter
+from typing import Protocol
 
 import torch
 from fluxmoe.kernels.ops import OpSizes
@@ -40,6 +41,17 @@ _ALIGNMENT = 64
 _start = attrgetter("start")
 
 
+class Lender(Protocol):
+    """Whoever has memory that KV takes as it needs it."""
+
+    @property
+    def most_blocks(self) -> int:
+        """As many as the allocator can come to have: `lend` never fails below."""
+
+    def lend(self, blocks: int) -> bool:
+        """Have so many free; False, and nothing is changed, where these would be too many."""
+
+
 class BlockAllocator:
     """Hands out numbers of blocks, which come and go in runs: ranges, the blocks of a slab.
 
@@ -51,6 +63,7 @@ class BlockAllocator:
     def __init__(self, num_blocks: int = 0) -> None:
         if num_blocks < 0:
             raise ValueError(f"a pool cannot have {num_blocks} blocks; give 0 or more")
+        self.lender: Lender | None = None
         self._run_of: dict[int, range] = {}
         self._owned: set[int] = set()
         # Free blocks by run, heaps; runs that are wholly free, and that are so in part, ascending.
@@ -63,6 +76,11 @@ class BlockAllocator:
     @property
     def num_blocks(self) -> int:
         return len(self._run_of)
+
+    @property
+    def most_blocks(self) -> int:
+        """Those that there are, or can come to be."""
+        return self.num_blocks if self.lender is None else self.lender.most_blocks
 
     @property
     def num_used(self) -> int:
@@ -96,6 +114,10 @@ class BlockAllocator:
         for block in run:
             del self._run_of[block]
         return run
+
+    def has(self, n: int) -> bool:
+        """Whether so many are free, after a loan where it takes one."""
+        return n <= self.num_free or (self.lender is not None and self.lender.lend(n))
 
     def allocate(self, n: int) -> list[int]:
         assert 0 <= n <= self.num_free, f"asked for {n} blocks, {self.num_free} are free"

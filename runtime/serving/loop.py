@@ -172,9 +172,8 @@ class ServingLoop(ABC):
             self._admit()
         begin_ns, begin_s, self.timeline.step = self._now_ns, self.now_s, self._iteration
         step = self.scheduler.schedule()
-        blocks_used = self.scheduler.blocks_used
-        free = self.scheduler.num_blocks - blocks_used
-        self.timeline.count("KV blocks", begin_ns, used=blocks_used, free=free)
+        blocks_used, blocks = self.scheduler.blocks_used, self.scheduler.num_blocks
+        self.timeline.count("KV blocks", begin_ns, used=blocks_used, free=blocks - blocks_used)
         try:
             executed = self._execute(step)
         except BaseException:
@@ -203,7 +202,7 @@ class ServingLoop(ABC):
             prefill_tokens=step.prefill_tokens,
             decode_tokens=step.decode_tokens,
             kv_blocks_used=blocks_used,
-            kv_blocks=self.scheduler.num_blocks,
+            kv_blocks=blocks,
             waiting=self.scheduler.num_waiting,
             streamed_bytes=executed.streamed_bytes,
             stall_s=executed.stall_s,

@@ -8,9 +8,11 @@ between iterations, none of which waits for a copy.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
+from ..experts.cache import CACHE_LINE
 from ..experts.footprint import EXPERT_LINES
 from ..experts.pager import ExpertPager
 from ..experts.placement import Tier
@@ -80,6 +82,59 @@ class Sharing:
         used = max(self.least_kv, self.kv.blocks.runs_used)
         wanted = -(-self.scheduler.blocks_wanted // self.kv.blocks_per_slab)
         return used * self.pool.slab_bytes, wanted * self.pool.slab_bytes
+
+
+class Lent(Protocol):
+    """Of an ExpertCache, what KV takes slabs of."""
+
+    @property
+    def places(self) -> int: ...
+    def grow(self) -> None: ...
+    def shrink(self, count: int) -> None: ...
+
+
+class Lending:
+    """A cache of experts has the slabs that KV does not need; KV takes them when a request needs blocks, so that none
+    is refused or preempted before the cache is as small as works, and gives them back when they hold nothing. The
+    simulator's too.
+
+    kv_slabs: the least that KV keeps and the most that it may take; most_cached: experts that the cache has use for.
+    """
+
+    def __init__(
+        self, kv: PagedKVCache, cache: Lent, budget: MemoryBudget, kv_slabs: tuple[int, int], most_cached: int
+    ) -> None:  # fmt: skip
+        self.pool, self.kv, self.cache, self.budget = kv.pool, kv, cache, budget
+        self._least, self._most = kv_slabs
+        self._most_cached = most_cached
+        kv.blocks.lender = self
+        self.take_back()
+
+    @property
+    def most_blocks(self) -> int:
+        return self._most * self.kv.blocks_per_slab
+
+    def lend(self, blocks: int) -> bool:
+        """Between passes: have so many KV blocks free. Waits for reads that are in the way."""
+        slabs = -(-(blocks - self.kv.blocks.num_free) // self.kv.blocks_per_slab)
+        if self.kv.num_slabs + slabs > self._most:
+            return False
+        self.cache.shrink(max(0, slabs - self.pool.num_free))
+        for _ in range(slabs):
+            self.kv.grow()
+        self._settle()
+        return True
+
+    def take_back(self) -> None:
+        """Between passes: KV keeps what is in use, the cache has the rest."""
+        while self.kv.num_slabs > self._least and self.kv.shrink():
+            pass
+        while self.pool.num_free and self.cache.places < self._most_cached:
+            self.cache.grow()
+        self._settle()
+
+    def _settle(self) -> None:
+        self.budget.settle({line: self.pool.bytes_of(line) for line in (CACHE_LINE, KV_LINE, FREE)})
 
 
 class Residency:

@@ -2,8 +2,8 @@
 
 Every step mixes decodes (one token a sequence) with chunks of prompts up to a token budget (Sarathi-Serve,
 arXiv 2403.02310; the token-level view of a sequence, "computed out of known", is vLLM v1's). A sequence is
-admitted when blocks for all of its known tokens are free, and gets them at once, so that a prefill under way
-never waits for memory; only decodes can run out, and then the latest arrival is preempted.
+admitted when blocks for all of its known tokens are free, or lent by a cache of experts, and gets them at once, so that
+a prefill under way never waits for memory; only decodes can run out, and then the latest arrival is preempted.
 
 This is plain Python without a clock, so the engine and the simulator drive the same object:
 
@@ -173,6 +173,11 @@ class Scheduler:
         return self._device.num_blocks
 
     @property
+    def most_blocks(self) -> int:
+        """Device blocks that there are, or can come to be."""
+        return self._device.most_blocks
+
+    @property
     def blocks_used(self) -> int:
         return self._device.num_used
 
@@ -207,10 +212,10 @@ class Scheduler:
             )
         # K and V of the last sampled token are never needed.
         needed = self._blocks(prompt + new - 1)
-        if needed > self._device.num_blocks:
+        if needed > self.most_blocks:
             return (
                 f"prompt ({prompt}) + max_new_tokens ({new}) needs {needed} KV blocks of {self.block_size} tokens, "
-                f"the cache has {self._device.num_blocks}; ask for fewer tokens or give the KV cache more memory"
+                f"the cache has {self.most_blocks}; ask for fewer tokens or give the KV cache more memory"
             )
         stop_ids = frozenset(request.params.stop_token_ids)
         if not request.params.ignore_eos:
@@ -296,9 +301,9 @@ class Scheduler:
             length = min(known - start, budget)
             if start + length > len(blocks) * block_size:
                 missing = self._blocks(start + length) - len(blocks)
-                while self._device.num_free < missing and running[-1] is not sequence:
+                while not (has := self._device.has(missing)) and running[-1] is not sequence:
                     self._preempt(step)
-                if self._device.num_free < missing:
+                if not has:
                     self._preempt(step)
                     break
                 blocks += self._device.allocate(missing)
@@ -312,7 +317,7 @@ class Scheduler:
             sequence = queue[0]
             known = len(sequence.token_ids)
             needed = self._blocks(known)
-            if needed > self._device.num_free:
+            if not self._device.has(needed):
                 return
             queue.popleft()
             sequence.block_ids = self._device.allocate(needed)

@@ -151,10 +151,9 @@ class CostModel:
         self._kv_bytes = 2 * kv_heads * model.head_dim * item
         self._launch_s = parameters.eager_launch_s if parameters.eager else profile.launch_s
 
-    def bind(self, layout: ExpertLayout, cache_places: int = 0) -> list[Load]:
-        """Take a layout; returns the loads of its layers. cache_places: for experts that come on demand from files."""
-        # A cache that forgets has its share of all under uniform routing.
-        self._missed = 1 - cache_places / layout.cached if layout.cached else 0.0
+    def bind(self, layout: ExpertLayout) -> list[Load]:
+        """Take a layout; returns the loads of its layers."""
+        self._cached = layout.cached
         layers = [self._layer(layer, layout) for layer in range(layout.num_layers)]
         self._reads = [reads for reads, _ in layers]
         return [load for _, load in layers]
@@ -189,9 +188,12 @@ class CostModel:
                 traffic += stored + read
         return _Reads(near, far, deep, traffic), Load(link, decode, crossed, brought)
 
-    def pass_costs(self, step: Step) -> tuple[list[LayerCost], float]:
+    def pass_costs(self, step: Step, cache_places: int = 0) -> tuple[list[LayerCost], float]:
         """Costs of all layers with experts for a step's tokens, loads apart; and seconds outside them (embedding,
-        layers without experts at the end, logits, scheduler, sampling)."""
+        layers without experts at the end, logits, scheduler, sampling). cache_places: for experts that come on demand
+        from files."""
+        # A cache that forgets has its share of all under uniform routing.
+        missed = 1 - cache_places / self._cached if self._cached else 0.0
         model, profile, n = self.model, self.profile, self.devices
         bandwidth, flops = profile.memory_bandwidth, profile.matmul_flops
         tokens, sequences = step.num_tokens, len(step.chunks)
@@ -229,7 +231,7 @@ class CostModel:
             seconds = max(share * reads.near / (self.parameters.expert_share * bandwidth), work_s) + half_layer
             seconds += share * reads.far / profile.kernel_host_bandwidth
             if reads.deep:
-                seconds += share * reads.deep * self._missed / (profile.disk_bandwidth / n)
+                seconds += share * reads.deep * missed / (profile.disk_bandwidth / n)
             # Loads and decoders take what bandwidth the kernels leave; beyond it, they make the layer longer.
             busy = (moved + share * reads.near + reads.traffic) / bandwidth
             costs.append(LayerCost(before, max(seconds, busy - before)))

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from fluxmoe.models.config import ModelConfig
 
+from ..experts.cache import CACHE_LINE
 from ..experts.footprint import EXPERT_LINES, Footprint, lay_out, slot_schedule
 from ..experts.layout import ExpertLayout
 from ..experts.planner import Move, Observation, PlannerError
@@ -37,7 +38,7 @@ from ..serving.config import EngineConfig
 from ..serving.deployment import Deployment, limits_of, require_workspace
 from ..serving.kv_cache import PagedKVCache
 from ..serving.loop import Executed, ServingLoop
-from ..serving.residency import Sharing
+from ..serving.residency import Lending, Sharing
 from ..serving.scheduler import Scheduler, Step
 from ..timeline import COMPUTE, COPY, DECODE, HostClock, Timeline
 from .cost_model import CostModel, CostParameters, Load, SimOps
@@ -121,6 +122,26 @@ class VirtualStreamer:
         return begin_s + takes_s
 
 
+class VirtualCache:
+    """Room for so many experts of files, in slabs of a pool that KV shares (None: it does not)."""
+
+    def __init__(self, pool: SlabPool | None, places: int) -> None:
+        self._pool, self.places = pool, 0 if pool else places
+        for _ in range(places if pool else 0):
+            self.grow()
+
+    def grow(self) -> None:
+        assert self._pool is not None, "it is shared"
+        self._pool.take(CACHE_LINE)
+        self.places += 1
+
+    def shrink(self, count: int) -> None:
+        assert self._pool is not None, "it is shared"
+        for slab in self._pool.held(CACHE_LINE)[:count]:
+            self._pool.give(slab)
+        self.places -= count
+
+
 class SimEngine(ServingLoop):
     """Serves requests for `model` on `profile`, like Engine; `config.budget_bytes` is of one device.
 
@@ -162,8 +183,11 @@ class SimEngine(ServingLoop):
             self.kv.blocks, config.block_size, self.deployment.max_sequences, limits.tokens, config.preemption,
             limits.context, host_blocks=host_blocks,
         )  # fmt: skip
-        cache_bytes = self.deployment.reserve_cache()
-        self._cache_places = 0 if cache_bytes is None else experts.cache_places(cache_bytes)
+        self._cache = VirtualCache(pool if self.deployment.lends else None, experts.cache_places())
+        self._lending: Lending | None = None
+        if self.deployment.lends:
+            kv_slabs = self.deployment.kv_slabs(self.kv.num_slabs)
+            self._lending = Lending(self.kv, self._cache, self.budget, kv_slabs, layout.cached)
         self._clock = 0.0
         self.timeline = Timeline(config.timeline, _VirtualClock(self._clock_s), f"simulated on {profile.name}")
         self._streamer = VirtualStreamer(layout, config.slots, config.adaptive, self._adopt(layout), self.timeline)
@@ -179,7 +203,7 @@ class SimEngine(ServingLoop):
     def _adopt(self, layout: ExpertLayout) -> list[Load]:
         """Take a layout into use; returns the loads of its layers."""
         self.layout = layout
-        return self.costs.bind(layout, self._cache_places)
+        return self.costs.bind(layout)
 
     def __enter__(self) -> SimEngine:
         return self
@@ -206,7 +230,7 @@ class SimEngine(ServingLoop):
 
     def _pass(self, step: Step, now: float) -> tuple[float, float, int]:
         """Run a pass from `now` on; moves the clock; returns seconds of waiting and of loads, bytes that crossed."""
-        costs, outside = self.costs.pass_costs(step)
+        costs, outside = self.costs.pass_costs(step, self._cache.places)
         stall, load, crossed = 0.0, 0.0, 0
         for layer, cost in enumerate(costs):
             now = self._traced("attention", "compute", now, now + cost.before, layer)
@@ -249,6 +273,8 @@ class SimEngine(ServingLoop):
         self._moves += moves
 
     def _adapt(self, step: Step, executed: Executed, elapsed_s: float) -> None:
+        if self._lending is not None:
+            self._lending.take_back()
         if self._planner is not None and not step.prefill_tokens:
             self._window.append((elapsed_s - executed.stall_s, executed.transfer_s))
             if len(self._window) >= self.config.plan_every:

@@ -19,6 +19,8 @@ PLOTS = re.compile(r"\bplt\.show\(|\bdraw_\w+\(|\.(plot|hist|barh?|loglog)[.(]")
 PLACES = re.compile(r"(?<![\w.:/])/(?:[\w.-]+/)+[\w.-]+|\w@[\w-]+:|site-packages")
 
 spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks" / "execute.py")
+assert spec is not None
+assert spec.loader is not None
 execute = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(execute)
 

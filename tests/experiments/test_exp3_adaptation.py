@@ -29,8 +29,8 @@ def test_kv_takes_what_experts_leave(tmp_path, capsys):
         max_positions=128,
     )  # fmt: skip
     small = "--device cpu --max-batch 16 --budget 5800KiB --prompt-tokens 8 --output-tokens 40 --requests 16 --start 10"
-    small = ["--model", str(model), *small.split(), "--every", "8", "--times", "4"]
-    call(["paper", "fig9", *small, "--out", str(tmp_path / "out")])
+    given = ["--model", str(model), *small.split(), "--every", "8", "--times", "4"]
+    call(["paper", "fig9", *given, "--out", str(tmp_path / "out")])
     rows = list(csv.DictReader((tmp_path / "out" / "steps.csv").open()))
     kv = {v: [int(r["kv_bytes"]) for r in rows if r["variant"] == v] for v in fig9_adaptation.VARIANTS}
     assert len(set(kv["static"])) == len(set(kv["hold"])) == 1

@@ -196,7 +196,7 @@ def test_adaptive_serving_gives_the_same_tokens(tmp_path):
         arch="olmoe", out=tmp_path / "m", layers=3, experts=4, top_k=2, hidden=128, moe_intermediate=120, heads=4,
         vocab=512, seed=0, max_positions=64,
     )  # fmt: skip
-    tokens = []
+    tokens: list[list[int]] = []
     for extra in ([], ["--adaptive"]):
         out = tmp_path / f"{len(tokens)}.json"
         common = ("--model", model, "--prompt", "ab", "cdef", "--max-new-tokens", 9, "--device", "cpu", "--ignore-eos")

@@ -26,6 +26,7 @@ from fluxmoe.experiments.lib import sweep
 from fluxmoe.experiments.lib.results import UsageError, write_csv
 from fluxmoe.experiments.lib.sweep import EXIT_AGAIN, AbsentError, Sweep, WrongError
 from fluxmoe.kernels.audit import Report
+from fluxmoe.kernels.sass import Loop
 from fluxmoe.kernels.triton.tiles import Tile, read_tuned, tuned_tiles
 from fluxmoe.kernels.work import Work
 
@@ -150,9 +151,14 @@ def test_what_a_point_raises_is_a_row_and_costs_no_other(tmp_path):
 def test_rows_are_measured_once_but_for_those_of_other_code(tmp_path, monkeypatch):
     def measured(*points: int) -> list[int]:
         seen: list[int] = []
+
+        def work(point: int) -> dict[str, int]:
+            seen.append(point)
+            return {"x": 1}
+
         with opened(tmp_path) as rows:
             for point in points:
-                rows.measure(lambda p=point: seen.append(p) or {"x": 1}, point=point)
+                rows.measure(partial(work, point), point=point)
         return seen
 
     with opened(tmp_path) as first:
@@ -412,7 +418,6 @@ def test_predictions_of_other_kernels_are_their_slowest_limit():
 def test_instructions_of_a_loop_are_as_many_as_flops_ask_for():
     sizes: dict[str, object] = {"group": 8, "head_dim": 128, "block_q": 2, "block_kv": 64}
     flops = 4.0 * 3 * 4096 * 32 * 128  # three sequences' 32 heads at 4096 positions
-    code = Report(
-        "attention/x", "sm_90", "_decode_kernel", sizes, num_warps=4, nbytes=1.0, flops=flops, loops=[{"all": 400}]
-    )
+    loop = Loop(all=400, matrix=0, loads=0, integer=0, arrives=0, waits=0)
+    code = Report("attention/x", "sm_90", "_decode_kernel", sizes, num_warps=4, nbytes=1.0, flops=flops, loops=[loop])
     assert predict.issued(code) == 3 * (32 // 8) * (4096 // 64) * 4 * 400

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,8 @@ SIZES = dict[str, Any](layers=2, experts=4, top_k=2, hidden=64, moe_intermediate
 def test_transformers_reads_it(arch, changes, tmp_path):
     out = make_checkpoint(arch, tmp_path / "m", **{**SIZES, **changes}, shard_bytes=40_000)
     assert len(list(out.glob("*.safetensors"))) > 2
-    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, dtype=torch.bfloat16)
+    load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
+    model, info = load(out, output_loading_info=True, dtype=torch.bfloat16)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     checkpoint = Checkpoint(out)
@@ -82,6 +84,7 @@ def test_routers_choose_as_unevenly_as_asked(experts, top_k, skew, tmp_path):
     config = EngineConfig(device="cpu", record_routing=True, max_batched_tokens=512)
     with Engine(out, config) as engine:
         engine.generate([Request(tuple(rng.integers(0, 512, 128).tolist()), params) for _ in range(16)])
+        assert engine.pager.recorder is not None
         recording = engine.pager.recorder.recording()
     # c r^-skew, at most 0.4; as many experts as there are choices to give are all alike.
     wanted = popularity(experts, top_k, skew)

@@ -59,7 +59,12 @@ def test_sweep_resumes_and_explains(model_dir, tmp_path, capsys, monkeypatch):
         lines = file.readlines()
     (tmp_path / "points.csv").write_text("".join(lines[:-1]))
     row, ran = memory_budget.row, []
-    monkeypatch.setattr(memory_budget, "row", lambda *a: ran.append(a[2].placement) or row(*a))
+
+    def noted(*arguments):
+        ran.append(arguments[2].placement)
+        return row(*arguments)
+
+    monkeypatch.setattr(memory_budget, "row", noted)
     assert len(sweep(model_dir, tmp_path)) == 4
     assert ran == ["host"]
 

@@ -63,6 +63,7 @@ def test_a_packed_checkpoint_is_the_same_model_in_fewer_bytes(model_dir, fp8_dir
     call(["pack-checkpoint", "--model", str(model_dir), "--format", name, "--out", str(out)])
     assert "bits a weight" in capsys.readouterr().out
     original, packed = Checkpoint(model_dir), Checkpoint(out)
+    assert packed.packed is not None
     assert packed.packed.header.format == name
     key = lambda item: item[:2]  # noqa: E731
     for got, expected in zip(packed.experts(), sorted(original.experts(), key=key), strict=True):
@@ -118,7 +119,8 @@ def test_layers_without_experts_have_no_files(tmp_path):
 
 
 def test_interrupted_it_is_refused_and_resumes(model_dir, tmp_path, monkeypatch):
-    out, real, packed = tmp_path / "packed", script._pack_expert, []
+    out, real = tmp_path / "packed", script._pack_expert
+    packed: list[int] = []
 
     def stop_at_the_seventh(file, blocks, expert, weights, room):
         if len(packed) == 6:
@@ -136,7 +138,12 @@ def test_interrupted_it_is_refused_and_resumes(model_dir, tmp_path, monkeypatch)
         with pytest.raises(UsageError, match="another model, format or backend"):
             script.pack_checkpoint(model_dir, other.pop("name"), out, **other)
     again: list[int] = []
-    monkeypatch.setattr(script, "_pack_expert", lambda *a: again.append(a[2]) or real(*a))
+
+    def noted(*arguments):
+        again.append(arguments[2])
+        real(*arguments)
+
+    monkeypatch.setattr(script, "_pack_expert", noted)
     script.pack_checkpoint(model_dir, "planar12", out)
     assert len(again) == 8, "the first layer was whole"
     assert len(list(Checkpoint(out).experts())) == 12
@@ -196,11 +203,14 @@ def test_damaged_files_are_named(packed_dir):
 
 
 def test_a_crafted_block_with_a_right_sum_is_refused(packed_dir):
-    victim, header = packed_dir / "experts-0001.flux", Checkpoint(packed_dir).packed.header
+    experts = Checkpoint(packed_dir).packed
+    assert experts is not None
+    victim, header = packed_dir / "experts-0001.flux", experts.header
     block = torch.empty(header.sizes[1], dtype=torch.uint8)
     with ExpertFile(victim, header) as file:
         file.read(2, 1, block)
         recipe = file.recipe(2, 1)
+    assert recipe is not None
     recipe.at(block).planes["offsets"][-2] = 1 << 20
     reseal(victim, header, 2, 1, block, _recipe_text(recipe))
     message = r"layer 1: .*experts-0001.flux: down of expert 2 is damaged: its offsets"

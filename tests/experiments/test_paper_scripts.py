@@ -96,7 +96,12 @@ def test_a_sweep_keeps_what_cannot_start_and_resumes(tmp_path, monkeypatch):
     lines = (tmp_path / "out" / "points.csv").read_text().splitlines(keepends=True)
     (tmp_path / "out" / "points.csv").write_text("".join(lines[:-2]))
     served: list = []
-    monkeypatch.setattr(paper_sweep, "serve_run", lambda run, bench: served.append(run) or serve_run(run, bench))
+
+    def noted(run, bench):
+        served.append(run)
+        return serve_run(run, bench)
+
+    monkeypatch.setattr(paper_sweep, "serve_run", noted)
     again = sweep("paper fig7", BENCH, runs, tmp_path / "out")
     assert [(r["system"], r["tokens_per_s"]) for r in again] == [(r["system"], r["tokens_per_s"]) for r in rows]
     assert len(served) == 2

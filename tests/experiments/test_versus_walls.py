@@ -7,6 +7,7 @@ import os
 import struct
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ from fluxmoe.experiments.lib.results import UsageError, read_csv
 from fluxmoe.experiments.serving import phases, walls
 from safetensors.torch import load_file
 
-SIZES = dict(layers=2, experts=4, top_k=2, hidden=64, moe_intermediate=32, heads=2, vocab=512, max_positions=256)
+SIZES = dict[str, Any](
+    layers=2, experts=4, top_k=2, hidden=64, moe_intermediate=32, heads=2, vocab=512, max_positions=256
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,7 @@ def test_a_gguf_file_has_the_weights_under_llama_cpps_names(model_dir, tmp_path)
     assert keys["general.architecture"] == "olmoe"
     assert (keys["olmoe.vocab_size"], keys["olmoe.expert_count"], keys["olmoe.expert_used_count"]) == (512, 4, 2)
     assert (keys["olmoe.attention.head_count"], keys["olmoe.rope.dimension_count"]) == (2, 32)
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for path in model_dir.glob("*.safetensors"):
         weights |= load_file(path)
     expected = {

@@ -157,7 +157,7 @@ def test_kills_count_whatever_the_process_says(tmp_path, monkeypatch, kills, sta
         return
     said = "killed by its wall of 64 MiB; it held 7 B" if kills else f"ended with status {status}"
     with pytest.raises(wall.KilledError, match=said):
-        wall.call(LIMIT, *((len, b"four") if status is None else (os._exit, status)))
+        wall.call(LIMIT, len, b"four") if status is None else wall.call(LIMIT, os._exit, status)
 
 
 @pytest.mark.parametrize(

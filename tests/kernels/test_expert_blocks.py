@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu
 DIMS = ExpertDims(hidden=128, intermediate=248, experts=4, top_k=2, dtype=torch.bfloat16)
 TOKENS = 8
-BACKENDS = {
+BACKENDS: dict[str, Callable[[ExpertDims, int], Any]] = {
     "cpu": CpuExperts,
     "torch": TorchExperts,
     "triton": lambda dims, tokens: TritonExperts(dims, tokens, DEVICE),

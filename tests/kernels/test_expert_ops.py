@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from fluxmoe.kernels.cpu import tile
 from fluxmoe.kernels.cpu.experts import CpuExperts
-from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.expert_table import ExpertTable, Pair
 from fluxmoe.kernels.ops import ExpertDims, KernelError
 from fluxmoe.kernels.reference.experts import TorchExperts
 from fluxmoe.kernels.triton.experts import TritonExperts
@@ -18,7 +19,7 @@ from fluxmoe.kernels.triton.experts import TritonExperts
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIMS = ExpertDims(hidden=48, intermediate=40, experts=5, top_k=2, dtype=torch.float32)
 TOKENS = 64
-BACKENDS = {
+BACKENDS: dict[str, Callable[[ExpertDims, int], Any]] = {
     "cpu": CpuExperts,
     "torch": TorchExperts,
     "triton": lambda dims, tokens: TritonExperts(dims, tokens, DEVICE),
@@ -28,15 +29,19 @@ TOLERANCE = dict[str, Any](rtol=1e-4, atol=1e-4)
 
 
 def random_experts(dims: ExpertDims) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [tuple(torch.randn(shape).to(dims.dtype) / 4 for shape in dims.shapes) for _ in range(dims.experts)]
+    def one() -> tuple[torch.Tensor, torch.Tensor]:
+        gate_up, down = (torch.randn(shape).to(dims.dtype) / 4 for shape in dims.shapes)
+        return gate_up, down
+
+    return [one() for _ in range(dims.experts)]
 
 
 def page_of(ops, weights) -> SimpleNamespace:
-    blocks = []
-    for gate_up, down in weights:
-        block = tuple(torch.zeros(n, dtype=torch.uint8) for n in ops.expert_bytes())
-        ops.encode_expert(gate_up, down, block)
-        blocks.append(tuple(part.to(ops.device) for part in block))
+    blocks: list[Pair] = []
+    for weight in weights:
+        first, second = (torch.zeros(n, dtype=torch.uint8) for n in ops.expert_bytes())
+        ops.encode_expert(*weight, (first, second))
+        blocks.append((first.to(ops.device), second.to(ops.device)))
     return SimpleNamespace(
         table=ExpertTable.from_blocks(blocks, ops.device), wait=lambda tensor_type: None, need=lambda experts: None,
         ready=lambda tensor_type: (None,),

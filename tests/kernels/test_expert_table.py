@@ -9,7 +9,8 @@ from fluxmoe.kernels.formats import DENSE, FORMATS
 
 
 def blocks(experts: int, skip: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [tuple(torch.zeros(64 + skip, dtype=torch.uint8)[skip:] for _ in range(2)) for _ in range(experts)]
+    one = lambda: torch.zeros(64 + skip, dtype=torch.uint8)[skip:]  # noqa: E731
+    return [(one(), one()) for _ in range(experts)]
 
 
 def check(table: ExpertTable, pairs, formats) -> None:
@@ -74,7 +75,12 @@ def test_the_staging_of_an_update_is_written_once_the_copy_before_it_is_done(mon
     real = torch.empty_like
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch, "empty_like", lambda tensor, pin_memory: log.append("pin") or real(tensor))
+
+    def pinned(tensor, pin_memory):
+        log.append("pin")
+        return real(tensor)
+
+    monkeypatch.setattr(torch, "empty_like", pinned)
     table = ExpertTable.from_blocks(blocks(2), "cpu")
     with monkeypatch.context() as on_gpu:
         on_gpu.setattr(torch.Tensor, "is_cuda", property(lambda self: True))

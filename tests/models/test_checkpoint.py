@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fluxmoe.models.checkpoint import Checkpoint, CheckpointError
-from fluxmoe.models.config import ConfigError
+from fluxmoe.models.config import ConfigError, RopeScaling
 from safetensors.torch import load_file, save_file
 
 from .hf import save_random_model
@@ -24,7 +25,7 @@ def hub_model(directory: Path, arch="mixtral", **overrides):
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in directory.glob("*.safetensors"):
         tensors |= load_file(path)
     return tensors
@@ -114,7 +115,7 @@ def test_partners_in_different_shards_are_all_that_waits(tmp_path):
     expected = experts_by_key(Checkpoint(tmp_path))
     tensors = tensors_of(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(("w2", "w1", "w3")):
         chosen = {n: t for n, t in tensors.items() if f".{part}." in n or (number == 0 and ".experts." not in n)}
         save_file(chosen, tmp_path / f"model-{number}.safetensors")
@@ -322,8 +323,7 @@ def test_both_spellings_of_rope_and_dtype(tmp_path):
     old = Checkpoint(tmp_path).config
     assert old.rope_theta == new.rope_theta
     assert old.dtype == new.dtype == torch.float32
-    assert old.rope_scaling.kind == "linear"
-    assert old.rope_scaling.params == {"factor": 2.0}
+    assert old.rope_scaling == RopeScaling("linear", {"factor": 2.0})
 
 
 def test_generation_config_names_the_end_tokens(tmp_path):
@@ -343,7 +343,7 @@ def test_a_pass_that_is_given_up_leaves_nothing_pending(tmp_path):
     hub_model(tmp_path)
     rewrite(tmp_path, fuse)
     checkpoint = Checkpoint(tmp_path)
-    given_up = checkpoint.experts()
+    given_up: Any = checkpoint.experts()
     next(given_up)
     assert checkpoint.pending > 0
     given_up.close()

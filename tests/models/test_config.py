@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ SIZES = {
     "max_position_embeddings": 128,
     "dtype": "bfloat16",
 }
-OWN = {
+OWN: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "intermediate_size": 32},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32},
     "olmoe": {"num_experts": 4, "intermediate_size": 32},
@@ -110,11 +111,12 @@ def test_norm_topk_prob_when_left_out(arch, expected, tmp_path):
 def test_qwen3_next_is_read_as_transformers_reads_it(tmp_path):
     """Without layer_types every fourth layer attends; KV exists there alone."""
     write(tmp_path, "qwen3_next", num_hidden_layers=8, layer_types=None, full_attention_interval=4)
-    theirs = transformers.Qwen3NextConfig(**json.loads((tmp_path / "config.json").read_text()))
+    theirs: Any = transformers.Qwen3NextConfig(**json.loads((tmp_path / "config.json").read_text()))
     ours = load_config(tmp_path)
     kinds = ["linear_attention" if i in ours.delta_layers else "full_attention" for i in range(8)]
     assert kinds == theirs.layer_types
     assert ours.rotary_dim == theirs.head_dim * theirs.rope_parameters["partial_rotary_factor"] == 2
+    assert ours.delta is not None
     assert ours.delta.value_heads == theirs.linear_num_value_heads
     assert ours.shared_intermediate_size == theirs.shared_expert_intermediate_size
     assert ours.kv_bytes_per_token == 2 * 2 * ours.num_kv_heads * 8 * 2
@@ -158,7 +160,9 @@ def test_top_level_original_length_has_priority(tmp_path):
         original_max_position_embeddings=32,
         rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     )
-    assert load_config(tmp_path).rope_scaling.params["original_max_position_embeddings"] == 32
+    scaling = load_config(tmp_path).rope_scaling
+    assert scaling is not None
+    assert scaling.params["original_max_position_embeddings"] == 32
 
 
 def test_sizes_count_what_is_stored(tmp_path):

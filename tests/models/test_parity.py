@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
 from fluxmoe.kernels.cpu import tile
 from fluxmoe.runtime.serving.engine import Engine, EngineConfig
 from fluxmoe.runtime.serving.request import Request, SamplingParams
+from fluxmoe.runtime.serving.scheduler import Step
 
 from .hf import save_random_model
 
@@ -23,8 +26,11 @@ def serve_with_logits(directory, prompts, **settings):
     rows: dict[int, list[torch.Tensor]] = {i: [] for i in range(len(prompts))}
     with Engine(directory, config) as engine:
         schedule, forward = engine.scheduler.schedule, engine.decoder.forward
-        steps = []
-        engine.scheduler.schedule = lambda: steps.append(schedule()) or steps[-1]
+        steps: list[Step] = []
+
+        def scheduling() -> Step:
+            steps.append(schedule())
+            return steps[-1]
 
         def recording(*arguments):
             logits = forward(*arguments)
@@ -33,8 +39,8 @@ def serve_with_logits(directory, prompts, **settings):
                 rows[order].append(row.cpu().clone())
             return logits
 
-        engine.decoder.forward = recording
-        outputs = engine.generate(requests)
+        with patch.object(engine.scheduler, "schedule", scheduling), patch.object(engine.decoder, "forward", recording):
+            outputs = engine.generate(requests)
     return [list(o.token_ids) for o in outputs], [torch.stack(rows[i]) for i in range(len(prompts))]
 
 

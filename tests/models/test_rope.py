@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ ORIGINAL = {"original_max_position_embeddings": 256}
 
 def ours(kind, params, head_dim=64, positions=1024):
     scaling = None if kind == "default" else RopeScaling(kind, params)
-    config = SimpleNamespace(
+    config: Any = SimpleNamespace(
         head_dim=head_dim, rotary_dim=None, rope_theta=1e5, rope_scaling=scaling, max_position_embeddings=1024
     )  # fmt: skip
     return rope_tables(config, positions)
@@ -38,11 +39,8 @@ def ours(kind, params, head_dim=64, positions=1024):
     ],
 )
 def test_matches_transformers(kind, params):
-    config = Qwen3MoeConfig(
-        head_dim=64,
-        max_position_embeddings=1024,
-        rope_parameters={"rope_type": kind, "rope_theta": 1e5, **params},
-    )
+    sizes = dict[str, Any](head_dim=64, max_position_embeddings=1024)
+    config = Qwen3MoeConfig(**sizes, rope_parameters={"rope_type": kind, "rope_theta": 1e5, **params})
     frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config)
     angles = torch.arange(1024.0)[:, None] * frequencies[None]
     cos, sin = ours(kind, params)
@@ -86,7 +84,7 @@ def test_unknown_or_incomplete_scaling_is_an_error(kind, params, match):
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(8, 2), (20, 8), (16, 16), (64, 16)])
 def test_a_part_of_each_head_rotates(head_dim, rotary_dim):
     """Our halves, on reordered rows, give the products of q and k that a partly rotated head gives."""
-    config = SimpleNamespace(head_dim=head_dim, rotary_dim=rotary_dim, rope_theta=1e4, rope_scaling=None)
+    config: Any = SimpleNamespace(head_dim=head_dim, rotary_dim=rotary_dim, rope_theta=1e4, rope_scaling=None)
     cos, sin = rope_tables(config, 40)
     assert cos.shape == sin.shape == (40, head_dim // 2)
     order = rotary_order(head_dim, rotary_dim)

@@ -113,7 +113,8 @@ def test_round_bf16_matches_torch():
 
 
 def mlp_of(ops, weights) -> DenseMlp:
-    return DenseMlp(*(None if weight is None else arranged(ops, weight) for weight in weights))
+    gate_up, down, score = weights
+    return DenseMlp(arranged(ops, gate_up), arranged(ops, down), None if score is None else arranged(ops, score))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,6 +6,7 @@ import json
 import struct
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,11 +43,8 @@ class Crafted:
         if backend == "torch":
             gate_up[64:74, 3:6] = 1e-25
         self.whole: list[torch.Tensor] = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
-        self.recipes = self.blocks.encode_expert(
-            *(fitting(expert_format, weight.bfloat16()) for weight in (gate_up, down)),
-            (self.whole[0], self.whole[1]),
-            expert_format,
-        )
+        gate_up, down = (fitting(expert_format, weight.bfloat16()) for weight in (gate_up, down))
+        self.recipes = self.blocks.encode_expert(gate_up, down, (self.whole[0], self.whole[1]), expert_format)
         with ExpertFile.create(self.path, self.header) as file:
             file.put(0, self.whole, self.recipes)
             file.commit()
@@ -127,7 +125,7 @@ def _mutate(random: Random, words: np.ndarray) -> None:
 def _mutated_text(random: Random, text: bytes) -> bytes:
     fields = json.loads(text)
     plane = random.choice(fields["planes"])
-    odd = random.choice([0, -1, 1, 2**31, 2**62, 2**70, 1.5, float("nan"), float("inf"), "8", None, [], {}])
+    odd: Any = random.choice([0, -1, 1, 2**31, 2**62, 2**70, 1.5, float("nan"), float("inf"), "8", None, [], {}])
     match random.randrange(8):
         case 0:
             plane[2] = random.choice([plane[2] + 1, plane[2] - 1, plane[2] * 2, odd])
@@ -146,7 +144,7 @@ def _mutated_text(random: Random, text: bytes) -> bytes:
         case 6:
             fields.pop(random.choice(list(fields)))
         case 7:
-            text = bytearray(json.dumps(fields, separators=(",", ":")).encode())
-            text[random.randrange(len(text))] = random.randrange(256)
-            return bytes(text)
+            damaged = bytearray(json.dumps(fields, separators=(",", ":")).encode())
+            damaged[random.randrange(len(damaged))] = random.randrange(256)
+            return bytes(damaged)
     return json.dumps(fields, separators=(",", ":")).encode()

@@ -21,7 +21,8 @@ SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def crafted(request, tmp_path_factory) -> Crafted:
-    return Crafted(*request.param, tmp_path_factory.mktemp("crafted"))
+    backend, expert_format = request.param
+    return Crafted(backend, expert_format, tmp_path_factory.mktemp("crafted"))
 
 
 def one(crafted: Crafted, random: Random) -> bool:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from fluxmoe.kernels.cpu import delta_net as cpu_delta_net
-from fluxmoe.kernels.ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights, KernelError
+from fluxmoe.kernels.ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights, KernelError, Linear
 from fluxmoe.kernels.reference.delta_net import gated_delta_net_torch
 from fluxmoe.kernels.triton._delta_net import CHUNK, _unit_lower_inverse
 
@@ -26,7 +26,8 @@ EPS = 1e-6
 def weights_of(dims: DeltaNetDims, device: str) -> DeltaNetWeights:
     rate = torch.empty(dims.value_heads).uniform_(0.01, 4)
     vectors = (torch.randn(dims.channels, dims.taps), rate, torch.randn(dims.value_heads), torch.randn(dims.value_dim))
-    return DeltaNetWeights(None, *(vector.to(device) for vector in vectors))
+    unused = Linear(torch.empty(0), 0, 0, torch.bfloat16)
+    return DeltaNetWeights(unused, *(vector.to(device) for vector in vectors))
 
 
 def metadata_of(lengths: list[int], past: list[int], slots: list[int], device: str) -> AttentionMetadata:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.expert_table import ExpertTable, Pair
 from fluxmoe.kernels.ops import DenseMlp, ExpertDims, KernelError, LayerDims, Limits, Linear, MoeBlock
 from fluxmoe.kernels.reference import ops as reference
 from fluxmoe.kernels.triton.experts import TritonExperts
@@ -118,15 +119,17 @@ def test_a_layer_in_few_launches_equals_one_operation_after_another(tokens, shar
         expert_ops = TritonExperts(sizes, 16, DEVICE, batch_invariant=invariant)
 
         def linear(weight, arrange=ops.arrange):
-            block = torch.empty(weight.nbytes, dtype=torch.uint8)
-            arrange(weight, block)
-            return Linear(block.to(DEVICE), *weight.shape, BF16)
+            n, k = weight.shape
+            arranged = torch.empty(weight.nbytes, dtype=torch.uint8)
+            arrange(weight, arranged)
+            return Linear(arranged.to(DEVICE), n, k, BF16)
 
-        blocks = [tuple(torch.empty(n, dtype=torch.uint8) for n in expert_ops.expert_bytes()) for _ in weights]
-        for pair, block in zip(weights, blocks, strict=True):
-            expert_ops.encode_expert(*pair, block)
-        pairs = [tuple(part.to(DEVICE) for part in block) for block in blocks]
-        page = SimpleNamespace(table=ExpertTable.from_blocks(pairs, DEVICE), wait=lambda tensor_type: None)
+        pairs: list[Pair] = []
+        for gate_up, down in weights:
+            first, second = (torch.empty(n, dtype=torch.uint8) for n in expert_ops.expert_bytes())
+            expert_ops.encode_expert(gate_up, down, (first, second))
+            pairs.append((first.to(DEVICE), second.to(DEVICE)))
+        page: Any = SimpleNamespace(table=ExpertTable.from_blocks(pairs, DEVICE), wait=lambda tensor_type: None)
         mlp = DenseMlp(linear(matrices[1], ops.arrange_mlp), linear(matrices[2]), linear(score))
         block = MoeBlock(ops, norms[0].to(DEVICE), linear(matrices[0]), norms[1].to(DEVICE), mlp)
         gate = expert_ops.gate(start.clone().to(DEVICE), block)

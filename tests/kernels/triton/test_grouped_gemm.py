@@ -39,8 +39,9 @@ class Layer:
         self.table = self.make_table()
 
     def make_table(self) -> ExpertTable:
+        as_bytes = lambda t: t.reshape(-1).view(torch.uint8)  # noqa: E731
         pairs = [(interleave(a).to(DEVICE), b.to(DEVICE)) for a, b in self.weights]
-        return ExpertTable.from_blocks([tuple(t.reshape(-1).view(torch.uint8) for t in pair) for pair in pairs], DEVICE)
+        return ExpertTable.from_blocks([(as_bytes(a), as_bytes(b)) for a, b in pairs], DEVICE)
 
     def run(self, x, logits, top_k, tile, num_tokens=None, num_sms=5):
         """(output without residual, routing)"""
@@ -219,13 +220,14 @@ def mixed_layer(name: str, hidden: int, intermediate: int, crowded: bool = False
     for expert, (pair, (gate_up_weight, down_weight)) in enumerate(zip(layer.table.blocks, layer.weights, strict=True)):
         if expert % 2:
             weights = (interleave(gate_up_weight), down_weight)
-            pair = tuple(torch.zeros(format_blocks.nbytes(*w.shape), dtype=torch.uint8) for w in weights)
-            for weight, block in zip(weights, pair, strict=True):
+            first, second = (torch.zeros(format_blocks.nbytes(*w.shape), dtype=torch.uint8) for w in weights)
+            for weight, block in zip(weights, (first, second), strict=True):
                 recipe, decoded = format_blocks.encode(weight, block), torch.empty_like(weight)
                 format_blocks.decode(block, recipe, decoded)
                 assert torch.equal(decoded.view(torch.int16), weight.view(torch.int16))
+                assert recipe is not None
                 assert recipe.planes["raw_tiles"].numel() == (8192 if crowded else 0)
-            pair = tuple(block.to(DEVICE) for block in pair)
+            pair = first.to(DEVICE), second.to(DEVICE)
         blocks.append(pair)
     return layer, ExpertTable.from_blocks(blocks, DEVICE, [DENSE, name] * 2)
 

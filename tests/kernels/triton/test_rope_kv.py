@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from fluxmoe.kernels.triton.rope_kv import rope_and_cache, rope_and_cache_torch
+from fluxmoe.kernels.triton import rope_kv
+from fluxmoe.kernels.triton.rope_kv import rope_and_cache_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu
 RTOL = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2e-5}
 BLOCKS = 5
+# Called with lists of its first arguments.
+rope_and_cache: Callable[..., torch.Tensor] = rope_kv.rope_and_cache
 
 
 def inputs(tokens, heads, kv_heads, head_dim, block_size, qk_norm, dtype, positions=40):
@@ -81,13 +86,18 @@ def test_order_of_operations_is_that_of_the_reference_ops(qk_norm, clip):
     args = inputs(tokens, heads, kv_heads, head_dim, block_size, qk_norm, torch.float32)
     qkv, q_norm, k_norm, cos, sin, positions, slots = args
     caches = [torch.zeros(BLOCKS, block_size, kv_heads, head_dim, device=DEVICE) for _ in range(2)]
-    rotated = []
-    ops._attend = lambda q, k, v: rotated.append(q) or q.flatten(1)
+    rotated: list[torch.Tensor] = []
+
+    def attend(q, k, v):
+        rotated.append(q)
+        return q.flatten(1)
+
     none = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
     metadata = AttentionMetadata(
         torch.tensor([0, tokens]), torch.tensor([tokens]), none, positions, slots, block_size
     )  # fmt: skip
-    ops.attention(qkv, q_norm, k_norm, RopeTable(cos, sin), metadata, *caches)
+    with patch.object(ops, "_attend", attend):
+        ops.attention(qkv, q_norm, k_norm, RopeTable(cos, sin), metadata, *caches)
     k_cache, v_cache, q_out = outputs(tokens, heads, kv_heads, head_dim, block_size, torch.float32)
     rope_and_cache(
         *args, k_cache, v_cache, q_out, heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size,

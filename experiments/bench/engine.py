@@ -107,7 +107,8 @@ class OpenEngine:
         taken = self._free_before - _free_bytes(self.device)
         replays = engine.graphs.replays if engine.graphs is not None else 0
         memory = {"ledger_bytes": ledger, "device_bytes": taken, "device_over_ledger": taken / ledger}
-        return {**row, "graph_replays": replays, **memory}
+        captured = {"graph_replays": replays, "graph_bytes": row.pop("graphs", 0)}  # `graphs`: whether
+        return {**row, **captured, **memory}
 
     def close(self) -> None:
         if self._open:
@@ -132,13 +133,8 @@ def run(args: Arguments) -> None:
         torch.mm(*(torch.zeros(16, 16, device=device) for _ in range(2)))  # the context and cuBLAS, once
     made = {"model": source.content, "output_tokens": args.load.output_tokens}
     served = OpenEngine(args.load, source, device)
-    facts: dict[str, Any] = {
-        "device": device.type,
-        "kind": "measured",
-        "model": source.name,
-        "budget": args.load.budget,
-    }
-    with Sweep(args.out, "bench engine", "rows.csv", made, **facts) as sweep:
+    facts: dict[str, Any] = {"kind": "measured", "model": source.name, "budget": args.load.budget}
+    with Sweep(args.out, "bench engine", "rows.csv", made, device=device.type, **facts) as sweep:
         for placement in args.placements:
             for graphs in (True, False) if device.type == "cuda" else (False,):
                 for sequences in args.load.sequences:

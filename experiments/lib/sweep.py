@@ -172,7 +172,8 @@ class Sweep:
             self.rows.remove(before)
             self._keep_old([before])
         self._say_run()
-        row = {**point, **found, "run": self.utc, "made": self.identity(made, point)}
+        # The point's own columns are found by, whatever work calls its own.
+        row = {**point, **found, **point, "run": self.utc, "made": self.identity(made, point)}
         self.rows.append(row)
         write_csv(self.out / self.table, self.rows)
         return row

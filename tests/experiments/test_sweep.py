@@ -133,6 +133,15 @@ def hold(out: str, held, done) -> None:
         done.wait(30)
 
 
+def test_a_row_keeps_its_point_whatever_its_work_calls_its_own(tmp_path):
+    """`graphs` of bench engine was whether there are any, until the ledger had a line of that name."""
+    with Sweep(tmp_path, "test") as sweep:
+        row = sweep.measure(lambda: {"graphs": 123, "x": 1}, graphs=True)
+        assert row is not None
+        assert (row["graphs"], row["x"]) == (True, 1)
+        assert sweep.has(graphs=True)
+
+
 def test_two_processes_do_not_share_a_folder(tmp_path):
     context = multiprocessing.get_context("spawn")
     held, done = context.Event(), context.Event()

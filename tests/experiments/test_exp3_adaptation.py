@@ -41,4 +41,4 @@ def test_kv_takes_what_experts_leave(tmp_path, capsys):
     assert "tokens: identical" in capsys.readouterr().out
     assert (tmp_path / "out" / "adaptation.png").stat().st_size > 5000
     with pytest.raises(UsageError, match="would leave no"):
-        call(["paper", "fig9", *small, "--times", "8", "--out", str(tmp_path / "none")])
+        call(["paper", "fig9", *given, "--times", "8", "--out", str(tmp_path / "none")])

@@ -10,9 +10,9 @@ MIB = 1 << 20
 SMAPS = Path("/proc/self/smaps")
 
 
-def mapping_at(address: int) -> dict[str, str] | None:
-    """The entries of /proc/self/smaps about the mapping that an address lies in."""
-    found = None
+def mapping_at(address: int) -> dict[str, str]:
+    """The entries of /proc/self/smaps about the mapping that an address lies in; none where there is none."""
+    found: dict[str, str] | None = None
     for line in SMAPS.read_text().splitlines():
         name, _, rest = line.partition(" ")
         if not name.endswith(":"):
@@ -22,7 +22,7 @@ def mapping_at(address: int) -> dict[str, str] | None:
             found = {} if begin <= address < end else None
         elif found is not None:
             found[name[:-1]] = rest.strip()
-    return found
+    return found or {}
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, PAGE + 1, 2 * MIB - 1, 2 * MIB, 5 * MIB + 3])
@@ -44,7 +44,7 @@ def test_whole_large_pages_are_asked_for_and_the_end_is_not():
     assert mapping_at(at)["Rss"] == f"{4 * MIB // 1024} kB"
     del memory
     gc.collect()
-    assert mapping_at(at) is None
+    assert mapping_at(at) == {}
 
 
 def test_memory_that_cannot_be_had():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from fluxmoe.kernels.ops import ExpertDims
 from fluxmoe.runtime.experts import cache as cache_module
+from fluxmoe.runtime.experts.cache import ExpertCache
 from fluxmoe.runtime.experts.cache_policies import (
     POLICIES,
     Uses,
@@ -46,6 +47,11 @@ def opened(cache_bytes=None, **settings) -> ExpertPager:
             pager.put(layer, expert, *weights)
     pager.seal()
     return pager
+
+
+def cache_of(pager: ExpertPager) -> ExpertCache:
+    assert pager.store.cache is not None
+    return pager.store.cache
 
 
 def passes(pager, counts=(1, 1, 5, 12, 1, 12, 12, 12, 2), seed=0) -> list[torch.Tensor]:
@@ -102,7 +108,7 @@ def test_results_do_not_depend_on_where_experts_come_from(settings, expected):
         assert counters.cache_misses > 0
         assert counters.disk_bytes >= counters.cache_misses * UNIT * 0.7
         if settings.get("cache_bytes") == 1 << 30:
-            pager.store.cache._settle()
+            cache_of(pager)._settle()
             assert pager.counters().disk_bytes == UNIT * LAYERS * DIMS.experts
             assert counters.cache_misses <= LAYERS * DIMS.experts
 
@@ -110,7 +116,7 @@ def test_results_do_not_depend_on_where_experts_come_from(settings, expected):
 def test_one_token_reads_what_it_was_routed_to_alone(expected):
     with opened() as pager:
         passes(pager, counts=(1,))
-        pager.store.cache._settle()
+        cache_of(pager)._settle()
         counters = pager.counters()
         assert counters.cache_misses == LAYERS * DIMS.top_k
         assert counters.disk_bytes == LAYERS * DIMS.top_k * UNIT
@@ -152,7 +158,7 @@ def test_a_failed_read_is_an_error_once_and_is_tried_again(monkeypatch, expected
             fail[0] = 1
             with pytest.raises(StoreError, match="injected"):
                 passes(pager, counts=(12,))
-            while any(not read.done() for pair in pager.store.cache._reads.values() for read in pair):
+            while any(not read.done() for pair in cache_of(pager)._reads.values() for read in pair):
                 time.sleep(0.001)
         assert all(torch.equal(a, b) for a, b in zip(passes(pager), expected, strict=True))
 
@@ -160,7 +166,7 @@ def test_a_failed_read_is_an_error_once_and_is_tried_again(monkeypatch, expected
 def test_closing_gives_up_what_was_not_read():
     threads = threading.active_count()
     pager = opened(load_delay=lambda layer, d: 60.0)
-    pager.store.cache.need(0, np.arange(8), pager.streamer._table(pager.store.load_plans[0]))
+    cache_of(pager).need(0, np.arange(8), pager.streamer._table(pager.store.load_plans[0]))
     begin = time.monotonic()
     pager.close()
     assert time.monotonic() - begin < 30
@@ -207,7 +213,7 @@ def test_static_keeps_what_a_recording_uses_most(tmp_path, expected):
     path = recording_of(chosen, tmp_path / "routing.npz")
     with opened(cache_policy="static", cache_recording=path) as pager:
         assert all(torch.equal(a, b) for a, b in zip(passes(pager), expected, strict=True))
-        cache = pager.store.cache
+        cache = cache_of(pager)
         here = lambda: {(i, e) for i in range(LAYERS) for e in (5, 2)} <= cache._place_of.keys()  # noqa: E731
         assert here()
         misses = cache.misses

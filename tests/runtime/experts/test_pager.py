@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from fluxmoe.runtime.timeline import Timeline
 LAYERS = 3
 DIMS = ExpertDims(hidden=128, intermediate=120, experts=6, top_k=2, dtype=torch.bfloat16)
 TOKENS = 9
-FORMATS = {
+FORMATS: dict[str, dict[str, Any]] = {
     "dense": dict(),
     "planar12": dict(expert_format="planar12"),
     "host planar12": dict(host_format="planar12"),
@@ -29,7 +30,7 @@ FORMATS = {
     "huffman": dict(expert_format="huffman"),
     "on demand": dict(expert_format="planar12", transfer="on_demand"),
 }
-PLACEMENTS = {
+PLACEMENTS: dict[str, dict[str, Any]] = {
     "resident": dict(placement="resident"),
     "packed": dict(placement="packed"),
     "packed and dense": dict(placement="packed", dense_share=0.4),
@@ -296,6 +297,7 @@ def test_a_planner_is_told_how_often_experts_are_used(expected):
         inputs, added, _ = expected[0]
         assert equal(inputs.add(pager), added)
         for layer in range(LAYERS):
+            assert pager.popularity is not None
             assert pager.popularity[layer].tolist() == torch.bincount(inputs.ids[layer].flatten(), minlength=6).tolist()
     with filled(PagingConfig(placement="packed", adaptive=True, planning=False, threads=1)) as pager:
         assert pager.popularity is None
@@ -318,11 +320,12 @@ def test_loads_and_compute_are_on_the_timeline(expected):
 def test_results_are_the_same_while_experts_move(expert_format, slots, expected):
     rng = random.Random(slots)
     placement = "resident" if expert_format == "dense" else "packed"
-    config = settings_of(
-        placement=placement, expert_format=expert_format, adaptive=True, slots=slots, least_alpha=0.0,
-        load_delay=lambda layer, d: rng.choice([0.0, 0.0, 0.001]),
+    config = PagingConfig(
+        poison=True, threads=1, placement=placement, expert_format=expert_format, adaptive=True, slots=slots,
+        least_alpha=0.0, load_delay=lambda layer, d: rng.choice([0.0, 0.0, 0.001]),
     )  # fmt: skip
     with filled(config) as pager:
+        store: Any = pager.store  # one whose experts move
         targets = (Tier.HOST, *pager.store.layout.moving_tiers)
         unit = sum(pager.ops.expert_bytes(expert_format))
         step, brings = 0, f"to {targets[-1].name}"
@@ -338,7 +341,7 @@ def test_results_are_the_same_while_experts_move(expert_format, slots, expected)
             inputs, added, given = expected[step % 3]
             assert equal(inputs.add(pager), added)
             assert equal(inputs.experts(pager), given)
-            pager.store.check_integrity()
+            store.check_integrity()
         while pager.mover.busy:
             pager.apply_moves()
         came = pager.mover.applied[brings]

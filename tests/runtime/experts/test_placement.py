@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from fluxmoe.runtime.experts.placement import POLICIES, PlacementError, Tier, place
@@ -74,7 +76,7 @@ def test_three_tiers_are_exact_even_and_nested(layers, experts, alpha, disk):
 def test_three_tiers_follow_bandwidth():
     """x_k = B_k / ΣB over three backends, and over those whose share is not given (arXiv 2604.02715 §4.2)."""
     rates = {Tier.RESIDENT: 30e9, Tier.HOST: 8e9, Tier.DISK: 2e9, Tier.PACKED: 30e9}
-    shares = dict[str, dict[str, float]](free={}, device={"alpha": 0.5}, files={"disk": 0.24})
+    shares = dict[str, dict[str, Any]](free={}, device={"alpha": 0.5}, files={"disk": 0.24})
     counts = {name: place("three_tiers", 5, 40, bandwidths=rates, **given).counts() for name, given in shares.items()}
     assert counts["free"] == {"resident": 150, "host": 40, "disk": 10, "packed": 0}
     assert counts["device"] == {"resident": 100, "host": 80, "disk": 20, "packed": 0}

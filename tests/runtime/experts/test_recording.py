@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,8 +82,9 @@ def test_batches_are_lanes_of_sequences_one_after_another():
 
 def test_tokens_that_were_computed_again_count_once():
     once = recorded()
-    twice = replace(once, **{name: np.concatenate([getattr(once, name)] * 2)
-                             for name in ("experts", "step", "sequence", "position")})  # fmt: skip
+    arrays = ("experts", "step", "sequence", "position")
+    both: dict[str, Any] = {name: np.concatenate([getattr(once, name)] * 2) for name in arrays}
+    twice = replace(once, **both)
     assert (twice.batches(2) == once.batches(2)).all()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from fluxmoe.runtime.experts.slots import SlotSchedule
 from hypothesis import given
@@ -37,7 +39,8 @@ def test_follows_is_the_last_earlier_visit_of_the_slot(layers, slots):
 def test_any_passes_read_what_was_loaded_and_overwrite_nothing_that_is_read(layers, slots, data):
     """A machine of slots that does what the schedule allows as early, or as late, as it may."""
     schedule = SlotSchedule(layers, slots)
-    holds, reading, loaded, visit = {}, None, 0, 0
+    holds: dict[int, Any] = {}
+    reading, loaded, visit = None, 0, 0
 
     def load_to(count):
         nonlocal loaded

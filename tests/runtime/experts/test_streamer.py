@@ -110,6 +110,7 @@ def test_error_in_the_copy_thread_reaches_the_reader():
         with streamer.layer(0) as page:
             check_layer(page, 0)
         for file in store.on_disk._files.values():
+            assert file._file is not None
             os.ftruncate(file._file, 10)
 
         def visit_the_rest():
@@ -368,9 +369,12 @@ def arenas_of(store) -> dict[int, tuple[int, int]]:
 
 def check_order(log, arenas) -> None:
     """Reads and poison run on the compute stream, copies on their type's; only what an event covers is certain."""
-    done = {"compute": set(), "load0": set(), "load1": set()}  # log positions certainly done by a stream's next work
+    # Log positions certainly done by a stream's next work.
+    done: dict[str, set] = {"compute": set(), "load0": set(), "load1": set()}
     recorded: dict = {}
-    uses, copied = {}, {}  # by slot buffer: positions of all its uses; position and arena of its latest copy
+    # By slot buffer: positions of all its uses; position and arena of its latest copy.
+    uses: dict[int, set] = {}
+    copied: dict[int, tuple] = {}
     for position, (kind, where, what) in enumerate(log):
         if kind == "wait":
             done[where] |= recorded.get(what, set())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_a_gpu_and_its_host_are_asked_apart(monkeypatch):
     monkeypatch.setattr(CudaDevice, "total_bytes", lambda device: 80 * GIB)
     monkeypatch.setattr(CpuDevice, "free_bytes", lambda device: 30 * GIB)
     free = FreeMemory.now(CUDA)
-    assert free == (CUDA, 70 * GIB, 30 * GIB)
+    assert tuple(free) == (CUDA, 70 * GIB, 30 * GIB)
     free.check_budget(80 * GIB)
     with pytest.raises(BudgetError, match="81 GiB is more than the 80 GiB of memory that this GPU has"):
         free.check_budget(81 * GIB)
@@ -136,9 +137,11 @@ def test_host_and_device_together_are_refused_before_anything_is_loaded(model_di
     with pytest.raises(BudgetError, match=says) as info:
         Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=device))
     monkeypatch.undo()
+    least = info.value.least
+    assert least is not None
     with pytest.raises(BudgetError, match="is too small"):
-        Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=info.value.least - 1))
-    Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=info.value.least)).close()
+        Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=least - 1))
+    Engine(model_dir, EngineConfig(**COMMON, **settings, budget_bytes=least)).close()
 
 
 @pytest.mark.parametrize(
@@ -171,17 +174,19 @@ def test_all_where_the_host_alone_is_too_much(model_dir, free):
     with pytest.raises(BudgetError, match=says) as info:
         Engine(model_dir, EngineConfig(**COMMON, placement="host"))
     # As much as `all` must be.
-    free(HOST.free_for(info.value.least))
+    least = info.value.least
+    assert least is not None
+    free(HOST.free_for(least))
     Engine(model_dir, EngineConfig(**COMMON, placement="host")).close()
-    free(HOST.free_for(info.value.least - 1))
+    free(HOST.free_for(least - 1))
     with pytest.raises(BudgetError, match="is too small"):
         Engine(model_dir, EngineConfig(**COMMON, placement="host"))
 
 
 def test_the_host_ledger_is_what_is_held(model_dir):
     for settings in (
-        dict(placement="offload", alpha=0.5, preemption="swap"),
-        dict(placement="packed", adaptive=True, planning=False),
+        dict[str, Any](placement="offload", alpha=0.5, preemption="swap"),
+        dict[str, Any](placement="packed", adaptive=True, planning=False),
     ):
         with Engine(model_dir, EngineConfig(**COMMON, **settings)) as engine:
             lines = engine.host_budget.lines()
@@ -191,10 +196,19 @@ def test_the_host_ledger_is_what_is_held(model_dir):
 
 def test_workspace_is_not_charged_twice(model_dir, monkeypatch):
     """What is free is asked before the kernels make their buffers, which the budget is charged with."""
-    order = []
-    for name in ("make_ops", "make_expert_ops", "available_bytes", "taken_bytes"):
+    order: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
         real = getattr(CpuDevice, name)
-        monkeypatch.setattr(CpuDevice, name, lambda *a, name=name, real=real: order.append(name) or real(*a))
+
+        def call(*arguments: Any) -> Any:
+            order.append(name)
+            return real(*arguments)
+
+        return call
+
+    for name in ("make_ops", "make_expert_ops", "available_bytes", "taken_bytes"):
+        monkeypatch.setattr(CpuDevice, name, noted(name))
     Engine(model_dir, EngineConfig(**COMMON)).close()
     assert order[:2] == ["taken_bytes", "available_bytes"]
     assert sorted(order[2:4]) == ["make_expert_ops", "make_ops"]
@@ -244,13 +258,12 @@ def test_more_than_the_tolerance_is_a_warning():
 
 
 def test_memory_counts_as_taken_once_it_is_touched():
-    if CPU.taken_bytes() is None:
+    if (before := CPU.taken_bytes()) is None:
         pytest.skip("needs Linux's /proc to see resident memory")
-    before = CPU.taken_bytes()
     memory = torch.empty(128 * MIB, dtype=torch.uint8)
-    assert CPU.taken_bytes() - before < 64 * MIB
+    assert (CPU.taken_bytes() or 0) - before < 64 * MIB
     memory.fill_(1)
-    assert 120 * MIB < CPU.taken_bytes() - before < 192 * MIB
+    assert 120 * MIB < (CPU.taken_bytes() or 0) - before < 192 * MIB
 
 
 def test_the_engine_compares_ledgers_with_what_it_holds(model_dir, monkeypatch):
@@ -260,9 +273,10 @@ def test_the_engine_compares_ledgers_with_what_it_holds(model_dir, monkeypatch):
         assert check.ledger_bytes == engine.budget.used + engine.host_budget.used
         assert check.warning is None
         before = engine._taken_before
+        assert before is not None
         monkeypatch.setattr(CpuDevice, "taken_bytes", lambda device: before + check.ledger_bytes + GIB)
         assert engine.memory_check().held_bytes == check.ledger_bytes + GIB
-        assert "more than the" in engine.memory_check().warning
+        assert "more than the" in (engine.memory_check().warning or "")
 
 
 def arguments_of(model_dir, *more) -> list[str]:

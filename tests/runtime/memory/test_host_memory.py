@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,10 @@ from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.placement import Tier, place
 from fluxmoe.runtime.memory.host_memory import HostMemory, HostMemoryError
 from fluxmoe.runtime.serving import kv_cache
-from fluxmoe.runtime.serving.kv_cache import KVLayout
 
 from ..experts.test_moving_store import moving_store as filled_moving
 from ..experts.test_store import block_of, filled
-from ..serving.test_kv_cache import PlainLayout, cache_of
+from ..serving.test_kv_cache import PlainLayout, cache_of, layout_of
 
 
 class FakeCuda:
@@ -116,7 +116,8 @@ def test_memory_that_no_machine_has_is_one_sentence(pin):
 
 def test_a_store_locks_its_host_tier_and_gives_it_back(fake):
     placement = place("host", 3, 5)
-    with filled(placement) as held:
+    with filled(placement) as store:
+        held: Any = store  # with host memory
         sizes = sorted(fake.registered.values())
         assert sum(sizes) - held.tier_bytes(Tier.HOST) < len(sizes) * PAGE
         assert len(sizes) == 2 * 3
@@ -145,7 +146,7 @@ def test_experts_that_move_have_locked_copies(fake):
 
 
 def test_the_swap_pool_is_locked(fake):
-    cache = cache_of(KVLayout.of(PlainLayout(), 3, 4, 2, 8, torch.bfloat16), host_blocks=4)
+    cache = cache_of(layout_of(PlainLayout(), 3, 4, 2, 8, torch.bfloat16), host_blocks=4)
     assert sum(fake.registered.values()) - cache.host.nbytes < 2 * PAGE
     k, _ = cache.layer(1)
     k[1] = 3

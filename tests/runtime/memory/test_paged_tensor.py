@@ -147,7 +147,8 @@ def test_reading_what_is_not_resident_is_caught(weights):
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30))
 def test_no_order_of_loads_leaks_or_shares_a_block(order):
-    tensor, resident = PagedTensor(4, 2, (3, 5), torch.float32, CPU), []
+    tensor = PagedTensor(4, 2, (3, 5), torch.float32, CPU)
+    resident: list[int] = []
     for layer in order:
         if layer in resident:
             with pytest.raises(RegionError):

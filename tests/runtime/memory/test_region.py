@@ -37,7 +37,10 @@ class FakeDriver:
 
     def __init__(self, memory_blocks: int = 64) -> None:
         self.memory = MemfdPool(memory_blocks * 2 * MIB, 2 * MIB)
-        self.handles, self.ranges, self.mapped, self.running = set(), {}, {}, False
+        self.handles: set = set()
+        self.ranges: dict = {}
+        self.mapped: dict = {}
+        self.running = False
         self.refuse: str | None = None
 
     @staticmethod
@@ -187,7 +190,8 @@ def test_what_makes_no_sense_is_refused(kind):
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 7)), max_size=40))
 def test_any_order_of_maps_and_unmaps(kind, steps):
     with pool_of(kind, 5) as pool:
-        region, model = pool.reserve(8 * pool.block_bytes), set()
+        region = pool.reserve(8 * pool.block_bytes)
+        model: set[int] = set()
         for up, page in steps:
             allowed = (page not in model and len(model) < 5) if up else page in model
             try:
@@ -287,23 +291,26 @@ def test_strided_views_share_the_memory(kind):
 
 def resident_kib() -> int:
     text = Path("/proc/self/smaps_rollup").read_text()
-    return int(re.search(r"^Rss:\s+(\d+)", text, re.M)[1])
+    found = re.search(r"^Rss:\s+(\d+)", text, re.M)
+    assert found is not None
+    return int(found[1])
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc to see resident memory")
 def test_freed_memory_returns_to_the_system():
-    with MemfdPool(64 * MIB) as pool:
+    memfd = MemfdPool(64 * MIB)
+    with memfd as pool:
         region = pool.reserve(64 * MIB)
         before, kept = resident_kib(), pool.pages(16 * MIB)
         for page in range(region.num_pages):
             region.map(page)
         region.tensor(0, (64 * MIB,), torch.uint8).fill_(7)
-        full, held = resident_kib(), os.fstat(pool.file).st_blocks
+        full, held = resident_kib(), os.fstat(memfd.file).st_blocks
         for page in range(kept, region.num_pages):
             region.unmap(page)
         assert full - before > 60 * 1024
         assert full - resident_kib() > 44 * 1024
-        assert os.fstat(pool.file).st_blocks * 512 == 16 * MIB < held * 512
+        assert os.fstat(memfd.file).st_blocks * 512 == 16 * MIB < held * 512
         assert int(region.tensor(0, (16 * MIB,), torch.uint8).min()) == 7
         region.close()
 

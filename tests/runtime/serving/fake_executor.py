@@ -24,7 +24,7 @@ def reference(request, eos=(EOS,)):
     state = 0
     for token in request.prompt_ids:
         state = mix(state, token)
-    params, tokens = request.params, []
+    params, tokens = request.params, list[int]()
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos))
     while len(tokens) < params.max_new_tokens:
         tokens.append((state >> 20) % VOCAB)

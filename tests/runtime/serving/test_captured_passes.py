@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import ctypes
 import random
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from fluxmoe.kernels.formats import FORMATS
@@ -282,7 +283,7 @@ def test_graphs_read_the_right_experts_whatever_moves_between_steps(slots):
                     streamer.do(kernel(page.table, layer, d, page.table.compressed))
         return ids[:, None].float()
 
-    def capture(work, pool):
+    def capture(work, pool) -> Any:
         streamer.work = []
         try:
             result = work()
@@ -290,7 +291,8 @@ def test_graphs_read_the_right_experts_whatever_moves_between_steps(slots):
         finally:
             streamer.work = None
 
-    graphs = DecodeGraphs(forward, streamer, 2, 4, 16, CPU, 0, capture, lambda: "pool")
+    new_pool: Callable[[], Any] = lambda: "pool"  # noqa: E731
+    graphs = DecodeGraphs(forward, streamer, 2, 4, 16, CPU, 0, capture, new_pool)
     for step in range(80):
         graphs.run(decode_step(2))
         for _ in range(rng.choice([0, 0, 0, 0, 1, 1, 4])):

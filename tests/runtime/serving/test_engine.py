@@ -167,6 +167,7 @@ def test_an_adaptive_run_starts_with_the_least_that_its_refusal_names(model_dir,
     with pytest.raises(BudgetError) as info:
         Engine(model_dir, EngineConfig(budget_bytes=1 << 16, **common))
     least = info.value.least
+    assert least is not None
     with pytest.raises(BudgetError):
         Engine(model_dir, EngineConfig(budget_bytes=least - 1, **common))
     with Engine(model_dir, EngineConfig(budget_bytes=least, **common)) as engine:
@@ -192,9 +193,8 @@ def test_impossible_requests_are_refused_alone(model_dir, expected):
     with Engine(model_dir, config) as engine:
         outputs = engine.generate(work)
     assert [o.finish_reason for o in outputs[:3]] == ["refused"] * 3
-    assert "empty" in outputs[0].error
-    assert "160" in outputs[1].error
-    assert "vocabulary of 512" in outputs[2].error
+    for output, said in zip(outputs, ("empty", "160", "vocabulary of 512"), strict=False):
+        assert said in (output.error or "")
     assert [o.token_ids for o in outputs[3:]] == expected
 
 
@@ -233,7 +233,7 @@ def test_arrivals_are_honoured(model_dir):
     config = EngineConfig(device="cpu", max_context=160)
     with Engine(model_dir, config) as engine:
         outputs = engine.generate(work)
-    assert all(o.first_token_s >= r.arrival_s for o, r in zip(outputs, work, strict=True))
+    assert all((o.first_token_s or -1) >= r.arrival_s for o, r in zip(outputs, work, strict=True))
 
 
 def test_engine_serves_again_after_it_was_drained(model_dir, expected):
@@ -414,5 +414,5 @@ def test_a_budget_without_a_slab_for_kv_leaves_nothing_open(wide_model_dir):
         Engine(wide_model_dir, EngineConfig(budget_bytes=1 << 20, **settings))
     before = held_by_process()
     with pytest.raises(BudgetError, match="the least that works"):
-        Engine(wide_model_dir, EngineConfig(budget_bytes=info.value.least - 1, **settings))
+        Engine(wide_model_dir, EngineConfig(budget_bytes=(info.value.least or 0) - 1, **settings))
     assert held_by_process() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def graphs_of(streamer, forward, max_batch=12):
         sizes_in[len(sizes_in) + 1] = []
         return len(sizes_in)
 
-    graphs = DecodeGraphs(forward, streamer, max_batch, 4, 16, CPU, 0, capture, new_pool)
+    graphs: Any = DecodeGraphs(forward, streamer, max_batch, 4, 16, CPU, 0, capture, new_pool)
     graphs.sizes_in = sizes_in
     return graphs
 
@@ -93,14 +94,15 @@ def test_a_step_is_padded_with_what_touches_nothing(count):
     buffers.fill(decode_step(8))
     step = decode_step(count)
     buffers.fill(step)
-    meta = buffers.metadata
+    meta: Any = buffers.metadata
+    wanted: Any = step.metadata
     assert buffers.token_ids[:count].equal(step.token_ids)
     assert meta.block_table[:count, :2].equal(step.metadata.block_table)
     assert meta.slot_mapping.tolist() == step.metadata.slot_mapping.tolist() + [-1] * (8 - count)
     assert meta.context_lens.tolist() == step.metadata.context_lens.tolist() + [0] * (8 - count)
     assert meta.query_start.tolist() == list(range(9))
     assert meta.num_tokens.tolist() == [count]
-    assert meta.state_slots.tolist() == step.metadata.state_slots.tolist() + [77] * (8 - count)
+    assert meta.state_slots.tolist() == wanted.state_slots.tolist() + [77] * (8 - count)
     assert buffers.logit_rows.tolist() == list(range(8))
 
 
@@ -205,6 +207,7 @@ def test_a_capture_that_cannot_be_ended_leaves_the_current_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    capture: Any = capture_cuda
     with pytest.raises(RuntimeError, match="not joined"):
-        capture_cuda(lambda: None, pool=None)
+        capture(lambda: None, pool=None)
     assert current == ["compute"]

@@ -131,7 +131,7 @@ def test_an_exception_in_a_step_leaves_an_engine_that_goes_on(engine, expected, 
 
 
 @pytest.mark.parametrize("transfer", ["whole", "on_demand"])
-def test_an_engine_goes_on_when_a_disk_that_failed_comes_back(model_dir, expected, transfer):
+def test_an_engine_goes_on_when_a_disk_that_failed_comes_back(model_dir, expected, transfer, monkeypatch):
     with Engine(model_dir, EngineConfig(**COMMON, placement="disk", transfer=transfer)) as engine:
         disk = engine.pager.store.on_disk
         read, calls, broken = disk._read, [], [True]
@@ -142,7 +142,7 @@ def test_an_engine_goes_on_when_a_disk_that_failed_comes_back(model_dir, expecte
                 raise StoreError("the disk is gone")
             return read(*arguments, **keywords)
 
-        disk._read = failing
+        monkeypatch.setattr(disk, "_read", failing)
         for _ in range(2):
             with pytest.raises(StoreError, match="the disk is gone"):
                 engine.generate(requests())

@@ -33,6 +33,11 @@ def model_dir(tmp_path_factory):
     )  # fmt: skip
 
 
+def residency_of(engine: Engine) -> Any:
+    assert engine.residency is not None
+    return engine.residency
+
+
 def requests(count=12) -> list[Request]:
     rng = np.random.default_rng(3)
     return [
@@ -119,11 +124,11 @@ def test_kv_that_may_not_grow_gets_back_what_it_gave_to_experts(model_dir, expec
         before = engine.kv.num_blocks
         tokens, _ = serve(engine, come_and_go)
         while engine.pager.mover.busy:
-            engine.residency.between_iterations()
+            residency_of(engine).between_iterations()
         engine.pager.request(
             Move(layer, 0, Tier.PACKED, Tier.HOST) for layer in range(LAYERS) if engine.tiers[layer, 0] == Tier.PACKED
         )
-        engine.residency.between_iterations()
+        residency_of(engine).between_iterations()
         assert engine.pager.mover.applied["to PACKED"] > 0
         assert engine.kv.num_blocks == before
     assert tokens == expected
@@ -180,7 +185,7 @@ def test_the_planner_gives_memory_to_kv_and_takes_it_back(model_dir, expected):
     config = EngineConfig(**COMMON, **shape, budget_bytes=budget, adaptive=True, plan_every=2, theta=0.01)
     with Engine(model_dir, config) as engine:
         tokens, steps = serve(engine)
-        reasons = engine.residency.last_reason
+        reasons = residency_of(engine).last_reason
     assert tokens == expected
     alphas = [step.device_experts for step in steps]
     assert min(alphas) < LAYERS * EXPERTS
@@ -215,7 +220,7 @@ def test_the_planner_chooses_how_host_experts_cross(model_dir, expected):
             profile=HardwareProfile(**host, host_bandwidth=copy, kernel_host_bandwidth=read),
         )  # fmt: skip
         with Engine(model_dir, config) as engine:
-            engine.residency.planner.decide = lambda tiers, *rest: Plan((), "stay", 1.0)
+            residency_of(engine).planner.decide = lambda tiers, *rest: Plan((), "stay", 1.0)
             tokens, steps = serve(engine)
             assert engine.pager.transfer == chosen
         assert tokens == expected
@@ -227,14 +232,15 @@ def test_the_least_used_expert_of_each_layer_leaves_first(model_dir):
     shape = dict[str, Any](placement="packed", least_alpha=0.0, budget_bytes=budget)
     config = EngineConfig(**COMMON, **shape, adaptive=True, plan_every=4, theta=0.01)
     with Engine(model_dir, config) as engine:
-        asked, decide = [], engine.residency.planner.decide
+        asked, planner = [], residency_of(engine).planner
+        decide = planner.decide
 
         def spy(tiers, seen, popularity):
             plan = decide(tiers, seen, popularity)
             asked.append((tiers, popularity, plan))
             return plan
 
-        engine.residency.planner.decide = spy
+        planner.decide = spy
         serve(engine)
     tiers, popularity, plan = next(entry for entry in asked if entry[2].moves)
     # What the router did, counted: top_k a token and layer.
@@ -259,7 +265,8 @@ def test_moves_that_cannot_be_made_leave_the_state(model_dir):
     budget = tight_budget(model_dir, placement="packed")
     config = EngineConfig(**COMMON, placement="packed", budget_bytes=budget, adaptive=True, planning=False)
     with Engine(model_dir, config) as engine:
-        residency, mover, tiers = engine.residency, engine.pager.mover, engine.pager.tiers
+        residency, mover, tiers = residency_of(engine), engine.pager.mover, engine.pager.tiers
+        store: Any = engine.pager.store
         mover.request(
             [
                 Move(0, 0, Tier.HOST, Tier.PACKED),
@@ -279,11 +286,11 @@ def test_moves_that_cannot_be_made_leave_the_state(model_dir):
         # Memory that the pool refuses: an expert that left stays away.
         serve(engine)
         assert not mover.busy
-        engine.pager.store.reserve = lambda tier: (_ for _ in ()).throw(SlabError("no memory today"))
+        store.reserve = lambda tier: (_ for _ in ()).throw(SlabError("no memory today"))
         mover.request([Move(1, 0, Tier.HOST, Tier.PACKED)])
         residency.between_iterations()
         assert "stays in host memory: no memory today" in mover.refused[-1]
-        engine.pager.store.check_integrity()
+        store.check_integrity()
 
 
 def test_kv_keeps_room_for_a_request_that_has_yet_to_come(model_dir):
@@ -296,7 +303,7 @@ def test_kv_keeps_room_for_a_request_that_has_yet_to_come(model_dir):
         mover, before = engine.pager.mover, engine.kv.num_blocks
         mover.request([Move(layer, e, Tier.HOST, Tier.PACKED) for layer in range(LAYERS) for e in range(EXPERTS)])
         while mover.busy:
-            engine.residency.between_iterations()
+            residency_of(engine).between_iterations()
         assert engine.kv.num_blocks < before
         assert "no more slabs than one request may need" in mover.refused[-1]
         long = Request((1,), SamplingParams(max_new_tokens=COMMON["max_context"] - 1, ignore_eos=True))
@@ -324,9 +331,10 @@ def test_closing_gives_up_experts_that_are_on_their_way(model_dir):
         copied.append(source.numel())
 
     engine = Engine(model_dir, config)
-    engine.pager.mover.copy = slow
+    mover: Any = engine.pager.mover
+    mover.copy = slow
     engine.pager.request([Move(0, expert, Tier.HOST, Tier.PACKED) for expert in range(3)])
-    engine.residency.between_iterations()
+    residency_of(engine).between_iterations()
     assert entered.wait(5)
 
     def close():
@@ -336,7 +344,7 @@ def test_closing_gives_up_experts_that_are_on_their_way(model_dir):
     closer = threading.Thread(target=close)
     closer.start()
     assert not closed.wait(0.1)
-    assert engine.pager.mover.courier._closing.is_set()
+    assert mover.courier._closing.is_set()
     release.set()
     closer.join(10)
     assert closed.is_set()

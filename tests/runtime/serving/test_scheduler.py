@@ -111,7 +111,7 @@ def test_the_latest_arrival_is_preempted_and_returns_before_newcomers(preemption
     executor, order = FakeExecutor(scheduler, 100), []
     while scheduler.has_work:
         step = scheduler.schedule()
-        order.append("".join(c.sequence.request.request_id for c in step.chunks))
+        order.append("".join(str(c.sequence.request.request_id) for c in step.chunks))
         scheduler.commit(step, executor.run(step))
     # Step 0 fills the cache with three prompts; at position 4 "a" takes c's blocks, one of which "b" then gets.
     assert order[:3] == ["abc", "ab", "ab"]
@@ -127,7 +127,7 @@ def test_a_step_that_preempts_admits_and_resumes_nobody():
     executor, plan = FakeExecutor(scheduler, 1), []
     for _ in range(4):
         step = scheduler.schedule()
-        names = "".join(c.sequence.request.request_id for c in step.chunks)
+        names = "".join(str(c.sequence.request.request_id) for c in step.chunks)
         plan.append((names, step.num_preempted, len(step.swap_out), len(step.swap_in), scheduler.blocks_used))
         scheduler.commit(step, executor.run(step))
     # Step 2: "a" takes the block of "c", which is swapped; "b" lacks one too, and three do not fit in the host
@@ -139,7 +139,7 @@ def test_prefill_is_chunked_by_what_decodes_leave():
     scheduler = Scheduler(BlockAllocator(100), 4, 4, 8, "recompute", 100)
     added(scheduler, request("a", [1] * 4, 10, ignore_eos=True))
     added(scheduler, request("b", [2] * 18, 2, ignore_eos=True))
-    executor, plan = FakeExecutor(scheduler, 0), []
+    executor, plan = FakeExecutor(scheduler, 0), list[list[tuple]]()
     for _ in range(5):
         step = scheduler.schedule()
         plan.append([(c.sequence.request.request_id, c.start, c.length, c.sample) for c in step.chunks])
@@ -181,7 +181,7 @@ def test_more_blocks_let_more_in():
     blocks = BlockAllocator(2)
     scheduler = Scheduler(blocks, 4, 4, 64, "recompute", 100)
     big = request("big", [1] * 9, 1)
-    assert "needs 3 KV blocks of 4 tokens, the cache has 2" in scheduler.add(Sequence(big))
+    assert "needs 3 KV blocks of 4 tokens, the cache has 2" in (scheduler.add(Sequence(big)) or "")
     added(scheduler, request("a", [1] * 8, 1))
     added(scheduler, request("b", [2] * 8, 1))
     scheduler.commit(scheduler.schedule(), [0])
@@ -210,7 +210,9 @@ EDGES = {
 @pytest.mark.parametrize(("limits", "lengths"), EDGES.values(), ids=EDGES.keys())
 def test_edges(limits, lengths, preemption):
     requests = crowd(5, *lengths)
-    outputs, _ = drive(Scheduler(BlockAllocator(limits[0]), *limits[1:], preemption, sum(lengths), 3), requests, 3)
+    blocks, *sizes = limits
+    scheduler = Scheduler(BlockAllocator(blocks), sizes[0], sizes[1], sizes[2], preemption, sum(lengths), 3)
+    outputs, _ = drive(scheduler, requests, 3)
     for r in requests:
         assert (outputs[r.request_id].token_ids, outputs[r.request_id].finish_reason) == reference(r)
 
@@ -245,7 +247,8 @@ def test_refusals_say_why_and_stop_nobody():
 )
 def test_stop_conditions(params, eos, expected):
     scheduler = Scheduler(BlockAllocator(8), 4, 1, 64, "recompute", 100, eos_token_ids=eos)
-    sequence, stream, finished = added(scheduler, request("a", [1], 4, **params)), iter([9, 4, 7, 5]), []
+    sequence, stream = added(scheduler, request("a", [1], 4, **params)), iter([9, 4, 7, 5])
+    finished: list = []
     while not finished:
         finished = scheduler.commit(scheduler.schedule(), [next(stream)])
     assert finished == [sequence]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ FEW = [[(0, 17)], [(17, 1)]]
 def test_bits_do_not_depend_on_where_slabs_lie(backend, window, blocks, passes):
     dims = replace(DIMS, dtype=torch.bfloat16, window=window)
     limits = Limits(tokens=64, sequences=4, context=64, block_size=BLOCK_SIZE)
-    ops = BACKENDS[backend](dims, limits)
+    ops: Any = BACKENDS[backend](dims, limits)
     device = str(ops.device)
     layout = KVLayout.of(ops, LAYERS, BLOCK_SIZE, dims.kv_heads, dims.head_dim, dims.dtype)
     rope = RopeTable(*(torch.rand(64, dims.head_dim // 2).to(device) for _ in range(2)))
@@ -66,7 +67,8 @@ def test_bits_do_not_depend_on_where_slabs_lie(backend, window, blocks, passes):
         for layer in range(LAYERS):
             for chunks, qkv in zip(passes, rows, strict=True):
                 meta = metadata_for(chunks, BLOCK_SIZE, ids[order[: len(chunks)]])
-                moved = {name: t.to(device) for name, t in vars(meta).items() if isinstance(t, torch.Tensor)}
+                tensors = {name: t for name, t in vars(meta).items() if isinstance(t, torch.Tensor)}
+                moved: dict[str, Any] = {name: t.to(device) for name, t in tensors.items()}
                 qkv = (layer + 1) * qkv.to(device)
                 got = ops.attention(qkv, None, None, rope, replace(meta, **moved), *cache.layer(layer))
                 outputs.append(got.clone())

@@ -43,6 +43,7 @@ def serve(model_dir, **settings):
         handles = [engine.add(request) for request in requests()]
         steps = list(engine.steps())
         assert engine.held_bytes() == engine.budget.lines()
+        assert engine.states is not None
         assert engine.states.num_swapped == 0
         engine.scheduler.check_integrity()
         lines = engine.budget.lines()
@@ -106,10 +107,10 @@ def test_states_take_their_share_of_the_budget(model_dir):
         config, lines = engine.model, engine.budget.lines()
         assert len(config.delta_layers) == 4
         # fp32 activations on the CPU: the convolution's inputs, too.
-        conv = 4 * len(config.delta_layers) * (config.delta.taps - 1) * config.delta.channels
-        matrices = (
-            4 * len(config.delta_layers) * config.delta.value_heads * config.delta.key_dim * config.delta.value_dim
-        )
+        delta = config.delta
+        assert delta is not None
+        conv = 4 * len(config.delta_layers) * (delta.taps - 1) * delta.channels
+        matrices = 4 * len(config.delta_layers) * delta.value_heads * delta.key_dim * delta.value_dim
         assert lines["states"] == 6 * (conv + matrices)
         # KV exists in one layer of five.
         assert config.kv_bytes_per_token == 2 * 2 * 32 * 2

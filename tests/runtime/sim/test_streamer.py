@@ -24,7 +24,8 @@ def expected(order, slots, loads, compute, passes):
     before it that had its slot."""
     visits = [layer for _ in range(passes) for layer in order]
     slot = [order.index(layer) % slots for layer in visits]
-    done, finished, link, decoder, now = [], [], 0.0, 0.0, 0.0
+    done, finished = list[float](), list[float]()
+    link, decoder, now = 0.0, 0.0, 0.0
     for v, layer in enumerate(visits):
         # Computing visit v needs loads up to v alone, and these only visits before it.
         for n in range(len(done), v + 1):
@@ -60,7 +61,7 @@ def test_loads_are_done_when_the_algorithm_says(data, streams, slots, passes):
             if keeps_all and number:
                 assert arrived.load is None
                 continue
-            assert arrived == (done[v], loads[layer])
+            assert (arrived.at_s, arrived.load) == (done[v], loads[layer])
             now = max(now + compute[layer], arrived.at_s)
             assert now == finished[v]
             streamer.finish(layer, now)

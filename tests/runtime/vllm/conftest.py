@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Iterator
 from enum import Enum
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -138,7 +139,7 @@ def _models_of_tests_before_are_gone(request) -> None:
 
 
 @pytest.fixture
-def vllm(monkeypatch) -> SimpleNamespace:
+def vllm(monkeypatch) -> Iterator[SimpleNamespace]:
     """`vllm` while a test runs; `config`: what get_current_vllm_config says; `forward`: the forward context, if any;
     `offloader`: whose hooks are called around graphs; `attention`: layers with KV."""
     world = SimpleNamespace(
@@ -155,7 +156,11 @@ def vllm(monkeypatch) -> SimpleNamespace:
 
         return register
 
-    contents = {
+    def set_weight_attrs(tensor, attrs):
+        for each in attrs.items():
+            setattr(tensor, *each)
+
+    contents: dict[str, dict[str, Any]] = {
         "vllm": {},
         "vllm.config": {
             "get_current_vllm_config": lambda: world.config, "CUDAGraphMode": CUDAGraphMode,
@@ -187,9 +192,7 @@ def vllm(monkeypatch) -> SimpleNamespace:
         },
         "vllm.v1": {},
         "vllm.v1.kv_cache_interface": {"AttentionSpec": AttentionSpec},
-        "vllm.model_executor.utils": {
-            "set_weight_attrs": lambda tensor, attrs: [setattr(tensor, *each) for each in attrs.items()]
-        },
+        "vllm.model_executor.utils": {"set_weight_attrs": set_weight_attrs},
     }  # fmt: skip
     for name, values in contents.items():
         module = ModuleType(name)

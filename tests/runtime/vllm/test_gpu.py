@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +25,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def gpu(monkeypatch) -> Gpu:
+def gpu(monkeypatch) -> Any:
     """Streams run at once; `allocated`: bytes that were taken of the device, one by one."""
-    gpu = Gpu()
+    gpu: Any = Gpu()
     gpu.allocated = []
 
     def make_streamer(self, store, config, timeline):
@@ -156,12 +157,13 @@ def test_tensors_of_any_stride_have_the_slot_of_their_layer(gpu):
         def counters(self) -> Counters:
             return Counters()
 
-    passes = Passes()
-    model = StreamedLayers(
-        PluginConfig(placement="host", vllm_kernels=True, poison=True),
-        CPU,
-        lambda each: followed.append(each) or passes,
-    )
+    passes: Any = Passes()
+
+    def follow(streamer: CudaStreamer) -> Any:
+        followed.append(streamer)
+        return passes
+
+    model = StreamedLayers(PluginConfig(placement="host", vllm_kernels=True, poison=True), CPU, follow)
     for _ in range(5):
         model.add()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -176,7 +178,7 @@ def test_ranks_of_expert_parallelism_add_up(vllm, settings, ids_dtype):
 
 def test_the_loader_says_whose_an_expert_is(vllm):
     expert_map = torch.tensor([-1, 0, -1, 1])
-    parameter = Model(vllm, moe=moe_config(num_local_experts=2), expert_map=expert_map).layers[0].w2_weight
+    parameter: Any = Model(vllm, moe=moe_config(num_local_experts=2), expert_map=expert_map).layers[0].w2_weight
     weight = matrices(0, 0)["w2"]
     assert parameter.weight_loader(parameter, weight, "w2", "w2", 0, return_success=True) is False
     assert parameter.weight_loader(parameter, weight, "w2", "w2", 3, return_success=True) is True
@@ -190,16 +192,17 @@ def test_a_router_weight_on_the_input_scales_the_input(vllm):
     weights, ids = weights[:, :1], ids[:, :1]
     for layer in model.layers:
         layer.apply_router_weight_on_input = True
-    for layer, got in enumerate(model.run(x, weights, ids)):
-        right = reference(layer, x * weights, torch.ones_like(weights), ids)
+    for number, got in enumerate(model.run(x, weights, ids)):
+        right = reference(number, x * weights, torch.ones_like(weights), ids)
         torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-4)
 
 
 def test_a_compiled_model_holds_a_layer_as_one_operation(vllm):
     model = loaded(vllm, fluxmoe=dict(placement="balanced", alpha=0.5))
-    expected = [sum(model.run(*inputs(seed, tokens))) for seed, tokens in ((0, 7), (1, 20))]
+    total: Callable[..., Any] = lambda *args: sum(model.run(*args))  # noqa: E731
+    expected = [total(*inputs(seed, tokens)) for seed, tokens in ((0, 7), (1, 20))]
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *args: sum(model.run(*args)), backend="eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(total, backend="eager", fullgraph=True, dynamic=True)
     for (seed, tokens), right in zip(((0, 7), (1, 20)), expected, strict=True):
         assert torch.equal(compiled(*inputs(seed, tokens)), right)
 
@@ -296,7 +299,7 @@ def test_layers_of_two_shapes(vllm):
     ],
 )
 def test_matrices_of_another_kind(vllm, name, weight, sentence):
-    parameter = Model(vllm).layers[0].w2_weight
+    parameter: Any = Model(vllm).layers[0].w2_weight
     with pytest.raises(StoreError, match=rf"model.layers.0.mlp.experts: .*{sentence}"):
         parameter.weight_loader(parameter, weight, name, name, 1)
 
@@ -371,7 +374,7 @@ def test_a_packed_checkpoint_brings_its_experts_itself(vllm, tmp_path, settings)
     first, second = Model(vllm, model=str(plain), fluxmoe=settings), Model(vllm, model=str(packed), fluxmoe=settings)
     for layer, expert, gate_up, down in Checkpoint(plain).experts():
         gate, up = gate_up.chunk(2)
-        parameter = first.layers[layer].w2_weight
+        parameter: Any = first.layers[layer].w2_weight
         for name, weight in (("w1", gate), ("w3", up), ("w2", down)):
             parameter.weight_loader(parameter, weight, name, name, expert)
     expected = first.finish().run(*inputs())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -59,7 +60,7 @@ def test_what_was_served_is_said_once_in_a_while(vllm, caplog, monkeypatch):
 
 
 @pytest.fixture
-def counted(monkeypatch) -> dict[str, float]:
+def counted(monkeypatch) -> Iterator[dict[str, float]]:
     """What prometheus counts, by name."""
     counted: dict[str, float] = {}
 

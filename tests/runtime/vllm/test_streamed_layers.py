@@ -135,12 +135,16 @@ def layers(vllm, monkeypatch) -> SimpleNamespace:
         pass
 
     asked = []
-    unchanged = ModuleType("unchanged")
-    unchanged.class_for = lambda cls, config: asked.append(cls) or Ours
+
+    def class_for(cls, config):
+        asked.append(cls)
+        return Ours
+
+    unchanged, module = ModuleType("unchanged"), ModuleType(hook._MODULE)
+    vars(unchanged)["class_for"] = class_for
     monkeypatch.setitem(sys.modules, "fluxmoe.runtime.vllm.unchanged", unchanged)
-    sys.modules["vllm.config"].get_current_vllm_config_or_none = lambda: vllm.config
-    module = ModuleType(hook._MODULE)
-    module.PluggableLayer = PluggableLayer
+    vars(sys.modules["vllm.config"])["get_current_vllm_config_or_none"] = lambda: vllm.config
+    vars(module)["PluggableLayer"] = PluggableLayer
     monkeypatch.setitem(sys.modules, hook._MODULE, module)
     hook.hook_layers()
     hook.hook_layers()

@@ -12,6 +12,7 @@ from .common import legend_below, line_of, read, save, subplots, where_of
 _POLICIES = {
     "belady": ("#999999", "Belady: knows the future, the best of caches"),
     "next_use": ("#D55E00", "next_use"),
+    "learned": ("#F0E442", "learned"),
     "least_stale": ("#CC79A7", "least_stale"),
     "lirs": ("#009E73", "lirs"),
     "lfu": ("#E69F00", "lfu"),

@@ -18,10 +18,12 @@ e · ceil(rows/64) · P/128. A weight that this would not shrink is stored raw.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numba import njit, prange, types
+from torch import Tensor
 
 from .codec import Codec, PackingError, align, check_offsets
 from .histogram import exponent_histogram
@@ -103,9 +105,11 @@ def patch_tiles(task, offsets, escapes, raw_tiles, rows_each, out):
 
 
 class Planar(Codec):
-    """See the module. bits: of a weight in the planes of the format itself."""
+    """See the module. bits: of a weight in the planes of the format itself; decoders: by one thread and by all of
+    numba's; they take the format's own planes as matrices with the rows of the weight."""
 
     bits: int
+    decoders: tuple[Callable, Callable]
 
     @abstractmethod
     def _own_planes(self, size: int) -> dict[str, tuple[torch.dtype, int]]:
@@ -182,3 +186,15 @@ class Planar(Codec):
         ascending = (tile[1:] > tile[:-1]) | (position[1:] > position[:-1])
         if not (inside | raw).all() or not ascending.all():
             raise PackingError("its escapes do not ascend inside their tiles")
+
+    def _decode_cpu(self, planes: dict[str, np.ndarray], out: np.ndarray, parallel: bool) -> None:
+        experts, rows, cols = out.shape
+        own = (planes[name].reshape(experts * rows, -1) for name in self._own_planes(0))
+        raw_tiles = planes["raw_tiles"].reshape(-1, TILE_ROWS, TILE_COLS)
+        lists = (planes[name] for name in ("base", "offsets", "escapes"))
+        self.decoders[parallel](*own, *lists, raw_tiles, rows, out.reshape(experts * rows, cols))
+
+    def _decode_triton(self, planes: dict[str, Tensor], out: Tensor) -> None:
+        from ._planar import decode
+
+        decode(planes, out)

@@ -14,9 +14,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numba import njit, prange, types
-from torch import Tensor
 
-from .planar import TILE_COLS, TILE_ROWS, Planar, padded_cols, patch_tiles
+from .planar import TILE_COLS, Planar, patch_tiles
 
 _u8, _u16 = types.uint8, types.uint16
 
@@ -98,6 +97,7 @@ class Planar12(Planar):
 
     name = "planar12"
     bits = 12
+    decoders = _decode, _decode_parallel
 
     def _own_planes(self, size):
         return {"bytes": (torch.uint8, size), "nibbles": (torch.uint8, size // 2)}
@@ -108,23 +108,3 @@ class Planar12(Planar):
         nibbles_out = np.empty((len(bits), padded // 2), dtype=np.uint8)
         _encode_planes(bits, rows, base, bytes_out, nibbles_out, row_escapes)
         return {"bytes": bytes_out.reshape(-1), "nibbles": nibbles_out.reshape(-1)}
-
-    def _decode_cpu(self, planes: dict[str, np.ndarray], out: np.ndarray, parallel: bool) -> None:
-        experts, rows, cols = out.shape
-        padded = padded_cols(cols)
-        decode = _decode_parallel if parallel else _decode
-        decode(
-            planes["bytes"].reshape(-1, padded),
-            planes["nibbles"].reshape(-1, padded // 2),
-            planes["base"],
-            planes["offsets"],
-            planes["escapes"],
-            planes["raw_tiles"].reshape(-1, TILE_ROWS, TILE_COLS),
-            rows,
-            out.reshape(experts * rows, cols),
-        )
-
-    def _decode_triton(self, planes: dict[str, Tensor], out: Tensor) -> None:
-        from ._planar import decode
-
-        decode(planes, out)

@@ -16,9 +16,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numba import njit, prange, types
-from torch import Tensor
 
-from .planar import TILE_COLS, TILE_ROWS, Planar, is_escape, padded_cols, patch_tiles
+from .planar import TILE_COLS, Planar, is_escape, patch_tiles
 
 _u8, _u16 = types.uint8, types.uint16
 
@@ -73,6 +72,7 @@ class Planar8(Planar):
 
     name = "planar8"
     bits = 8
+    decoders = _decode, _decode_parallel
     lost_bits = 0xF
 
     def _own_planes(self, size):
@@ -82,21 +82,3 @@ class Planar8(Planar):
         out = np.empty((len(bits), row_escapes.shape[1] * TILE_COLS), dtype=np.uint8)
         _encode_plane(bits, rows, base, self.lost_bits, out, row_escapes)
         return {"bytes": out.reshape(-1)}
-
-    def _decode_cpu(self, planes: dict[str, np.ndarray], out: np.ndarray, parallel: bool) -> None:
-        experts, rows, cols = out.shape
-        decode = _decode_parallel if parallel else _decode
-        decode(
-            planes["bytes"].reshape(-1, padded_cols(cols)),
-            planes["base"],
-            planes["offsets"],
-            planes["escapes"],
-            planes["raw_tiles"].reshape(-1, TILE_ROWS, TILE_COLS),
-            rows,
-            out.reshape(experts * rows, cols),
-        )
-
-    def _decode_triton(self, planes: dict[str, Tensor], out: Tensor) -> None:
-        from ._planar import decode
-
-        decode(planes, out)

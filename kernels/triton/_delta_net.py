@@ -1,25 +1,23 @@
-"""The kernels of `delta_net`, where formulas, shapes and their order are, and what they declare of their launches.
+"""The kernels of `delta_net`, where formulas, shapes and their order are.
 DIMS is a `DeltaNetDims`, TILE a `DeltaNetTile`, where a `Sequences`, in all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..reference.delta_net import L2_EPS
-from ..work import Work, contexts, declares, lengths
+from ..work import declares
 from . import portable
+from ._delta_net_work import CHUNK_TOKENS, chunk_work, conv_work, finish_work, recurrent_work, state_work
 from .flat_batch import sequence_of
 
 _L2_EPS = tl.constexpr(L2_EPS)
-# Tokens a chunk: rows that fill one wgmma, and few enough for I + A to be inverted in registers.
-CHUNK = tl.constexpr(64)
-_CHUNK = CHUNK.value
+CHUNK = tl.constexpr(CHUNK_TOKENS)
 # Side of the blocks of I + A that are inverted row by row.
 _SIDE = tl.constexpr(16)
 # exp of it is 0 in fp32. Sums of longer decays would only lose digits.
@@ -50,64 +48,6 @@ class Sequences(NamedTuple):
     slots: Tensor
     query_start: Tensor
     context_lens: Tensor
-
-
-def _recurrent_work(args: Mapping[str, Any]) -> Work:
-    """Of sequences that are not left alone: states in and out, and every token's inputs and o."""
-    x, dims, state, most = (args[name] for name in ("x_ptr", "DIMS", "state_ptr", "MOST_TOKENS"))
-    mine = [(n, context) for n, context in _sequences(args) if n <= most]
-    going_on = sum(context > n for n, context in mine)
-    inputs = dims.channels + 2 * dims.value_heads
-    elements = sum(n for n, _ in mine) * (inputs + dims.value_size) + going_on * (dims.taps - 1) * dims.channels
-    return Work(elements * x.element_size() + (len(mine) + going_on) * state[0].nbytes)
-
-
-def _sequences(args: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """(tokens, context) of each."""
-    where, tokens = args["where"], len(args["x_ptr"] if "x_ptr" in args else args["qkv_ptr"])
-    # Where nobody knows, a single token goes on and a prompt begins.
-    return list(zip(lengths(where.query_start, tokens), contexts(where.context_lens, 2), strict=True))
-
-
-def _prompts(tokens: list[float]) -> list[float]:
-    """Of the sequences, those that go in chunks."""
-    return [length for length in tokens if length > 1]
-
-
-def _conv_work(args: Mapping[str, Any]) -> Work:
-    tokens = sum(_prompts([n for n, _ in _sequences(args)]))
-    return Work(tokens * args["DIMS"].channels * (args["x_ptr"].element_size() + args["qkv_ptr"].element_size()))
-
-
-def _chunk_work(args: Mapping[str, Any]) -> Work:
-    """q, k and gates in; P, (I + A)⁻¹ and gates out. q kᵀ, k kᵀ, and four products in three parts for the inverse."""
-    dims, x, qkv, pairs = args["DIMS"], args["x_ptr"], args["qkv_ptr"], args["scores_ptr"]
-    prompts = _prompts(lengths(args["query_start_ptr"], len(x)))
-    chunks = sum(-(-length // _CHUNK) for length in prompts)
-    read = 2 * dims.key_size * qkv.element_size() + 2 * dims.value_heads * x.element_size()
-    written = dims.value_heads * (2 * _CHUNK * pairs.element_size() + 2 * args["gates_ptr"].element_size())
-    parts = 3 if pairs.element_size() == 2 else 1
-    flops = 2 * chunks * dims.value_heads * _CHUNK * _CHUNK * (2 * dims.key_dim + 4 * parts * _CHUNK)
-    return Work(sum(prompts) * (read + written), flops)
-
-
-def _state_work(args: Mapping[str, Any]) -> Work:
-    dims, qkv, pairs, state = args["DIMS"], args["qkv_ptr"], args["scores_ptr"], args["state_ptr"]
-    mine = [(n, context) for n, context in _sequences(args) if n > 1]
-    tokens = sum(n for n, _ in mine)
-    states = len(mine) + sum(context > n for n, context in mine)
-    token = 2 * (dims.key_size + dims.value_size) * qkv.element_size()
-    token += dims.value_heads * (2 * _CHUNK * pairs.element_size() + 2 * args["gates_ptr"].element_size())
-    flops = 2 * tokens * dims.value_heads * dims.value_dim * (3 * dims.key_dim + 2 * _CHUNK)
-    return Work(tokens * token + states * state[0].nbytes, flops)
-
-
-def _finish_work(args: Mapping[str, Any]) -> Work:
-    """o, z and the output of every token, and the inputs that a convolution keeps."""
-    dims, x, out = args["DIMS"], args["x_ptr"], args["out_ptr"]
-    kept = 2 * len(args["where"].context_lens) * (dims.taps - 1) * dims.channels
-    read = len(x) * dims.value_size * (args["qkv_ptr"].element_size() + x.element_size())
-    return Work(read + out.nbytes + kept * x.element_size())
 
 
 @triton.jit
@@ -148,7 +88,7 @@ def _gates(b_ptr, h, rate_ptr, dt_ptr, mask, HEADS: tl.constexpr):
     return tl.where(mask, tl.maximum(-tl.load(rate_ptr + h) * step, _LEAST_LOG), 0.0), beta
 
 
-@triton.jit(launch_metadata=declares(_recurrent_work))
+@triton.jit(launch_metadata=declares(recurrent_work))
 def _recurrent_kernel(
     x_ptr,  # (T, DIMS.projected)
     conv_ptr,  # (CHANNELS, TAPS) fp32
@@ -214,7 +154,7 @@ def _recurrent_kernel(
     tl.store(at, state, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_sequences"], launch_metadata=declares(_conv_work))
+@triton.jit(do_not_specialize=["num_sequences"], launch_metadata=declares(conv_work))
 def _conv_kernel(
     x_ptr,  # (T, DIMS.projected)
     conv_ptr,  # (CHANNELS, TAPS) fp32
@@ -278,7 +218,7 @@ def _unit_lower_inverse(a):
     return inverse
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_sequences"], launch_metadata=declares(_chunk_work))
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences"], launch_metadata=declares(chunk_work))
 def _chunk_kernel(
     x_ptr,  # (T, DIMS.projected)
     qkv_ptr,  # (T, CHANNELS), after the convolution
@@ -327,7 +267,7 @@ def _chunk_kernel(
     tl.store(gate + DIMS.value_heads * num_tokens.to(tl.int64), beta, mask=valid)
 
 
-@triton.jit(do_not_specialize=["num_tokens"], launch_metadata=declares(_state_work))
+@triton.jit(do_not_specialize=["num_tokens"], launch_metadata=declares(state_work))
 def _state_kernel(
     qkv_ptr,  # (T, CHANNELS), after the convolution; v becomes o
     inverse_ptr,  # (VALUE_HEADS, T, CHUNK)
@@ -421,7 +361,7 @@ def _keep_inputs(x_ptr, conv_state_ptr, c, length, first, DIMS: tl.constexpr, TI
     tl.store(conv_state_ptr + tap * DIMS.channels + c, x + old, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens"], launch_metadata=declares(_finish_work))
+@triton.jit(do_not_specialize=["num_tokens"], launch_metadata=declares(finish_work))
 def _finish_kernel(
     x_ptr,  # (T, DIMS.projected)
     qkv_ptr,  # (T, CHANNELS), o in the place of v

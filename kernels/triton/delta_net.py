@@ -52,7 +52,6 @@ from torch import Tensor
 from ..launches import Case
 from ..ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights, KernelError, Linear
 from ._delta_net import (
-    CHUNK,
     DeltaNetTile,
     Sequences,
     _chunk_kernel,
@@ -61,11 +60,11 @@ from ._delta_net import (
     _recurrent_kernel,
     _state_kernel,
 )
+from ._delta_net_work import CHUNK_TOKENS
 from .flat_batch import num_tiles
 from .norm import DTYPES
 from .tiles import capability_of, shared_limit
 
-_CHUNK = CHUNK.value
 # Columns of a state a program: four slices of Qwen3-Next's 32 heads give 128 programs even to one sequence.
 _BLOCK_V = 32
 _BLOCK_C = 1024
@@ -75,7 +74,7 @@ _ALL = 2**31 - 1
 def _workspace_parts(dims: DeltaNetDims, tokens: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """(shape, dtype) of P, of (I + A)⁻¹, of (log Γ, β), and of q | k | v, whose v becomes o."""
     operand = torch.float32 if dtype == torch.float32 else torch.bfloat16
-    pairs = (dims.value_heads, tokens, _CHUNK), operand
+    pairs = (dims.value_heads, tokens, CHUNK_TOKENS), operand
     return [pairs, pairs, ((2, dims.value_heads, tokens), torch.float32), ((tokens, dims.channels), operand)]
 
 
@@ -119,7 +118,7 @@ def gated_delta_net(
     )
     # No sequence is without tokens: as many tokens as sequences means one each.
     if tokens > sequences and not batch_invariant:
-        chunks = num_tiles(tokens, sequences, _CHUNK)
+        chunks = num_tiles(tokens, sequences, CHUNK_TOKENS)
         _conv_kernel[(chunks, 2 * dims.key_heads + dims.value_heads)](
             *conv, where, qkv, sequences, dims, tile, num_warps=8
         )
@@ -147,7 +146,7 @@ def _tile(dims: DeltaNetDims) -> DeltaNetTile:
 
 def _state_stages(tile: DeltaNetTile, itemsize: int, capability: int) -> int:
     """Stages of the loop over chunks: two where a second chunk's q, k, v, P and (I + A)⁻¹ fit in shared memory."""
-    chunk = _CHUNK * (2 * tile.keys + tile.block_v + 2 * _CHUNK) * itemsize
+    chunk = CHUNK_TOKENS * (2 * tile.keys + tile.block_v + 2 * CHUNK_TOKENS) * itemsize
     return 2 if 3 * chunk < shared_limit(capability) else 1
 
 

@@ -77,6 +77,10 @@ def jobs(tuned: Path | None, gpu: str | None, rehearse: bool) -> Iterator[Job]:
     if rehearse:
         yield Job("delta net 1 1", partial(delta_point, 1, 1))
         return
+    for tokens in (8192, 1024, 2048, 4096, 512):
+        for provider in ("fluxmoe", "fluxmoe planar12 decoded first", "fluxmoe planar12 in place"):
+            point = partial(layer_point, "qwen3_30b", tokens, provider, None, gpu)
+            yield Job(f"prefill {tokens} {provider}", point)
     for rows in bit_equality.ROWS:
         yield Job(f"bits {rows}", partial(bit_tiles, rows))
     for name in check_engine.MODELS:
@@ -86,7 +90,8 @@ def jobs(tuned: Path | None, gpu: str | None, rehearse: bool) -> Iterator[Job]:
                     where = f"{name} {dtype}{' packed' * packed}{' invariant' * invariant}"
                     yield Job(where, partial(small_model, name, dtype, packed, invariant))
     shapes = ("qwen3_30b", "mixtral")
-    for provider, shape in product(bench_grouped_gemm.OURS, shapes):
+    providers = ("fluxmoe", "fluxmoe invariant", "fluxmoe planar12", "fluxmoe planar8")
+    for provider, shape in product(providers, shapes):
         for tokens in (1, 2, 8, 32, 128, 512, 1024, 2048, 8192):
             point = partial(layer_point, shape, tokens, provider, tuned, gpu)
             yield Job(f"layer {shape} {tokens} {provider}", point)
@@ -116,7 +121,8 @@ def layer_point(name: str, tokens: int, provider: str, tuned: Path | None, gpu: 
         tiles = tiles or choose_tiles(*sizes, capability_of(META), 2, gpu)
     elif provider == "fluxmoe invariant":
         tiles = bench_grouped_gemm.invariant_tiles(META)
-    ours = bench_grouped_gemm.Ours(shape, tokens, META, tiles, expert_format)
+    how = tiles, expert_format, bench_grouped_gemm.decode_first(provider)
+    ours = bench_grouped_gemm.Ours(shape, tokens, META, *how)
     ours.run(layer, *_layer_inputs(name, tokens))
 
 

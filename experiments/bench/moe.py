@@ -22,12 +22,14 @@ from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.formats import DENSE, FORMATS, fitting, fused_formats, weight_tile
 from fluxmoe.kernels.launches import work_of
 from fluxmoe.kernels.triton import grouped_gemm
+from fluxmoe.kernels.triton.decoded import DecodedExperts
 from fluxmoe.kernels.triton.experts import TritonBlocks
 from fluxmoe.kernels.triton.routing import Router
 from fluxmoe.kernels.triton.tiles import (
     Tiles,
     capability_of,
     choose_tiles,
+    decodes_first,
     fused_tile,
     invariant_tile,
     num_sms_of,
@@ -56,8 +58,11 @@ from .timing import (
     time_providers,
 )
 
+# Whether packed experts are decoded before the GEMM, where the rule is not asked.
+_WAYS = {" in place": False, " decoded first": True}
+_PACKED = [f"fluxmoe {name}{way}" for name in sorted(fused_formats("triton")) for way in ("", *_WAYS)]
 # Ours on dense experts, with one tile for all batches, and on experts in each format that the GEMM decodes.
-OURS = ("fluxmoe", "fluxmoe invariant", *(f"fluxmoe {name}" for name in sorted(fused_formats("triton"))))
+OURS = ("fluxmoe", "fluxmoe invariant", *_PACKED)
 # Experts of a layer with weights of their own; the others repeat them at addresses of their own, which is all that
 # time depends on. So few need be compressed.
 _DISTINCT = 8
@@ -65,8 +70,12 @@ _DISTINCT = 8
 
 def format_of(provider: str) -> str:
     """The format of the experts that one of OURS is given."""
-    name = provider.removeprefix("fluxmoe").strip()
-    return name if name in FORMATS else DENSE
+    return next((word for word in provider.split() if word in FORMATS), DENSE)
+
+
+def decode_first(provider: str) -> bool | None:
+    """Whether one of OURS decodes packed experts before the GEMM; None: by the rule."""
+    return next((first for way, first in _WAYS.items() if provider.endswith(way)), None)
 
 
 class Layer:
@@ -110,14 +119,19 @@ def cold_layers(shape: Shape, device: torch.device) -> list[Layer]:
 
 
 class Ours:
-    """Router, tiles and buffers of one engine, for batches of `tokens`, and the format of its experts."""
+    """Router, tiles and buffers of one engine, for batches of `tokens`, and the format of its experts; decode_first:
+    whether packed ones are decoded before the GEMM, None by the rule."""
 
     def __init__(
-        self, shape: Shape, tokens: int, device: torch.device, tiles: Tiles | None = None, expert_format: str = DENSE
-    ) -> None:
+        self, shape: Shape, tokens: int, device: torch.device, tiles: Tiles | None = None, expert_format: str = DENSE,
+        decode_first: bool | None = None,
+    ) -> None:  # fmt: skip
         self.expert_format, rows = expert_format, tokens * shape.top_k
         self.num_sms = num_sms_of(device)
-        self.tiles = tiles or rule_tiles(shape, tokens, device, expert_format)
+        if decode_first is None:
+            decode_first = decodes_first(rows_per_expert(shape, tokens), _gpu_name(device))
+        self.decoded = DecodedExperts(shape.dims, device) if expert_format != DENSE and decode_first else None
+        self.tiles = tiles or rule_tiles(shape, tokens, device, DENSE if self.decoded else expert_format)
         self.router = Router(tokens, shape.experts, shape.top_k, True, device)
         self.h = torch.empty(rows, shape.intermediate, dtype=torch.bfloat16, device=device)
         self.y = torch.empty(rows, shape.hidden, dtype=torch.bfloat16, device=device)
@@ -128,8 +142,9 @@ class Ours:
         """The layer's output, added to what `out` holds."""
         table = layer.table(self.expert_format)
         routing = self.router(logits, self.tiles.gate_up.block_m)
-        grouped_gemm.gate_up(x, table, routing, self.h, torch.bfloat16, self.tiles.gate_up, self.num_sms)
-        grouped_gemm.down(self.h, table, routing, self.y, torch.bfloat16, self.tiles.down, self.num_sms)
+        tiles, dtype = self.tiles, torch.bfloat16
+        grouped_gemm.gate_up(x, table, routing, self.h, dtype, tiles.gate_up, self.num_sms, self.decoded)
+        grouped_gemm.down(self.h, table, routing, self.y, dtype, tiles.down, self.num_sms, self.decoded)
         return grouped_gemm.combine(self.y, routing, self.out)
 
 
@@ -140,13 +155,16 @@ def rows_per_expert(shape: Shape, tokens: int) -> float:
 
 
 def rule_tiles(shape: Shape, tokens: int, device: torch.device, expert_format: str = DENSE) -> Tiles:
-    """The tiles that an engine would use on this device."""
+    """The tiles that an engine would use on this device, for packed experts in place."""
     capability, rows = capability_of(device), rows_per_expert(shape, tokens)
     if expert_format != DENSE:
         tile = fused_tile(weight_tile(expert_format), rows, capability)
         return Tiles(tile, tile)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return choose_tiles(shape.hidden, shape.intermediate, rows, capability, 2, name)
+    return choose_tiles(shape.hidden, shape.intermediate, rows, capability, 2, _gpu_name(device))
+
+
+def _gpu_name(device: torch.device) -> str | None:
+    return torch.cuda.get_device_name() if device.type == "cuda" else None
 
 
 def invariant_tiles(device: torch.device) -> Tiles:
@@ -229,7 +247,8 @@ class Point(TimedPoint):
 
     def ours(self, provider: str) -> list[Callable[[], Tensor]]:
         """One of OURS on each layer."""
-        ours = Ours(self.shape, self.tokens, self.device, self.tiles(provider), format_of(provider))
+        how = self.tiles(provider), format_of(provider), decode_first(provider)
+        ours = Ours(self.shape, self.tokens, self.device, *how)
         return [partial(ours.run, layer, self.x, self.logits) for layer in self.layers]
 
     def columns(self, provider: str, timing: Timing, roofs: Roofs) -> dict[str, object]:

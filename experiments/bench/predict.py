@@ -8,7 +8,7 @@ DeltaNet at the sizes of Qwen3-30B-A3B and Qwen3-Next.
 
 A prediction is the slowest of the limits below, plus a fixed cost a kernel: a bound that real runs approach from above,
 not a measurement. Bytes and flops are those that kernels declare of their launches at these sizes (`kernels.work`).
-Assumed of the GPU, an H100 SXM: the datasheet's rates, and the share that large copies and matmuls reach. What a model
+Assumed of the GPU: the rates of a hardware profile, by default an H100 SXM's. What a model
 of limits cannot see (bank conflicts, uneven experts, clocks under load) is missing, as is what programs wait for inside
 a chain: of Gated DeltaNet, what a token, or a chunk, waits for the one before (of a token its loads and two sums over
 DK, of a chunk three products one after another).
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -31,18 +31,20 @@ from fluxmoe.kernels.launches import Case, compile_only
 from fluxmoe.kernels.triton.norm import rms_norm
 from fluxmoe.kernels.triton.rope_kv import rope_and_cache
 from fluxmoe.kernels.triton.routing import Router
-from fluxmoe.kernels.triton.tiles import FUSED_BOUNDS, ROW_BOUNDS, Tile, Tiles, default_tile, fused_tile
+from fluxmoe.kernels.triton.tiles import FUSED_BOUNDS, ROW_BOUNDS, Tile, default_tile, fused_tile
 from fluxmoe.kernels.work import Work
+from fluxmoe.runtime.hardware import HardwareProfile
 
 from ..lib.args import option
 from ..lib.results import write_result
 from . import attention, delta_net
-from .moe import Layer, Ours, layer_columns, rows_per_expert
+from .moe import Layer, Ours, layer_columns
 from .shapes import MODEL_SHAPES, SHAPES, TOKENS, Shape
 from .timing import Roofs, Timing
 
 META = torch.device("meta")
-# Datasheet: HBM3 and dense bf16 of an H100 SXM; of these, large copies and matmuls reach some 90 % and 80 %.
+# Of the kernels beside the MoE layer; datasheet: HBM3 and dense bf16 of an H100 SXM; of these, large copies and matmuls
+# reach some 90 % and 80 %.
 ROOFS = Roofs(0.90 * 3.35e12, 0.80 * 989e12)
 SMS, CLOCK_HZ, ISSUES_PER_CLOCK = 132, 1.755e9, 4
 SHARED_BYTES = 227 << 10
@@ -55,38 +57,59 @@ GEMMS = ("gate_up", "down")
 ARCH = "sm_90"
 
 
-def audited(arch: str) -> dict[tuple[str, Tile], Report]:
-    """The machine code of both GEMMs at each tile of the rule."""
+class Codes(NamedTuple):
+    """Machine code: of both GEMMs at each tile of the rule, and of the decoder before them, by format."""
+
+    gemms: dict[tuple[str, Tile], Report]
+    decoders: dict[str, Report]
+
+
+def audited(arch: str) -> Codes:
     capability = int(arch.removeprefix("sm_"))
     tiles = {f"{bound:.0f} rows": default_tile(bound, capability, 2) for bound in ROW_BOUNDS}
     for name in fused_formats("triton"):
         fused = [fused_tile(weight_tile(name), bound, capability) for bound in FUSED_BOUNDS]
         tiles |= {f"{name}, {tile.block_m} rows": tile for tile in fused}
     wanted = {f"grouped_gemm {name}, {label}": (name, tile) for label, tile in tiles.items() for name in GEMMS}
-    return {wanted[case.name]: audit(case, arch)[0] for case in cases_of(arch) if case.name in wanted}
+    gemms, decoders = dict[tuple[str, Tile], Report](), dict[str, Report]()
+    first = {f"grouped_gemm gate_up, {name}, decoded first": name for name in fused_formats("triton")}
+    for case in cases_of(arch):
+        if case.name in wanted:
+            gemms[wanted[case.name]] = audit(case, arch)[0]
+        elif case.name in first:
+            # Programs that stay and take tile after tile.
+            decoders[first[case.name]], gemm = audit(case, arch)
+            gemms["gate_up", replace(tiles["inf rows"], persistent=True)] = gemm
+        elif case.name.replace("down", "gate_up") in first:
+            gemms["down", replace(tiles["inf rows"], persistent=True)] = audit(case, arch)[1]
+    return Codes(gemms, decoders)
 
 
-def gemm_limits(n: int, k: int, blocks: float, work: Work, tile: Tile, code: Report, weight_bytes: float = 2.0) -> dict:
+def gemm_limits(
+    n: int, k: int, blocks: float, work: Work, tile: Tile, code: Report, roofs: Roofs, expert_format: str = DENSE
+) -> dict:
     """Seconds that each resource needs for one grouped GEMM [n, k] over `blocks` blocks of rows.
 
     hbm: what the kernel declares. matrix: flops of whole blocks. l2: tiles of both operands.
     issue: instructions of the inner loop. integer: those of them that run on half of the lanes. latency: loads one
-    after another, a pipeline's depth at a time.
+    after another, a pipeline's depth at a time. What SMs do counts the last round of tiles as if it were full.
     """
-    loop = code.decode_loop if weight_bytes < 2 else code.loop
+    dense, weight_bytes = expert_format == DENSE, FORMATS[expert_format].bits / 8
+    loop, block_k = (code.loop, tile.block_k) if dense else (code.decode_loop, weight_tile(expert_format)[1])
     tiles = blocks * math.ceil(n / tile.block_n)
-    steps = tiles * math.ceil(k / tile.block_k)
+    tiles = math.ceil(tiles / SMS) * SMS if tiles > SMS else tiles
+    steps = tiles * math.ceil(k / block_k)
     resident = SMS * max(
         1, min(SHARED_BYTES // max(1, code.shared_bytes), 65536 // (code.registers * 32 * tile.num_warps))
     )
     waves = max(1.0, tiles / resident)
     return {
-        "hbm": work.nbytes / ROOFS.bytes_per_s,
-        "matrix": 2.0 * blocks * tile.block_m * n * k / ROOFS.flops_per_s,
-        "l2": steps * (2 * tile.block_m + weight_bytes * tile.block_n) * tile.block_k / L2_BYTES_PER_S,
+        "hbm": work.nbytes / roofs.bytes_per_s,
+        "matrix": 2.0 * tiles * tile.block_m * tile.block_n * k / roofs.flops_per_s,
+        "l2": steps * (2 * tile.block_m + weight_bytes * tile.block_n) * block_k / L2_BYTES_PER_S,
         "issue": steps * loop["all"] * tile.num_warps / (SMS * ISSUES_PER_CLOCK * CLOCK_HZ),
         "integer": steps * loop["integer"] * tile.num_warps / (SMS * ISSUES_PER_CLOCK / 2 * CLOCK_HZ),
-        "latency": waves * math.ceil(k / tile.block_k) / max(1, tile.num_stages - 1) * LATENCY_S,
+        "latency": waves * math.ceil(k / block_k) / max(1, tile.num_stages - 1) * LATENCY_S,
     }
 
 
@@ -101,34 +124,35 @@ def expected_blocks(tokens: int, probability: float, block_m: int) -> float:
     return float(math.ceil(tokens / block_m))
 
 
-def _tile(expert_format: str, rows_per_expert: float, capability: int) -> Tile:
-    if expert_format == DENSE:
-        return default_tile(rows_per_expert, capability, 2)
-    return fused_tile(weight_tile(expert_format), rows_per_expert, capability)
-
-
 def predict_layer(
-    shape: Shape, tokens: int, codes: dict[tuple[str, Tile], Report], expert_format: str = DENSE
+    shape: Shape, tokens: int, codes: Codes, roofs: Roofs, expert_format: str = DENSE, first: bool | None = None
 ) -> tuple[float, dict[str, str], Work]:
-    """(seconds, limit of each GEMM, work) of a layer under uniform routing."""
-    each = rows_per_expert(shape, tokens)
-    tile = _tile(expert_format, each, 90)
-    ours = Ours(shape, tokens, META, Tiles(tile, tile), expert_format)
+    """(seconds, limit of each GEMM, work) of a layer under uniform routing; first: as `decode_first` of `Ours`."""
+    ours = Ours(shape, tokens, META, None, expert_format, first)
     x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device=META)
     with compile_only(90, SMS) as launches:
         ours.run(Layer(shape, META), x, torch.empty(tokens, shape.experts, device=META))
+    tile = ours.tiles.gate_up
     blocks = shape.experts * expected_blocks(tokens, shape.top_k / shape.experts, tile.block_m)
     works = [work for launch in launches if (work := launch.work)]
     total, limits = len(launches) * FIXED_S, dict[str, str]()
     for launch, work in zip(launches, works, strict=True):
-        if launch.kernel.__name__ != "_grouped_gemm_kernel":
-            total += work.nbytes / ROOFS.bytes_per_s
-            continue
-        name = GEMMS[len(limits)]
-        n, k = (2 * shape.intermediate, shape.hidden) if name == "gate_up" else (shape.hidden, shape.intermediate)
-        seconds = gemm_limits(n, k, blocks, work, tile, codes[name, tile], FORMATS[expert_format].bits / 8)
-        limits[name] = max(seconds, key=seconds.__getitem__)
-        total += seconds[limits[name]]
+        if launch.kernel.__name__ == "_decode_experts_kernel":
+            code = codes.decoders[expert_format]
+            issued = math.prod(launch.grid) * code.num_warps * code.instructions
+            total += max(work.nbytes / roofs.bytes_per_s, issued / (SMS * ISSUES_PER_CLOCK * CLOCK_HZ))
+        elif launch.kernel.__name__ != "_grouped_gemm_kernel":
+            total += work.nbytes / roofs.bytes_per_s
+        else:
+            name, used = "down" if launch.constexprs["TENSOR"] else "gate_up", launch.constexprs["TILE"]
+            assert isinstance(used, Tile), "a GEMM is given a tile"
+            n, k = (2 * shape.intermediate, shape.hidden) if name == "gate_up" else (shape.hidden, shape.intermediate)
+            # Of a group of experts, its share.
+            mine = blocks * work.flops / (2.0 * tokens * shape.top_k * n * k)
+            met = expert_format if launch.constexprs["COMPRESSED"] else DENSE
+            seconds = gemm_limits(n, k, mine, work, used, codes.gemms[name, used], roofs, met)
+            limits[name] = max(seconds, key=seconds.__getitem__)
+            total += seconds[limits[name]]
     return total, limits, Work(*map(sum, zip(*works, strict=True)))
 
 
@@ -217,7 +241,7 @@ def predict_kernel(code: Report, size: str, repeats: int = 1) -> dict:
     }  # fmt: skip
 
 
-def predicted_layer_rows(shapes: Iterable[str], tokens: Iterable[int], arch: str) -> list[dict]:
+def predicted_layer_rows(shapes: Iterable[str], tokens: Iterable[int], arch: str, roofs: Roofs) -> list[dict]:
     """Rows as bench moe has them."""
     codes, rows = audited(arch), []
     for name in shapes:
@@ -225,11 +249,11 @@ def predicted_layer_rows(shapes: Iterable[str], tokens: Iterable[int], arch: str
             shape, base = SHAPES[name], None
             for expert_format in (DENSE, *sorted(fused_formats("triton"))):
                 provider = "fluxmoe" if expert_format == DENSE else f"fluxmoe {expert_format}"
-                seconds, limits, work = predict_layer(shape, count, codes, expert_format)
+                seconds, limits, work = predict_layer(shape, count, codes, roofs, expert_format)
                 base = base or seconds
                 timing = Timing(seconds, seconds, seconds, "/".join(limits.values()))
                 bits = FORMATS[expert_format].bits
-                columns = layer_columns(work, shape.touched(count), timing, base, ROOFS, bits)
+                columns = layer_columns(work, shape.touched(count), timing, base, roofs, bits)
                 point = {"shape": name, "tokens": count, "routing": "uniform", "provider": provider}
                 rows.append({"kind": "predicted", **point, **columns})
                 print(
@@ -245,17 +269,20 @@ class Arguments:
     what: str = option("the MoE layer, or the kernels beside it", choices=("moe", "others"))
     shapes: tuple[str, ...] = option("moe: models", tuple(MODEL_SHAPES), choices=tuple(SHAPES))
     tokens: tuple[int, ...] = option("moe: of the batch", tuple(TOKENS), least=1)
+    profile: str = option("moe: whose memory and matrix units", "H100-SXM", choices=("H100-SXM", "H200-SXM"))
     out: Path = option("folder of the results", metavar="DIR")
 
 
 def run(args: Arguments) -> None:
+    profile = HardwareProfile.load(args.profile)
+    roofs = Roofs(profile.memory_bandwidth, profile.matmul_flops)
     if args.what == "moe":
-        rows = predicted_layer_rows(args.shapes, args.tokens, ARCH)
+        rows = predicted_layer_rows(args.shapes, args.tokens, ARCH, roofs)
     else:
         with compile_only(90, SMS):
             points = list(other_points())
         rows = [predict_kernel(code, size, repeats) for size, case, repeats in points for code in audit(case, ARCH)]
         for row in rows:
             print(f"{row['kernel']:<34} {row['size']:<32} {row['predicted_us']:9.1f} µs, limited by {row['limit']}")
-    facts = {"kind": "predicted: no GPU ran", "gpu": "H100 SXM, datasheet", "arch": ARCH, "roofs": asdict(ROOFS)}
+    facts = {"kind": "predicted: no GPU ran", "gpu": profile.name, "arch": ARCH, "roofs": asdict(roofs)}
     write_result(args.out, "bench predict", {"rows.csv": rows}, facts)

@@ -11,6 +11,7 @@ ratios      of any two measured runs of a sweep: which is faster, and by how muc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,7 +43,10 @@ FIGURES = {
     "fig2_kv_capacity": fig2_kv_capacity.FIGURE,
 }
 # What bench cpu-moe measured at these models' widths, 1 to 8 rows an expert: 0.65 of either floor.
-CPU_COSTS = CostParameters(attention_share=0.65, expert_share=0.65, moe_flops_share=0.65)
+CPU_COSTS = CostParameters(
+    attention_share=0.65, expert_share=0.65, moe_flops_share=0.65, packed_share=0.65, packed_flops_share=0.65,
+    decode_rows=math.inf,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,8 @@ _PLANAR12 = tl.constexpr(FORMATS["planar12"].number)
 
 
 class TableArrays(NamedTuple):
-    """What a kernel is given of an `ExpertTable`; shared: the weight of the expert behind the table's, if there is."""
+    """What a kernel is given of an `ExpertTable`; shared: the weight of the expert behind the table's, if there is.
+    formats: of a launch that is for a group of experts (`RoutingArrays.group`), theirs."""
 
     addresses: Tensor  # (E, 2) int64
     formats: Tensor  # (E, 2) uint8
@@ -71,7 +72,7 @@ def _tile_of_expert(
     y_ptr,
     routing,
     tile,
-    num_blocks,
+    blocks,  # the first, and how many
     N,
     K,
     strides,  # of x and y
@@ -89,9 +90,9 @@ def _tile_of_expert(
     tiles_n = tl.cdiv(N, BLOCK_N)
     # Blocks in groups, so that programs that run together share the weights of a few columns in L2.
     group = tile // (GROUP_M * tiles_n)
-    in_group = tl.minimum(num_blocks - group * GROUP_M, GROUP_M)
+    in_group = tl.minimum(blocks[1] - group * GROUP_M, GROUP_M)
     within = tile % (GROUP_M * tiles_n)
-    block = routing.block_map + (group * GROUP_M + within % in_group) * 4
+    block = routing.block_map + (blocks[0] + group * GROUP_M + within % in_group) * 4
     n0 = within // in_group * BLOCK_N
     entry = tl.load(block) * 2 + TENSOR
     begin = tl.load(block + 1)
@@ -146,7 +147,7 @@ def _tile_of_expert(
     tl.store(y_ptrs, cast(value, y_ptr.dtype.element_ty), mask=mine[:, None] & inside[None, :])
 
 
-def gemm_work(n: int, k: int, tokens: int, rows: int, weight_bytes: float, itemsize: int, tensor: int) -> Work:
+def gemm_work(n: int, k: int, tokens: float, rows: float, weight_bytes: float, itemsize: int, tensor: int) -> Work:
     """Of one grouped GEMM: weight_bytes in all, activations in and out once. gate_up reads tokens and writes half of n
     a row; down reads rows and writes n."""
     read, written = (tokens, n // 2) if tensor == GATE_UP else (rows, n)
@@ -159,14 +160,22 @@ def work_of_gemm(args: Mapping[str, Any]) -> Work:
     shared = int(table.shared is not None)
     bits = {each.number: each.bits for each in FORMATS.values() if each.number is not None}
     numbers = table.formats[:, tensor].cpu().tolist()
+    experts, share = len(table.addresses), 1.0
     if routing.expert_start.device.type == "meta":
-        mean = sum(bits[number] for number in numbers) / len(numbers)
-        total = mean * touched_experts(routing.expert_start, tokens, choices - shared)
+        share = len(numbers) / experts
+        total = sum(bits[number] for number in numbers) / experts
+        total *= touched_experts(routing.expert_start, tokens, choices - shared)
     else:
-        used = (torch.diff(routing.expert_start) > 0).cpu().tolist()
+        start = routing.expert_start.cpu()
+        if routing.group is not None:
+            first, last = routing.group[2:].tolist()
+            share = float(start[last] - start[first]) / max(1, int(start[-1]))
+            start = start[first : last + 1]
+        used = (torch.diff(start) > 0).tolist()
         total = sum(bits[number] for number, has_tokens in zip(numbers, used, strict=True) if has_tokens)
     weight_bytes = (total + shared * bits[0]) / 8 * n * k
-    return gemm_work(n, k, tokens, tokens * choices, weight_bytes, args["x_ptr"].element_size(), tensor)
+    rows = tokens * choices * share
+    return gemm_work(n, k, tokens * share, rows, weight_bytes, args["x_ptr"].element_size(), tensor)
 
 
 def _combine_work(args: Mapping[str, Any]) -> Work:
@@ -197,21 +206,24 @@ def _grouped_gemm_kernel(
     EVEN_K: tl.constexpr,
     COMPRESSED: tl.constexpr,  # number of the format that experts may have beside dense; 0: none has another
 ):
-    """Grid: (programs,), each takes tile pid, and if persistent pid + programs, …; tiles = blocks in use x
-    cdiv(N, block_n)."""
+    """Grid: (programs,), each takes tile pid, and if persistent pid + programs, …; tiles = blocks in use, or those of
+    the group, x cdiv(N, block_n)."""
     after_inputs()
-    num_blocks = tl.load(routing.num_blocks)
-    tiles = num_blocks * tl.cdiv(N, TILE.block_n)
+    if routing.group is None:
+        blocks = (0, tl.load(routing.num_blocks))
+    else:
+        blocks = (tl.load(routing.group), tl.load(routing.group + 1))
+    tiles = blocks[1] * tl.cdiv(N, TILE.block_n)
     if TILE.persistent:
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             _tile_of_expert(
-                x_ptr, table, y_ptr, routing, tile, num_blocks, N, K, (stride_x, stride_y), TENSOR, TOP_K, TILE, EVEN_K,
+                x_ptr, table, y_ptr, routing, tile, blocks, N, K, (stride_x, stride_y), TENSOR, TOP_K, TILE, EVEN_K,
                 COMPRESSED,
             )  # fmt: skip
     elif tl.program_id(0) < tiles:
         # What a loop would carry from tile to tile takes registers.
         _tile_of_expert(
-            x_ptr, table, y_ptr, routing, tl.program_id(0), num_blocks, N, K, (stride_x, stride_y), TENSOR, TOP_K, TILE,
+            x_ptr, table, y_ptr, routing, tl.program_id(0), blocks, N, K, (stride_x, stride_y), TENSOR, TOP_K, TILE,
             EVEN_K, COMPRESSED,
         )  # fmt: skip
 

@@ -16,10 +16,20 @@ from ..expert_table import DOWN, GATE_UP
 from ..formats import FORMATS
 from ..ops import ExpertDims, Gated, KernelError, LayerExperts, MoeBlock, RowMajor
 from . import grouped_gemm
+from .decoded import DecodedExperts
 from .gate import GateWeights, norm_and_route
 from .ops import check_backend
 from .routing import Router, Routing
-from .tiles import Tiles, capability_of, choose_tiles, fused_invariant_tile, fused_tile, invariant_tile, num_sms_of
+from .tiles import (
+    Tiles,
+    capability_of,
+    choose_tiles,
+    decodes_first,
+    fused_invariant_tile,
+    fused_tile,
+    invariant_tile,
+    num_sms_of,
+)
 
 
 class TritonBlocks(ExpertBlocks):
@@ -42,8 +52,9 @@ class TritonExperts(ExpertLayer[Routing], TritonBlocks):
     """ExpertOps for batches of up to `max_tokens`; one pager owns one (not thread-safe).
 
     formats: in which experts may be stored. Launches that may meet a fused one use its tiles, whatever the format of
-    each expert: the order of summation, and so the result, is the same for all. batch_invariant: one tile, whatever the
-    batch. Raises KernelError for dtypes, sizes and formats that the kernels cannot take, and without a GPU or
+    each expert, or where experts have many rows decode first and use those of dense experts: the order of summation,
+    and so the result, is the same for all formats. batch_invariant: one tile, whatever the batch, and nothing is
+    decoded first. Raises KernelError for dtypes, sizes and formats that the kernels cannot take, and without a GPU or
     interpreter.
     """
 
@@ -63,6 +74,10 @@ class TritonExperts(ExpertLayer[Routing], TritonBlocks):
         self._y = torch.empty(rows, dims.hidden, dtype=dims.dtype, device=self.device)
         self._x = torch.empty(max_tokens, dims.hidden, dtype=dims.dtype, device=self.device)
         self.workspace_bytes = self._router.nbytes + self._h.nbytes + self._y.nbytes + self._x.nbytes
+        self._decoded: DecodedExperts | None = None
+        if self._decodes(max_tokens):
+            self._decoded = DecodedExperts(dims, self.device)
+            self.workspace_bytes += self._decoded.nbytes
 
     def _choose_weight_tile(self, formats: Collection[str]) -> tuple[int, int] | None:
         """`Format.tile` of the fused ones among `formats`."""
@@ -113,10 +128,11 @@ class TritonExperts(ExpertLayer[Routing], TritonBlocks):
         """y [R, H]: each row's expert's output, times its weight."""
         d, tiles, rows = self.dims, self._tiles(len(x)), routing.experts.numel()
         h, y = self._h[:rows], self._y[:rows]
+        decoded = self._decoded if self._decodes(len(x)) else None
         experts.wait(GATE_UP)
-        grouped_gemm.gate_up(x, experts.table, routing, h, d.dtype, tiles.gate_up, self._num_sms)
+        grouped_gemm.gate_up(x, experts.table, routing, h, d.dtype, tiles.gate_up, self._num_sms, decoded)
         experts.wait(DOWN)
-        return grouped_gemm.down(h, experts.table, routing, y, d.dtype, tiles.down, self._num_sms)
+        return grouped_gemm.down(h, experts.table, routing, y, d.dtype, tiles.down, self._num_sms, decoded)
 
     def count_routed(self, routing: Routing, counts: Tensor) -> None:
         """counts fp32 [E] += how many tokens each expert got."""
@@ -126,10 +142,19 @@ class TritonExperts(ExpertLayer[Routing], TritonBlocks):
         """Integers [T, top_k]: the experts of each token, -1 elsewhere; a shared expert, the last choice, left out."""
         return routing.experts[:, : self.dims.top_k]
 
+    def _rows_per_expert(self, tokens: int) -> float:
+        """Mean, of experts that have any."""
+        rows = tokens * self.dims.top_k
+        return rows / max(1, min(rows, self.dims.experts))
+
+    def _decodes(self, tokens: int) -> bool:
+        """Whether packed experts are decoded before the GEMM."""
+        may_be_packed = self._weight_tile is not None and not self.batch_invariant
+        return may_be_packed and decodes_first(self._rows_per_expert(tokens), self._gpu)
+
     def _tiles(self, tokens: int) -> Tiles:
-        d, itemsize, rows = self.dims, self.dims.dtype.itemsize, tokens * self.dims.top_k
-        rows_per_expert = rows / max(1, min(rows, d.experts))
-        if self._weight_tile is not None:
+        d, itemsize, rows_per_expert = self.dims, self.dims.dtype.itemsize, self._rows_per_expert(tokens)
+        if self._weight_tile is not None and not self._decodes(tokens):
             if self.batch_invariant:
                 tile = fused_invariant_tile(self._weight_tile, self._capability)
             else:

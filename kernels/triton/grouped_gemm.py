@@ -17,7 +17,8 @@ triton_kernels; a buffer of rows summed afterwards, SonicMoE (arXiv 2512.14080).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from ..expert_table import DOWN, GATE_UP, ExpertTable
 from ..formats import DENSE, FORMATS, fused_formats, weight_tile
 from ..launches import Case
-from ..ops import KernelError
+from ..ops import ExpertDims, KernelError
 from ._grouped_gemm import (
     TableArrays,
     _combine_and_norm_kernel,
@@ -36,9 +37,10 @@ from ._grouped_gemm import (
     _grouped_gemm_kernel,
     _linear_kernel,
 )
+from .decoded import DecodedExperts, _decode_experts_kernel
 from .norm import DTYPES, row_launch
 from .portable import dependent_launch
-from .routing import Routing
+from .routing import Routing, RoutingArrays
 from .tiles import FUSED_BOUNDS, ROW_BOUNDS, Tile, capability_of, default_tile, fused_tile, invariant_tile
 
 # Compressed formats that the kernel below has a tile loop for.
@@ -62,7 +64,7 @@ def _scratch(nbytes: int, alignment: int, stream: int | None) -> Tensor:
 
 def _launch(
     x: Tensor, table: ExpertTable, routing: Routing, y: Tensor, n: int, k: int, tensor: int, w_dtype: torch.dtype,
-    tile: Tile, num_sms: int,
+    tile: Tile, num_sms: int, decoded: DecodedExperts | None,
 ) -> Tensor:  # fmt: skip
     if w_dtype not in DTYPES or x.dtype != w_dtype:
         raise KernelError(f"weights are {w_dtype}, activations {x.dtype}; both must be the same of {list(DTYPES)}")
@@ -83,36 +85,49 @@ def _launch(
     for name in table.compressed:
         if name not in _LOOPS:
             raise KernelError(f"this GEMM has no tile loop for format {name}; it has {', '.join(_LOOPS)} and dense")
+        if w_dtype != torch.bfloat16:
+            raise KernelError(f"{name} experts need bf16, got {w_dtype}")
         rows, columns = weight_tile(name)
-        step = max(step, columns)
-        if w_dtype != torch.bfloat16 or tile.block_n % rows:
-            raise KernelError(
-                f"{name} experts need bf16 and a tile of a multiple of {rows} weight rows, got {w_dtype} and {tile}"
-            )
+        if decoded is None:
+            step = max(step, columns)
+            if tile.block_n != rows or not tile.swap_ab:
+                raise KernelError(f"{name} experts need a tile of {rows} weight rows, swapped, got {tile}")
     if tile.tma:
         # Descriptors that a program makes lie in global memory. Set here, since contexts of threads start without.
         triton.set_allocator(_scratch)
-    number = FORMATS[next(iter(table.compressed), DENSE)].number
+    name = next(iter(table.compressed), DENSE)
     arrays = TableArrays(table.addresses, table.formats, routing.shared[tensor] if routing.shared else None)
-    _grouped_gemm_kernel[(programs(tile, routing.max_blocks, n, num_sms),)](
-        x, arrays, y, routing.arrays, n, k, x.stride(0), y.stride(0), TENSOR=tensor, TOP_K=routing.experts.shape[1],
-        TILE=tile, EVEN_K=k % step == 0, COMPRESSED=number, **_options(tile, x.device),
-    )  # fmt: skip
+    launches: Iterable[tuple[TableArrays, RoutingArrays]] = [(arrays, routing.arrays)]
+    if decoded is not None and name != DENSE:
+        # How many tiles each group has, only the device knows: programs beyond them would cost more than the work.
+        launches = decoded.groups(arrays, routing, tensor, n, k, name)
+        tile, name = replace(tile, persistent=True), DENSE
+    for arrays, routing_arrays in launches:
+        _grouped_gemm_kernel[(programs(tile, routing.max_blocks, n, num_sms),)](
+            x, arrays, y, routing_arrays, n, k, x.stride(0), y.stride(0), TENSOR=tensor,
+            TOP_K=routing.experts.shape[1], TILE=tile, EVEN_K=k % step == 0, COMPRESSED=FORMATS[name].number,
+            **_options(tile, x.device),
+        )  # fmt: skip
     return y
 
 
 def gate_up(
-    x: Tensor, table: ExpertTable, routing: Routing, h: Tensor, w_dtype: torch.dtype, tile: Tile, num_sms: int = 132
-) -> Tensor:
-    """x [T, H] → h [R, I] by sorted position, SwiGLU applied. Rows of padding are left as they are."""
-    return _launch(x, table, routing, h, 2 * h.shape[1], x.shape[1], GATE_UP, w_dtype, tile, num_sms)
+    x: Tensor, table: ExpertTable, routing: Routing, h: Tensor, w_dtype: torch.dtype, tile: Tile, num_sms: int = 132,
+    decoded: DecodedExperts | None = None,
+) -> Tensor:  # fmt: skip
+    """x [T, H] → h [R, I] by sorted position, SwiGLU applied. Rows of padding are left as they are.
+
+    decoded: where packed experts are decoded to first; None: in the tile loop.
+    """
+    return _launch(x, table, routing, h, 2 * h.shape[1], x.shape[1], GATE_UP, w_dtype, tile, num_sms, decoded)
 
 
 def down(
-    h: Tensor, table: ExpertTable, routing: Routing, y: Tensor, w_dtype: torch.dtype, tile: Tile, num_sms: int = 132
-) -> Tensor:
-    """h [R, I] by sorted position → y [R, H] by row, times the routing weight."""
-    return _launch(h, table, routing, y, y.shape[1], h.shape[1], DOWN, w_dtype, tile, num_sms)
+    h: Tensor, table: ExpertTable, routing: Routing, y: Tensor, w_dtype: torch.dtype, tile: Tile, num_sms: int = 132,
+    decoded: DecodedExperts | None = None,
+) -> Tensor:  # fmt: skip
+    """h [R, I] by sorted position → y [R, H] by row, times the routing weight; decoded: as for `gate_up`."""
+    return _launch(h, table, routing, y, y.shape[1], h.shape[1], DOWN, w_dtype, tile, num_sms, decoded)
 
 
 def combine(y: Tensor, routing: Routing, residual: Tensor, out: Tensor | None = None) -> Tensor:
@@ -175,6 +190,7 @@ def audit_cases() -> Iterator[Case]:
     """For `kernels.audit`: both GEMMs at every tile of the rule and its variants for prefill, on Qwen3-30B-A3B's
     experts; fused formats beside dense experts in one launch; and the operations around them."""
     hidden, intermediate, experts, top_k = 2048, 768, 128, 8
+    dims = ExpertDims(hidden, intermediate, experts, top_k, torch.bfloat16)
     capability = capability_of(torch.device("meta"))
     tiles = {f"{bound:.0f} rows": default_tile(bound, capability, 2) for bound in ROW_BOUNDS}
     tiles["invariant"] = invariant_tile(capability, 2)
@@ -185,6 +201,7 @@ def audit_cases() -> Iterator[Case]:
             tile = fused_tile(weight_tile(name), bound, capability)
             tiles[f"{name}, {tile.block_m} rows"] = tile
             formats[f"{name}, {tile.block_m} rows"] = name
+        tiles[f"{name}, decoded first"], formats[f"{name}, decoded first"] = largest, name
     tiles["persistent"] = replace(largest, persistent=True)
     tiles["tma"] = replace(largest, tma=True)
     tiles["persistent, tma"] = replace(largest, persistent=True, tma=True)
@@ -206,12 +223,15 @@ def audit_cases() -> Iterator[Case]:
         expert_format = formats.get(label, DENSE)
         table = ExpertTable.from_blocks([(block, block)] * experts, "cpu", expert_format)
         routing = routing_of(tile.block_m)
-        decoded = 0 if expert_format == DENSE else tile.block_n * tile.block_k // (32 * tile.num_warps)
+        # All in one group: more would be the same two kernels again.
+        first = DecodedExperts(dims, "meta", room=1 << 40) if label.endswith("decoded first") else None
+        in_loop = expert_format != DENSE and first is None
+        by_step = math.prod(weight_tile(expert_format)) // (32 * tile.num_warps) if in_loop else 0
         for name, launch in (
-            ("gate_up", partial(gate_up, x, table, routing, h, x.dtype, tile)),
-            ("down", partial(down, h, table, routing, y, x.dtype, tile)),
+            ("gate_up", partial(gate_up, x, table, routing, h, x.dtype, tile, decoded=first)),
+            ("down", partial(down, h, table, routing, y, x.dtype, tile, decoded=first)),
         ):
-            yield Case(f"grouped_gemm {name}, {label}", launch, (_grouped_gemm_kernel,), decoded)
+            yield Case(f"grouped_gemm {name}, {label}", launch, (_grouped_gemm_kernel, _decode_experts_kernel), by_step)
     vocabulary = empty(151936, hidden)
     logits = empty(tokens, len(vocabulary), dtype=torch.float32)
     yield Case("linear", partial(linear, x, vocabulary, logits, tiles["invariant"]), (_linear_kernel,))

@@ -3,8 +3,8 @@
 A block holds the planes of one weight [N, K] (`packing.planar`, E = 1), each on a multiple of 256 bytes. A step of the
 loop is one tile of the format, 64 x 128: bytes of its two halves of columns, and nibbles that serve both. Decoded
 weights are the register operand of the matrix instruction (swap AB). They pass through shared memory once more on the
-way, bf16, because the layout in which bytes are loaded widest is not that of the operand. For many tokens a step is two
-of the format's tiles, one below the other, and the instruction reads them from there.
+way, bf16, because the layout in which bytes are loaded widest is not that of the operand. Where experts have many rows
+each block of rows would decode them again: `decoded`.
 
 Escapes are patched after decoding. There is no loop over them: a loop inside would stop Triton from pipelining the
 outer one. Eight branches, most of them not taken (a Gaussian's tile has 0.6 escapes), cover every tile that has few;
@@ -17,52 +17,37 @@ import triton
 import triton.language as tl
 from triton.language import target_info
 
-from ..packing._planar import unpack_planar8, unpack_planar12
-from ..packing.codec import BLOCK_ALIGNMENT
+from ..packing._planar import planes_of, unpack_planar8, unpack_planar12
 from .portable import INTERPRETED, dot
 
-ALIGNMENT = tl.constexpr(BLOCK_ALIGNMENT)
-
 
 @triton.jit
-def _align(nbytes):
-    return (nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-
-
-@triton.jit
-def _patch(w, escape, row0, column, BLOCK_N: tl.constexpr):
-    """w bf16 [BLOCK_N, 64] with one weight replaced; escape uint32, of the format's tile that begins at row0; column:
-    its column in this half."""
-    row = row0 + (escape >> 23).to(tl.int32)
-    hit = (tl.arange(0, BLOCK_N)[:, None] == row) & (tl.arange(0, 64)[None, :] == column)
+def _patch(w, escape, column):
+    """w bf16 [64, 64] with one weight replaced; escape uint32; column: its column in this half of the tile."""
+    row = (escape >> 23).to(tl.int32)
+    hit = (tl.arange(0, 64)[:, None] == row) & (tl.arange(0, 64)[None, :] == column)
     bits = tl.where(hit, (escape & 0xFFFF).to(tl.uint16), w.to(tl.uint16, bitcast=True))
     return bits.to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def _corrected(low, high, begin, end, escape_ptr, raw_ptr, row0: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Both halves [BLOCK_N, 64] with the escapes begin … end of the format's tile that begins at row0 put right."""
+def _corrected(low, high, begin, end, escape_ptr, raw_ptr):
+    """Both halves [64, 64] of a tile with its escapes begin … end put right."""
     if begin < end:
         first = tl.load(escape_ptr + begin)
         if first >> 16 == 0xFFFF:
-            r = tl.arange(0, BLOCK_N)[:, None] - row0
-            j = tl.arange(0, 64)[None, :]
+            r, j = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
             tile_ptrs = raw_ptr + (first & 0xFFFF).to(tl.int64) * 8192 + r * 128 + j
-            if BLOCK_N == 64:
-                low, high = tl.load(tile_ptrs), tl.load(tile_ptrs + 64)
-            else:
-                mine = (r >= 0) & (r < 64) & (j >= 0)
-                low = tl.where(mine, tl.load(tile_ptrs, mask=mine), low)
-                high = tl.where(mine, tl.load(tile_ptrs + 64, mask=mine), high)
+            low, high = tl.load(tile_ptrs), tl.load(tile_ptrs + 64)
         else:
             for i in tl.static_range(8):
                 if begin + i < end:
                     escape = tl.load(escape_ptr + begin + i)
                     column = ((escape >> 16) & 127).to(tl.int32)
                     if column < 64:
-                        low = _patch(low, escape, row0, column, BLOCK_N)
+                        low = _patch(low, escape, column)
                     else:
-                        high = _patch(high, escape, row0, column - 64, BLOCK_N)
+                        high = _patch(high, escape, column - 64)
     return low, high
 
 
@@ -83,32 +68,21 @@ def _fence(acc):
 def planar_times_rows(
     x_ptr, sources, block_ptr, n, n0, N, K, TILE: tl.constexpr, EVEN_K: tl.constexpr, NIBBLES: tl.constexpr
 ):
-    """`weight_times_rows` for a block, uint8 pointer, of planar12 (with NIBBLES) or planar8; TILE has a multiple of the
-    64 rows of a format's tile.
+    """`weight_times_rows` for a block, uint8 pointer, of planar12 (with NIBBLES) or planar8; TILE has the 64 rows of a
+    format's tile, swapped.
 
     The sum runs over K in steps of 64, as that of a dense tile with BLOCK_K = 64.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
-    BLOCK_N: tl.constexpr = TILE.block_n
-    tl.static_assert(BLOCK_N % 64 == 0, "a tile of the format has 64 rows")
+    tl.static_assert(TILE.swap_ab and TILE.block_n == 64, "a tile of the format has 64 rows, and is the first operand")
     tiles_k = tl.cdiv(K, 128)
-    padded = tiles_k * 128
-    tiles = tl.cdiv(N, 64) * tiles_k
-    nibble_ptr = block_ptr + _align(N * padded)
-    base_ptr = nibble_ptr + (_align(N * (padded // 2)) if NIBBLES else 0)
-    offset_ptr = (base_ptr + ALIGNMENT).to(tl.pointer_type(tl.int32))
-    escape_ptr = (base_ptr + ALIGNMENT + _align(4 * (tiles + 1))).to(tl.pointer_type(tl.uint32))
-    escapes = tl.load(offset_ptr + tiles)
-    raw_ptr = (base_ptr + ALIGNMENT + _align(4 * (tiles + 1)) + _align(4 * escapes)).to(tl.pointer_type(tl.bfloat16))
-    base = tl.load(base_ptr.to(tl.pointer_type(tl.int32)))
-
+    nibble_ptr, base, offset_ptr, escape_ptr, raw_ptr = planes_of(block_ptr, N, K, NIBBLES)
     j = tl.arange(0, 64)
     x_ptrs = x_ptr + sources[:, None] + j[None, :]
-    byte_ptrs = block_ptr + n[:, None] * padded + j[None, :]
-    nibble_ptrs = nibble_ptr + n[:, None] * (padded // 2) + j[None, :]
+    byte_ptrs = block_ptr + n[:, None] * (tiles_k * 128) + j[None, :]
+    nibble_ptrs = nibble_ptr + n[:, None] * (tiles_k * 64) + j[None, :]
     offset_ptr += n0 // 64 * tiles_k
-    parts = tl.cdiv(N - n0, 64)
-    acc = tl.zeros([BLOCK_N, BLOCK_M] if TILE.swap_ab else [BLOCK_M, BLOCK_N], tl.float32)
+    acc = tl.zeros([64, BLOCK_M], tl.float32)
     for step in tl.range(0, tiles_k):
         if EVEN_K:
             x_low, x_high = tl.load(x_ptrs), tl.load(x_ptrs + 64)
@@ -123,20 +97,11 @@ def planar_times_rows(
         else:
             low = unpack_planar8(tl.load(byte_ptrs), base)
             high = unpack_planar8(tl.load(byte_ptrs + 64), base)
-        for part in tl.static_range(BLOCK_N // 64):
-            # A tile of the GEMM may reach beyond the last row of the format's tiles.
-            offsets = offset_ptr + tl.minimum(part, parts - 1) * tiles_k + step
-            begin, end = tl.load(offsets), tl.load(offsets + 1)
-            if part > 0:
-                end = tl.where(part < parts, end, begin)
-            low, high = _corrected(low, high, begin, end, escape_ptr, raw_ptr, part * 64, BLOCK_N)
-        if TILE.swap_ab:
-            acc = dot(low, x_low.T, acc)
-            acc = _fence(dot(high, x_high.T, acc))
-        else:
-            acc = dot(x_low, low.T, acc)
-            acc = dot(x_high, high.T, acc)
+        begin, end = tl.load(offset_ptr + step), tl.load(offset_ptr + step + 1)
+        low, high = _corrected(low, high, begin, end, escape_ptr, raw_ptr)
+        acc = dot(low, x_low.T, acc)
+        acc = _fence(dot(high, x_high.T, acc))
         x_ptrs += 128
         byte_ptrs += 128
         nibble_ptrs += 64
-    return tl.trans(acc) if TILE.swap_ab else acc
+    return tl.trans(acc)

@@ -59,7 +59,8 @@ class Choices(NamedTuple):
 
 
 class RoutingArrays(NamedTuple):
-    """What a kernel is given of a `Routing`."""
+    """What a kernel is given of a `Routing`. group: int32 [4] for a launch of the grouped GEMM that is for some experts
+    in a row alone: their first block and its number of blocks, the first of them and the one behind the last."""
 
     experts: Tensor
     weights: Tensor
@@ -67,6 +68,7 @@ class RoutingArrays(NamedTuple):
     expert_start: Tensor
     block_map: Tensor
     num_blocks: Tensor
+    group: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Tile choice of the grouped GEMM: a small table per GPU, tuned and committed, and a rule where there is none.
 
 `kernels/triton/tuned/<GPU>.json` maps "hidden,intermediate" and a bound on the mean rows per expert to a pair of tiles,
-which agree in block_m since both GEMMs read one block map:
+which agree in block_m since both GEMMs read one block map; and may say from how many rows on packed experts are decoded
+first:
 
-    {"tiles": {"2048,768": {"16": {"gate_up": {"block_m": 16, …}, "down": {…}}, "max": {…}}}, "provenance": {…}}
+    {"tiles": {"2048,768": {"16": {"gate_up": {"block_m": 16, …}, "down": {…}}, "max": {…}}}, "decode_rows": 80,
+     "provenance": {…}}
 
 Nothing is tuned at import or at the first call: a lookup is a pure function of the GPU's name and the sizes.
 The rule (`default_tile`), and why:
@@ -30,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..formats import DECODE_ROWS
 from ..launches import compiled_for
 
 TUNED_DIR = Path(__file__).with_name("tuned")
@@ -85,32 +88,27 @@ def invariant_tile(capability: int, itemsize: int) -> Tile:
     return Tile(16, 32, 32, 4, 2) if itemsize == 4 else fit(Tile(64, 64, 128, 4, 3, swap_ab=True), capability, itemsize)
 
 
-# Mean rows per expert at which `fused_tile` changes on Hopper, measured on an H200.
-FUSED_BOUNDS = (16, 32, 96, 192, math.inf)
+# Mean rows per expert at which `fused_tile` changes.
+FUSED_BOUNDS = (16, 32, DECODE_ROWS)
 
 
 def fused_tile(weight_tile: tuple[int, int], rows_per_expert: float, capability: int) -> Tile:
     """The tile for launches that meet experts of a format that the tile loop decodes: of the weight what the format
-    asks for (`Format.tile`), swapped. Where rows are many and matrix instructions read shared memory (Hopper), twice as
-    many rows of the weight for 128 or 256 tokens: a weight is decoded once for all of them.
+    asks for (`Format.tile`), swapped.
 
     Decoding waits for itself (half of all stalls are for results of a few cycles ago), so other programs must fill in:
     three stages leave room for three programs an SM, and are 14 % faster than four at 16 rows on an H200.
     """
-    block_n, block_k = weight_tile
-    hopper = 90 <= capability < 100
-    if hopper and rows_per_expert > FUSED_BOUNDS[2]:
-        many = rows_per_expert > FUSED_BOUNDS[3]
-        return fit(Tile(256 if many else 128, 2 * block_n, block_k, 8, 2 if many else 3), capability, 2)
     # Below sm_90 decoded weights stay in registers beside both operands: 64 tokens would spill.
     most = 64 if capability >= 90 else 32
     block_m = min(16 if rows_per_expert <= 16 else 32 if rows_per_expert <= 32 else 64, most)
+    block_n, block_k = weight_tile
     return fit(Tile(block_m, block_n, block_k, 4, 3, swap_ab=True), capability, 2)
 
 
 def fused_invariant_tile(weight_tile: tuple[int, int], capability: int) -> Tile:
     """`invariant_tile` for such launches."""
-    return fused_tile(weight_tile, FUSED_BOUNDS[2], capability)
+    return fused_tile(weight_tile, FUSED_BOUNDS[-1], capability)
 
 
 def shared_limit(capability: int) -> int:
@@ -143,6 +141,11 @@ def choose_tiles(
     return Tiles(tile, tile)
 
 
+def decodes_first(rows_per_expert: float, gpu: str | None = None) -> bool:
+    """Whether packed experts are decoded to memory before the GEMM: past this GPU's bound, or `DECODE_ROWS`."""
+    return rows_per_expert > ((gpu and _decode_rows(gpu)) or DECODE_ROWS)
+
+
 TunedTable = dict[str, list[tuple[float, Tiles]]]
 
 
@@ -169,6 +172,12 @@ def read_tuned(path: Path) -> TunedTable:
 def _tuned(gpu: str) -> TunedTable:
     path = TUNED_DIR / f"{table_name(gpu)}.json"
     return read_tuned(path) if path.exists() else {}
+
+
+@cache
+def _decode_rows(gpu: str) -> float | None:
+    path = TUNED_DIR / f"{table_name(gpu)}.json"
+    return json.loads(path.read_text()).get("decode_rows") if path.exists() else None
 
 
 def table_name(gpu: str) -> str:

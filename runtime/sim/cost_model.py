@@ -18,12 +18,12 @@ simulator does that, not this file. All sizes are those of one device of `device
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from fluxmoe.kernels.formats import DENSE, FORMATS, fused_formats
+from fluxmoe.kernels.formats import DECODE_ROWS, DENSE, FORMATS, decoded_at_once, fused_formats
 from fluxmoe.kernels.ops import ExpertDims, Limits
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import expert_dims, layer_dims
@@ -41,8 +41,11 @@ class CostParameters:
     """What a profile does not say. bits: of each format; fused: formats that the GEMM reads in place.
 
     attention_share, expert_share: of memory bandwidth that paged attention and grouped GEMM reach; moe_flops_share: of
-    peak, of a grouped GEMM; workspace_bytes: of a device, None to estimate a GPU's; eager: kernels are launched one by
-    one by the host, which needs `eager_launch_s` for each with all that it does around it, instead of as graphs.
+    peak, of a grouped GEMM; packed_share, packed_flops_share: of one that decodes on its way, as an H200 measured it
+    (LOG.md, 2026-11-28: planar12 at 8 to 128 tokens, and at 1,024); decode_rows: mean rows of an expert beyond which it
+    is decoded to memory first instead; workspace_bytes: of a device, None to estimate a GPU's; eager: kernels are
+    launched one by one by the host, which needs `eager_launch_s` for each with all that it does around it, instead of
+    as graphs.
     """
 
     bits: Mapping[str, float] = field(default_factory=lambda: {name: each.bits for name, each in FORMATS.items()})
@@ -50,21 +53,36 @@ class CostParameters:
     attention_share: float = 0.75
     expert_share: float = 0.85
     moe_flops_share: float = 0.7
+    packed_share: float = 0.6
+    packed_flops_share: float = 0.13
+    decode_rows: float = DECODE_ROWS
     workspace_bytes: int | None = None
     eager: bool = False
     eager_launch_s: float = 8e-6
 
 
+def _rows_per_expert(dims: ExpertDims, tokens: int) -> float:
+    """Mean, as the kernels reckon it."""
+    rows = tokens * dims.top_k
+    return rows / max(1, min(rows, dims.experts))
+
+
 class SimExperts:
-    """The sizes that `ExpertOps` on a GPU would have, of one of `devices` equal shares. Computes nothing."""
+    """The sizes that `ExpertOps` on a GPU would have, of one of `devices` equal shares. Computes nothing. formats:
+    those that its kernels may meet."""
 
     device = torch.device("cuda")
 
-    def __init__(self, dims: ExpertDims, max_tokens: int, devices: int, parameters: CostParameters) -> None:
+    def __init__(
+        self, dims: ExpertDims, max_tokens: int, devices: int, parameters: CostParameters,
+        formats: Collection[str] = (),
+    ) -> None:  # fmt: skip
         self.dims, self.act_dtype, self.fused_formats = dims, dims.dtype, parameters.fused
         self._devices, self._bits = devices, parameters.bits
         width = dims.top_k * (dims.intermediate + dims.hidden) / devices
         self.workspace_bytes = int(max_tokens * width * dims.dtype.itemsize)
+        if parameters.fused.intersection(formats) and _rows_per_expert(dims, max_tokens) > parameters.decode_rows:
+            self.workspace_bytes += max(decoded_at_once(n, dims.experts) * n for n in self.expert_bytes())
 
     def expert_bytes(self, expert_format: str = DENSE) -> tuple[int, int]:
         bits = self._bits[expert_format] if self.dims.dtype.itemsize == 2 else 32.0
@@ -77,9 +95,12 @@ class SimOps:
 
     device = torch.device("cuda")
 
-    def __init__(self, model: ModelConfig, limits: Limits, devices: int, parameters: CostParameters) -> None:
+    def __init__(
+        self, model: ModelConfig, limits: Limits, devices: int, parameters: CostParameters,
+        formats: Collection[str] = (),
+    ) -> None:  # fmt: skip
         self.dims, self.act_dtype, self._devices = layer_dims(model), model.dtype, devices
-        self.experts = SimExperts(expert_dims(model), limits.tokens, devices, parameters)
+        self.experts = SimExperts(expert_dims(model), limits.tokens, devices, parameters, formats)
         d, tokens = self.dims, limits.tokens
         width = 3 * d.hidden + (d.qkv_size + 2 * d.heads * d.head_dim + 2 * d.mlp) / devices
         width += (2 * d.delta.projected + d.delta.channels) / devices if d.delta is not None else 0
@@ -119,12 +140,16 @@ class Load(NamedTuple):
 
 class _Reads(NamedTuple):
     """Bytes of a layer's experts as the GEMM reads them: in device memory, in the host's, of these in files on demand;
-    and of device memory that its load reads and writes beside the kernels."""
+    and of device memory that its load reads and writes beside the kernels. packed: of those in device memory, what the
+    GEMM decodes, and their bytes when they are; packed_experts: how many of all."""
 
     near: int
     far: int
     deep: int
     traffic: float
+    packed: int
+    unpacked: int
+    packed_experts: int
 
 
 class CostModel:
@@ -160,18 +185,23 @@ class CostModel:
 
     def _layer(self, layer: int, layout: ExpertLayout) -> tuple[_Reads, Load]:
         """What the experts of a layer cost: read by the GEMM, and brought by its load, of one device."""
-        near = far = deep = crossed = brought = 0
+        near = far = deep = crossed = brought = packed = packed_near = 0
         traffic = link = decode = 0.0
+        packed_bytes = 0
         for tier in Tier:
             count = int((layout.placement.tiers[layer] == tier).sum())
             if not count:
                 continue
             name = layout.stored(tier)
             stored, read = count * layout.expert_bytes(name), count * layout.expert_bytes(layout.read(tier))
+            in_gemm = layout.read(tier) != DENSE
+            packed += in_gemm * count
             if tier is Tier.HOST and not layout.streams(tier):
                 far += read
                 continue
             near += read
+            packed_near += in_gemm * count
+            packed_bytes += in_gemm * read
             if tier is Tier.DISK and not layout.streams(tier):
                 deep += read
             elif tier not in DEVICE_TIERS:
@@ -186,7 +216,9 @@ class CostModel:
                 each = layout.expert_bytes(DENSE) / self.profile.decode_bandwidth[name]
                 decode += count * (each + 2 * self.profile.decode_latency_s)
                 traffic += stored + read
-        return _Reads(near, far, deep, traffic), Load(link, decode, crossed, brought)
+        unpacked = packed_near * layout.expert_bytes(DENSE)
+        reads = _Reads(near, far, deep, traffic, packed_bytes, unpacked, packed)
+        return reads, Load(link, decode, crossed, brought)
 
     def pass_costs(self, step: Step, cache_places: int = 0) -> tuple[list[LayerCost], float]:
         """Costs of all layers with experts for a step's tokens, loads apart; and seconds outside them (embedding,
@@ -218,7 +250,8 @@ class CostModel:
             common[delta, dense] = seconds + (2 if dense else 1) * half_layer, moved
         distinct = model.num_experts * (1 - (1 - model.top_k / model.num_experts) ** tokens)
         work = 6 * tokens * model.top_k * model.hidden_size * model.moe_intermediate_size / n
-        work_s = work / (self.parameters.moe_flops_share * flops)
+        work_s = work / flops
+        decodes_first = _rows_per_expert(expert_dims(model), tokens) > self.parameters.decode_rows
         costs: list[LayerCost] = []
         share = distinct / model.num_experts
         before = moved = 0.0
@@ -228,17 +261,32 @@ class CostModel:
             if dense:
                 continue
             reads = self._reads[len(costs)]
-            seconds = max(share * reads.near / (self.parameters.expert_share * bandwidth), work_s) + half_layer
+            gemm_s, decoded = self._experts_s(reads, share, work_s, decodes_first)
+            seconds = gemm_s + half_layer
             seconds += share * reads.far / profile.kernel_host_bandwidth
             if reads.deep:
                 seconds += share * reads.deep * missed / (profile.disk_bandwidth / n)
             # Loads and decoders take what bandwidth the kernels leave; beyond it, they make the layer longer.
-            busy = (moved + share * reads.near + reads.traffic) / bandwidth
+            busy = (moved + share * reads.near + decoded + reads.traffic) / bandwidth
             costs.append(LayerCost(before, max(seconds, busy - before)))
             before = moved = 0.0
         vocab = model.vocab_size * model.hidden_size * model.dtype.itemsize / n
         outside = max(vocab / bandwidth, 2 * sequences * vocab / model.dtype.itemsize / flops) + profile.iteration_s
         return costs, before + outside
+
+    def _experts_s(self, reads: _Reads, share: float, work_s: float, decodes_first: bool) -> tuple[float, float]:
+        """(seconds of a layer's experts in device memory, bytes that decoding them first adds). share: of the experts
+        that have rows; work_s: of the products at peak."""
+        p, bandwidth = self.parameters, self.profile.memory_bandwidth
+        dense = reads.near - reads.packed
+        if decodes_first:
+            # Read packed and written; then read as dense ones are.
+            decoding, gemm = share * (reads.packed + reads.unpacked), share * (dense + reads.unpacked)
+            gemm_s = max(gemm / (p.expert_share * bandwidth), work_s / p.moe_flops_share)
+            return decoding / (p.expert_share * bandwidth) + gemm_s, decoding + share * (reads.unpacked - reads.packed)
+        read_s = share * (dense / p.expert_share + reads.packed / p.packed_share) / bandwidth
+        slow = reads.packed_experts / self.model.num_experts
+        return max(read_s, work_s * ((1 - slow) / p.moe_flops_share + slow / p.packed_flops_share)), 0.0
 
     def _all_reduce(self, tokens: int) -> float:
         payload = tokens * self.model.hidden_size * self.model.dtype.itemsize

@@ -165,7 +165,7 @@ class SimEngine(ServingLoop):
         total = int(profile.memory_bytes * _USABLE) if config.budget_bytes is None else config.budget_bytes
         with explained(config.named):
             require_workspace(model, limits, max(total, int(profile.memory_bytes)) * self.devices)
-        ops = SimOps(model, limits, self.devices, parameters)
+        ops = SimOps(model, limits, self.devices, parameters, config.formats_met)
         layout = lay_out(len(model.moe_layers), config, ops.experts, lambda: profile.bandwidths(None))
         experts = Footprint(layout, config, ops.experts)
         with explained(config.named):

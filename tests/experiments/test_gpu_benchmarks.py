@@ -64,7 +64,14 @@ def test_peers_agree_with_the_reference(tokens):
 @INTERPRETED
 @pytest.mark.parametrize(
     ("provider", "bits"),
-    [("fluxmoe", 16), ("fluxmoe planar12", 12.0), ("fluxmoe planar8", 8.0), ("fluxmoe invariant", 16)],
+    [
+        ("fluxmoe", 16),
+        ("fluxmoe planar12", 12.0),
+        ("fluxmoe planar12 decoded first", 12.0),
+        ("fluxmoe planar8", 8.0),
+        ("fluxmoe planar8 in place", 8.0),
+        ("fluxmoe invariant", 16),
+    ],
 )
 def test_ours_agree_with_the_reference(provider, bits):
     point = bench_grouped_gemm.Point([bench_grouped_gemm.Layer(SHAPES["tiny"], CPU)], 3, "uniform", None)

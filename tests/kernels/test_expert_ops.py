@@ -12,6 +12,7 @@ import torch
 from fluxmoe.kernels.cpu import tile
 from fluxmoe.kernels.cpu.experts import CpuExperts
 from fluxmoe.kernels.expert_table import ExpertTable, Pair
+from fluxmoe.kernels.formats import DECODE_ROWS
 from fluxmoe.kernels.ops import ExpertDims, KernelError
 from fluxmoe.kernels.reference.experts import TorchExperts
 from fluxmoe.kernels.triton.experts import TritonExperts
@@ -101,6 +102,38 @@ def test_nan_in_an_expert_reaches_the_output():
     weights = [tuple(torch.full(shape, float("nan")) for shape in dims.shapes)] * 5
     out = run(CpuExperts(dims, TOKENS), torch.randn(3, 48), weights, torch.zeros(3, 48), logits=torch.randn(3, 5))
     assert out.isnan().all()
+
+
+def test_packed_experts_with_many_rows_have_the_bits_of_dense_ones():
+    dims, tokens = ExpertDims(128, 128, 2, 2, torch.bfloat16), DECODE_ROWS + 1
+    ops = TritonExperts(dims, tokens, DEVICE, formats=("planar12",))
+    weights, x, logits = random_experts(dims), torch.randn(tokens, 128).bfloat16().to(DEVICE), torch.randn(tokens, 2)
+    outputs = []
+    for name in ("dense", "planar12"):
+        pairs: list[Pair] = []
+        for gate_up, down in weights:
+            first, second = (torch.zeros(n, dtype=torch.uint8) for n in ops.expert_bytes(name))
+            ops.encode_expert(gate_up, down, (first, second), name)
+            pairs.append((first.to(DEVICE), second.to(DEVICE)))
+        page: Any = SimpleNamespace(table=ExpertTable.from_blocks(pairs, DEVICE, name), wait=lambda tensor_type: None)
+        outputs.append(ops.moe_add(x, ops.route(logits.to(DEVICE)), page, torch.zeros_like(x)))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    ("more", "options", "has_one"),
+    [
+        pytest.param(1, {"formats": ("planar12",)}, True, id="many rows"),
+        pytest.param(0, {"formats": ("planar12",)}, False, id="few rows"),
+        pytest.param(1, {"formats": ("tiered",)}, False, id="no format that the GEMM reads"),
+        pytest.param(1, {"formats": ("planar12",), "batch_invariant": True}, False, id="batch-invariant"),
+    ],
+)
+def test_a_buffer_for_decoded_experts_is_in_the_ledger_where_one_is_needed(more, options, has_one):
+    """No larger than a layer's gate_up."""
+    dims = ExpertDims(128, 128, 2, 2, torch.bfloat16)
+    mine, without = (TritonExperts(dims, DECODE_ROWS + more, DEVICE, **each) for each in (options, dict[str, Any]()))
+    assert mine.workspace_bytes - without.workspace_bytes == pytest.approx(has_one * 2 * 256 * 128 * 2, abs=1024)
 
 
 # Experts that a host has chosen.

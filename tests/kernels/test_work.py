@@ -13,13 +13,18 @@ import fluxmoe.kernels.triton
 import pytest
 import torch
 from fluxmoe.kernels.expert_table import ExpertTable
+from fluxmoe.kernels.formats import FORMATS
 from fluxmoe.kernels.launches import recorded_work, work_of
+from fluxmoe.kernels.ops import ExpertDims
 from fluxmoe.kernels.triton._grouped_gemm import TableArrays, work_of_gemm
 from fluxmoe.kernels.triton._paged_attention import AttentionDims, PagedKV, _attention_work
+from fluxmoe.kernels.triton.decoded import DecodedExperts
 from fluxmoe.kernels.triton.gates import scale
+from fluxmoe.kernels.triton.grouped_gemm import gate_up
 from fluxmoe.kernels.triton.host_read import sum_in_place
 from fluxmoe.kernels.triton.norm import normed_row, rms_norm
 from fluxmoe.kernels.triton.routing import Router
+from fluxmoe.kernels.triton.tiles import Tile
 from fluxmoe.kernels.work import touched_experts
 
 from ..compiling import run_script
@@ -52,6 +57,27 @@ def test_a_grouped_gemm_reads_the_experts_that_have_tokens(formats, bits, tensor
     nbytes, flops = work_of_gemm(gemm_arguments(formats, tensor))
     assert nbytes == pytest.approx(bits / 8 * N * K + 2 * (2 * K + 2 * written))
     assert flops == 2 * 2 * N * K
+
+
+@pytest.mark.parametrize("experts_at_once", [1, 3, EXPERTS])
+def test_groups_that_are_decoded_first_add_up_to_a_launch(experts_at_once):
+    """Each expert with tokens is read packed and written; the GEMMs then declare what one on dense experts does."""
+    logits = torch.tensor([[0.0, 9.0, -9.0, -9.0], [-9.0, -9.0, 0.0, 9.0], [-9.0, -9.0, 0.0, 9.0]])
+    routing = Router(3, EXPERTS, 1, True, "cpu")(logits, 16)
+    dims = ExpertDims(K, N, EXPERTS, 1, torch.bfloat16)
+    weight, blocks = torch.randn(2 * N, K).bfloat16(), FORMATS["planar12"].blocks("triton")
+    block = torch.zeros(blocks.nbytes(2 * N, K), dtype=torch.uint8)
+    blocks.encode(weight, block)
+    x, h, tile = torch.zeros(3, K).bfloat16(), torch.zeros(3, N).bfloat16(), Tile(16, 32, 32, 4, 2)
+
+    def work(block, name, decoded):
+        table = ExpertTable.from_blocks([(block, block)] * EXPERTS, "cpu", name)
+        return work_of(lambda: gate_up(x, table, routing, h, torch.bfloat16, tile, 1, decoded))
+
+    packed = work(block, "planar12", DecodedExperts(dims, "cpu", experts_at_once * 4 * N * K))
+    dense = work(weight.view(torch.uint8).flatten(), "dense", None)
+    assert packed.flops == dense.flops
+    assert packed.nbytes == pytest.approx(dense.nbytes + 2 * (12.006 / 8 + 2) * 2 * N * K, rel=1e-3)
 
 
 MODULES = [
@@ -124,6 +150,13 @@ DECLARED = {
     ),
     ("grouped_gemm down, planar12, 16 rows", "_grouped_gemm_kernel"): (
         _TOUCHED * 12.006 / 8 * 768 * 2048 + 512 * (2 * 768 + _ROW), 2 * 512 * 768 * 2048,
+    ),
+    # Read at 12 bits and written at 16; then read by the dense kernel.
+    ("grouped_gemm down, planar12, decoded first", "_decode_experts_kernel"): (
+        _TOUCHED * (12.006 / 8 + 2) * 768 * 2048, 0,
+    ),
+    ("grouped_gemm down, planar12, decoded first", "_grouped_gemm_kernel"): (
+        _TOUCHED * 2 * 768 * 2048 + 512 * (2 * 768 + _ROW), 2 * 512 * 768 * 2048,
     ),
     # Logits in; of every row its expert, weight and place in the order out.
     ("routing/128 experts, 32 tokens", "_route_kernel"): (_LOGITS + 32 * 8 * 12, 0),

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from fluxmoe.kernels import formats
 from fluxmoe.kernels.expert_table import ExpertTable, Pair
+from fluxmoe.kernels.formats import DENSE
 from fluxmoe.kernels.ops import DenseMlp, ExpertDims, KernelError, LayerDims, Limits, Linear, MoeBlock
 from fluxmoe.kernels.reference import ops as reference
+from fluxmoe.kernels.triton import tiles
 from fluxmoe.kernels.triton.experts import TritonExperts
 from fluxmoe.kernels.triton.gate import GateWeights, norm_and_route
 from fluxmoe.kernels.triton.grouped_gemm import combine, combine_and_norm
@@ -102,11 +105,21 @@ def test_combining_and_the_norm_in_one_launch_have_the_bits_of_two():
     assert torch.equal(normed, rms_norm(expected, weight, 1e-6))
 
 
-@pytest.mark.parametrize("shared_size", [32, 48], ids=["routed beside the others", "an MLP of its own"])
-@pytest.mark.parametrize("tokens", [1, 6])
-def test_a_layer_in_few_launches_equals_one_operation_after_another(tokens, shared_size):
+@pytest.mark.parametrize(
+    ("tokens", "sizes_of", "shared_size"),
+    [
+        pytest.param(1, (48, 32), 32, id="routed beside the others, a token"),
+        pytest.param(6, (48, 32), 32, id="routed beside the others"),
+        pytest.param(6, (48, 32), 48, id="an MLP of its own"),
+        pytest.param(6, (128, 128), 128, id="packed experts decoded first, a shared one behind them"),
+    ],
+)
+def test_a_layer_in_few_launches_equals_one_operation_after_another(tokens, sizes_of, shared_size, monkeypatch):
     """`batch_invariant` is the way of separate launches."""
-    hidden, inter, experts = 48, 32, 6
+    (hidden, inter), experts = sizes_of, 6
+    expert_format = "planar12" if hidden == 128 else DENSE
+    monkeypatch.setattr(tiles, "DECODE_ROWS", 0)
+    monkeypatch.setattr(formats, "DECODE_BYTES", 4 << 16)  # of gate_up's four
     dims = LayerDims(hidden, 2, 1, 16, experts, 64, BF16, mlp=shared_size)
     sizes = ExpertDims(hidden, inter, experts, 2, BF16)
     draw = lambda *shape: torch.randn(shape) / shape[-1] ** 0.5  # noqa: E731
@@ -116,7 +129,8 @@ def test_a_layer_in_few_launches_equals_one_operation_after_another(tokens, shar
     results = []
     for invariant in (False, True):
         ops = TritonOps(dims, Limits(16, 4, 64, 16), DEVICE, batch_invariant=invariant)
-        expert_ops = TritonExperts(sizes, 16, DEVICE, batch_invariant=invariant)
+        expert_ops = TritonExperts(sizes, 16, DEVICE, batch_invariant=invariant, formats=(expert_format,))
+        assert (expert_ops._decoded is not None) == (not invariant and expert_format != DENSE)
 
         def linear(weight, arrange=ops.arrange):
             n, k = weight.shape
@@ -126,10 +140,11 @@ def test_a_layer_in_few_launches_equals_one_operation_after_another(tokens, shar
 
         pairs: list[Pair] = []
         for gate_up, down in weights:
-            first, second = (torch.empty(n, dtype=torch.uint8) for n in expert_ops.expert_bytes())
-            expert_ops.encode_expert(gate_up, down, (first, second))
+            first, second = (torch.empty(n, dtype=torch.uint8) for n in expert_ops.expert_bytes(expert_format))
+            expert_ops.encode_expert(gate_up, down, (first, second), expert_format)
             pairs.append((first.to(DEVICE), second.to(DEVICE)))
-        page: Any = SimpleNamespace(table=ExpertTable.from_blocks(pairs, DEVICE), wait=lambda tensor_type: None)
+        table = ExpertTable.from_blocks(pairs, DEVICE, expert_format)
+        page: Any = SimpleNamespace(table=table, wait=lambda tensor_type: None)
         mlp = DenseMlp(linear(matrices[1], ops.arrange_mlp), linear(matrices[2]), linear(score))
         block = MoeBlock(ops, norms[0].to(DEVICE), linear(matrices[0]), norms[1].to(DEVICE), mlp)
         gate = expert_ops.gate(start.clone().to(DEVICE), block)

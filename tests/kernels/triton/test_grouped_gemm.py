@@ -6,8 +6,10 @@ import pytest
 import torch
 from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.formats import DENSE, FORMATS, fitting, fused_formats
-from fluxmoe.kernels.ops import KernelError
+from fluxmoe.kernels.ops import ExpertDims, KernelError
+from fluxmoe.kernels.packing.codec import align
 from fluxmoe.kernels.reference.experts import add_mixture
+from fluxmoe.kernels.triton.decoded import DecodedExperts
 from fluxmoe.kernels.triton.grouped_gemm import combine, deinterleave, down, gate_up, interleave, linear
 from fluxmoe.kernels.triton.routing import Router
 from fluxmoe.kernels.triton.tiles import Tile, default_tile, invariant_tile
@@ -43,7 +45,7 @@ class Layer:
         pairs = [(interleave(a).to(DEVICE), b.to(DEVICE)) for a, b in self.weights]
         return ExpertTable.from_blocks([(as_bytes(a), as_bytes(b)) for a, b in pairs], DEVICE)
 
-    def run(self, x, logits, top_k, tile, num_tokens=None, num_sms=5):
+    def run(self, x, logits, top_k, tile, num_tokens=None, num_sms=5, decoded=None):
         """(output without residual, routing)"""
         tokens = len(x)
         routing = Router(max(tokens, 1), self.num_experts, top_k, True, DEVICE)(
@@ -51,8 +53,8 @@ class Layer:
         )
         h = torch.full((tokens * top_k, self.intermediate), float("nan"), dtype=self.dtype, device=DEVICE)
         y = torch.full((tokens * top_k, self.hidden), float("nan"), dtype=self.dtype, device=DEVICE)
-        gate_up(x.to(DEVICE), self.table, routing, h, self.dtype, tile, num_sms)
-        down(h, self.table, routing, y, self.dtype, tile, num_sms)
+        gate_up(x.to(DEVICE), self.table, routing, h, self.dtype, tile, num_sms, decoded)
+        down(h, self.table, routing, y, self.dtype, tile, num_sms, decoded)
         out = torch.zeros(tokens, self.hidden, dtype=torch.float32, device=DEVICE)
         return combine(y, routing, out), routing
 
@@ -232,45 +234,100 @@ def mixed_layer(name: str, hidden: int, intermediate: int, crowded: bool = False
     return layer, ExpertTable.from_blocks(blocks, DEVICE, [DENSE, name] * 2)
 
 
-# A tile of the format, and two for many tokens.
-FUSED = {"one": Tile(16, 64, 64, 4, 2, swap_ab=True), "two": Tile(32, 128, 64, 8, 2)}
+FUSED = Tile(16, 64, 64, 4, 2, swap_ab=True)
 
 
 @pytest.mark.parametrize("name", COMPRESSED)
-@pytest.mark.parametrize("tile", FUSED.values(), ids=FUSED)
 @pytest.mark.parametrize("crowded", [False, True], ids=["few escapes", "raw tiles"])
-def test_compressed_and_dense_experts_of_one_launch_give_the_same_bits(crowded, tile, name):
+def test_compressed_and_dense_experts_of_one_launch_give_the_same_bits(crowded, name):
     layer, mixed = mixed_layer(name, 256, 256, crowded)
     x, logits = torch.randn(9, 256).bfloat16(), torch.randn(9, 4)
-    dense, _ = layer.run(x, logits, 2, tile)
+    dense, _ = layer.run(x, logits, 2, FUSED)
     layer.table = mixed
     assert mixed.compressed == {name}
-    compressed, _ = layer.run(x, logits, 2, tile)
+    compressed, _ = layer.run(x, logits, 2, FUSED)
     assert torch.equal(compressed, dense)
 
 
 @pytest.mark.parametrize("name", COMPRESSED)
-@pytest.mark.parametrize("tile", FUSED.values(), ids=FUSED)
 @pytest.mark.parametrize(
     ("hidden", "intermediate"), [(200, 112), pytest.param(312, 120, id="rows of the format's tiles are odd")]
 )
-def test_compressed_experts_with_sizes_of_no_tile_are_right(hidden, intermediate, tile, name):
+def test_compressed_experts_with_sizes_of_no_tile_are_right(hidden, intermediate, name):
     layer, mixed = mixed_layer(name, hidden, intermediate)
     layer.table = mixed
-    layer.check(11, 2, tile)
+    layer.check(11, 2, FUSED)
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+@pytest.mark.parametrize("experts_at_once", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "crowded"),
+    [
+        pytest.param(200, 112, False, id="sizes of no tile"),
+        pytest.param(312, 120, False, id="rows of the format's tiles are odd"),
+        pytest.param(256, 256, True, id="raw tiles"),
+    ],
+)
+def test_experts_decoded_first_give_the_dense_bits(hidden, intermediate, crowded, experts_at_once, name):
+    """The dense tile's, in whole groups and a part of one; the last expert has no rows."""
+    layer, mixed = mixed_layer(name, hidden, intermediate, crowded)
+    x, logits = torch.randn(40, hidden).bfloat16(), torch.randn(40, 4)
+    logits[:, 3] = -9.0
+    dense, _ = layer.run(x, logits, 2, TILES["plain"])
+    layer.table = mixed
+    decoded = decoded_experts(hidden, intermediate, experts_at_once)
+    assert torch.equal(layer.run(x, logits, 2, TILES["plain"], decoded=decoded)[0], dense)
+
+
+def decoded_experts(hidden: int, intermediate: int, experts_at_once: int) -> DecodedExperts:
+    """With room for so many gate_up weights."""
+    dims = ExpertDims(hidden, intermediate, 4, 2, torch.bfloat16)
+    return DecodedExperts(dims, DEVICE, experts_at_once * align(4 * hidden * intermediate))
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_only_experts_with_rows_are_decoded(name):
+    """A slot that is not loaded holds anything, offsets of escapes that lead nowhere among it."""
+    layer, mixed = mixed_layer(name, 128, 128)
+    for block in mixed.blocks[1]:
+        block.fill_(0xFF)
+    layer.table, decoded = mixed, decoded_experts(128, 128, 2)
+    logits = torch.randn(20, 4)
+    logits[:, 1] = -1e9
+    decoded._buffer.fill_(0xFF)  # NaN
+    out, _ = layer.run(torch.randn(20, 128).bfloat16(), logits, 2, TILES["plain"], decoded=decoded)
+    assert out.isfinite().all()
+
+
+def test_experts_elsewhere_have_no_block_in_a_group():
+    layer, mixed = mixed_layer("planar12", 128, 128)
+    x, weights = torch.randn(40, 128).bfloat16().to(DEVICE), torch.rand(40, 2, device=DEVICE)
+    ids = torch.stack([torch.randperm(8)[:2] for _ in range(40)]).to(DEVICE)
+    ids[ids >= 4] = -1
+    routing = Router(40, 4, 2, True, DEVICE).given(ids, weights, 16)
+    outputs = []
+    for table, decoded in ((layer.table, None), (mixed, decoded_experts(128, 128, 3))):
+        h = torch.full((80, 128), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+        y = torch.full((80, 128), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+        gate_up(x, table, routing, h, torch.bfloat16, TILES["plain"], 5, decoded)
+        down(h, table, routing, y, torch.bfloat16, TILES["plain"], 5, decoded)
+        outputs.append(combine(y, routing, torch.zeros(40, 128, device=DEVICE)))
+    assert torch.equal(*outputs)
+    assert outputs[0].isfinite().all()
 
 
 def test_compressed_experts_of_two_formats_do_not_meet_in_a_launch():
     layer, mixed = mixed_layer("planar12", 128, 128)
     layer.table = ExpertTable.from_blocks(mixed.blocks, DEVICE, [DENSE, "planar12", DENSE, "planar8"])
     with pytest.raises(KernelError, match="those of one other format, got planar12 and planar8"):
-        layer.run(torch.randn(2, 128).bfloat16(), torch.randn(2, 4), 1, FUSED["one"])
+        layer.run(torch.randn(2, 128).bfloat16(), torch.randn(2, 4), 1, FUSED)
 
 
 def test_compressed_experts_need_their_tile():
     layer, mixed = mixed_layer("planar12", 128, 128)
     layer.table = mixed
-    with pytest.raises(KernelError, match="a multiple of 64 weight rows"):
+    with pytest.raises(KernelError, match="a tile of 64 weight rows"):
         layer.run(torch.randn(2, 128).bfloat16(), torch.randn(2, 4), 1, TILES["plain"])
 
 

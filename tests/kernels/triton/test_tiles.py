@@ -55,6 +55,15 @@ def test_a_tuned_table_is_used_for_its_gpu_and_shape(tmp_path, monkeypatch):
     tiles._tuned.cache_clear()
 
 
+def test_packed_experts_are_decoded_first_beyond_a_bound_that_a_table_may_change(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-x1.json").write_text(json.dumps({"tiles": {}, "decode_rows": 80}))
+    monkeypatch.setattr(tiles, "TUNED_DIR", tmp_path)
+    tiles._decode_rows.cache_clear()
+    assert [tiles.decodes_first(rows, "NVIDIA X1") for rows in (80, 81)] == [False, True]
+    assert [tiles.decodes_first(tiles.DECODE_ROWS + more, "NVIDIA X2") for more in (0, 1)] == [False, True]
+    tiles._decode_rows.cache_clear()
+
+
 def test_committed_tables_are_valid():
     for path in tiles.TUNED_DIR.glob("*.json"):
         table = json.loads(path.read_text())

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fluxmoe.models.config import ConfigError
+from fluxmoe.models.decoder import expert_dims
 from fluxmoe.models.published import PUBLISHED, published_config
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.experts.planner import Move
@@ -17,7 +18,7 @@ from fluxmoe.runtime.hardware import HardwareProfile, ProfileError
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.request import Request, SamplingParams
-from fluxmoe.runtime.sim.cost_model import CostParameters
+from fluxmoe.runtime.sim.cost_model import CostParameters, SimExperts
 from fluxmoe.runtime.sim.simulator import SimEngine
 
 MODEL = published_config("qwen3-30b-a3b")
@@ -287,3 +288,24 @@ def test_simulated_experts_and_kv_take_slabs_like_real_ones():
         if count > 60:
             break
     assert len(pool.held("packed_experts")) < sim.tiers.size
+
+
+def test_packed_experts_take_what_a_gpu_measured():
+    """In place a share of memory's and of the products' rate; of many rows decoded first, at dense experts' rates."""
+    parameters = CostParameters(expert_share=1.0, packed_share=0.5, moe_flops_share=1.0, packed_flops_share=0.25)
+    costs = engine(placement="packed", parameters=parameters).costs
+    reads, bandwidth = costs._reads[0], costs.profile.memory_bandwidth
+    packed, dense = reads.packed / bandwidth, reads.unpacked / bandwidth
+    assert reads.near == reads.packed
+    assert packed == pytest.approx(0.75 * dense, rel=0.01)
+    for share, work_s, decodes_first, expected in (
+        (1.0, 0.0, False, packed / 0.5), (0.5, 0.0, False, packed), (1.0, 1.0, False, 4.0),
+        (1.0, 1.0, True, packed + dense + 1.0), (1.0, 0.0, True, packed + 2 * dense),
+    ):  # fmt: skip
+        assert costs._experts_s(reads, share, work_s, decodes_first)[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("batched", "more"), [(2048, 0), (2049, 256 << 20)], ids=["few rows", "many rows"])
+def test_a_batch_with_many_rows_an_expert_needs_a_buffer_for_decoded_ones(batched, more):
+    sizes = [SimExperts(expert_dims(MODEL), batched, 1, CostParameters(), names) for names in ((), ("planar12",))]
+    assert sizes[1].workspace_bytes - sizes[0].workspace_bytes == pytest.approx(more, rel=0.05)

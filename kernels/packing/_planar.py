@@ -17,24 +17,26 @@ _PATCH = tl.constexpr(16)
 ALIGNMENT = tl.constexpr(BLOCK_ALIGNMENT)
 
 # Four weights in two registers. $2: four bytes sign|mantissa, $3: four bytes of nibbles, $4: base << 7 in both halves.
-# A byte copied into both bytes of its half leaves the sign at bit 15 and the mantissa at bits 6 … 0 under one mask;
-# a nibble alone in its half needs one multiply-add to become an exponent in place. 9 instructions, where shifts and
-# ors on 16-bit elements take 24 because each of them is widened to a register.
+# A byte copied into both bytes of its half leaves the sign at bit 15 and the mantissa at bits 6 … 0 under one mask. A
+# byte of nibbles in its half needs one multiply-add to have a nibble as exponent in place: the lower one, once it is
+# alone; the upper one as it is, for what is left of the lower one lies below the exponent, and the byte's mask takes it
+# away. 10 and 8 instructions, two of them the same; shifts and ors on 16-bit elements, each widened, take 24.
 _UNPACK = """{{
-    .reg .b32 code, byte0, byte1, exp0, exp1;
-    {shift}
-    and.b32  code, code, 0x0f0f0f0f;
+    .reg .b32 byte0, byte1, exp0, exp1;
     prmt.b32 byte0, $2, 0, 0x1100;
     prmt.b32 byte1, $2, 0, 0x3322;
-    prmt.b32 exp0, code, 0, 0x4140;
-    prmt.b32 exp1, code, 0, 0x4342;
-    mad.lo.u32 exp0, exp0, 128, $4;
-    mad.lo.u32 exp1, exp1, 128, $4;
-    lop3.b32 $0, byte0, 0x807f807f, exp0, 0xea;
-    lop3.b32 $1, byte1, 0x807f807f, exp1, 0xea;
+    prmt.b32 exp0, $3, 0, 0x4140;
+    prmt.b32 exp1, $3, 0, 0x4342;
+    {alone}
+    mad.lo.u32 exp0, exp0, {scale}, $4;
+    mad.lo.u32 exp1, exp1, {scale}, $4;
+    lop3.b32 $0, byte0, 0x807f807f, exp0, {choice};
+    lop3.b32 $1, byte1, 0x807f807f, exp1, {choice};
 }}"""
-UNPACK_LOW = tl.constexpr(_UNPACK.format(shift="mov.b32 code, $3;"))
-UNPACK_HIGH = tl.constexpr(_UNPACK.format(shift="shr.u32 code, $3, 4;"))
+_ALONE = "and.b32 exp0, exp0, 0x000f000f; and.b32 exp1, exp1, 0x000f000f;"
+# Of (byte, mask, exponent): byte & mask | exponent, and byte & mask | exponent & ~mask.
+UNPACK_LOW = tl.constexpr(_UNPACK.format(alone=_ALONE, scale=128, choice="0xea"))
+UNPACK_HIGH = tl.constexpr(_UNPACK.format(alone="", scale=8, choice="0xe2"))
 # Likewise of planar8; $2: four bytes, $3: base << 7 in both halves. 8 instructions.
 UNPACK_8 = tl.constexpr("""{
     .reg .b32 byte0, byte1, exp0, exp1;

@@ -102,8 +102,7 @@ def fused_tile(weight_tile: tuple[int, int], rows_per_expert: float, capability:
     # Below sm_90 decoded weights stay in registers beside both operands: 64 tokens would spill.
     most = 64 if capability >= 90 else 32
     block_m = min(16 if rows_per_expert <= 16 else 32 if rows_per_expert <= 32 else 64, most)
-    block_n, block_k = weight_tile
-    return fit(Tile(block_m, block_n, block_k, 4, 3, swap_ab=True), capability, 2)
+    return fit(Tile(block_m, weight_tile[0], 64, 4, 3, swap_ab=True), capability, 2)
 
 
 def fused_invariant_tile(weight_tile: tuple[int, int], capability: int) -> Tile:

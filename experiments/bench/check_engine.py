@@ -143,16 +143,20 @@ def compare(
     return errors
 
 
+@dataclass
 class Model:
     """A checkpoint, made when it is first asked for, and what the CPU says to the requests."""
 
-    def __init__(self, name: str, dtype: str, directory: Path, asked: list[Request], layers: int) -> None:
-        self.name, self.dtype, self._directory, self.asked, self._layers = name, dtype, directory, asked, layers
+    name: str
+    dtype: str
+    directory: Path
+    asked: list[Request]
+    layers: int
 
     @cached_property
     def path(self) -> Path:
-        shape = replace(MODELS[self.name], layers=self._layers, dtype=self.dtype)
-        return write_checkpoint(shape, self._directory / f"{self.name}-{self.dtype}", seed=1)
+        shape = replace(MODELS[self.name], layers=self.layers, dtype=self.dtype)
+        return write_checkpoint(shape, self.directory / f"{self.name}-{self.dtype}", seed=1)
 
     @cached_property
     def expected(self) -> tuple[list[list[int]], list[torch.Tensor]]:

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from ..lib.args import group, option
 from ..lib.models import ModelChoice
 from ..lib.results import UsageError, write_csv, write_result
+from ..lib.sweep import say
 from ..paper.fig5_exponents import entropy, histograms
 from .experts import encoded, page_of, table_of
 from .timing import cold_copies, host_seconds, host_times, time_calls, times_in_turns
@@ -148,13 +149,9 @@ class FusedGemm:
             medians, ratios = [np.median(each) for each in seconds.values()], seconds[DENSE] / seconds[FUSED]
         low, middle, high = np.percentile(ratios, [20, 50, 80])
         return {
-            "tokens": tokens,
-            "dense_us": medians[0] * 1e6,
-            "planar12_us": medians[1] * 1e6,
-            "dense_over_planar12": middle,
-            "ratio_p20": low,
-            "ratio_p80": high,
-        }
+            "tokens": tokens, "dense_us": medians[0] * 1e6, "planar12_us": medians[1] * 1e6,
+            "dense_over_planar12": middle, "ratio_p20": low, "ratio_p80": high,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,33 +169,18 @@ def run(args: Arguments) -> None:
     if checkpoint.config.dtype != torch.bfloat16:
         raise UsageError(f"{model} holds {checkpoint.config.dtype} weights; the formats compress bfloat16")
     experts = list(islice(checkpoint.experts(), args.experts))
-    tensors = {
-        "gate_up": torch.stack([expert[2] for expert in experts]),
-        "down": torch.stack([expert[3] for expert in experts]),
-    }
+    tensors = {"gate_up": torch.stack([e[2] for e in experts]), "down": torch.stack([e[3] for e in experts])}
     rows = []
     for name in args.formats:
         for tensor, weight in tensors.items():
-            row = bench_format(codec_of(name), tensor, weight)
-            rows.append(row)
-            gpu = f", on the GPU {row['gpu_decode_gb_per_s']:.0f}" if "gpu_decode_gb_per_s" in row else ""
-            print(
-                f"{name:>9} {tensor:>8}  {row['bits_per_weight']:6.3f} bits (bound {row['bound_bits']:.3f})  "
-                f"encode {row['encode_gb_per_s']:5.2f} GB/s, decode {row['decode_gb_per_s']:5.2f}{gpu}; "
-                f"copy {row['copy_gb_per_s']:.1f}",
-                flush=True,
-            )
+            rows.append(bench_format(codec_of(name), tensor, weight))
+            say(rows[-1])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     write_result(args.out, "bench packing", {"rows.csv": rows}, {"device": device.type, "experts": len(experts)})
     if not args.tokens:
         return
     fused, points = FusedGemm(checkpoint, device, max(args.tokens)), []
     for tokens in args.tokens:
-        point = fused.bench(tokens)
-        points.append(point)
-        print(
-            f"{tokens:>5} tokens  dense {point['dense_us']:9.0f} µs, planar12 {point['planar12_us']:9.0f} µs: "
-            f"{point['dense_over_planar12']:.2f}x ({point['ratio_p20']:.2f} … {point['ratio_p80']:.2f})",
-            flush=True,
-        )
+        points.append(fused.bench(tokens))
+        say(points[-1])
         write_csv(args.out / "gemm.csv", points)

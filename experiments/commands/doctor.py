@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import platform
 import shutil
@@ -17,7 +16,7 @@ from fluxmoe.runtime.memory.budget import format_bytes
 
 from ..lib.args import option
 from ..lib.models import PRESETS, preset_config
-from ..lib.results import code_digest, cores, device_name, output_file, write_json
+from ..lib.results import code_digest, cores, device_name, output_file, version_of, write_json
 from .reproduce import hardware_folder
 
 # Package → what does not work without it, and how to get it.
@@ -72,15 +71,13 @@ def machine() -> list[Finding]:
 def packages() -> list[Finding]:
     found = []
     for name in ("torch", "triton", "numba", "numpy"):
-        try:
-            found.append(Finding(name, importlib.metadata.version(name), True))
-        except importlib.metadata.PackageNotFoundError:
-            found.append(Finding(name, "not installed", False, "pip install -r requirements.txt"))
+        version, remedy = version_of(name), "pip install -r requirements.txt"
+        found.append(Finding(name, version or "not installed", bool(version), "" if version else remedy))
     for name, (what, remedy) in _PEERS.items():
-        there = importlib.util.find_spec(name) is not None
-        found.append(
-            Finding(name, "installed" if there else f"not installed: no {what}", there, "" if there else remedy)
-        )
+        if importlib.util.find_spec(name):
+            found.append(Finding(name, "installed", True))
+        else:
+            found.append(Finding(name, f"not installed: no {what}", False, remedy))
     return found
 
 

@@ -65,7 +65,8 @@ def run(args: Arguments) -> None:
             print(f"{name:<24} does not start: {real['reason']}")
             continue
         costs = CPU_COSTS if device.type == "cpu" else CostParameters()
-        budget = args.budget or sum(size for line, size in real.items() if line in _LEDGER and isinstance(size, int))
+        # What a run without a budget took is what is planned with.
+        budget = args.budget or sum(real.get(line, 0) for line in _LEDGER)
         costs = replace(costs, workspace_bytes=real["workspace"])
         planned = row(there, source, replace(settings, budget_bytes=budget), lengths, args.workload.seed, costs)
         if planned["status"] != "ok":
@@ -85,7 +86,7 @@ def run(args: Arguments) -> None:
                                "provenance": provenance(device.type, args.workload.seed)})  # fmt: skip
 
 
-# Lines of the ledger: what a run without a budget took is what is planned with.
+# Lines of the ledger.
 _LEDGER = (
     "non_expert_weights", "resident_experts", "packed_experts", "slots", "workspace", "states", "kv_cache",
 )  # fmt: skip

@@ -149,13 +149,19 @@ def _build(cls: type[T], found: Any) -> T:
                 value = tuple(map(parse_text, value))
             else:
                 value = f.default if value is None else parse_text(value)
-        least = f.metadata.get("least")
-        if least is not None and value is not None:
-            for each in value if isinstance(value, tuple) else (value,):
-                if each < least:
-                    raise UsageError(f"--{flag_of(f)} must be at least {least}, got {each}")
+        check(f, value)
         values[f.name] = value
     return cls(**values)
+
+
+def check(f: Field, value: Any) -> None:
+    """UsageError for what a field does not take: less than its `least`, or none of its choices."""
+    least, choices = f.metadata.get("least"), f.metadata.get("choices")
+    for each in value if isinstance(value, tuple) else () if value is None else (value,):
+        if least is not None and each < least:
+            raise UsageError(f"--{flag_of(f)} must be at least {least}, got {each}")
+        if choices and each not in choices:
+            raise UsageError(f"--{flag_of(f)} must be one of {', '.join(choices)}, got {each}")
 
 
 def known(name: str, names: Iterable[str], what: str) -> str:

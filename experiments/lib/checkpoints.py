@@ -18,7 +18,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .args import option
+from .args import check, option
 from .results import UsageError, allowed, write_json
 from .skew import MOST_SKEW, row_scales
 
@@ -65,6 +65,10 @@ class ModelShape:
         f"({', '.join(_WITH_DENSE_LAYERS)})", (), metavar="LAYER",
     )  # fmt: skip
 
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            check(f, getattr(self, f.name))
+
 
 def make_checkpoint(
     arch: str, out: Path | str, *, seed: int = 0, scale: float = 1.0, shard_bytes: int = 1 << 30,
@@ -87,10 +91,6 @@ def write_checkpoint(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists already; remove it or choose another --out")
-    if shape.vocab < _MIN_VOCAB:
-        raise UsageError(f"--vocab must be at least {_MIN_VOCAB}, got {shape.vocab}")
-    if shape.dtype not in DTYPES:
-        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {shape.dtype}")
     if not 0 < scale < math.inf or shard_bytes < 1:
         raise UsageError(f"--scale and --shard-bytes must be positive, got {scale} and {shard_bytes}")
     if not 0 <= router_skew <= MOST_SKEW:
@@ -149,14 +149,12 @@ def hf_config(shape: ModelShape) -> dict[str, Any]:
     """config.json as the Hub has it for a shape."""
     arch, layers, experts, top_k, heads = shape.arch, shape.layers, shape.experts, shape.top_k, shape.heads
     hidden, moe_intermediate, dtype = shape.hidden, shape.moe_intermediate, shape.dtype
-    if arch not in ARCHITECTURES:
-        raise UsageError(f"--arch must be one of {', '.join(ARCHITECTURES)}, got {arch}")
     dense = sorted(set(shape.dense_layers))
     if dense and arch not in _WITH_DENSE_LAYERS:
         raise UsageError(f"{arch} has experts in every layer; --dense-layers is for {' and '.join(_WITH_DENSE_LAYERS)}")
     if missing := [layer for layer in dense if not 0 <= layer < layers]:
         raise UsageError(f"--dense-layers {missing[0]} does not exist; {layers} layers are numbered from 0")
-    size_of_head = hidden // max(1, heads) if shape.head_dim is None else shape.head_dim
+    size_of_head = hidden // heads if shape.head_dim is None else shape.head_dim
     config: dict[str, Any] = {
         "num_hidden_layers": layers,
         "hidden_size": hidden,

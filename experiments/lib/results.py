@@ -145,7 +145,7 @@ def provenance(device: str = "cpu", seed: int | None = None) -> dict[str, Any]:
         "family": family() if device == "cpu" else None,
         "cpus": cores(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
+        "versions": {name: version_of(name) for name in packages},
         "seed": seed,
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -223,7 +223,8 @@ def _git(*arguments: str) -> str | None:
     return run(*arguments) if run("ls-files", "--error-unmatch", here.name) is not None else None
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Of an installed package."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -77,16 +77,16 @@ def serve(
     return served._replace(row=placed | served.row)
 
 
-def short_requests(source: Source) -> list[Request]:
+def short_requests(vocab_size: int) -> list[Request]:
     """What an engine serves to warm up."""
-    return make_requests([Lengths(0.0, 8, 2)] * 2, source.config.vocab_size, 0)
+    return make_requests([Lengths(0.0, 8, 2)] * 2, vocab_size, 0)
 
 
 def warm_up(machine: Machine, source: Source, settings: EngineConfig) -> None:
     """Kernels are compiled, and the checkpoint's pages touched, before what is timed; nothing for what is simulated."""
     if not machine.simulated:
         small = replace(settings, placement="host", budget_bytes=None, max_context=None, min_kv_tokens=1, max_batch=2)
-        serve(machine, source, small, short_requests(source))
+        serve(machine, source, small, short_requests(source.config.vocab_size))
 
 
 def compile_kernels(model: ModelConfig, settings: EngineConfig) -> None:
@@ -108,7 +108,7 @@ def compile_kernels(model: ModelConfig, settings: EngineConfig) -> None:
         dtype = str(model.dtype).removeprefix("torch.")
         tiny = make_checkpoint(model.arch, Path(folder) / "tiny", dtype=dtype, **sizes)
         with Engine(tiny, small) as engine:
-            run(engine, make_requests([Lengths(0.0, 8, 2)] * 2, sizes["vocab"], 0))
+            run(engine, short_requests(sizes["vocab"]))
 
 
 def row(

@@ -178,9 +178,10 @@ def _row_inside(
         held["ledger_bytes"] = engine.memory_check().ledger_bytes
         held["rss_bytes"] = max(held["rss_bytes"], HOST.taken_bytes() or 0)
 
-    requests = make_requests(lengths, source.config.vocab_size, seed)
+    vocab_size = source.config.vocab_size
+    requests, first = make_requests(lengths, vocab_size, seed), short_requests(vocab_size)
     try:
-        served = serve(machine, source, settings, requests, watch=watch, first=short_requests(source))
+        served = serve(machine, source, settings, requests, watch=watch, first=first)
     except BudgetError as error:
         # The ledger's least, as a wall: what lies outside of `all` beside it.
         least = limit - free + HOST.free_for(error.least) if error.least is not None else None

@@ -48,7 +48,7 @@ class HardwareProfile:
     kernel_host_bandwidth   kernels that read pinned memory in place
     decode_bandwidth        format → bytes/s of bf16 put out, decoding compressed experts to a buffer
     decode_latency_s        of decoding one tensor, however small
-    disk_bandwidth          reads of a large file
+    disk_bandwidth          reads of files, as many in flight as the disk tier has
     launch_s                one kernel inside a graph, launch to launch; iteration_s: scheduler, sampling, batch
     link_bandwidth          all-reduce between devices, bytes/s of payload; link_latency_s: of one all-reduce
     """

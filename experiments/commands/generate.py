@@ -12,14 +12,13 @@ from pathlib import Path
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.config import load_config
 from fluxmoe.runtime.devices import resolve_device
-from fluxmoe.runtime.memory.budget import parse_bytes
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.loop import summarise
 from fluxmoe.runtime.serving.request import Request, SamplingParams
 
 from ..lib import wall
-from ..lib.args import group, option
+from ..lib.args import group, number_of_bytes, option
 from ..lib.effects import Setup, served_on
 from ..lib.results import UsageError, load_json, output_file, provenance, write_atomically, write_csv, write_json
 from ..lib.serve import compile_kernels
@@ -47,13 +46,6 @@ class Sampling:
         )  # fmt: skip
 
 
-def wall_bytes(text: str) -> int:
-    """The size of a wall."""
-    if not (nbytes := parse_bytes(text)):
-        raise UsageError("--wall takes a number of bytes, for example 8GB")
-    return nbytes
-
-
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     model: str = option("Hugging Face checkpoint", metavar="DIR")
@@ -77,7 +69,7 @@ class Arguments:
     )  # fmt: skip
     wall: int | None = option(
         "all memory that this may take, interpreter included, which the kernel enforces by a cgroup, e.g. 8GB", None,
-        parse=wall_bytes, metavar="BYTES",
+        parse=number_of_bytes, least=1, metavar="BYTES",
     )  # fmt: skip
     json: Path | None = option(
         "save outputs, metrics, memory, placement, provenance", None, parse=output_file, metavar="FILE"

@@ -132,20 +132,15 @@ class Suite:
 
     def pending(self) -> list[Step]:
         """Steps to do, in order: those that have not had their minutes, then those that are worth another try."""
-        fresh = [s for s in self.steps if self._status(s) in ("new", "unfinished")]
-        again = [s for s in self.steps if self._status(s) == "out of time"]
-        changed = [
-            s
-            for s in self.steps
-            if self._status(s) in ("failed", "wrong") and self.records[s.name]["code"] != code_digest()
-        ]
-        found = [s for s in self.steps if self._status(s) == "left out" and not _missing(s, self.environment)]
-        todo = [*fresh, *found] or [*again, *changed]
-        always = [s for s in self.steps if s.every_call and s not in todo]
-        return [*always, *todo] if todo else []
+        status = {step: self.records.get(step.name, {}).get("status", "new") for step in self.steps}
 
-    def _status(self, step: Step) -> str:
-        return self.records.get(step.name, {}).get("status", "new")
+        def those(*wanted: str, where: Callable[[Step], bool] = lambda step: True) -> list[Step]:
+            return [step for step in self.steps if status[step] in wanted and where(step)]
+
+        todo = those("new", "unfinished") + those("left out", where=lambda s: not _missing(s, self.environment))
+        other_code = lambda s: self.records[s.name]["code"] != code_digest()  # noqa: E731
+        todo = todo or those("out of time") + those("failed", "wrong", where=other_code)
+        return [step for step in self.steps if todo and step.every_call and step not in todo] + todo
 
     def run_slice(self, seconds: float, facts: Callable[[], dict]) -> None:
         """Do pending steps until `seconds` are over; suite.json and results.tgz are whole after each."""

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
+from fluxmoe.runtime.memory.budget import parse_bytes
 
 from .results import UsageError
 
@@ -162,6 +163,13 @@ def check(f: Field, value: Any) -> None:
             raise UsageError(f"--{flag_of(f)} must be at least {least}, got {each}")
         if choices and each not in choices:
             raise UsageError(f"--{flag_of(f)} must be one of {', '.join(choices)}, got {each}")
+
+
+def number_of_bytes(text: str) -> int:
+    """Of 8GB and the like; UsageError for `all`, which a budget may be, too."""
+    if (nbytes := parse_bytes(text)) is None:
+        raise UsageError(f"{text!r} is no number of bytes, such as 8GB")
+    return nbytes
 
 
 def known(name: str, names: Iterable[str], what: str) -> str:

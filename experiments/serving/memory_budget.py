@@ -24,7 +24,7 @@ from typing import Any
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.experts.placement import POLICIES
-from fluxmoe.runtime.memory.budget import BudgetError, format_bytes, parse_bytes
+from fluxmoe.runtime.memory.budget import BudgetError, format_bytes
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.loop import StepMetrics
@@ -32,7 +32,7 @@ from fluxmoe.runtime.sim.simulator import SimEngine
 from tqdm import tqdm
 
 from ..lib import wall
-from ..lib.args import group, option
+from ..lib.args import group, number_of_bytes, option
 from ..lib.effects import Setup, setups_of
 from ..lib.machines import SWEPT, Machine, MachineChoice
 from ..lib.models import PRESETS, ModelChoice, Source
@@ -46,13 +46,6 @@ from ..plots.serving import plot_memory_budget
 PLACEMENTS = ("resident", "offload:0.5", "balanced:0.5", "host", "packed", "balanced:0.5+planar12", "host+planar12")
 
 
-def axis_bytes(text: str) -> int:
-    """A budget that is a point on an axis."""
-    if (nbytes := parse_bytes(text)) is None:
-        raise UsageError("--budgets takes numbers of bytes; `all` is no point on an axis")
-    return nbytes
-
-
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     model: ModelChoice = group()
@@ -61,7 +54,7 @@ class Arguments:
     engine: EngineConfig = group(*SWEPT, "max_batch")
     max_batch: int | None = option("sequences in a batch (default: the preset's, or 64)", None, least=1)
     budgets: tuple[int, ...] = option(
-        "e.g. 256MiB 512MiB 1GiB (default: the preset's, or a row that suits the model)", (), parse=axis_bytes,
+        "e.g. 256MiB 512MiB 1GiB (default: the preset's, or a row that suits the model)", (), parse=number_of_bytes,
         metavar="BYTES",
     )  # fmt: skip
     placements: tuple[str, ...] = placement_names(
@@ -110,7 +103,7 @@ def run(args: Arguments) -> None:
     lengths = args.workload.lengths(preset, source.config)
     longest = max(shape.prompt + shape.output for shape in lengths)
     batch = args.max_batch or (preset.max_batch if preset else 64)
-    budgets = args.budgets or tuple(map(axis_bytes, preset.budgets if preset else ()))
+    budgets = args.budgets or tuple(map(number_of_bytes, preset.budgets if preset else ()))
     budgets = budgets or tuple(default_budgets(source.config, batch, longest))
     common = replace(args.engine, max_batch=batch, max_context=longest, min_kv_tokens=longest)
     points = []

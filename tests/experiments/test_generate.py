@@ -222,4 +222,4 @@ def test_a_wall_changes_no_token_and_a_small_one_is_one_line(model_dir, tmp_path
     assert walled["outputs"] == free["outputs"]
     assert walled["provenance"]["command"] == free["provenance"]["command"]
     assert "killed by its wall of 19.07 MiB" in error_of("generate", *common, "--wall", "20MB")
-    assert "--wall takes a number" in error_of("generate", *common, "--wall", "all")
+    assert "is no number of bytes" in error_of("generate", *common, "--wall", "all")

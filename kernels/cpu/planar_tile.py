@@ -41,9 +41,11 @@ from .tile import BF16, BF16_DOT, DOT_ROWS, HAS_DOT, MAX_ROWS, PAIRS, add_dots, 
 
 HEADER_BYTES = 128
 PAIR_BYTES = 48
-# How far ahead panels are prefetched, bytes: some 0.3 µs of one thread.
-_AHEAD = 6144
+# How far ahead panels are prefetched, bytes: some 0.3 µs of one thread. A
+# tall tile fills the window in which a core reorders, so that nothing but this brings weights in time.
+_AHEAD = 10240
 
+_BYTES64 = ir.VectorType(I8, 64)
 _BYTES16, _BYTES32, _WORDS16 = ir.VectorType(I8, 16), ir.VectorType(I8, 32), ir.VectorType(I16, 16)
 # An escape is (k * 16 + lane) << 16 | bits: where its k begins.
 _K_BIT = 16 + 4
@@ -90,6 +92,25 @@ def _bytes_of_pair(builder: ir.IRBuilder, address: ir.Value, base: ir.Value) -> 
     shifts = ir.Constant(ir.VectorType(I32, 8), [0] * 4 + [4] * 4)
     shifted = builder.bitcast(builder.lshr(builder.bitcast(twice, shifts.type), shifts), _BYTES32)
     return low_byte, _high_bytes(builder, shifted, base)
+
+
+def _words_of_pair(builder: ir.IRBuilder, address: ir.Value, base: ir.Value, places: list[int]) -> ir.Value:
+    """<32 x i16>: the words of rows k and k + 1 whose bytes are at `places`, by byte shuffles of AVX-512; base: i64.
+
+    One load of 64 bytes, of which 16 belong to what follows, the index at the end of a block, and go nowhere: loads are
+    the limit of a tall tile, whose every dot product reads x from memory.
+    """
+    line = load_at(builder, address, _BYTES64)
+    mask = [part for place in places for part in (place, 32 + place % 16)]
+    spread = builder.shuffle_vector(line, line, ir.Constant(ir.VectorType(I32, 64), mask))
+    shifts = ir.Constant(PAIRS, [4 if place >= 16 else 0 for place in places])
+    codes = builder.bitcast(builder.lshr(builder.bitcast(spread, PAIRS), shifts), _BYTES64)
+    look_up = function(builder, "llvm.x86.avx512.permvar.qi.512", _BYTES64, [_BYTES64] * 2)
+    table = _table(builder, base)
+    table = builder.shuffle_vector(table, table, ir.Constant(ir.VectorType(I32, 64), [*range(32)] * 2))
+    high = builder.call(look_up, [table, codes])
+    odd = ir.Constant(ir.VectorType(ir.IntType(1), 64), [0, 1] * 32)
+    return builder.bitcast(builder.select(odd, high, spread), PAIRS)
 
 
 def _byte_of(row: int, word: int) -> int:
@@ -163,9 +184,11 @@ class _Pairs(_Rows):
 
     def decode(self, address: ir.Value, base: ir.Value, whole: ir.Value | None = None) -> Values:
         places = [_byte_of(row, _WORD_OF[lane]) for lane in range(LANES) for row in range(2)]
-        mask = [part for place in places for part in (place, 32 + place)]
         following = _second(self.builder, whole, PAIR_BYTES)
         both = (address, self.builder.add(address, following))
+        if _HAS_VBMI:
+            return [_words_of_pair(self.builder, at, base, places) for at in both]
+        mask = [part for place in places for part in (place, 32 + place)]
         return [self._shuffle(*_bytes_of_pair(self.builder, at, base), mask, PAIRS) for at in both]
 
     def multiply(self, k: ir.Value, decoded: Values, sums: Values, whole: ir.Value | None = None) -> Values:

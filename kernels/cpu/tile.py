@@ -59,7 +59,7 @@ BF16_KIND = BF16_DOT if HAS_DOT else BF16
 MAX_ROWS, DOT_ROWS = 6, 8
 # How far ahead of the arithmetic a GEMM fetches, bytes. Panels of one expert are contiguous, so running past a panel's
 # end fetches what the thread most likely needs next.
-_FMA_AHEAD, _DOT_AHEAD = 1024, 4096
+_FMA_AHEAD, _DOT_AHEAD = 1024, 8192
 
 PAIRS = ir.VectorType(I16, 2 * LANES)
 

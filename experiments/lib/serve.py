@@ -100,7 +100,7 @@ def compile_kernels(model: ModelConfig, settings: EngineConfig) -> None:
         settings, device="cpu", budget_bytes=None, max_batch=2, max_batched_tokens=16, max_context=64, min_kv_tokens=1,
         placement="host" if in_files else settings.placement, cache_bytes=None, disk_share=None, link_bandwidth=None,
         transfer=settings.formats.transfer if in_files else settings.transfer, record_routing=False, timeline=False,
-        cache_policy="next_use", cache_recording=None, progress=False,
+        cache_policy=EngineConfig.cache_policy, cache_recording=None, progress=False,
     )  # fmt: skip
     # Wide enough for every format to save something; four layers are one turn of Qwen3-Next's kinds.
     sizes: dict[str, Any] = dict(layers=4, experts=4, hidden=256, moe_intermediate=256, vocab=320, max_positions=64)

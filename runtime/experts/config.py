@@ -74,7 +74,7 @@ class PagingConfig:
         parse=parse_bytes, metavar="BYTES",
     )  # fmt: skip
     cache_policy: str = setting(
-        "next_use",
+        "learned",
         "which experts leave the cache: those expected to be used last, or as the name says; static: those that "
         "cache_recording used least",
         choices=(*CACHE_POLICIES, STATIC),

@@ -51,7 +51,8 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     config = EngineConfig(**placed(settings["placement"]), **settings["engine"])
     with Engine(settings["model"], config) as engine:
-        phases.serve(Phases(engine), **{k: engine.budget.lines().get(k, 0) for k in ("expert_cache", "kv_cache")})
+        ledger = {line: engine.budget.lines().get(line, 0) for line in ("expert_cache", "kv_cache")}
+        phases.serve(Phases(engine), mapped_bytes=engine.pager.store.mapped_bytes, **ledger)
 
 
 if __name__ == "__main__":

@@ -198,10 +198,8 @@ def vllm(args: Arguments, files: Files, setup: Setup) -> Start:
         if fence is not None and weights > fence.limit:
             more = format_bytes(weights - fence.limit)
             raise RefusedError(f"its weights alone are {more} more than the wall, and its CPU build offloads nothing")
-        settings = {"llm": llm, "phases": True}
-        return WorkerPeer(
-            VLLM, args.vllm_python or "", "vllm_worker.py", settings, wall=fence, patience_s=args.patience
-        )
+        python, settings = args.vllm_python or "", {"llm": llm, "phases": True}
+        return WorkerPeer(VLLM, python, "vllm_worker.py", settings, wall=fence, patience_s=args.patience)
 
     return start
 
@@ -238,7 +236,7 @@ def answers(
                     answer = about | peer.answer()
                     assert answer["batch"] == batch, "a job is answered in order"
                     if fence is not None:
-                        answer["peak_bytes"] = fence.peak_bytes
+                        answer["peak_bytes"] = fence.peak_bytes + answer.get("mapped_bytes", 0)
                     yield waiting.pop(0), answer
     except RefusedError as error:
         yield from ((batch, {"status": status, "reason": str(error)}) for batch in waiting)
@@ -357,8 +355,7 @@ def run(args: Arguments) -> None:
         "arch": model.arch, "weights_bytes": model.non_expert_bytes + model.expert_bytes_total,
     }  # fmt: skip
     with Sweep.serving(args.out, "versus walls", Machine("cpu"), files.source, made, facts, "rows.csv") as sweep:
-        processes = args.rounds * sum(len(turns(args, files, setup)) for setup in setups)
-        taken = Turns(args, files, sweep, processes)
+        taken = Turns(args, files, sweep, args.rounds * sum(len(turns(args, files, setup)) for setup in setups))
         for number in range(args.rounds):
             bounds = Bounds(model, read_rate(sorted(files.packed.glob("*.flux"))))
             for setup in setups:

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -200,6 +201,19 @@ def test_agreement_is_of_prompts_that_both_had():
         {**row, "provider": "vllm", "sequences": 4, "first_tokens": ""},
     ]
     assert walls.agreement(rows) == {"llama.cpp": 0.5}
+
+
+def test_experts_that_are_mapped_count_as_held(monkeypatch):
+    monkeypatch.setattr(wall, "fence", lambda limit: nullcontext(SimpleNamespace(peak_bytes=7)))
+    batches = iter((2, 1))
+    peer = SimpleNamespace(
+        ready={"mapped_bytes": 5}, close=lambda: None, ask=lambda job: None, answer=lambda: {"batch": next(batches)}
+    )
+    setup = walls.Setup("1GB", 10**9, ((2, 1),))
+    asked: Any = SimpleNamespace(prompt_tokens=4, output_tokens=3, seconds=1.0)
+    files: Any = SimpleNamespace(all=[])
+    answers = walls.answers(asked, files, setup, lambda fence: peer, 512)  # type: ignore[arg-type,return-value]
+    assert [answer["peak_bytes"] for _, answer in answers] == [12, 12]
 
 
 def test_files_are_read_past_the_page_cache(tmp_path):

@@ -7,6 +7,7 @@ the weight is stored as it is, in the single plane `raw`: no weight ever takes m
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 RAW = "raw"
+_DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
+# No tensor and no file of experts has more elements or bytes.
+MAX_SIZE = 1 << 40
 # Planes of a block start at multiples of this: more than the widest load of a GPU, and a whole number of its sectors.
 BLOCK_ALIGNMENT = 256
 
@@ -58,6 +62,28 @@ class Packed:
     @property
     def is_raw(self) -> bool:
         return RAW in self.planes
+
+    @property
+    def recipe_text(self) -> bytes:
+        """All but the planes' bytes, as JSON."""
+        planes = [(name, str(each.dtype).removeprefix("torch."), each.numel()) for name, each in self.planes.items()]
+        fields = {"format": self.format, "shape": self.shape, "metadata": self.metadata, "planes": planes}
+        return json.dumps(fields, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_recipe(cls, text: bytes) -> Packed:
+        """What a `recipe_text` describes, with planes on device "meta". PackingError if it describes nothing."""
+        try:
+            fields = json.loads(text)
+            shape, sizes = tuple(fields["shape"]), [count for _, _, count in fields["planes"]]
+            if not all(type(n) is int and 0 <= n < MAX_SIZE for n in (*shape, *sizes)):
+                raise ValueError("sizes are integers")
+            planes = {
+                name: torch.empty(count, dtype=_DTYPES[dtype], device="meta") for name, dtype, count in fields["planes"]
+            }
+            return cls(fields["format"], shape, planes, fields["metadata"])
+        except (ValueError, KeyError, TypeError):
+            raise PackingError("it is no recipe") from None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Packed:
         """The same on another device."""

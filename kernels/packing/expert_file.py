@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..expert_table import DOWN, GATE_UP
 from ..host_memory import PAGE
-from .codec import Packed, PackingError
+from .codec import MAX_SIZE, Packed, PackingError
 
 MAGIC = b"FLUXEXPT"
 VERSION = 1
@@ -40,12 +40,10 @@ VERSION = 1
 Check = Callable[[str, int, Tensor, Packed | None], None]
 _PREFIX = struct.Struct("<8sIIQ")
 _RECORD, _RECORD_BYTES = struct.Struct("<QI"), 512
-_DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
 # Through the page cache a block comes in such parts, which are summed up while they are in a core's cache.
 _PART = 512 << 10
 # A header takes some hundred bytes; more than this is garbage, not a reason to allocate.
 _MAX_HEADER = 1 << 16
-_MAX_SIZE = 1 << 40
 # Of madvise since Linux 5.14; Python has no name for it.
 _POPULATE_READ = 22
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -67,7 +65,7 @@ class ExpertFileHeader:
 
     def __post_init__(self) -> None:
         sizes = (self.hidden, self.intermediate, self.experts, *self.sizes)
-        if not all(type(n) is int and 0 < n < _MAX_SIZE for n in sizes) or len(self.sizes) != 2:
+        if not all(type(n) is int and 0 < n < MAX_SIZE for n in sizes) or len(self.sizes) != 2:
             raise PackingError(f"sizes of an expert file must be positive integers, got {sizes}")
         if not all(isinstance(name, str) for name in (self.backend, self.format, self.dtype, self.content)):
             raise PackingError("backend, format, dtype and content of an expert file must be strings")
@@ -169,15 +167,8 @@ class ExpertFile:
         if not length:
             return None
         try:
-            fields = json.loads(record[_RECORD.size : _RECORD.size + length].tobytes())
-            shape, sizes = tuple(fields["shape"]), [count for _, _, count in fields["planes"]]
-            if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in (*shape, *sizes)):
-                raise ValueError("sizes are integers")
-            planes = {
-                name: torch.empty(count, dtype=_DTYPES[dtype], device="meta") for name, dtype, count in fields["planes"]
-            }
-            return Packed(fields["format"], shape, planes, fields["metadata"])
-        except (ValueError, KeyError, TypeError):
+            return Packed.from_recipe(record[_RECORD.size : _RECORD.size + length].tobytes())
+        except PackingError:
             raise PackingError(f"{self.path}: the record of {_name(expert, tensor_type)} is damaged") from None
 
     def recipes(self, expert: int) -> tuple[Packed | None, Packed | None]:
@@ -195,7 +186,7 @@ class ExpertFile:
         """Write an expert's blocks, uint8 in host memory; it is here after `commit`. OSError when the disk fails."""
         for d, (block, recipe) in enumerate(zip(blocks, recipes, strict=True)):
             assert block.numel() == self.header.sizes[d], "blocks are as the header says"
-            text = b"" if recipe is None else _recipe_text(recipe)
+            text = b"" if recipe is None else recipe.recipe_text
             assert len(text) <= _RECORD_BYTES - _RECORD.size, "recipes are small"
             data = block.contiguous().numpy()
             _pwrite(self._handle(), data.data, self.place(expert, d))
@@ -338,12 +329,6 @@ def _sum(data: np.ndarray, recipe: bytes) -> int:
 
 def _not_nothing(digest: xxhash.xxh3_64) -> int:
     return digest.intdigest() or 1  # 0 says that nothing is here
-
-
-def _recipe_text(recipe: Packed) -> bytes:
-    planes = [(name, str(plane.dtype).removeprefix("torch."), plane.numel()) for name, plane in recipe.planes.items()]
-    fields = {"format": recipe.format, "shape": recipe.shape, "metadata": recipe.metadata, "planes": planes}
-    return json.dumps(fields, separators=(",", ":")).encode()
 
 
 def _nameless(directory: Path, header: ExpertFileHeader) -> tuple[int, str]:

@@ -40,7 +40,7 @@ from .graphs import DecodeGraphs
 from .kv_cache import KV_LINE, PagedKVCache
 from .loop import Executed, ServingLoop
 from .request import Request
-from .residency import ComputeProfile, Lending, Residency, Seen, Sharing
+from .residency import ComputeProfile, Lending, PlannerDriver, Residency, Seen, Sharing
 from .sampling import sample
 from .scheduler import Scheduler, Step
 from .state_cache import StateCache
@@ -147,9 +147,8 @@ class Engine(ServingLoop):
         return Residency(
             self.pager,
             Sharing(self.kv, self.scheduler, self.budget, kv_slabs),
-            planner=planner,
-            every=config.plan_every,
-            links=self._links if config.transfer == "auto" else None,
+            planner and PlannerDriver(planner, config.plan_every),
+            self._links if config.transfer == "auto" else None,
         )
 
     def _disk_folder(self, checkpoint: Checkpoint) -> tuple[Path | None, str]:

@@ -7,6 +7,7 @@ between iterations, none of which waits for a copy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from ..experts.cache import CACHE_LINE
 from ..experts.footprint import EXPERT_LINES
 from ..experts.pager import ExpertPager
 from ..experts.placement import Tier
-from ..experts.planner import Links, Observation, Planner, PlannerError, choose_transfer, transfer_costs
+from ..experts.planner import Links, Move, Observation, Planner, PlannerError, choose_transfer, transfer_costs
 from ..memory.budget import MemoryBudget
 from ..memory.slabs import FREE, SlabError
 from .kv_cache import KV_LINE, PagedKVCache
@@ -34,6 +35,40 @@ class Seen:
     load_s: float
     tokens: int
     decode_only: bool = True
+
+
+class PlannerDriver:
+    """Asks the planner for moves after every `every` iterations that only decoded, by the median of what they took."""
+
+    def __init__(self, planner: Planner, every: int) -> None:
+        self.planner, self._every = planner, every
+        self._window: list[Seen] = []
+        self.last_reason = ""
+
+    def see(self, seen: Seen) -> None:
+        if seen.decode_only:
+            self._window.append(seen)
+
+    @property
+    def due(self) -> bool:
+        return len(self._window) >= self._every
+
+    def medians(self) -> tuple[float, float, float]:
+        """Of compute_s, load_s and tokens; a new window begins."""
+        rows = [(seen.compute_s, seen.load_s, seen.tokens) for seen in self._window]
+        self._window = []
+        compute_s, load_s, tokens = (float(median) for median in np.median(rows, axis=0))
+        return compute_s, load_s, tokens
+
+    def moves(self, tiers: np.ndarray, seen: Observation, used: np.ndarray | None = None) -> Sequence[Move]:
+        """See Planner.decide; none where nothing can be done. `last_reason` says why."""
+        try:
+            plan = self.planner.decide(tiers, seen, used)
+        except PlannerError as error:
+            self.last_reason = str(error)
+            return ()
+        self.last_reason = plan.reason
+        return plan.moves
 
 
 class ComputeProfile:
@@ -140,63 +175,46 @@ class Lending:
 class Residency:
     """Lets the planner move the pager's experts, in slabs that they share with KV.
 
-    planner: decides every `every` iterations from the median of what they saw; None: only `pager.request` moves
-    experts. links: if given, the planner also chooses between whole and on-demand transfer.
+    driver: of the planner; None: only `pager.request` moves experts. links: if given, the planner also chooses between
+    whole and on-demand transfer.
     """
 
     def __init__(
-        self, pager: ExpertPager, sharing: Sharing, planner: Planner | None = None, every: int = 8,
-        links: Links | None = None,
-    ) -> None:  # fmt: skip
+        self, pager: ExpertPager, sharing: Sharing, driver: PlannerDriver | None = None, links: Links | None = None
+    ) -> None:
         self.pager, self.sharing = pager, sharing
         assert pager.mover is not None, "experts of an adaptive pager move"
         assert pager.store is not None, "the pager is open"
         self._mover, self._store = pager.mover, pager.store
-        self.planner, self.every, self.links = planner, every, links
-        self._window: list[Seen] = []
+        self.driver, self.links = driver, links
         # Tokens since the last plan; then how often each expert was used, and by how many tokens, older plans less.
         self._routed = 0
         self._used = np.zeros(pager.tiers.shape)
         self._tokens = 0.0
-        self.last_reason = ""
 
     def between_iterations(self, seen: Seen | None = None) -> None:
         """Everything that may change, before the next pass begins. Never waits for a copy.
 
         seen: the iteration that has ended, from which the planner learns.
         """
-        if self.planner is not None and seen is not None:
-            self._plan(seen)
+        if self.driver is not None and seen is not None:
+            self._plan(self.driver, seen)
         self.pager.apply_moves(self.sharing.make_room)
         self.sharing.share_out(grow=not self._mover.waits)
 
     # Planning.
 
-    def _plan(self, seen: Seen) -> None:
+    def _plan(self, driver: PlannerDriver, seen: Seen) -> None:
         self._routed += seen.tokens
-        if seen.decode_only:
-            self._window.append(seen)
-        if len(self._window) < self.every or self._mover.busy:
+        driver.see(seen)
+        if not driver.due or self._mover.busy:
             return
-        compute_s, load_s, tokens = (
-            float(np.median([getattr(one, name) for one in self._window])) for name in ("compute_s", "load_s", "tokens")
-        )
+        compute_s, load_s, tokens = driver.medians()
         self._learn()
-        self._window = []
         if self.links is not None:
             compute_s, load_s = self._choose_transfer(self.links, compute_s, load_s, tokens)
-        assert self.planner is not None, "plans are asked of a planner"
-        try:
-            plan = self.planner.decide(
-                self.pager.tiers,
-                Observation(compute_s, load_s, *self.sharing.kv_bytes()),
-                self._used if self._tokens else None,
-            )
-        except PlannerError as error:
-            self.last_reason = str(error)
-            return
-        self.last_reason = plan.reason
-        self.pager.request(plan.moves)
+        observed = Observation(compute_s, load_s, *self.sharing.kv_bytes())
+        self.pager.request(driver.moves(self.pager.tiers, observed, self._used if self._tokens else None))
 
     def _learn(self) -> None:
         """Which experts tokens were routed to since the last plan."""

@@ -30,7 +30,7 @@ from fluxmoe.models.config import ModelConfig
 from ..experts.cache import CACHE_LINE
 from ..experts.footprint import EXPERT_LINES, Footprint, lay_out, slot_schedule
 from ..experts.layout import ExpertLayout
-from ..experts.planner import Move, Observation, PlannerError
+from ..experts.planner import Move, Observation
 from ..hardware import HardwareProfile, ProfileError
 from ..memory.budget import explained
 from ..memory.slabs import SlabError, SlabPool
@@ -38,7 +38,7 @@ from ..serving.config import EngineConfig
 from ..serving.deployment import Deployment, limits_of, require_workspace
 from ..serving.kv_cache import PagedKVCache
 from ..serving.loop import Executed, ServingLoop
-from ..serving.residency import Lending, Sharing
+from ..serving.residency import Lending, PlannerDriver, Seen, Sharing
 from ..serving.scheduler import Scheduler, Step
 from ..timeline import COMPUTE, COPY, DECODE, HostClock, Timeline
 from .cost_model import CostModel, CostParameters, Load, SimOps
@@ -191,14 +191,13 @@ class SimEngine(ServingLoop):
         self._clock = 0.0
         self.timeline = Timeline(config.timeline, _VirtualClock(self._clock_s), f"simulated on {profile.name}")
         self._streamer = VirtualStreamer(layout, config.slots, config.adaptive, self._adopt(layout), self.timeline)
-        self._planner = self.deployment.make_planner() if config.adaptive and config.planning else None
+        planner = self.deployment.make_planner() if config.adaptive and config.planning else None
+        self._driver = planner and PlannerDriver(planner, config.plan_every)
         if config.adaptive:
             kv_slabs = self.deployment.kv_slabs(self.kv.num_slabs)
             self._sharing = Sharing(self.kv, self.scheduler, self.budget, kv_slabs)
             self._hold(layout)
-        self._window: list[tuple[float, float]] = []
         self._moves: list[Move] = []
-        self.last_reason = ""
 
     def _adopt(self, layout: ExpertLayout) -> list[Load]:
         """Take a layout into use; returns the loads of its layers."""
@@ -275,25 +274,15 @@ class SimEngine(ServingLoop):
     def _adapt(self, step: Step, executed: Executed, elapsed_s: float) -> None:
         if self._lending is not None:
             self._lending.take_back()
-        if self._planner is not None and not step.prefill_tokens:
-            self._window.append((elapsed_s - executed.stall_s, executed.transfer_s))
-            if len(self._window) >= self.config.plan_every:
-                self._plan()
+        if self._driver is not None:
+            compute_s, load_s = elapsed_s - executed.stall_s, executed.transfer_s
+            self._driver.see(Seen(compute_s, load_s, step.num_tokens, not step.prefill_tokens))
+            if self._driver.due:
+                compute_s, load_s, _ = self._driver.medians()
+                seen = Observation(compute_s, load_s, *self._sharing.kv_bytes())
+                self.request(self._driver.moves(self.placement.tiers, seen))
         if self._moves:
             self._apply()
-
-    def _plan(self) -> None:
-        assert self._planner is not None, "the window is filled for a planner"
-        compute_s, load_s = (float(np.median(values)) for values in zip(*self._window, strict=True))
-        self._window = []
-        seen = Observation(compute_s, load_s, *self._sharing.kv_bytes())
-        try:
-            plan = self._planner.decide(self.placement.tiers, seen)
-        except PlannerError as error:
-            self.last_reason = str(error)
-            return
-        self.last_reason = plan.reason
-        self.request(plan.moves)
 
     def _apply(self) -> None:
         """Make the moves, if KV has slabs to spare for them, and give what they free to the KV cache."""

@@ -185,7 +185,7 @@ def test_the_planner_gives_memory_to_kv_and_takes_it_back(model_dir, expected):
     config = EngineConfig(**COMMON, **shape, budget_bytes=budget, adaptive=True, plan_every=2, theta=0.01)
     with Engine(model_dir, config) as engine:
         tokens, steps = serve(engine)
-        reasons = residency_of(engine).last_reason
+        reasons = residency_of(engine).driver.last_reason
     assert tokens == expected
     alphas = [step.device_experts for step in steps]
     assert min(alphas) < LAYERS * EXPERTS
@@ -220,7 +220,7 @@ def test_the_planner_chooses_how_host_experts_cross(model_dir, expected):
             profile=HardwareProfile(**host, host_bandwidth=copy, kernel_host_bandwidth=read),
         )  # fmt: skip
         with Engine(model_dir, config) as engine:
-            residency_of(engine).planner.decide = lambda tiers, *rest: Plan((), "stay", 1.0)
+            residency_of(engine).driver.planner.decide = lambda tiers, *rest: Plan((), "stay", 1.0)
             tokens, steps = serve(engine)
             assert engine.pager.transfer == chosen
         assert tokens == expected
@@ -232,7 +232,7 @@ def test_the_least_used_expert_of_each_layer_leaves_first(model_dir):
     shape = dict[str, Any](placement="packed", least_alpha=0.0, budget_bytes=budget)
     config = EngineConfig(**COMMON, **shape, adaptive=True, plan_every=4, theta=0.01)
     with Engine(model_dir, config) as engine:
-        asked, planner = [], residency_of(engine).planner
+        asked, planner = [], residency_of(engine).driver.planner
         decide = planner.decide
 
         def spy(tiers, seen, popularity):

@@ -17,7 +17,7 @@ from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.experiments.lib.results import UsageError
 from fluxmoe.kernels.formats import codec_of, compressed_formats, fitting
-from fluxmoe.kernels.packing.expert_file import ExpertFile, _recipe_text
+from fluxmoe.kernels.packing.expert_file import ExpertFile
 from fluxmoe.models.checkpoint import Checkpoint, CheckpointError
 from fluxmoe.models.packed import INDEX, UNFINISHED
 from fluxmoe.runtime.experts.disk import StoreError
@@ -212,7 +212,7 @@ def test_a_crafted_block_with_a_right_sum_is_refused(packed_dir):
         recipe = file.recipe(2, 1)
     assert recipe is not None
     recipe.at(block).planes["offsets"][-2] = 1 << 20
-    reseal(victim, header, 2, 1, block, _recipe_text(recipe))
+    reseal(victim, header, 2, 1, block, recipe.recipe_text)
     message = r"layer 1: .*experts-0001.flux: down of expert 2 is damaged: its offsets"
     with pytest.raises(CheckpointError, match=message):
         list(Checkpoint(packed_dir).experts())

@@ -322,7 +322,7 @@ DENSE_LAYERS_CASES = {
     "packed": dict(placement="packed"),
     "packed, not fused": dict(placement="packed", expert_format="tiered"),
     "disk": dict(placement="disk"),
-    "adaptive": dict(placement="packed", adaptive=True, plan_every=2, budget_bytes=4_000_000),
+    "adaptive": dict(placement="packed", adaptive=True, plan_every=2, budget_bytes=4_100_000),
 }
 
 

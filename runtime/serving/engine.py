@@ -147,7 +147,7 @@ class Engine(ServingLoop):
         return Residency(
             self.pager,
             Sharing(self.kv, self.scheduler, self.budget, kv_slabs),
-            planner and PlannerDriver(planner, config.plan_every),
+            None if planner is None else PlannerDriver(planner, config.plan_every),
             self._links if config.transfer == "auto" else None,
         )
 

@@ -192,7 +192,7 @@ class SimEngine(ServingLoop):
         self.timeline = Timeline(config.timeline, _VirtualClock(self._clock_s), f"simulated on {profile.name}")
         self._streamer = VirtualStreamer(layout, config.slots, config.adaptive, self._adopt(layout), self.timeline)
         planner = self.deployment.make_planner() if config.adaptive and config.planning else None
-        self._driver = planner and PlannerDriver(planner, config.plan_every)
+        self._driver = None if planner is None else PlannerDriver(planner, config.plan_every)
         if config.adaptive:
             kv_slabs = self.deployment.kv_slabs(self.kv.num_slabs)
             self._sharing = Sharing(self.kv, self.scheduler, self.budget, kv_slabs)

@@ -13,29 +13,25 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.experts.planner import Move
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.serving.engine import Engine, EngineConfig
-from fluxmoe.runtime.serving.request import Request, SamplingParams
+from fluxmoe.runtime.serving.request import Request
+
+from .storm import storm_model, storm_request
 
 LAYERS, EXPERTS, PROMPTS = 5, 6, 24
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    return make_checkpoint(
-        arch="olmoe", out=tmp_path_factory.mktemp("models") / "moe", layers=LAYERS, experts=EXPERTS, top_k=2,
-        hidden=128, moe_intermediate=120, heads=4, vocab=512, dtype="bfloat16", seed=0, max_positions=512,
-    )  # fmt: skip
+    return storm_model(tmp_path_factory.mktemp("models") / "moe", LAYERS, EXPERTS)
 
 
 def request(number: int) -> Request:
-    rng = random.Random(number)
-    prompt = tuple(rng.randrange(3, 500) for _ in range(rng.randrange(1, 70)))
-    return Request(prompt, SamplingParams(max_new_tokens=rng.randrange(1, 30), ignore_eos=True))
+    return storm_request(number, 69, 29)
 
 
 COMMON = dict[str, Any](threads=1, block_size=16, max_context=128, max_batch=6, max_batched_tokens=48)

@@ -138,7 +138,7 @@ class DecodedExperts:
             _decode_experts_kernel[(triton.cdiv(k, 128), triton.cdiv(n, 64), count)](
                 table, routing.arrays, self._buffer.view(torch.int16), self._addresses, self._group, first, count, n, k,
                 TENSOR=tensor, FORMAT=FORMATS[name].number, BLOCK_M=routing.block_m, EXPERTS=experts,
-                BLOCK_E=triton.next_power_of_2(experts), num_warps=4,
+                BLOCK_E=triton.next_power_of_2(experts), num_warps=8,
                 **dependent_launch(capability_of(self._buffer.device)),
             )  # fmt: skip
             # The shared expert's blocks are behind all others.

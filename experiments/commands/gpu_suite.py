@@ -137,10 +137,10 @@ class Suite:
         def those(*wanted: str, where: Callable[[Step], bool] = lambda step: True) -> list[Step]:
             return [step for step in self.steps if status[step] in wanted and where(step)]
 
-        todo = those("new", "unfinished") + those("left out", where=lambda s: not _missing(s, self.environment))
+        steps = those("new", "unfinished") + those("left out", where=lambda s: not _missing(s, self.environment))
         other_code = lambda s: self.records[s.name]["code"] != code_digest()  # noqa: E731
-        todo = todo or those("out of time") + those("failed", "wrong", where=other_code)
-        return [step for step in self.steps if todo and step.every_call and step not in todo] + todo
+        steps = steps or those("out of time") + those("failed", "wrong", where=other_code)
+        return [step for step in self.steps if steps and step.every_call and step not in steps] + steps
 
     def run_slice(self, seconds: float, facts: Callable[[], dict]) -> None:
         """Do pending steps until `seconds` are over; suite.json and results.tgz are whole after each."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.config import load_config
 from fluxmoe.runtime.devices import resolve_device
+from fluxmoe.runtime.memory.budget import format_bytes
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.loop import summarise
@@ -68,8 +69,8 @@ class Arguments:
         None, parse=output_file, metavar="FILE",
     )  # fmt: skip
     wall: int | None = option(
-        "all memory that this may take, interpreter included, which the kernel enforces by a cgroup, e.g. 8GB", None,
-        parse=number_of_bytes, least=1, metavar="BYTES",
+        "all memory that this may take, interpreter included, which the kernel enforces by a cgroup, e.g. 8GB; the "
+        "model's files leave the page cache first", None, parse=number_of_bytes, least=1, metavar="BYTES",
     )  # fmt: skip
     json: Path | None = option(
         "save outputs, metrics, memory, placement, provenance", None, parse=output_file, metavar="FILE"
@@ -144,6 +145,7 @@ def serve(args: Arguments) -> dict:
             write_csv(args.steps, [asdict(step) for step in steps])
         memory = {**engine.budget.lines(), "budget": engine.budget.total}
         host_memory, memory_check = engine.host_budget.lines(), engine.memory_check()._asdict()
+        walled = {} if args.wall is None else {"wall": {"bytes": args.wall, "mapped_bytes": wall.mapped_bytes()}}
         formats = {"device_format": settings.device_format, "host_format": settings.formats.host}
         placement = {"name": engine.placement.name, **formats, **engine.pager.placement.counts()}
     ordered, totals = [handle.output for handle in handles], summarise(steps)
@@ -161,20 +163,25 @@ def serve(args: Arguments) -> dict:
         "metrics": {"tokens_per_s": speed, "generated_tokens": generated, **totals},
         "memory": memory, "host_memory": host_memory, "memory_check": memory_check, "placement": placement,
         "settings": {k: v for k, v in asdict(settings).items() if isinstance(v, str | int | float | bool)},
-        "provenance": made,
+        "provenance": made, **walled,
     }  # fmt: skip
 
 
+def serve_walled(args: Arguments, limit: int) -> dict:
+    """The same in a process behind a wall of `limit` bytes, with the most that it held."""
+    wall.check()
+    config = load_config(args.model)
+    if resolve_device(args.engine.device).type == "cpu":
+        if sys.stderr.isatty():
+            print("compiling kernels, unless they are: outside of the wall", file=sys.stderr)
+        compile_kernels(config, args.settings)
+    result, peak = wall.call(limit, serve, args, files=[Path(args.model)])
+    result["wall"]["peak_bytes"] = peak + result["wall"]["mapped_bytes"]
+    return result
+
+
 def run(args: Arguments) -> None:
-    if args.wall is not None:
-        wall.check()
-        if resolve_device(args.engine.device).type == "cpu":
-            if sys.stderr.isatty():
-                print("compiling kernels, unless they are: outside of the wall", file=sys.stderr)
-            compile_kernels(load_config(args.model), args.settings)
-        wall.call(args.wall, run, replace(args, wall=None))
-        return
-    result = serve(args)
+    result = serve(args) if args.wall is None else serve_walled(args, args.wall)
     refused = [output for output in result["outputs"] if output["finish_reason"] == "refused"]
     for output in refused:
         print(f"refused: {output['error']}", file=sys.stderr)
@@ -193,3 +200,9 @@ def run(args: Arguments) -> None:
         f"(decode alone {m['decode_tokens_per_s']:.1f}), streamed {m['streamed_bytes'] / 1e9:.2f} GB, "
         f"waited {m['stall_s']:.2f} s for loads that took {m['transfer_s']:.2f} s"
     )
+    if args.wall is not None:
+        held = result["wall"]
+        print(
+            f"at most {format_bytes(held['peak_bytes'])} held of {format_bytes(args.wall)}, "
+            f"of which {format_bytes(held['mapped_bytes'])} are files that are mapped"
+        )

@@ -2,9 +2,9 @@
 
     fluxmoe pack-checkpoint --model DIR --format planar12 --out DIR
 
-A packed checkpoint is loaded by copying bytes, and is the disk tier of a model that is larger than memory. Works an
-expert at a time; each is restored from its blocks and compared bit for bit before it counts. Stopped, it goes on where
-it was when it is run again; until the end the directory is refused as unfinished. Says at the end how many low
+A packed checkpoint is loaded by mapping or copying bytes, and is the disk tier of a model that is larger than memory.
+Works an expert at a time; each is restored from its blocks and compared bit for bit before it counts. Stopped, it goes
+on where it was when it is run again; until the end the directory is refused as unfinished. Says at the end how many low
 mantissa bits are zero in all weights, if any are, and which format leaves them out. See fluxmoe.models.packed for the
 files.
 """

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from ..bench.cpu_moe import peak_flops
 from ..lib.args import option
-from ..lib.disks import drop_cached, read_rate
+from ..lib.disks import read_rate
+from ..lib.page_cache import drop_cached
 from ..lib.results import output_file, provenance, write_json
 
 _SIZES = (64 << 10, 1 << 20, 16 << 20, 128 << 20)

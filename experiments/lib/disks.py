@@ -1,4 +1,4 @@
-"""Files on a disk: how fast it gives them, and how not to find them in memory."""
+"""How fast a disk gives files."""
 
 from __future__ import annotations
 
@@ -42,15 +42,3 @@ def read_rate(paths: Sequence[Path], seconds: float = 1.5, direct: bool = True) 
         for file in files:
             os.close(file)
     return total / (time.perf_counter() - begin)
-
-
-def drop_cached(paths: Sequence[Path]) -> None:
-    """Drop files from the page cache, once they are on the disk, where the system can."""
-    for path in paths:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fdatasync(file)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(file)

@@ -77,6 +77,16 @@ def serve(
     return served._replace(row=placed | served.row)
 
 
+def held(engine: Engine, base: int) -> dict[str, int]:
+    """Bytes of a process that held `base` before its engine was made: by the ledgers, of them those of experts that are
+    mapped, and in truth, these included."""
+    check = engine.memory_check()
+    return {
+        "base_bytes": base, "ledger_bytes": check.ledger_bytes, "mapped_experts": engine.pager.store.mapped_bytes,
+        "rss_bytes": base + (check.held_bytes or 0),
+    }  # fmt: skip
+
+
 def short_requests(vocab_size: int) -> list[Request]:
     """What an engine serves to warm up."""
     return make_requests([Lengths(0.0, 8, 2)] * 2, vocab_size, 0)

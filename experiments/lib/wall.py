@@ -2,6 +2,9 @@
 
 The group is a child of the one that this process is in, so a limit around us holds as before. Both versions of cgroups
 are known; who may not make one asks systemd. Swap counts too: a wall that the system can swap around is none.
+
+Of files that a process maps, the kernel charges a page to whoever brought it to the page cache. So the files that will
+be mapped behind a wall are dropped from it first, and it says what of them is charged inside (`mapped_bytes`).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any, NamedTuple
 
 from fluxmoe.runtime.memory.budget import format_bytes
 
+from .page_cache import cached_bytes, drop_cached, files_of
 from .results import UsageError
 
 _PREFIX = "fluxmoe-"
@@ -45,29 +49,34 @@ class Answer(NamedTuple):
 
 
 class _Files(NamedTuple):
-    """What a version of cgroups calls its files, and the entries of memory.stat that are no page cache."""
+    """What a version of cgroups calls its files, and the entries of memory.stat that are no page cache, and those that
+    are pages of files that are mapped."""
 
     limit: str
     swap: str
     swap_is_total: bool
     held: tuple[str, ...]
+    mapped: str
     kills: str
 
 
 _V1 = _Files(
-    "memory.limit_in_bytes", "memory.memsw.limit_in_bytes", True, ("total_rss", "total_shmem"), "memory.oom_control"
-)
-_V2 = _Files("memory.max", "memory.swap.max", False, ("anon", "shmem"), "memory.events")
+    "memory.limit_in_bytes", "memory.memsw.limit_in_bytes", True, ("total_rss", "total_shmem"), "total_mapped_file",
+    "memory.oom_control",
+)  # fmt: skip
+_V2 = _Files("memory.max", "memory.swap.max", False, ("anon", "shmem"), "file_mapped", "memory.events")
+# Of a file, what may stay in the page cache when it is dropped: somebody may be reading it.
+_STAYS = 0.02
 
 
-def call(limit: int, function: Callable[..., Any], *args: object) -> Answer:
-    """`function(*args)` in a fresh process that cannot hold more than `limit` bytes.
+def call(limit: int, function: Callable[..., Any], *args: object, files: Sequence[Path] = ()) -> Answer:
+    """`function(*args)` in a fresh process that cannot hold more than `limit` bytes. files: as `fence` says.
 
     What it raises is raised here. function, arguments and result are pickled. KilledError if the process ends without
     an answer, or the kernel ended any process behind the wall; WallError where no wall can be made. Nothing is left
     behind, unless this process is killed; then the next call removes it.
     """
-    with fence(limit) as behind, tempfile.TemporaryFile() as job, tempfile.TemporaryFile() as answer:
+    with fence(limit, files) as behind, tempfile.TemporaryFile() as job, tempfile.TemporaryFile() as answer:
         pickle.dump((sys.argv, function, args), job)
         job.seek(0)
         child = f"from {__name__} import _child; _child({answer.fileno()})"
@@ -117,6 +126,12 @@ class Fence:
             self._kills = max(self._kills, _entries(self._group / self._files.kills).get("oom_kill", 0))
 
     @property
+    def mapped_bytes(self) -> int:
+        """Of the files that they map, what is charged to them now."""
+        self.look()
+        return 0 if self._group is None else _mapped(self._group, self._files)
+
+    @property
     def killed(self) -> bool:
         """Whether the wall has killed a process behind it."""
         self.look()
@@ -135,18 +150,35 @@ class Fence:
         return f"the process behind a wall of {format_bytes(self.limit)} ended with {said}{perhaps}, without an answer"
 
 
+def mapped_bytes() -> int:
+    """The same, asked behind the wall. WallError where no cgroup is found."""
+    return _mapped(*_own_group())
+
+
+def _mapped(group: Path, files: _Files) -> int:
+    return _entries(group / "memory.stat").get(files.mapped, 0)
+
+
 @contextmanager
-def fence(limit: int) -> Iterator[Fence]:
+def fence(limit: int, files: Sequence[Path] = ()) -> Iterator[Fence]:
     """A wall, by a cgroup of our own making or by systemd's; what still runs behind one of ours in the end is killed.
-    WallError where neither can be made."""
+    files: or folders of them, that may be mapped behind it; they leave the page cache first. WallError where neither
+    can be made, or a file stays."""
+    drop_cached(files)
+    for path in files_of(files):
+        if (stays := cached_bytes(path)) > (1 << 20) + _STAYS * path.stat().st_size:
+            raise WallError(
+                f"{format_bytes(stays)} of {path} stay in the page cache, where no wall of ours counts them: end what "
+                "else maps it, or move it from memory to a disk"
+            )
     with ExitStack() as resources:
         try:
-            group, files = resources.enter_context(_group(limit))
+            group, names = resources.enter_context(_group(limit))
         except WallError as error:
             behind = _scope(limit, str(error))
         else:
             enter = ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs")]
-            behind = Fence(limit, enter, lambda: group, files)
+            behind = Fence(limit, enter, lambda: group, names)
         yield behind
 
 

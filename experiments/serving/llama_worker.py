@@ -58,6 +58,8 @@ class Llama:
     def counted(self):
         return {}
 
+    held = counted
+
     def _run(self, entries):
         """One pass over (token, position, sequence, whether its logits are asked for); the last tokens are theirs."""
         batch = self._batch

@@ -9,8 +9,10 @@ A stopped sweep resumes where it was. Points that cannot run are rows with the r
 
 With `--wall cgroup` a budget is all the memory that a process has, interpreter and page cache included: each point runs
 in a process of its own, which the kernel holds to it, on the budget `all`. Its row also says ledger_bytes, what all
-ledgers say; rss_bytes, the most that the process held, without files that it maps, after an iteration; base_bytes, what
-it held before its engine was made; wall_peak_bytes, the most that its cgroup held without page cache.
+ledgers say, of which mapped_experts are where their files are mapped; rss_bytes, the most that the process held after
+an iteration, with those; base_bytes, what it held before its engine was made; wall_peak_bytes, the most that its cgroup
+held without page cache, and wall_mapped_bytes, what is charged to it of files that are mapped. The model's files leave
+the page cache before each point: what others have brought there would lie outside of the wall.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from ..lib.effects import Setup, setups_of
 from ..lib.machines import SWEPT, Machine, MachineChoice
 from ..lib.models import PRESETS, ModelChoice, Source
 from ..lib.results import UsageError
-from ..lib.serve import compile_kernels, placed, placement_names, row, serve, short_requests, warm_up
+from ..lib.serve import compile_kernels, held, placed, placement_names, row, serve, short_requests, warm_up
 from ..lib.sweep import Sweep, in_turns
 from ..lib.workloads import Lengths, Workload, make_requests
 from ..plots.serving import plot_memory_budget
@@ -143,8 +145,9 @@ def walled_row(
         )
         error.least = least
         raise error
-    answer = wall.call(limit, _row_inside, limit, machine, source, settings, lengths, seed)
-    return {**answer.value, "wall_peak_bytes": answer.peak_bytes}
+    inside = limit, machine, source, settings, lengths, seed
+    answer = wall.call(limit, _row_inside, *inside, files=[source.weights])
+    return {**answer.value, "wall_peak_bytes": answer.peak_bytes + answer.value.get("wall_mapped_bytes", 0)}
 
 
 @cache
@@ -164,12 +167,12 @@ def _row_inside(
     limit: int, machine: Machine, source: Source, settings: EngineConfig, lengths: list[Lengths], seed: int
 ) -> dict[str, Any]:
     """The row, as the process behind the wall makes it."""
-    base, free, held = HOST.taken_bytes(), HOST.free_bytes(), {"ledger_bytes": 0, "rss_bytes": 0}
+    base, free, most = HOST.taken_bytes() or 0, HOST.free_bytes(), dict[str, int]()
 
     def watch(engine: Engine | SimEngine, _: StepMetrics) -> None:
         assert isinstance(engine, Engine), "a wall is for what is real"
-        held["ledger_bytes"] = engine.memory_check().ledger_bytes
-        held["rss_bytes"] = max(held["rss_bytes"], HOST.taken_bytes() or 0)
+        now = held(engine, base) | {"wall_mapped_bytes": wall.mapped_bytes()}
+        most.update((name, max(nbytes, most.get(name, 0))) for name, nbytes in now.items())
 
     vocab_size = source.config.vocab_size
     requests, first = make_requests(lengths, vocab_size, seed), short_requests(vocab_size)
@@ -179,7 +182,7 @@ def _row_inside(
         # The ledger's least, as a wall: what lies outside of `all` beside it.
         least = limit - free + HOST.free_for(error.least) if error.least is not None else None
         return {"status": "too_small", "reason": str(error), "least_budget": least, "base_bytes": base}
-    return {**served.row, "base_bytes": base, **held}
+    return served.row | most
 
 
 def print_table(rows: list[dict]) -> None:

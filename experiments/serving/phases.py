@@ -9,7 +9,7 @@ Standard library alone, since it runs under the peers' own Pythons. A job is a J
 
 Answers are lines of standard output that begin with RESULT: one once the engine is up, then one a batch. The first of a
 job also tells of its prefill: all prompts, to the first token of each. What an engine counts, and the bytes that the
-kernel read from disks for the process, are differences over the phase.
+kernel read from disks for the process, are differences over the phase; what it holds is of the phase's end.
 """
 
 import json
@@ -36,6 +36,9 @@ class Runner(Protocol):
 
     def counted(self) -> dict[str, int]:
         """Totals of what the engine counts, if it does."""
+
+    def held(self) -> dict[str, int]:
+        """Bytes that it holds now, by its ledgers and in truth, if it says."""
 
 
 def serve(runner: Runner, **about: object) -> None:
@@ -64,7 +67,8 @@ def phases(
             made += runner.decode()
             steps += 1
         decode_s = time.perf_counter() - begin
-        yield answer | {"batch": batch, "decode_s": decode_s, "decode_tokens": made} | _since(before, runner)
+        found = {"batch": batch, "decode_s": decode_s, "decode_tokens": made, **_since(before, runner), **runner.held()}
+        yield answer | found
         answer = {}
     runner.keep(0)
 

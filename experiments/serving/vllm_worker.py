@@ -73,6 +73,8 @@ class Phases:
     def counted(self):
         return {}
 
+    held = counted
+
     def _step(self):
         """One step; tokens that came, of which some may be of the step before."""
         before = sum(self._made.values())

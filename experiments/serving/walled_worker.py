@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 import sys
 
-from fluxmoe.experiments.lib.serve import placed
+from fluxmoe.experiments.lib.serve import held, placed
 from fluxmoe.experiments.serving import phases
+from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.request import Request, SamplingParams, Sequence
 
 
 class Phases:
-    """Prefill and decode apart, see `phases`."""
+    """Prefill and decode apart, see `phases`. base: bytes that the process held before it had an engine."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, base: int) -> None:
+        self._engine, self._base = engine, base
         self._live: list[Sequence] = []
 
     def prefill(self, prompts: list[list[int]], most: int) -> list[int]:
@@ -46,13 +47,16 @@ class Phases:
             "load_ns": counters.transfer_ns, "loaded_bytes": counters.disk_bytes,
         }  # fmt: skip
 
+    def held(self) -> dict[str, int]:
+        return held(self._engine, self._base)
+
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    config = EngineConfig(**placed(settings["placement"]), **settings["engine"])
+    config, base = EngineConfig(**placed(settings["placement"]), **settings["engine"]), HOST.taken_bytes() or 0
     with Engine(settings["model"], config) as engine:
         ledger = {line: engine.budget.lines().get(line, 0) for line in ("expert_cache", "kv_cache")}
-        phases.serve(Phases(engine), mapped_bytes=engine.pager.store.mapped_bytes, **ledger)
+        phases.serve(Phases(engine, base), **ledger)
 
 
 if __name__ == "__main__":

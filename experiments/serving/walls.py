@@ -5,7 +5,8 @@
 A wall is a memory cgroup: all that a process has, interpreter, KV and page cache included. llama.cpp maps a GGUF file
 with the same weights, so that the kernel keeps what it can of them; of ours the first of --placements runs that fits;
 vLLM, whose CPU build offloads nothing, runs where its weights fit. Without a wall all placements in memory are run.
-Every process starts anew, with its files dropped from the page cache; the time that this takes is a column too. A round
+Every process starts anew, with its files dropped from the page cache; the time that this takes is a column too, and
+what it holds: peak_bytes is the most without page cache, and what it maps of files; ours also by its ledgers. A round
 is one process of each, so that a machine whose speed drifts favours nobody.
 
 Prefill and decode are timed apart, greedy, all with the same random prompts. Without a wall every number of sequences
@@ -40,10 +41,11 @@ from fluxmoe.runtime.memory.budget import format_bytes, parse_bytes
 from ..commands.pack_checkpoint import pack_checkpoint
 from ..lib import wall
 from ..lib.args import group, option
-from ..lib.disks import drop_cached, read_rate
+from ..lib.disks import read_rate
 from ..lib.gguf import write_gguf
 from ..lib.machines import Machine
 from ..lib.models import ModelChoice, Source
+from ..lib.page_cache import drop_cached
 from ..lib.results import UsageError, values_by
 from ..lib.serve import placed, placement_name
 from ..lib.sweep import Sweep
@@ -54,6 +56,7 @@ from .versus import version_of
 
 NO_WALL = "none"
 LLAMA, VLLM = "llama.cpp", "vllm"
+HELD = ("base_bytes", "ledger_bytes", "mapped_experts", "rss_bytes", "peak_bytes", "wall_mapped_bytes")
 
 
 def wall_name(text: str) -> str:
@@ -108,9 +111,7 @@ class Files(NamedTuple):
 
     @property
     def all(self) -> list[Path]:
-        folders = (self.source.weights, self.packed)
-        found = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
-        return [*found, *([self.gguf] if self.gguf else [])]
+        return [self.source.weights, self.packed, *([self.gguf] if self.gguf else [])]
 
 
 def prepare(args: Arguments) -> Files:
@@ -222,8 +223,8 @@ def answers(
     waiting, status = list(setup.batches), "refused"
     try:
         with ExitStack() as stack:
-            fence = stack.enter_context(wall.fence(setup.limit)) if setup.limit is not None else None
             drop_cached(files.all)
+            fence = stack.enter_context(wall.fence(setup.limit, files.all)) if setup.limit is not None else None
             begin = time.perf_counter()
             peer = start(fence)
             stack.callback(peer.close)
@@ -236,7 +237,8 @@ def answers(
                     answer = about | peer.answer()
                     assert answer["batch"] == batch, "a job is answered in order"
                     if fence is not None:
-                        answer["peak_bytes"] = fence.peak_bytes + answer.get("mapped_bytes", 0)
+                        answer["wall_mapped_bytes"] = fence.mapped_bytes
+                        answer["peak_bytes"] = fence.peak_bytes + answer["wall_mapped_bytes"]
                     yield waiting.pop(0), answer
     except RefusedError as error:
         yield from ((batch, {"status": status, "reason": str(error)}) for batch in waiting)
@@ -279,8 +281,8 @@ def row(answer: Mapping[str, Any], provider: str, setup: Setup, args: Arguments,
         "decode_tokens": tokens, "read_bytes_per_token": read, "bound_tokens_per_s": bound,
         "share_of_bound": bound and rate / bound,
         "uniform_bound_tokens_per_s": bounds.uniform(expert_bytes, setup.limit, batch),
-        "disk_bytes_per_s": bounds.rate, "start_s": answer["start_s"], "peak_bytes": answer.get("peak_bytes"),
-        "cache_bytes": answer.get("expert_cache"), "kv_bytes": answer.get("kv_cache"),
+        "disk_bytes_per_s": bounds.rate, "start_s": answer["start_s"], "cache_bytes": answer.get("expert_cache"),
+        "kv_bytes": answer.get("kv_cache"), **{name: answer.get(name) for name in HELD},
     }  # fmt: skip
     if "prefill_s" in answer:
         prompt = len(answer["first_tokens"]) * args.prompt_tokens

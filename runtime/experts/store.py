@@ -177,7 +177,7 @@ class ExpertStore(ABC):
 
     @property
     def mapped_bytes(self) -> int:
-        """Bytes of those that lie where files are mapped: in the page cache, which counts as nobody's memory."""
+        """Bytes of experts that lie where files are mapped, in the page cache."""
         return 0
 
     # Reading.

@@ -90,18 +90,21 @@ def _known(ask: Callable[[], int]) -> int | None:
 
 
 class MemoryCheck(NamedTuple):
-    """What the ledgers say, and what is held since before the engine was made; ratio: held / ledger."""
+    """What the ledgers say, and what is held since before the engine was made, of which mapped_bytes lie in files that
+    are mapped: the system may drop them; ratio: held / ledger."""
 
     ledger_bytes: int
     held_bytes: int | None
+    mapped_bytes: int
     ratio: float | None
     warning: str | None
 
     @classmethod
-    def of(cls, device: Device, ledger: int, held: int | None) -> MemoryCheck:
-        """A warning when more is held than the tolerance allows."""
-        if held is None:
-            return cls(ledger, None, None, None)
+    def of(cls, device: Device, ledger: int, taken: int | None, mapped: int = 0) -> MemoryCheck:
+        """taken: beside what is mapped. A warning when more is held than the tolerance allows."""
+        if taken is None:
+            return cls(ledger, None, mapped, None, None)
+        held = taken + mapped
         allowed = ledger * (1 + TOLERANCE) + device.slack_bytes
         warning = None
         if held > allowed:
@@ -109,4 +112,4 @@ class MemoryCheck(NamedTuple):
                 f"{format_bytes(held)} of memory are held, {100 * (held / ledger - 1):.1f} % more than the "
                 f"{format_bytes(ledger)} of the ledger"
             )
-        return cls(ledger, held, held / ledger, warning)
+        return cls(ledger, held, mapped, held / ledger, warning)

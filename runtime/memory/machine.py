@@ -26,9 +26,18 @@ def has_wall() -> bool:
 def touched_bytes() -> int | None:
     """What this process has touched, without files that it maps, which the system can drop: not a page of a tensor that
     nobody has written yet. None where this cannot be told."""
+    return _status("RssAnon", "RssShmem")
+
+
+def mapped_bytes() -> int | None:
+    """What is in memory of the files that this process maps, libraries too. None where this cannot be told."""
+    return _status("RssFile")
+
+
+def _status(*names: str) -> int | None:
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+        return sum(int(fields[name].split()[0]) * 1024 for name in names)
     except (OSError, KeyError, ValueError):
         return None
 

@@ -29,6 +29,7 @@ from ..experts.planner import Links
 from ..experts.streamer import Counters
 from ..experts.streamer_cuda import CudaStreamer
 from ..hardware import measure_links
+from ..memory import machine
 from ..memory.budget import explained
 from ..memory.check import FreeMemory, MemoryCheck
 from ..memory.slabs import FREE
@@ -65,7 +66,7 @@ class Engine(ServingLoop):
         self.device = resolve_device(config.device)
         # Before the kernels make their workspace, which the budget is charged with.
         kind = device_of(self.device)
-        free, self._taken_before = FreeMemory.now(kind), kind.taken_bytes()
+        free, self._taken_before, self._mapped_before = FreeMemory.now(kind), kind.taken_bytes(), machine.mapped_bytes()
         total = kind.available_bytes() if config.budget_bytes is None else config.budget_bytes
         with explained(config.named):
             free.check_budget(total)
@@ -269,18 +270,19 @@ class Engine(ServingLoop):
         On CUDA: the device's ledger, and by how much more is taken on the GPU than before the engine was made, kernels'
         code and what other processes do included. More than 2 % above the ledger is a warning.
 
-        On a CPU: both ledgers, and by how much more memory this process has touched, with experts that it maps. Less is
-        usual: a workspace is touched as far as it was needed, and malloc may have kept what others gave back. Compiled
-        kernels, threads and what malloc keeps are in no ledger: only above 2 % and 256 MiB it is a warning.
+        On a CPU: both ledgers, and by how much more memory this process has touched, or maps of files where experts are
+        mapped: `mapped_bytes`. Less is usual: a workspace is touched as far as it was needed, malloc may have kept what
+        others gave back, and the system may have dropped what is mapped. Compiled kernels, libraries, threads and what
+        malloc keeps are in no ledger: only above 2 % and 256 MiB it is a warning.
         """
         ledger = self.budget.used
         kind = device_of(self.device)
         if kind.is_host:
             ledger += self.host_budget.used
-        now = kind.taken_bytes()
-        mapped = self.pager.store.mapped_bytes
-        held = None if now is None or self._taken_before is None else now - self._taken_before + mapped
-        return MemoryCheck.of(kind, ledger, held)
+        held, mapped = _grown(kind.taken_bytes(), self._taken_before), 0
+        if self.pager.store.mapped_bytes:
+            mapped = _grown(machine.mapped_bytes(), self._mapped_before) or 0
+        return MemoryCheck.of(kind, ledger, held, mapped)
 
     def close(self) -> None:
         """Stop copies, give files and locked memory back; the engine cannot be used any more. Idempotent."""
@@ -291,6 +293,10 @@ class Engine(ServingLoop):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _grown(now: int | None, before: int | None) -> int | None:
+    return None if now is None or before is None else now - before
 
 
 def _labels(step: Step) -> tuple[np.ndarray, np.ndarray]:

@@ -210,7 +210,7 @@ def test_formats_that_cannot_move_are_one_line(model_dir, error_of):
     assert "without disk" in error_of("generate", "--model", model_dir, "--prompt", "x", *COMMON, *moving)
 
 
-def test_a_wall_changes_no_token_and_a_small_one_is_one_line(model_dir, tmp_path, error_of):
+def test_a_wall_changes_no_token_and_a_small_one_is_one_line(model_dir, tmp_path, error_of, capsys):
     try:
         wall.check()
     except wall.WallError as error:
@@ -221,5 +221,7 @@ def test_a_wall_changes_no_token_and_a_small_one_is_one_line(model_dir, tmp_path
     free, walled = (json.loads((tmp_path / name).read_text()) for name in ("free", "walled"))
     assert walled["outputs"] == free["outputs"]
     assert walled["provenance"]["command"] == free["provenance"]["command"]
+    assert walled["memory_check"]["ledger_bytes"] < walled["wall"]["peak_bytes"] < walled["wall"]["bytes"] == 10**9
+    assert "of 953.7 MiB, of which" in capsys.readouterr().out
     assert "killed by its wall of 19.07 MiB" in error_of("generate", *common, "--wall", "20MB")
     assert "is no number of bytes" in error_of("generate", *common, "--wall", "all")

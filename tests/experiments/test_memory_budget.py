@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+from typing import Any
 
 import pytest
 from fluxmoe.experiments.commands.main import call
+from fluxmoe.experiments.commands.pack_checkpoint import pack_checkpoint
 from fluxmoe.experiments.lib import wall
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.experiments.lib.results import UsageError
@@ -139,6 +141,27 @@ def test_behind_a_wall_each_point_is_measured_or_refused(model_dir, tmp_path, ca
     assert peak < 900 << 20
     assert held - base < ledger * 1.02 + 400e6
     assert "wall" not in capsys.readouterr().err
+
+
+def test_experts_that_are_mapped_are_counted_behind_the_wall(tmp_path):
+    try:
+        wall.check()
+    except wall.WallError as error:
+        pytest.skip(str(error))
+    wide = dict[str, Any](
+        layers=2, experts=8, top_k=2, hidden=512, moe_intermediate=512, heads=2, vocab=512, max_positions=256
+    )
+    packed = tmp_path / "packed"
+    pack_checkpoint(make_checkpoint("olmoe", tmp_path / "model", **wide), "planar12", packed)
+    for path in packed.iterdir():  # others have read it
+        path.read_bytes()
+    [row] = sweep(packed, tmp_path / "out", "--wall", "cgroup", "--budgets", "900MiB", "--placements", "packed")
+    assert row["status"] == "ok", row["reason"]
+    experts = sum(path.stat().st_size for path in packed.glob("*.flux"))
+    assert 0.9 * experts < int(row["mapped_experts"]) == int(row["packed_experts"]) < experts
+    assert int(row["mapped_experts"]) <= int(row["wall_mapped_bytes"])
+    held = int(row["base_bytes"]) + int(row["mapped_experts"])
+    assert held < min(int(row["rss_bytes"]), int(row["wall_peak_bytes"]))
 
 
 def test_a_wall_is_for_the_cpu(tmp_path):

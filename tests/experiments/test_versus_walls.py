@@ -16,9 +16,10 @@ import torch
 from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib import wall
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
-from fluxmoe.experiments.lib.disks import drop_cached, read_rate
+from fluxmoe.experiments.lib.disks import read_rate
 from fluxmoe.experiments.lib.gguf import write_gguf
 from fluxmoe.experiments.lib.models import preset_config
+from fluxmoe.experiments.lib.page_cache import cached_bytes, drop_cached
 from fluxmoe.experiments.lib.results import UsageError, read_csv
 from fluxmoe.experiments.serving import phases, walls
 from safetensors.torch import load_file
@@ -130,6 +131,9 @@ class Counting:
     def counted(self):
         return {"passes": int(self.time_s)}
 
+    def held(self):
+        return {"kept": len(self.kept)}
+
 
 @pytest.mark.parametrize(
     ("batches", "tokens", "seconds", "steps"),
@@ -148,6 +152,7 @@ def test_phases_are_timed_apart(batches, tokens, seconds, steps, monkeypatch):
     assert [answer["decode_tokens"] for answer in answers] == [steps * batch for batch in batches]
     assert [answer["decode_s"] for answer in answers] == [steps] * len(batches)
     assert [answer["passes"] for answer in answers] == [steps] * len(batches)
+    assert [answer["kept"] for answer in answers] == [1 + index for index in range(len(batches))]
     assert (answers[0]["prefill_s"], answers[0]["prefill_passes"]) == (5, 5)
     assert answers[0]["first_tokens"] == [9] * batches[0]
     assert not any("prefill_s" in answer for answer in answers[1:])
@@ -203,22 +208,28 @@ def test_agreement_is_of_prompts_that_both_had():
     assert walls.agreement(rows) == {"llama.cpp": 0.5}
 
 
-def test_experts_that_are_mapped_count_as_held(monkeypatch):
-    monkeypatch.setattr(wall, "fence", lambda limit: nullcontext(SimpleNamespace(peak_bytes=7)))
+def test_experts_that_are_mapped_count_as_held(monkeypatch, tmp_path):
+    dropped: list = []
+
+    def fence(limit, files):
+        dropped.extend(files)
+        return nullcontext(SimpleNamespace(peak_bytes=7, mapped_bytes=5))
+
+    monkeypatch.setattr(wall, "fence", fence)
     batches = iter((2, 1))
-    peer = SimpleNamespace(
-        ready={"mapped_bytes": 5}, close=lambda: None, ask=lambda job: None, answer=lambda: {"batch": next(batches)}
-    )
+    peer = SimpleNamespace(ready={}, close=lambda: None, ask=lambda job: None, answer=lambda: {"batch": next(batches)})
     setup = walls.Setup("1GB", 10**9, ((2, 1),))
     asked: Any = SimpleNamespace(prompt_tokens=4, output_tokens=3, seconds=1.0)
-    files: Any = SimpleNamespace(all=[])
+    files: Any = SimpleNamespace(all=[tmp_path])
     answers = walls.answers(asked, files, setup, lambda fence: peer, 512)  # type: ignore[arg-type,return-value]
     assert [answer["peak_bytes"] for _, answer in answers] == [12, 12]
+    assert dropped == [tmp_path]
 
 
 def test_files_are_read_past_the_page_cache(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(9 << 20))
+    assert cached_bytes(path) == 9 << 20
     drop_cached([path])
     rate = read_rate([path], seconds=0.05)
     assert rate is None or rate > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from fluxmoe.experiments.lib import wall
+from fluxmoe.experiments.lib.page_cache import cached_bytes
 from fluxmoe.runtime.memory import machine
 from fluxmoe.runtime.memory.budget import BudgetError, require
 
@@ -54,6 +56,26 @@ def test_page_cache_is_not_counted_and_kills_nobody(own_group, tmp_path):
 def _read(path: Path) -> int:
     with path.open("rb") as file:
         return sum(len(part) for part in iter(lambda: file.read(1 << 20), b""))
+
+
+def test_files_that_are_mapped_are_charged_to_it(own_group, tmp_path):
+    """Even if others have brought them to the page cache before; of those that stay there it says that they do."""
+    size, path = LIMIT // 2, tmp_path / "file"
+    path.write_bytes(b"x" * size)
+    path.with_name("small").touch()
+    assert cached_bytes(path) == size
+    assert wall.call(LIMIT, _map, path).value < size // 2  # outside of the wall
+    assert wall.call(LIMIT, _map, path, files=[tmp_path]).value >= size
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as kept:
+        assert kept[:: mmap.PAGESIZE].count(b"x") == size // mmap.PAGESIZE
+        with pytest.raises(wall.WallError, match=f"32 MiB of {path} stay in the page cache"), wall.fence(LIMIT, [path]):
+            pass
+
+
+def _map(path: Path) -> int:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping:
+        mapping[:: mmap.PAGESIZE]
+        return wall.mapped_bytes()
 
 
 def test_errors_come_out_as_they_are(own_group):
@@ -149,9 +171,10 @@ def test_a_scope_is_found_once_it_is_there(tmp_path, place):
 def test_kills_count_whatever_the_process_says(tmp_path, monkeypatch, kills, status):
     """Its helper may have been killed, and the process gone on without."""
     (tmp_path / "memory.events").write_text(f"oom 3\noom_kill {kills}\n")
-    (tmp_path / "memory.stat").write_text("anon 5\nfile 100\nshmem 2\n")
+    (tmp_path / "memory.stat").write_text("anon 5\nfile 100\nfile_mapped 30\nshmem 2\n")
     fake = wall.Fence(LIMIT, [], lambda: tmp_path, wall._V2)
-    monkeypatch.setattr(wall, "fence", lambda limit: nullcontext(fake))
+    monkeypatch.setattr(wall, "fence", lambda limit, files: nullcontext(fake))
+    assert fake.mapped_bytes == 30
     if kills == 0 and status is None:
         assert wall.call(LIMIT, len, b"four") == (4, 7)
         return

@@ -248,13 +248,15 @@ def test_shared_memory_is_memory():
 
 
 def test_more_than_the_tolerance_is_a_warning():
-    assert MemoryCheck.of(CUDA, 100 * MIB, 102 * MIB) == (100 * MIB, 102 * MIB, 1.02, None)
+    assert MemoryCheck.of(CUDA, 100 * MIB, 102 * MIB) == (100 * MIB, 102 * MIB, 0, 1.02, None)
     warning = MemoryCheck.of(CUDA, 100 * MIB, 103 * MIB).warning
     assert warning == "103 MiB of memory are held, 3.0 % more than the 100 MiB of the ledger"
     assert MemoryCheck.of(CPU, 100 * MIB, 102 * MIB + CPU.slack_bytes).warning is None
     assert MemoryCheck.of(CPU, 100 * MIB, 103 * MIB + CPU.slack_bytes).warning is not None
     assert MemoryCheck.of(CUDA, 100 * MIB, 10 * MIB).warning is None
-    assert MemoryCheck.of(CPU, 100 * MIB, None) == (100 * MIB, None, None, None)
+    assert MemoryCheck.of(CPU, 100 * MIB, None) == (100 * MIB, None, 0, None, None)
+    check = MemoryCheck.of(CPU, 100 * MIB, 60 * MIB, mapped=50 * MIB)
+    assert check == (100 * MIB, 110 * MIB, 50 * MIB, 1.1, None)
 
 
 def test_memory_counts_as_taken_once_it_is_touched():
@@ -290,7 +292,7 @@ def test_the_command_says_what_is_held(model_dir, tmp_path, monkeypatch, capsys)
     out = tmp_path / "out.json"
     call(arguments_of(model_dir, "--json", str(out)))
     result = json.loads(out.read_text())
-    assert result["memory_check"].keys() == {"ledger_bytes", "held_bytes", "ratio", "warning"}
+    assert result["memory_check"].keys() == {"ledger_bytes", "held_bytes", "mapped_bytes", "ratio", "warning"}
     assert result["host_memory"].keys() == {"staging"}
     assert "warning" not in capsys.readouterr().err
     taken = iter((0, GIB))

@@ -19,30 +19,17 @@ from typing import Any
 
 import torch
 from fluxmoe.kernels.expert_table import ExpertTable
-from fluxmoe.kernels.formats import DENSE, FORMATS, fitting, fused_formats, weight_tile
+from fluxmoe.kernels.formats import DENSE, FORMATS, fitting, fused_formats
 from fluxmoe.kernels.launches import work_of
-from fluxmoe.kernels.triton import grouped_gemm
-from fluxmoe.kernels.triton.decoded import DecodedExperts
-from fluxmoe.kernels.triton.experts import TritonBlocks
-from fluxmoe.kernels.triton.routing import Router
-from fluxmoe.kernels.triton.tiles import (
-    Tiles,
-    capability_of,
-    choose_tiles,
-    decodes_first,
-    fused_tile,
-    invariant_tile,
-    num_sms_of,
-    read_tuned,
-    tuned_tiles,
-)
+from fluxmoe.kernels.triton.experts import TritonBlocks, TritonExperts
+from fluxmoe.kernels.triton.tiles import Tiles, TunedTable, read_tuned, tuned_tiles
 from fluxmoe.kernels.work import Work
 from torch import Tensor
 
 from ..lib.args import group, option
 from ..lib.results import UsageError, load_json
 from ..lib.sweep import Sweep
-from .experts import encoded, table_of
+from .experts import encoded, page_of, table_of
 from .peers import PEERS
 from .shapes import MODEL_SHAPES, SHAPES, TOKENS, Shape
 from .timing import (
@@ -71,11 +58,6 @@ _DISTINCT = 8
 def format_of(provider: str) -> str:
     """The format of the experts that one of OURS is given."""
     return next((word for word in provider.split() if word in FORMATS), DENSE)
-
-
-def decode_first(provider: str) -> bool | None:
-    """Whether one of OURS decodes packed experts before the GEMM; None: by the rule."""
-    return next((first for way, first in _WAYS.items() if provider.endswith(way)), None)
 
 
 class Layer:
@@ -118,59 +100,40 @@ def cold_layers(shape: Shape, device: torch.device) -> list[Layer]:
     return [Layer(shape, device) for _ in range(cold_copies(shape.expert_bytes * shape.experts))]
 
 
-class Ours:
-    """Router, tiles and buffers of one engine, for batches of `tokens`, and the format of its experts; decode_first:
-    whether packed ones are decoded before the GEMM, None by the rule."""
+class Ours(TritonExperts):
+    """An engine's experts, in one format, for batches of `tokens`; tiles, decode_first: instead of its rules."""
 
     def __init__(
-        self, shape: Shape, tokens: int, device: torch.device, tiles: Tiles | None = None, expert_format: str = DENSE,
-        decode_first: bool | None = None,
+        self, shape: Shape, tokens: int, device: torch.device, expert_format: str = DENSE, tiles: Tiles | None = None,
+        decode_first: bool | None = None, batch_invariant: bool = False,
     ) -> None:  # fmt: skip
-        self.expert_format, rows = expert_format, tokens * shape.top_k
-        self.num_sms = num_sms_of(device)
-        if decode_first is None:
-            decode_first = decodes_first(rows_per_expert(shape, tokens), _gpu_name(device))
-        self.decoded = DecodedExperts(shape.dims, device) if expert_format != DENSE and decode_first else None
-        self.tiles = tiles or rule_tiles(shape, tokens, device, DENSE if self.decoded else expert_format)
-        self.router = Router(tokens, shape.experts, shape.top_k, True, device)
-        self.h = torch.empty(rows, shape.intermediate, dtype=torch.bfloat16, device=device)
-        self.y = torch.empty(rows, shape.hidden, dtype=torch.bfloat16, device=device)
+        self.expert_format, self._given, self._decode_first = expert_format, tiles, decode_first
+        super().__init__(shape.dims, tokens, device, batch_invariant=batch_invariant, formats=(expert_format,))
+        self.tiles = self._tiles(tokens)
         self.out = torch.zeros(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
-        self.top_k = shape.top_k
+        # For those who run the two products apart.
+        self.router, self.num_sms, rows = self._router, self._num_sms, tokens * shape.top_k
+        self.h, self.y = self._h[:rows], self._y[:rows]
+
+    @classmethod
+    def of(cls, provider: str, shape: Shape, tokens: int, device: torch.device, tuned: TunedTable) -> Ours:
+        """One of OURS; tuned: tiles for dense experts, see `tuned_tiles`."""
+        rows = shape.rows_per_expert(tokens)
+        tiles = tuned_tiles(tuned, shape.hidden, shape.intermediate, rows) if provider == "fluxmoe" else None
+        first = next((first for way, first in _WAYS.items() if provider.endswith(way)), None)
+        return cls(shape, tokens, device, format_of(provider), tiles, first, provider == "fluxmoe invariant")
 
     def run(self, layer: Layer, x: Tensor, logits: Tensor) -> Tensor:
         """The layer's output, added to what `out` holds."""
-        table = layer.table(self.expert_format)
-        routing = self.router(logits, self.tiles.gate_up.block_m)
-        tiles, dtype = self.tiles, torch.bfloat16
-        grouped_gemm.gate_up(x, table, routing, self.h, dtype, tiles.gate_up, self.num_sms, self.decoded)
-        grouped_gemm.down(self.h, table, routing, self.y, dtype, tiles.down, self.num_sms, self.decoded)
-        return grouped_gemm.combine(self.y, routing, self.out)
+        return self.moe_add(x, self.route(logits), page_of(layer.table(self.expert_format)), self.out)
 
+    def _decodes(self, tokens: int) -> bool:
+        if self._decode_first is None:
+            return super()._decodes(tokens)
+        return self._decode_first and self.expert_format != DENSE
 
-def rows_per_expert(shape: Shape, tokens: int) -> float:
-    """Mean rows of an expert that has any, as TritonOps reckons them."""
-    rows = tokens * shape.top_k
-    return rows / max(1, min(rows, shape.experts))
-
-
-def rule_tiles(shape: Shape, tokens: int, device: torch.device, expert_format: str = DENSE) -> Tiles:
-    """The tiles that an engine would use on this device, for packed experts in place."""
-    capability, rows = capability_of(device), rows_per_expert(shape, tokens)
-    if expert_format != DENSE:
-        tile = fused_tile(weight_tile(expert_format), rows, capability)
-        return Tiles(tile, tile)
-    return choose_tiles(shape.hidden, shape.intermediate, rows, capability, 2, _gpu_name(device))
-
-
-def _gpu_name(device: torch.device) -> str | None:
-    return torch.cuda.get_device_name() if device.type == "cuda" else None
-
-
-def invariant_tiles(device: torch.device) -> Tiles:
-    """Those of a batch-invariant engine."""
-    fixed = invariant_tile(capability_of(device), 2)
-    return Tiles(fixed, fixed)
+    def _tiles(self, tokens: int) -> Tiles:
+        return self._given or super()._tiles(tokens)
 
 
 def router_logits(shape: Shape, tokens: int, routing: str, seed: int, device: torch.device) -> Tensor:
@@ -220,15 +183,6 @@ class Point(TimedPoint):
         # By plus_one and expert_format.
         self.expected = cache(partial(reference, layers[0], self.x, self.weights, self.chosen))
 
-    def tiles(self, provider: str) -> Tiles | None:
-        """None: the rule's."""
-        if provider == "fluxmoe invariant":
-            return invariant_tiles(self.device)
-        if provider == "fluxmoe":
-            rows = rows_per_expert(self.shape, self.tokens)
-            return tuned_tiles(self._tuned, self.shape.hidden, self.shape.intermediate, rows)
-        return None
-
     def time(self, provider: str) -> Timing:
         """Checked, then timed; raises WrongError, AbsentError and whatever a kernel raises."""
         if provider in PEERS:
@@ -247,8 +201,7 @@ class Point(TimedPoint):
 
     def ours(self, provider: str) -> list[Callable[[], Tensor]]:
         """One of OURS on each layer."""
-        how = self.tiles(provider), format_of(provider), decode_first(provider)
-        ours = Ours(self.shape, self.tokens, self.device, *how)
+        ours = Ours.of(provider, self.shape, self.tokens, self.device, self._tuned)
         return [partial(ours.run, layer, self.x, self.logits) for layer in self.layers]
 
     def columns(self, provider: str, timing: Timing, roofs: Roofs) -> dict[str, object]:

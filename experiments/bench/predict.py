@@ -128,9 +128,9 @@ def predict_layer(
     shape: Shape, tokens: int, codes: Codes, roofs: Roofs, expert_format: str = DENSE, first: bool | None = None
 ) -> tuple[float, dict[str, str], Work]:
     """(seconds, limit of each GEMM, work) of a layer under uniform routing; first: as `decode_first` of `Ours`."""
-    ours = Ours(shape, tokens, META, None, expert_format, first)
     x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device=META)
     with compile_only(90, SMS) as launches:
+        ours = Ours(shape, tokens, META, expert_format, decode_first=first)
         ours.run(Layer(shape, META), x, torch.empty(tokens, shape.experts, device=META))
     tile = ours.tiles.gate_up
     blocks = shape.experts * expected_blocks(tokens, shape.top_k / shape.experts, tile.block_m)

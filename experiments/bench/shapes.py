@@ -25,6 +25,11 @@ class Shape:
     def expert_bytes(self) -> int:
         return 6 * self.hidden * self.intermediate
 
+    def rows_per_expert(self, tokens: int) -> float:
+        """Mean, of experts that have any, as TritonExperts reckons it."""
+        rows = tokens * self.top_k
+        return rows / max(1, min(rows, self.experts))
+
     def touched(self, tokens: int) -> float:
         """Experts that `tokens` reach on average when any expert is alike."""
         return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)

@@ -78,7 +78,7 @@ class Search:
         self.x = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
         self.logits = router_logits(shape, tokens, "uniform", 0, device)
         rule = default_tile(rows, self.capability, 2)
-        self.ours = Ours(shape, tokens, device, Tiles(rule, rule))
+        self.ours = Ours(shape, tokens, device, tiles=Tiles(rule, rule))
         out = self.ours.run(layers[0], self.x, self.logits)
         check(out, reference(layers[0], self.x, *choose(self.logits, shape.top_k)))
         # What every candidate must give, by sorted position and by slot: no tile changes either.
@@ -126,6 +126,11 @@ class Search:
         }  # fmt: skip
 
 
+def own_table(device: torch.device) -> Path:
+    """In which the kernels look."""
+    return TUNED_DIR / f"{table_name(device_name(device.type))}.json"
+
+
 def write_table(path: Path, rows: Iterable[Mapping], device: str) -> None:
     """The bounds that these rows found; those of shapes that they do not name stay as they are."""
     tiles: dict[str, dict] = json.loads(path.read_text())["tiles"] if path.exists() else {}
@@ -146,7 +151,7 @@ class Arguments:
 
 def run(args: Arguments) -> None:
     device, end, rehearse = args.where.device, time.monotonic() + 60 * args.minutes, args.where.rehearse
-    table = args.table or TUNED_DIR / f"{table_name(device_name(device.type))}.json"
+    table = args.table or own_table(device)
     layers = cache(cold_layers)
     with args.where.rows("bench tune") as results:
         for bound, name in itertools.product(BOUNDS[:1] if rehearse else BOUNDS, args.shapes):

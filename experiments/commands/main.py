@@ -50,8 +50,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench engine": ("bench.engine", "the whole engine: each placement, with and without graphs"),
     "bench tune": ("bench.tune", "find the tiles of the grouped GEMM for this GPU"),
     "bench predict": ("bench.predict", "what kernels should take on an H100, from their machine code"),
-    "bench bit-equality": ("bench.bit_equality", "packed experts against dense ones, bit for bit, many times"),
-    "bench check-engine": ("bench.check_engine", "the engine on Triton against the engine on the CPU"),
     "bench compile": ("bench.compile_kernels", "compile what the GPU suite launches, on all cores"),
     "bench tests": ("bench.gpu_tests", "the tests that make sense on a GPU, a row each"),
     "bench tools": ("bench.gpu_tools", "Nsight Compute, compute-sanitizer and torch's profiler, as rows"),

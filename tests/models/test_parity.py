@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import numpy as np
@@ -24,38 +25,47 @@ def serve_with_logits(directory, prompts, **settings):
     config = EngineConfig(**{"max_batch": 8, "max_batched_tokens": 24, "device": "cpu", **settings})
     requests = [Request(tuple(p), SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)) for p in prompts]
     rows: dict[int, list[torch.Tensor]] = {i: [] for i in range(len(prompts))}
-    with Engine(directory, config) as engine:
-        schedule, forward = engine.scheduler.schedule, engine.decoder.forward
-        steps: list[Step] = []
+    with Engine(directory, config) as engine, ExitStack() as watched:
+        schedule, steps = engine.scheduler.schedule, list[Step]()
 
         def scheduling() -> Step:
             steps.append(schedule())
             return steps[-1]
 
-        def recording(*arguments):
-            logits = forward(*arguments)
-            sampled = [chunk.sequence.order for chunk in steps[-1].chunks if chunk.sample]
-            for order, row in zip(sampled, logits, strict=True):
-                rows[order].append(row.cpu().clone())
-            return logits
+        def recording(run):
+            def call(*arguments):
+                logits = run(*arguments)
+                sampled = [chunk.sequence.order for chunk in steps[-1].chunks if chunk.sample]
+                for order, row in zip(sampled, logits[: len(sampled)], strict=True):  # graphs pad
+                    rows[order].append(row.cpu().clone())
+                return logits
 
-        with patch.object(engine.scheduler, "schedule", scheduling), patch.object(engine.decoder, "forward", recording):
-            outputs = engine.generate(requests)
+            return call
+
+        watched.enter_context(patch.object(engine.scheduler, "schedule", scheduling))
+        watched.enter_context(patch.object(engine, "_forward", recording(engine._forward)))
+        if engine.graphs is not None:
+            # A graph has captured the plain forward pass; what it gives is recorded after the launch.
+            watched.enter_context(patch.object(engine.graphs, "run", recording(engine.graphs.run)))
+        outputs = engine.generate(requests)
     return [list(o.token_ids) for o in outputs], [torch.stack(rows[i]) for i in range(len(prompts))]
 
 
-def check_parity(model, directory, rtol, seed=0, exact=True, lengths=(1, 37, 5, 16), **settings):
+def check_parity(model, directory, rtol, seed=0, exact=True, lengths=(1, 37, 5, 16), far=0.0, **settings):
+    """far: share of the rows of logits that may be further off, where a router near a tie chooses otherwise."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, 96, n).tolist() for n in lengths]
     tokens, logits = serve_with_logits(directory, prompts, **settings)
+    errors = []
     for prompt, generated, ours in zip(prompts, tokens, logits, strict=True):
         with torch.no_grad():
             theirs = model(torch.tensor([prompt + generated])).logits[0, len(prompt) - 1 : -1]
-        scale = theirs.abs().max().item()
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=rtol * scale)
+        errors.append((ours - theirs).abs().amax(-1) / theirs.abs().max())
         if exact:
             # Along our own tokens each is the argmax of theirs: by induction, their greedy continuation.
             assert theirs.argmax(-1).tolist() == generated
+    found = torch.cat(errors)
+    assert (~(found <= rtol)).float().mean() <= far, f"rows of logits differ by up to {found.max():.2g} of the largest"
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from fluxmoe.kernels.expert_table import ExpertTable
-from fluxmoe.kernels.formats import DENSE, FORMATS, fitting, fused_formats
+from fluxmoe.kernels.formats import DENSE, FORMATS, fitting, fused_formats, weight_tile
 from fluxmoe.kernels.ops import ExpertDims, KernelError
 from fluxmoe.kernels.packing.codec import align
 from fluxmoe.kernels.reference.experts import add_mixture
 from fluxmoe.kernels.triton.decoded import DecodedExperts
 from fluxmoe.kernels.triton.grouped_gemm import combine, deinterleave, down, gate_up, interleave, linear
 from fluxmoe.kernels.triton.routing import Router
-from fluxmoe.kernels.triton.tiles import Tile, default_tile, invariant_tile
+from fluxmoe.kernels.triton.tiles import Tile, capability_of, default_tile, fused_tile, invariant_tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu
@@ -247,6 +247,24 @@ def test_compressed_and_dense_experts_of_one_launch_give_the_same_bits(crowded, 
     assert mixed.compressed == {name}
     compressed, _ = layer.run(x, logits, 2, FUSED)
     assert torch.equal(compressed, dense)
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+@pytest.mark.parametrize("rows", [16, 32, 64])
+def test_every_launch_gives_the_same_bits(rows, name):
+    """A thousand launches in turns, of dense and of mixed experts of Qwen3-30B-A3B's sizes; interpreted, few of small
+    ones. Nothing is read back before the end."""
+    hidden, intermediate, launches = (2048, 768, 1000) if DEVICE == "cuda" else (128, 128, 2)
+    layer, mixed = mixed_layer(name, hidden, intermediate)
+    x, logits, tables = torch.randn(rows, hidden).bfloat16(), torch.randn(rows, 4), (layer.table, mixed)
+    tile = fused_tile(weight_tile(name), rows, capability_of(torch.device(DEVICE)))
+    first, _ = layer.run(x, logits, 2, tile)
+    differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for launch in range(launches):
+        layer.table = tables[launch % 2]
+        differing += (layer.run(x, logits, 2, tile)[0].view(torch.int32) != first.view(torch.int32)).any()
+    assert first.isfinite().all()
+    assert differing == 0
 
 
 @pytest.mark.parametrize("name", COMPRESSED)

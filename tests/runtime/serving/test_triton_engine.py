@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,58 +17,95 @@ from fluxmoe.runtime.serving.request import Request, SamplingParams
 from ...models.hf import save_random_model
 from ...models.test_parity import FP32, check_parity
 
+ARCHS = tuple(FP32)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu
-# Logits are recorded where the host calls the decoder, which it does not when a graph is replayed.
-EAGER = {"kernels": "triton", "device": DEVICE, "cuda_graphs": False}
+TRITON = dict[str, Any](kernels="triton", device=DEVICE)
+ON_GPU = DEVICE == "cuda"
+
+
+def layers_of(arch: str, count: int) -> dict[str, Any]:
+    kinds = ["linear_attention", "full_attention"] * count
+    return {"num_hidden_layers": count} | ({"layer_types": kinds[:count]} if arch == "qwen3_next" else {})
 
 
 @pytest.mark.parametrize(
     "arch", ["mixtral", "qwen3_moe", pytest.param("olmoe", marks=pytest.mark.thorough), "qwen3_next"]
 )
 def test_fp32_parity(arch, tmp_path):
-    kinds = {"layer_types": ["linear_attention", "full_attention"]} if arch == "qwen3_next" else {}
-    model = save_random_model(arch, tmp_path, 0, num_hidden_layers=2, **kinds)
-    check_parity(model, tmp_path, FP32[arch], lengths=(1, 19), **EAGER)
+    model = save_random_model(arch, tmp_path, 0, **layers_of(arch, 2))
+    check_parity(model, tmp_path, FP32[arch], lengths=(1, 19), **TRITON)
 
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_next"])
 def test_layers_without_experts(arch, tmp_path):
     """The MLP is wider than the shared expert of Qwen3-Next, whose buffers it shares."""
-    kinds = {"layer_types": ["linear_attention", "full_attention"]} if arch == "qwen3_next" else {}
-    model = save_random_model(arch, tmp_path, 0, num_hidden_layers=2, mlp_only_layers=[0], **kinds)
-    settings = dict[str, Any](kernels="triton", device=DEVICE, placement="host", poison=True)
-    check_parity(model, tmp_path, FP32[arch], lengths=(1, 7), **settings)
+    model = save_random_model(arch, tmp_path, 0, mlp_only_layers=[0], **layers_of(arch, 2))
+    check_parity(model, tmp_path, FP32[arch], lengths=(1, 7), placement="host", poison=True, **TRITON)
 
 
-def test_bf16_logits_agree_within_its_precision(tmp_path):
-    model = save_random_model("qwen3_moe", tmp_path, 1, dtype=torch.bfloat16)
-    check_parity(model.float(), tmp_path, 0.04, lengths=(9,), exact=False, **EAGER)
+PACKED = dict[str, Any](placement="packed")
+# Of one order of summation each, whose first the others are compared with.
+EAGER, INVARIANT, HALF = {"cuda_graphs": False}, {"batch_invariant": True}, {"alpha": 0.5}
+HOST, ON_DEMAND = {"placement": "host", "poison": True}, {"placement": "host", "transfer": "on_demand"}
+BALANCED, DISK, FUSED = {"placement": "balanced"} | HALF, {"placement": "disk"}, {"expert_format": "planar12"}
+COMPRESSED_GROUPS: list[list[dict[str, Any]]] = [
+    [PACKED, HOST | FUSED, BALANCED | FUSED, {"placement": "hybrid"} | HALF, PACKED | {"dense_share": 0.5},
+     ON_DEMAND | FUSED, HOST | FUSED | {"slot_format": "decoded"}, DISK | FUSED],
+    [PACKED | EAGER, HOST | FUSED | EAGER],
+    [PACKED | INVARIANT, PACKED | INVARIANT | EAGER, HOST | FUSED | INVARIANT],
+    [{}, PACKED | {"expert_format": "huffman", "poison": True}, PACKED | {"expert_format": "tiered"},
+     HOST | {"expert_format": "huffman"}],
+]  # fmt: skip
+DENSE_GROUPS: list[list[dict[str, Any]]] = [
+    [{}, HOST | {"slots": 2}, HOST | {"slots": 3}, BALANCED | {"poison": True}, {"placement": "offload"} | HALF,
+     ON_DEMAND, DISK],
+    [EAGER, HOST | EAGER],
+    [INVARIANT, INVARIANT | EAGER, HOST | INVARIANT],
+]  # fmt: skip
+GROUPS = {torch.bfloat16: COMPRESSED_GROUPS + DENSE_GROUPS, torch.float32: DENSE_GROUPS}
+# Interpreted, graphs change nothing, and of the rest some will do but for a thorough run.
+QUICK = (HOST | FUSED, COMPRESSED_GROUPS[-1][1], HOST | {"slots": 2}, BALANCED | {"poison": True})
+
+
+def variants() -> Iterator[Any]:
+    """(architecture, dtype, the first of a group, another of it)."""
+    for arch, dtype in product(ARCHS if ON_GPU else ("qwen3_moe",), GROUPS):
+        for first, *others in GROUPS[dtype]:
+            for other in others if ON_GPU or "cuda_graphs" not in first else ():
+                quick = other in QUICK and (dtype == torch.float32) == (first == {} and "expert_format" not in other)
+                name = " ".join(map(str, (arch, dtype, *other.items())))
+                yield pytest.param(arch, dtype, first, other, id=name, marks=() if quick else pytest.mark.thorough)
+
+
+def save_model(arch: str, directory: Path, dtype: torch.dtype, layers: int, seed: int):
+    """Of sizes that every format takes."""
+    inner = "intermediate_size" if arch in ("mixtral", "olmoe") else "moe_intermediate_size"
+    return save_random_model(arch, directory, seed, dtype, hidden_size=128, **{inner: 128}, **layers_of(arch, layers))
+
+
+@pytest.mark.parametrize("settings", [{}, PACKED, PACKED | INVARIANT], ids=["resident", "packed", "batch-invariant"])
+@pytest.mark.parametrize(
+    "arch", ["qwen3_moe", *(pytest.param(a, marks=pytest.mark.thorough) for a in ARCHS if a != "qwen3_moe")]
+)
+def test_bf16_logits_agree_within_its_precision(arch, settings, tmp_path):
+    """Along tokens of our own; with graphs on a GPU."""
+    model = save_model(arch, tmp_path, torch.bfloat16, 4 if ON_GPU else 2, 1)
+    check_parity(model, tmp_path, 0.05, lengths=(9, 1), exact=False, far=0.1, **settings, **TRITON)
 
 
 def tokens_of(directory, **settings) -> list:
     requests = [Request(tuple(range(3, 3 + n)), SamplingParams(max_new_tokens=2, ignore_eos=True)) for n in (3, 9, 1)]
-    config = EngineConfig(device=DEVICE, kernels="triton", max_batch=4, max_batched_tokens=8, **settings)
-    with Engine(directory, config) as engine:
+    with Engine(directory, EngineConfig(max_batch=4, max_batched_tokens=8, **settings, **TRITON)) as engine:
         assert engine.held_bytes() == engine.budget.lines()
         return [output.token_ids for output in engine.generate(requests)]
 
 
-def test_same_tokens_wherever_experts_live(tmp_path):
-    save_random_model("qwen3_moe", tmp_path, 2)
-    resident = tokens_of(tmp_path)
-    assert tokens_of(tmp_path, placement="host", slots=2, poison=True) == resident
-    assert tokens_of(tmp_path, placement="balanced", alpha=0.5, poison=True) == resident
-
-
-def test_same_tokens_from_compressed_experts(tmp_path):
-    """In place, in slots, decoded into slots; all with the tiles of planar12, so with the same order of summation."""
-    sizes = dict[str, Any](hidden_size=128, moe_intermediate_size=128, num_hidden_layers=2)
-    save_random_model("qwen3_moe", tmp_path, 2, dtype=torch.bfloat16, **sizes)
-    packed = tokens_of(tmp_path, placement="packed")
-    assert tokens_of(tmp_path, placement="host", expert_format="planar12", poison=True) == packed
-    decoded = dict[str, Any](placement="packed", expert_format="huffman", poison=True)
-    assert tokens_of(tmp_path, **decoded) == tokens_of(tmp_path)
+@pytest.mark.parametrize(("arch", "dtype", "first", "other"), list(variants()))
+def test_same_tokens_wherever_experts_live(arch, dtype, first, other, tmp_path):
+    """In whatever format, in place, in slots, decoded into slots; with graphs, which pad the batch, and without."""
+    save_model(arch, tmp_path, dtype, 5 if ON_GPU else 2, 2)
+    assert tokens_of(tmp_path, **other) == tokens_of(tmp_path, **first)
 
 
 def test_batch_invariant_engine_gives_the_same_tokens_alone(tmp_path):

@@ -28,7 +28,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "versus walls": ("serving.walls", "a model larger than memory: llama.cpp and vLLM beside ours, behind real walls"),
     "ablation": ("serving.ablation", "what each idea is worth: one at a time taken away"),
     "sensitivity": ("serving.sensitivity", "longer contexts, other links, other GPUs"),
-    "packed-overhead": ("serving.packed_overhead", "what compressed experts cost or gain at equal batch"),
     "paper table1": ("paper.table1_models", "sizes of models"),
     "paper fig1": ("paper.fig1_memory", "what memory holds against batch and context"),
     "paper fig2": ("paper.fig2_kv_capacity", "throughput against the memory that KV has"),

@@ -42,9 +42,7 @@ def test_exponents_are_those_of_trained_weights(model_dir, tmp_path, capsys):
 
 
 def test_formats_are_between_the_bound_and_16_bits(model_dir, tmp_path):
-    call(
-        ["bench", "packing", "--model", str(model_dir), "--experts", "3", "--tokens", "1", "5", "--out", str(tmp_path)]
-    )
+    call(["bench", "packing", "--model", str(model_dir), "--experts", "3", "--out", str(tmp_path)])
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
     assert {(row["format"], row["tensor"]) for row in rows} == {
         (name, tensor) for name in compressed_formats() for tensor in ("gate_up", "down")
@@ -55,9 +53,6 @@ def test_formats_are_between_the_bound_and_16_bits(model_dir, tmp_path):
         most = 16.01 if codec_of(row["format"]).lost_bits else 12.2
         assert float(row["bound_bits"]) < float(row["bits_per_weight"]) < most
         assert row["zero_mantissa_bits"] == "0"
-    points = list(csv.DictReader((tmp_path / "gemm.csv").open()))
-    assert [int(point["tokens"]) for point in points] == [1, 5]
-    assert all(float(point[c]) > 0 for point in points for c in ("dense_us", "planar12_us", "dense_over_planar12"))
 
 
 @pytest.mark.parametrize("command", ["bench packing", "paper fig5"])

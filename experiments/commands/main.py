@@ -55,6 +55,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "gpu-suite": ("commands.gpu_suite", "everything that a new GPU should run, in slices"),
     "figures": ("commands.figures", "redraw every figure from the committed results"),
     "reproduce": ("commands.reproduce", "make the results again and say which came true"),
+    "completion": ("commands.completion", "a script by which bash or zsh completes all of these"),
     "compare": ("commands.compare", "two folders of results side by side"),
 }
 

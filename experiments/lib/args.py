@@ -94,6 +94,18 @@ def _read(path: Path) -> Iterable[str]:
             yield from (f"--{flag}", *map(str, value if isinstance(value, list) else [value]))
 
 
+def flags(cls: type, omit: Collection[str] = (), only: Collection[str] = ()) -> dict[str, tuple[str, ...]]:
+    """What a command line may say, each with its choices: () where it takes anything, or nothing."""
+    hints, found = get_type_hints(cls), dict[str, tuple[str, ...]]()
+    for f in _shown(cls, omit, only):
+        if "group" in f.metadata:
+            found |= flags(hints[f.name], *f.metadata["group"])
+        elif not f.metadata.get("positional"):
+            found[f"--{flag_of(f)}"] = tuple(f.metadata.get("choices", ()))
+            found |= {f"--no-{flag_of(f)}": ()} if hints[f.name] is bool else {}
+    return found
+
+
 def flag_of(f: Field) -> str:
     return str(f.metadata.get("flag", f.name)).replace("_", "-")
 

@@ -48,6 +48,41 @@ def test_every_command_has_help(name, capsys):
     assert f"usage: fluxmoe {name}" in capsys.readouterr().out
 
 
+COMPLETE = """
+source {script}
+while read -r line; do
+    COMP_WORDS=(fluxmoe $line) COMP_CWORD=${{#COMP_WORDS[@]}}
+    [[ $line == *. ]] && COMP_CWORD=$((COMP_CWORD - 1)) && COMP_WORDS[COMP_CWORD]=${{COMP_WORDS[COMP_CWORD]%.}}
+    _fluxmoe; echo "${{COMPREPLY[*]}}"
+done
+"""
+
+
+def test_bash_completes_commands_flags_and_choices(tmp_path, capsys):
+    """A dot stands where the cursor is within a word."""
+    call(["completion", "bash"])
+    script = tmp_path / "script"
+    script.write_text(capsys.readouterr().out)
+    expected = {
+        "mem.": "memory-budget",
+        "bench mo.": "moe",
+        "paper fig1.": "fig1 fig10",
+        "versus w.": "walls",
+        "versus walls --op.": "--open-sequences",
+        "bench moe --tokens 8 --prov.": "--providers",
+        "bench moe --shapes": "mixtral qwen3_30b qwen3_next olmoe tiny",
+        "bench moe --shapes olmoe q.": "qwen3_30b qwen3_next",
+        "generate --no-cu.": "--no-cuda-graphs",
+        "reproduce --only sim_ab.": "sim_ablation",
+        "plan --gpu": "",
+        "compare --a.": "--all",
+    }
+    done = subprocess.run(["bash", "-c", COMPLETE.format(script=script)], input="\n".join([*expected, ""]),
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert dict(zip(expected, done.stdout.splitlines(), strict=True)) == expected
+    assert not done.stderr
+
+
 def written_commands() -> list[str]:
     """What READMEs and the help of commands tell people to type, but for lines that leave something out."""
     texts = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("*/README.md"))]

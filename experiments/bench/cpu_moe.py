@@ -31,6 +31,7 @@ from fluxmoe.runtime.hardware import measure_bandwidths
 
 from ..lib.args import option
 from ..lib.results import write_result
+from ..lib.sweep import say
 from .experts import random_expert
 from .timing import host_times
 
@@ -130,12 +131,7 @@ def bench(shape: str, rows: tuple[int, ...], bandwidth: float, flops_rate: float
             row |= {"torch_bf16_us": bf16 * 1e6, "torch_fp32_us": single * 1e6}
             row |= {"over_torch_bf16": bf16 / seconds, "over_torch_fp32": single / seconds}
         results.append(row)
-        print(
-            f"{shape:>10} {count:>4} rows  {row['time_us']:9.0f} µs  {row['weight_gb_per_s']:6.1f} GB/s  "
-            f"{row['gflop_per_s']:6.1f} GFLOP/s  {row['share_of_floor']:5.0%} of the {row['floor']} floor"
-            f"  planar12 {row['dense_over_planar12']:4.2f}x"
-            + (f"  {row['over_torch_bf16']:5.1f}x bf16, {row['over_torch_fp32']:4.1f}x fp32 torch" if peers else "")
-        )
+        say(row)
     return results
 
 

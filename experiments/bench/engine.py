@@ -25,26 +25,12 @@ from fluxmoe.runtime.serving.engine import Engine
 from ..lib.args import group, option
 from ..lib.machines import Machine
 from ..lib.models import ModelChoice, Source
-from ..lib.results import UsageError
-from ..lib.serve import Served, placed
+from ..lib.serve import Served, placed, placement_names
 from ..lib.serve import run as serve
 from ..lib.sweep import Sweep, say
 from ..lib.workloads import Lengths, make_requests
 
 PLACEMENTS = ("resident", "packed", "balanced:0.5", "balanced:0.5+planar12", "host+planar12", "host@on_demand")
-
-
-def with_transfer(text: str) -> dict:
-    """'host+planar12@on_demand' → settings."""
-    where, _, transfer = text.partition("@")
-    if transfer not in ("", "on_demand"):
-        raise UsageError(f"placement {text!r}: after @ only on_demand can stand")
-    return placed(where) | {"transfer": transfer or "whole"}
-
-
-def _checked(text: str) -> str:
-    with_transfer(text)
-    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +48,7 @@ class Load:
         return EngineConfig(
             budget_bytes=self.budget, max_batch=max(self.sequences), max_context=longest,
             max_batched_tokens=self.max_batched_tokens, min_kv_tokens=longest, cuda_graphs=graphs,
-            **with_transfer(placement),
+            **placed(placement),
         )  # fmt: skip
 
 
@@ -70,9 +56,7 @@ class Load:
 class Arguments:
     model: ModelChoice = group("config")
     load: Load = group()
-    placements: tuple[str, ...] = option(
-        "which", PLACEMENTS, parse=_checked, metavar="NAME[:ALPHA][+FORMAT][@on_demand]"
-    )
+    placements: tuple[str, ...] = placement_names("which", PLACEMENTS)
     device: str = option("what serves", "auto", choices=("auto", "cpu", "cuda"))
     out: Path = option("folder of the results", metavar="DIR")
 

@@ -39,8 +39,8 @@ from .timing import (
     Timing,
     check,
     cold_copies,
+    columns_of,
     measure_roofs,
-    ratio,
     time_calls,
     time_providers,
 )
@@ -214,15 +214,11 @@ class Point(TimedPoint):
 def layer_columns(
     work: Work, touched: float, timing: Timing, base_s: float | None, roofs: Roofs, bits: float = 16.0
 ) -> dict:
-    """Columns of a row: time, the bytes and flops that our kernels declare of the layer, and how far from the floor it
-    is that they set."""
-    nbytes, flops = work
-    floor = roofs.floor_s(nbytes, flops)
+    """Columns of a layer's row."""
     return {
-        **timing.columns, "experts_touched": touched, "bits_per_weight": bits, "bytes": nbytes, "flops": flops,
-        "share_of_copy_bandwidth": nbytes / timing.p50 / roofs.bytes_per_s,
-        "share_of_matmul_rate": flops / timing.p50 / roofs.flops_per_s, "floor_us": floor * 1e6,
-        "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, base_s),
+        **columns_of(work, timing, base_s, roofs), "experts_touched": touched, "bits_per_weight": bits,
+        "share_of_copy_bandwidth": work.nbytes / timing.p50 / roofs.bytes_per_s,
+        "share_of_matmul_rate": work.flops / timing.p50 / roofs.flops_per_s,
     }  # fmt: skip
 
 

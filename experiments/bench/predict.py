@@ -37,6 +37,7 @@ from fluxmoe.runtime.hardware import HardwareProfile
 
 from ..lib.args import option
 from ..lib.results import write_result
+from ..lib.sweep import say
 from . import attention, delta_net
 from .moe import Layer, Ours, layer_columns
 from .shapes import MODEL_SHAPES, SHAPES, TOKENS, Shape
@@ -256,11 +257,7 @@ def predicted_layer_rows(shapes: Iterable[str], tokens: Iterable[int], arch: str
                 columns = layer_columns(work, shape.touched(count), timing, base, roofs, bits)
                 point = {"shape": name, "tokens": count, "routing": "uniform", "provider": provider}
                 rows.append({"kind": "predicted", **point, **columns})
-                print(
-                    f"{name:>10} {count:>5} tokens  {provider:<18} {timing.p50 * 1e6:9.1f} µs  "
-                    f"{columns['share_of_floor']:5.0%} of the floor, {columns['time_over_ours']:5.2f}x our time",
-                    flush=True,
-                )
+                say(rows[-1])
     return rows
 
 
@@ -283,6 +280,6 @@ def run(args: Arguments) -> None:
             points = list(other_points())
         rows = [predict_kernel(code, size, repeats) for size, case, repeats in points for code in audit(case, ARCH)]
         for row in rows:
-            print(f"{row['kernel']:<34} {row['size']:<32} {row['predicted_us']:9.1f} µs, limited by {row['limit']}")
+            say(row)
     facts = {"kind": "predicted: no GPU ran", "gpu": profile.name, "arch": ARCH, "roofs": asdict(roofs)}
     write_result(args.out, "bench predict", {"rows.csv": rows}, facts)

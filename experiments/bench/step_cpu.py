@@ -25,7 +25,7 @@ from ..lib.args import group, option
 from ..lib.effects import Setup
 from ..lib.machines import SWEPT, Machine
 from ..lib.models import ModelChoice
-from ..lib.serve import placed, placement_name
+from ..lib.serve import placed, placement_names
 from ..lib.sweep import Sweep, say
 
 # Methods of the operations by what their time is counted as.
@@ -41,9 +41,7 @@ PARTS = {
 class Arguments:
     model: ModelChoice = group("config")
     engine: EngineConfig = group(*SWEPT, "max_batch")
-    placements: tuple[str, ...] = option(
-        "where experts are", ("resident", "packed"), parse=placement_name, metavar="NAME[:ALPHA][+FORMAT]"
-    )
+    placements: tuple[str, ...] = placement_names("where experts are", ("resident", "packed"))
     sequences: tuple[int, ...] = option("requests at once", (1, 8, 32), least=1)
     contexts: tuple[int, ...] = option("tokens before those that are timed", (32,), least=1)
     steps: int = option("that are timed", 32, least=3)

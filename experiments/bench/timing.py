@@ -158,12 +158,18 @@ class TimedPoint(ABC):
         """Checked, then timed; raises WrongError, AbsentError and whatever a kernel raises."""
 
     def columns(self, provider: str, timing: Timing, roofs: Roofs) -> dict[str, object]:
-        """Of a provider's row: time, what our kernels declare, and how far from the floor it is that this sets."""
-        work, floor = self.work, roofs.floor_s(*self.work)
-        return {
-            **timing.columns, "bytes": work.nbytes, "flops": work.flops, "floor_us": floor * 1e6,
-            "share_of_floor": floor / timing.p50, "time_over_ours": ratio(timing, self.base_s),
-        }  # fmt: skip
+        """Of a provider's row."""
+        return columns_of(self.work, timing, self.base_s, roofs)
+
+
+def columns_of(work: Work, timing: Timing, base_s: float | None, roofs: Roofs) -> dict[str, object]:
+    """Columns of a row: time, what our kernels declare, and how far it is from the floor that this sets; base_s: what
+    ratios refer to."""
+    floor = roofs.floor_s(*work)
+    return {
+        **timing.columns, "bytes": work.nbytes, "flops": work.flops, "floor_us": floor * 1e6,
+        "share_of_floor": floor / timing.p50, "time_over_ours": timing.p50 / base_s if base_s else "",
+    }  # fmt: skip
 
 
 def time_providers(
@@ -183,11 +189,6 @@ def time_providers(
 
     for provider in missing:
         say(sweep.measure(partial(columns, provider), **where, provider=provider))
-
-
-def ratio(timing: Timing, base_s: float | None) -> float | str:
-    """Time over that of the base; empty without one."""
-    return timing.p50 / base_s if base_s else ""
 
 
 def _captured(work: Callable[[], None]) -> Callable[[], None] | None:

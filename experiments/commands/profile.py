@@ -24,7 +24,6 @@ from fluxmoe.kernels.formats import codec_of, compressed_formats
 from fluxmoe.runtime.devices import HOST, resolve_device
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.hardware import HardwareProfile, best_seconds, measure_bandwidths, measure_links
-from tqdm import tqdm
 
 from ..bench.cpu_moe import peak_flops
 from ..lib.args import option
@@ -175,40 +174,28 @@ def launch_seconds(device: torch.device) -> float:
 
 def measure(device: torch.device, disk_dir: Path, effort: Effort = FULL) -> HardwareProfile:
     """The profile of this machine."""
-    made_by = provenance(device.type)
-    bar = tqdm(total=9, desc="profile", leave=False)
-
-    def step(name: str, work):
-        bar.set_postfix_str(name)
-        result = work()
-        bar.update()
-        return result
-
-    memory = HOST.total_bytes()
-    rates = step("memory", lambda: measure_bandwidths(device))
-    copies = step("copies", lambda: host_copies(device, effort.host_bytes))
-    profile = HardwareProfile(
+    made_by, memory = provenance(device.type), HOST.total_bytes()
+    copies = host_copies(device, effort.host_bytes)
+    return HardwareProfile(
         name=made_by["hardware"],
         device=device.type,
         num_devices=1,
         memory_bytes=memory if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory,
         host_memory_bytes=memory,
-        memory_bandwidth=rates[Tier.RESIDENT],
-        matmul_flops=step("products", lambda: matmul_flops(device)),
+        memory_bandwidth=measure_bandwidths(device)[Tier.RESIDENT],
+        matmul_flops=matmul_flops(device),
         host_bandwidth=max(copies.values()),
         host_latency_s=_SIZES[0] / copies[str(_SIZES[0])],
-        copy_overlap=step("copies under compute", lambda: copy_overlap(device, effort.host_bytes)),
-        kernel_host_bandwidth=step("reads of host memory", lambda: measure_links(device).read),
-        decode_bandwidth=step("decoders", lambda: decoders(device, effort.weight)),
-        decode_latency_s=step("small decodes", lambda: max(decode_seconds(device, 32, 64, 50).values())),
-        disk_bandwidth=step("disk", lambda: disk_reads(disk_dir, effort.file_bytes)),
-        launch_s=step("launches", lambda: launch_seconds(device)),
+        copy_overlap=copy_overlap(device, effort.host_bytes),
+        kernel_host_bandwidth=measure_links(device).read,
+        decode_bandwidth=decoders(device, effort.weight),
+        decode_latency_s=max(decode_seconds(device, 32, 64, 50).values()),
+        disk_bandwidth=disk_reads(disk_dir, effort.file_bytes),
+        launch_s=launch_seconds(device),
         measured=effort == FULL,
         sources={"host_copies_bytes_per_s": ", ".join(f"{size}: {rate:.3g}" for size, rate in copies.items())},
         provenance=made_by,
     )
-    bar.close()
-    return profile
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,8 +134,10 @@ def row(
 
 
 def placed(text: str) -> dict[str, Any]:
-    """'balanced:0.5+planar12' → the settings placement, alpha and expert_format; checked on a model of one layer."""
-    where, _, expert_format = text.partition("+")
+    """'balanced:0.5+planar12@on_demand' → the settings placement, alpha, expert_format and, where given, transfer;
+    checked on a model of one layer."""
+    stored, _, transfer = text.partition("@")
+    where, _, expert_format = stored.partition("+")
     name, _, share = where.partition(":")
     try:
         alpha = float(share) if share else None
@@ -145,6 +147,7 @@ def placed(text: str) -> dict[str, Any]:
         raise UsageError(f"placement {text!r}: unknown expert format; these are: {', '.join(FORMATS)}")
     place(name, 1, 1, alpha=alpha, bandwidths=dict.fromkeys(Tier, 1.0))
     settings: dict[str, Any] = {"placement": name, "alpha": alpha, "expert_format": expert_format or None}
+    settings |= {"transfer": transfer} if transfer else {}
     EngineConfig(**settings)
     return settings
 
@@ -157,4 +160,4 @@ def placement_name(text: str) -> str:
 
 def placement_names(help: str, default: tuple[str, ...]) -> Any:
     """A field of a command's arguments: names that `placed` takes."""
-    return option(help, default, parse=placement_name, metavar="NAME[:ALPHA][+FORMAT]")
+    return option(help, default, parse=placement_name, metavar="NAME[:ALPHA][+FORMAT][@TRANSFER]")

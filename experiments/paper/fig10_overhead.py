@@ -35,6 +35,7 @@ from ..bench.experts import encoded, page_of, random_expert
 from ..bench.timing import host_seconds, seconds_of, times_in_turns
 from ..lib.args import option
 from ..lib.results import UsageError, write_result
+from ..lib.sweep import say
 from ..plots.serving import plot_overhead
 
 MEMORIES = ("stacked", "apart", "paged")
@@ -171,19 +172,14 @@ def run(args: Arguments) -> None:
     device, out = resolve_device(args.device), args.out
     costs = map_costs(device)
     for cost in costs:
-        print(f"{cost['call']:>6} of {cost['block_bytes'] >> 10} KiB: {cost['time_us']:.1f} µs "
-              f"({cost['p20_us']:.1f} … {cost['p80_us']:.1f})")  # fmt: skip
-    experts, rows = Experts(args, device), []
+        say(cost)
+    experts, rows = Experts(args, device), list[dict]()
     padding = [tensor.padding_bytes for tensor in experts.paged]
     for kernel in ("table", "torch"):
         for batch in args.batches:
-            for row in measure(experts, kernel, batch, args.repeats):
-                rows.append(row)
-                print(
-                    f"{kernel:>6} {batch:>4} tokens {row['memory']:>8} {row['time_us']:9.1f} µs  overhead "
-                    f"{row['overhead_percent']:+.2f} % ({row['overhead_p5']:+.2f} … {row['overhead_p95']:+.2f})",
-                    flush=True,
-                )
+            rows += measure(experts, kernel, batch, args.repeats)
+            for row in rows[-3 if kernel == "table" else -2 :]:
+                say(row)
     experts.close()
     settings = {name: getattr(args, name) for name in ("layers", "experts", "top_k", "hidden", "moe_intermediate")}
     tables = {"rows.csv": rows, "map_costs.csv": costs}

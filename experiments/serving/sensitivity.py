@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.serving.config import EngineConfig
@@ -40,53 +41,48 @@ class Arguments:
     where: FigureMachine = group()
 
 
-@dataclass(frozen=True)
-class Point:
-    """One x of a panel. budget, link_bandwidth: None for all there is."""
+class Point(NamedTuple):
+    """One x of a panel: where what is served, for requests of one length, and how, but for the placement."""
 
     panel: str
     x: float | str
     machine: Machine
     source: Source
-    batch: int
-    context: int
     output: int
-    budget: int | None = None
-    link_bandwidth: float | None = None
-    max_batched_tokens: int = 4096
+    settings: EngineConfig
+
+
+def settings(
+    batch: int, context: int, tokens: int, budget: int | None = None, link: float | None = None
+) -> EngineConfig:
+    return EngineConfig(
+        budget_bytes=budget, max_batch=batch, max_batched_tokens=tokens, max_context=context, min_kv_tokens=context,
+        link_bandwidth=link,
+    )  # fmt: skip
 
 
 def simulated_points() -> Iterator[Point]:
     four, h100 = HardwareProfile.load("4xL40"), HardwareProfile.load("H100-SXM")
     next_80b, qwen_30b = published_source("qwen3-next-80b-a3b"), published_source("qwen3-30b-a3b")
     for context in CONTEXTS:
-        yield Point("context", context, Machine(SIMULATED, four), next_80b, 32, context, 512)
+        yield Point("context", context, Machine(SIMULATED, four), next_80b, 512, settings(32, context, 4096))
     for factor in LINKS:
         faster = replace(h100, host_bandwidth=factor * h100.host_bandwidth)
         ratio = faster.host_bandwidth / faster.memory_bandwidth
-        yield Point("link", ratio, Machine(SIMULATED, faster), qwen_30b, 64, 4096, 512, 40 << 30)
+        yield Point("link", ratio, Machine(SIMULATED, faster), qwen_30b, 512, settings(64, 4096, 4096, 40 << 30))
     for name in GPUS:
         machine = Machine(SIMULATED, HardwareProfile.load(name), 1)
-        yield Point("gpu", name.removeprefix("4x"), machine, qwen_30b, 64, 4096, 512)
+        yield Point("gpu", name.removeprefix("4x"), machine, qwen_30b, 512, settings(64, 4096, 4096))
 
 
 def measured_points(machine: Machine, source: Source) -> Iterator[Point]:
-    weights = source.config.expert_bytes_total + source.config.non_expert_bytes
-    common = dict(output=32, max_batched_tokens=512)
-    # As much as 32 requests of 1,024 tokens need.
-    kv = 32 * 1024 * source.config.kv_bytes_per_token
+    # Beside the weights as much as 32 requests of 1,024 tokens need.
+    budget = source.config.expert_bytes_total + source.config.non_expert_bytes
+    budget += 32 * 1024 * source.config.kv_bytes_per_token
     for context in MEASURED_CONTEXTS:
-        yield Point("context", context, machine, source, 8, context, budget=weights + kv, **common)
+        yield Point("context", context, machine, source, 32, settings(8, context, 512, budget))
     for rate in MEASURED_LINKS if machine.device == "cpu" else ():
-        yield Point("link", rate, machine, source, 32, 256, budget=weights + kv, link_bandwidth=rate, **common)
-
-
-def settings_of(point: Point, placement: str) -> EngineConfig:
-    return EngineConfig(
-        budget_bytes=point.budget, max_batch=point.batch, max_batched_tokens=point.max_batched_tokens,
-        max_context=point.context, min_kv_tokens=point.context, link_bandwidth=point.link_bandwidth,
-        **placed(placement),
-    )  # fmt: skip
+        yield Point("link", rate, machine, source, 32, settings(32, 256, 512, budget, rate))
 
 
 def run(args: Arguments) -> None:
@@ -96,12 +92,13 @@ def run(args: Arguments) -> None:
         points = list(measured_points(args.where.here, preset_source("small", args.where.checkpoints)))
     runs, machine = [], points[0].machine
     for p in points:
-        lengths = [Lengths(0.0, p.context - p.output, p.output)] * p.batch
+        batch, context = p.settings.max_batch, p.settings.max_context or 0
+        lengths = [Lengths(0.0, context - p.output, p.output)] * batch
         for name in PLACEMENTS:
-            settings = settings_of(p, name)
-            made = asdict(settings) | {"machine": p.machine.content, "model": p.source.content, "output": p.output}
-            where = {"panel": p.panel, "x": p.x, "placement": name, "batch": p.batch, "context": p.context}
-            runs.append((where, made, partial(row, p.machine, p.source, settings, lengths)))
+            how = replace(p.settings, **placed(name))
+            made = asdict(how) | {"machine": p.machine.content, "model": p.source.content, "output": p.output}
+            where = {"panel": p.panel, "x": p.x, "placement": name, "batch": batch, "context": context}
+            runs.append((where, made, partial(row, p.machine, p.source, how, lengths)))
     facts = {**machine.about, "models": {p.panel: p.source.name for p in points}}
     with Sweep(args.where.out, "sensitivity", **facts) as sweep:
         sweep.all(runs)

@@ -280,7 +280,8 @@ def test_plan_takes_several_of_a_gpu(capsys):
 
 def test_sensitivity(tmp_path, monkeypatch, capsys):
     def point(panel, x, profile, context, budget=None):
-        return sensitivity.Point(panel, x, Machine("sim", profile, 1), OLMOE, 2, context, 512, budget)
+        settings = sensitivity.settings(2, context, 4096, budget)
+        return sensitivity.Point(panel, x, Machine("sim", profile, 1), OLMOE, 512, settings)
 
     points = [point("context", x, L40, x) for x in (1024, 2048)]
     points += [point("link", x, replace(L40, host_bandwidth=x * 1e9), 1024, 3 << 30) for x in (5, 50)]

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,6 +91,11 @@ class ExpertTable:
         for d, block in enumerate(pair):
             self.addresses[expert, d] = block.data_ptr()
         self.blocks = (*self.blocks[:expert], pair, *self.blocks[expert + 1 :])
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """addresses and formats as numpy sees them; in host memory."""
+        return self.addresses.numpy(), self.formats.numpy()
 
     @property
     def num_experts(self) -> int:

@@ -82,7 +82,7 @@ class CpuExperts(ExpertLayer[moe.Routing], CpuBlocks):
     def moe_add(self, x: Tensor, routing: moe.Routing, experts: LayerExperts, residual: Tensor) -> Tensor:
         """residual fp32 [T, H] += mixture of experts of x fp32 [T, H]; returns residual."""
         d = self.dims
-        experts.need(np.flatnonzero(np.diff(routing.expert_start.numpy())))
+        experts.need(routing.busy())
         for chosen in experts.ready(GATE_UP):
             moe.gate_up(x, experts.table, d.intermediate, d.dtype, routing, self._buffers, self._scratch, chosen)
         for chosen in experts.ready(DOWN):
@@ -91,8 +91,8 @@ class CpuExperts(ExpertLayer[moe.Routing], CpuBlocks):
 
     def count_routed(self, routing: moe.Routing, counts: Tensor) -> None:
         """counts fp32 [E] += how many tokens each expert got."""
-        counts += torch.diff(routing.expert_start)
+        counts += torch.from_numpy(np.diff(routing.expert_start))
 
     def chosen(self, routing: moe.Routing) -> Tensor:
         """Integers [T, top_k]: the experts of each token; any outside 0 … E - 1 are elsewhere."""
-        return routing.topk_ids
+        return torch.from_numpy(routing.topk_ids)

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from numba import njit, prange, types
 from torch import Tensor
@@ -251,28 +252,34 @@ def _combine(expert_out, topk_weights, row_of, residual, out):
             out[t, h] = residual[t, h] + total
 
 
+def _array(*shape: int, dtype: torch.dtype = torch.float32) -> np.ndarray:
+    """`zeros` as kernels take it: a view of a tensor that is made at each launch costs more than the launch's argument,
+    and a layer at one token has room for neither."""
+    return zeros(*shape, dtype=dtype).numpy()
+
+
 class MoeBuffers:
-    """Buffers of one MoE layer for at most `max_tokens` tokens; all layers share them."""
+    """Buffers of one MoE layer for at most `max_tokens` tokens; all layers share them. Arrays, but for what is bf16."""
 
     def __init__(
         self, max_tokens: int, hidden: int, intermediate: int, experts: int, top_k: int, threads: int,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:  # fmt: skip
         rows = max_tokens * top_k
-        self.topk_ids = zeros(max_tokens, top_k, dtype=torch.int32)
-        self.topk_weights = zeros(max_tokens, top_k)
-        self.row_of = zeros(max_tokens, top_k, dtype=torch.int32)
-        self.row_token = zeros(rows, dtype=torch.int32)
-        self.expert_start = zeros(experts + 1, dtype=torch.int32)
+        self.topk_ids = _array(max_tokens, top_k, dtype=torch.int32)
+        self.topk_weights = _array(max_tokens, top_k)
+        self.row_of = _array(max_tokens, top_k, dtype=torch.int32)
+        self.row_token = _array(rows, dtype=torch.int32)
+        self.expert_start = _array(experts + 1, dtype=torch.int32)
         kind = kind_of(dtype)
         self.rounded = zeros(max_tokens if kind == BF16_DOT else 0, hidden, dtype=torch.bfloat16)
         self.activation = zeros(rows, padded(intermediate), dtype=x_dtype(kind))
-        self.expert_out = zeros(rows, padded(hidden))
-        self.tiles = zeros(threads, 2, _CHUNK_ROWS, LANES)
+        self.expert_out = _array(rows, padded(hidden))
+        self.tiles = _array(threads, 2, _CHUNK_ROWS, LANES)
         # A panel that is decoded once for many rows: 64 KiB a thread at a hidden size of 2048, in its L2.
         depth = max(hidden, intermediate) if dtype == torch.bfloat16 else 0
-        self.rooms = zeros(threads, depth and depth + _GAP, LANES, dtype=torch.int16)
-        self.all = torch.ones(experts, dtype=torch.uint8, device="cpu")
+        self.rooms = _array(threads, depth and depth + _GAP, LANES, dtype=torch.int16)
+        self.all = np.ones(experts, dtype=np.uint8)
 
     @property
     def nbytes(self) -> int:
@@ -282,34 +289,41 @@ class MoeBuffers:
 class Routing(NamedTuple):
     """Which rows each expert gets; see the module's data map. Views of MoeBuffers."""
 
-    topk_ids: Tensor
-    topk_weights: Tensor
-    row_of: Tensor
-    row_token: Tensor
-    expert_start: Tensor
+    topk_ids: np.ndarray
+    topk_weights: np.ndarray
+    row_of: np.ndarray
+    row_token: np.ndarray
+    expert_start: np.ndarray
+
+    def busy(self) -> np.ndarray:
+        """Experts that have rows."""
+        return (self.expert_start[1:] > self.expert_start[:-1]).nonzero()[0]
 
 
 def route(logits: Tensor, top_k: int, renormalise: bool, buffers: MoeBuffers) -> Routing:
     """Softmax over fp32 logits [T, E], top_k experts a token (renormalised or not), rows sorted by expert."""
-    ids, weights = buffers.topk_ids[: len(logits)], buffers.topk_weights[: len(logits)]
-    _top_k(logits.numpy(), top_k, renormalise, ids.numpy(), weights.numpy())
+    tokens = logits.shape[0]
+    ids, weights = buffers.topk_ids[:tokens], buffers.topk_weights[:tokens]
+    _top_k(logits.numpy(), top_k, renormalise, ids, weights)
     return _sorted(ids, weights, buffers)
 
 
 def route_to(topk_ids: Tensor, topk_weights: Tensor, buffers: MoeBuffers) -> Routing:
     """The same for experts [T, top_k] that are chosen already; ids outside 0 … E - 1 are experts elsewhere."""
-    ids, weights = buffers.topk_ids[: len(topk_ids)], buffers.topk_weights[: len(topk_ids)]
+    tokens = topk_ids.shape[0]
+    ids, weights = buffers.topk_ids[:tokens], buffers.topk_weights[:tokens]
     if topk_ids.shape != ids.shape or topk_weights.shape != ids.shape:
         raise KernelError(
             f"topk_ids and topk_weights must be [T ≤ {len(buffers.topk_ids)}, {ids.shape[1]}], got "
             f"{list(topk_ids.shape)} and {list(topk_weights.shape)}"
         )
-    return _sorted(ids.copy_(topk_ids), weights.copy_(topk_weights), buffers)
+    ids[:], weights[:] = topk_ids.numpy(force=True), topk_weights.float().numpy(force=True)
+    return _sorted(ids, weights, buffers)
 
 
-def _sorted(ids: Tensor, weights: Tensor, buffers: MoeBuffers) -> Routing:
+def _sorted(ids: np.ndarray, weights: np.ndarray, buffers: MoeBuffers) -> Routing:
     row_of = buffers.row_of[: len(ids)]
-    _sort_by_expert(ids.numpy(), row_of.numpy(), buffers.row_token.numpy(), buffers.expert_start.numpy())
+    _sort_by_expert(ids, row_of, buffers.row_token, buffers.expert_start)
     return Routing(ids, weights, row_of, buffers.row_token, buffers.expert_start)
 
 
@@ -319,12 +333,12 @@ def gate_up(
 ) -> None:  # fmt: skip
     """activation[r] = silu(x[token of r] @ gate^T) * (x[token of r] @ up^T); x fp32 [T, H]. chosen uint8 [E]: rows of
     these experts alone."""
+    tokens, hidden = x.shape
     _gate_up(
-        table.addresses.numpy(), table.formats.numpy(), (b.all if chosen is None else chosen).numpy(), kind_of(dtype),
-        x.shape[1], padded(intermediate) // LANES, x.data_ptr(), x.stride(0) * 4, len(x), b.rounded.data_ptr(),
-        routing.row_token.numpy(), routing.expert_start.numpy(), b.activation.data_ptr(),
-        b.activation.stride(0) * b.activation.itemsize, s.row_table, b.tiles.numpy(), b.rooms.numpy(), s.counter,
-        s.threads,
+        *table.arrays, b.all if chosen is None else chosen.numpy(), kind_of(dtype), hidden,
+        padded(intermediate) // LANES, x.data_ptr(), x.stride(0) * 4, tokens, b.rounded.data_ptr(), routing.row_token,
+        routing.expert_start, b.activation.data_ptr(), b.activation.stride(0) * b.activation.itemsize, s.row_table,
+        b.tiles, b.rooms, s.counter, s.threads,
     )  # fmt: skip
 
 
@@ -334,14 +348,14 @@ def down(
 ) -> None:  # fmt: skip
     """expert_out[r] = activation[r, :I] @ down^T. chosen uint8 [E]: rows of these experts alone."""
     _down(
-        table.addresses.numpy(), table.formats.numpy(), (b.all if chosen is None else chosen).numpy(), kind_of(dtype),
-        intermediate, b.expert_out.shape[1] // LANES, b.activation.data_ptr(),
-        b.activation.stride(0) * b.activation.itemsize, routing.expert_start.numpy(), b.expert_out.data_ptr(),
-        b.expert_out.stride(0) * 4, s.row_table, b.rooms.numpy(), s.counter, s.threads,
+        *table.arrays, b.all if chosen is None else chosen.numpy(), kind_of(dtype), intermediate,
+        b.expert_out.shape[1] // LANES, b.activation.data_ptr(), b.activation.stride(0) * b.activation.itemsize,
+        routing.expert_start, b.expert_out.ctypes.data, b.expert_out.strides[0], s.row_table, b.rooms, s.counter,
+        s.threads,
     )  # fmt: skip
 
 
 def combine(residual: Tensor, out: Tensor, routing: Routing, b: MoeBuffers) -> Tensor:
     """out[t] = residual[t] + sum over choices of topk_weight * expert_out row; fp32 [T, H], may alias residual."""
-    _combine(b.expert_out.numpy(), routing.topk_weights.numpy(), routing.row_of.numpy(), residual.numpy(), out.numpy())
+    _combine(b.expert_out, routing.topk_weights, routing.row_of, residual.numpy(), out.numpy())
     return out

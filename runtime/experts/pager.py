@@ -292,10 +292,11 @@ class ExpertPager:
         topk_weights [T, top_k]. More than `max_tokens` go through the layer one part after the other. A pass calls it
         for each layer, in order, and may be given up at any.
         """
-        inner, most, out = x.to(self.ops.act_dtype).contiguous(), self.max_tokens, []
-        parts = inner.split(most), topk_ids.contiguous().split(most), topk_weights.contiguous().split(most)
+        given = x.to(self.ops.act_dtype).contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
+        most, out = self.max_tokens, []
+        parts = [given] if x.shape[0] <= most else zip(*(tensor.split(most) for tensor in given), strict=True)
         with self.streamer.layer(layer) as page, self._computes("experts", layer):
-            for i, (part, ids, weights) in enumerate(zip(*parts, strict=True)):
+            for i, (part, ids, weights) in enumerate(parts):
                 routing = self.ops.route_to(ids, weights)
                 out.append(self.ops.moe_add(part, routing, page, torch.zeros_like(part)))
                 self._count(layer, routing, i)

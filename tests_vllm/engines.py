@@ -39,7 +39,7 @@ def _answer(llm: dict, prompts: list[list[int]], new_tokens: int, room_bytes: in
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     if room_bytes is not None:
-        llm = {"kv_cache_memory_bytes": None, "gpu_memory_utilization": _share(room_bytes)} | llm
+        llm = {"kv_cache_memory_bytes": None, "gpu_memory_utilization": share(room_bytes)} | llm
     engine = None
     try:
         engine = LLM(**ALIKE | llm)
@@ -74,7 +74,7 @@ def _replace_kernels() -> None:
     platform.register_triton_kernel_overrides = classmethod(lambda cls: None)
 
 
-def _share(room_bytes: int) -> float:
+def share(room_bytes: int) -> float:
     """That of vLLM's memory that is `room_bytes` more than what this process holds."""
     import psutil
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info

@@ -83,16 +83,24 @@ MENTIONED = {
         "get_current_vllm_config_or_none": "_current_vllm_config",
         "VllmConfig": "quant_config lora_config offload_config additional_config device_config scheduler_config",
     },
-    "config/parallel.py": {"ParallelConfig": "use_ubatching enable_eplb data_parallel_size"},
-    "config/model.py": {"ModelConfig": "is_moe enable_sleep_mode enforce_eager get_hidden_size get_vocab_size"},
-    "config/cache.py": {"CacheConfig": "kv_cache_memory_bytes gpu_memory_utilization"},
+    "config/parallel.py": {"ParallelConfig": "use_ubatching enable_eplb data_parallel_size worker_cls"},
+    "config/model.py": {
+        "ModelConfig": "is_moe enable_sleep_mode enforce_eager get_hidden_size get_vocab_size max_model_len"
+    },
+    "config/cache.py": {"CacheConfig": "kv_cache_memory_bytes gpu_memory_utilization num_gpu_blocks_override"},
     "config/offload.py": {
         "OffloadConfig": "uva prefetch",
         "UVAOffloadConfig": "cpu_offload_gb",
         "PrefetchOffloadConfig": "offload_group_size",
     },
     "config/compilation.py": {"CUDAGraphMode": "NONE PIECEWISE FULL_DECODE_ONLY FULL_AND_PIECEWISE"},
-    "v1/kv_cache_interface.py": {"AttentionSpec": "page_size_bytes"},
+    "v1/kv_cache_interface.py": {
+        "AttentionSpec": "page_size_bytes",
+        "KVCacheConfig": "num_blocks kv_cache_tensors",
+        "KVCacheTensor": "size",
+    },
+    "v1/core/kv_cache_utils.py": {"get_max_concurrency_for_kv_cache_config": "num_blocks"},
+    "v1/worker/gpu_worker.py": {"Worker": "initialize_from_config vllm_config"},
     "forward_context.py": {
         "ForwardContext": "cudagraph_runtime_mode",
         "get_forward_context": "_forward_context",

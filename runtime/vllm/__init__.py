@@ -5,6 +5,7 @@
     settings    PagingConfig from --additional-config and the environment
     kv_tokens   the least paging that leaves so much KV cache
     room        what vLLM has for experts and KV cache
+    kv_cache    how much KV cache it then has, and would have without us
     method      vLLM's FusedMoEMethodBase: one layer, its weights and its call
     loading     experts, put together from the matrices that a loader brings
     paged_model all layers of a model around one ExpertPager
@@ -18,8 +19,8 @@
     report      what a user is told: where experts lie, and what was brought
     metrics     the same as counters at /metrics
 
-Only `config`, `hook`, `room`, `method`, `offloader` and `unchanged` import vLLM. Written for vLLM 0.32 (MoERunner and
-RoutedExperts).
+Only `config`, `hook`, `room`, `kv_cache`, `method`, `offloader` and `unchanged` import vLLM. Written for vLLM 0.32
+(MoERunner and RoutedExperts).
 """
 
 from __future__ import annotations

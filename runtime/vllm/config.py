@@ -66,29 +66,37 @@ _models: WeakKeyDictionary[FluxMoEConfig, PagedModel] = WeakKeyDictionary()
 
 def paged_model_of(quant_config: FluxMoEConfig, vllm_config: Any) -> PagedModel:
     """Of the model that is being made; a draft model, made later, gets one of its own."""
-    from ..devices import device_of
-    from ..experts.config import SettingError
-    from .paged_model import PagedModel
-    from .room import RoomInVllm, token_bytes
-    from .settings import read_settings
+    import psutil
 
     model = _models.get(quant_config)
     if model is None or model.opened:
-        given = vllm_config.additional_config
-        settings = read_settings(given.get("fluxmoe", {}) if isinstance(given, dict) else {}, os.environ)
-        if settings.vllm_kernels:
-            raise SettingError("vllm_kernels leaves vLLM's own method: leave out --quantization fluxmoe, or it")
-        device = vllm_config.device_config.device
-        if device_of(device).is_host and settings.threads is None:
-            # Those that vLLM has bound this worker to; the main thread itself may be pinned to one core.
-            settings = replace(settings, threads=torch.get_num_threads())
-        tokens, room, follow = vllm_config.scheduler_config.max_num_batched_tokens, None, None
-        if settings.kv_tokens is not None:
-            room = RoomInVllm(vllm_config)
-        if device_of(device).graphs:
-            from .offloader import follow as follow_graphs
+        # Before our kernels are loaded, which on a CPU take of the same memory.
+        before_bytes = psutil.Process().memory_info().rss
+        model = _models[quant_config] = _make_model(vllm_config, before_bytes)
+    return model
 
-            follow = partial(follow_graphs, vllm_config)
-        token = partial(token_bytes, vllm_config)
-        model = _models[quant_config] = PagedModel(settings, device, tokens, room, follow, token)
+
+def _make_model(vllm_config: Any, before_bytes: int) -> PagedModel:
+    from ..devices import device_of
+    from ..experts.config import SettingError
+    from .kv_cache import tell
+    from .paged_model import PagedModel
+    from .room import RoomInVllm
+    from .settings import read_settings
+
+    given = vllm_config.additional_config
+    settings = read_settings(given.get("fluxmoe", {}) if isinstance(given, dict) else {}, os.environ)
+    if settings.vllm_kernels:
+        raise SettingError("vllm_kernels leaves vLLM's own method: leave out --quantization fluxmoe, or it")
+    device, tokens = vllm_config.device_config.device, vllm_config.scheduler_config.max_num_batched_tokens
+    if device_of(device).is_host and settings.threads is None:
+        # Those that vLLM has bound this worker to; the main thread itself may be pinned to one core.
+        settings = replace(settings, threads=torch.get_num_threads())
+    follow = None
+    if device_of(device).graphs:
+        from .offloader import follow as follow_graphs
+
+        follow = partial(follow_graphs, vllm_config)
+    model = PagedModel(settings, device, tokens, RoomInVllm(vllm_config, before_bytes), follow)
+    tell(vllm_config, model)
     return model

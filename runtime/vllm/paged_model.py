@@ -42,6 +42,8 @@ class RoomOf(Protocol):
     """What room a host has, told of the layers as they are made."""
 
     def see(self, layer: torch.nn.Module) -> None: ...
+    def weigh(self) -> None: ...
+    def grown_bytes(self) -> int | None: ...
     def __call__(self) -> Room: ...
 
 
@@ -56,7 +58,11 @@ _REPORT_EVERY_S = 60
 class PagedModel:
     """config: settings; device: of the model; max_tokens: of the largest pass; room: for experts and KV, asked for when
     the first expert comes, where config.kv_tokens chooses by it; follow: tells whoever captures graphs of the streamer,
-    where there may be graphs; token_bytes: of a token's KV, for the table, where a host knows."""
+    where there may be graphs.
+
+    freed_bytes: once all is loaded, of the memory that KV is taken from, what dense experts would have taken more than
+    ours and our code have; negative where it is less.
+    """
 
     def __init__(
         self,
@@ -65,10 +71,9 @@ class PagedModel:
         max_tokens: int,
         room: RoomOf | None = None,
         follow: Callable[[CudaStreamer], GraphPasses] | None = None,
-        token_bytes: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.config, self.device, self.room, self._follow = config, torch.device(device), room, follow
-        self._token_bytes = token_bytes
+        self.freed_bytes: int | None = None
         self._graphs: GraphPasses | None = None
         self.max_tokens = min(max_tokens, _CPU_TOKENS) if device_of(self.device).is_host else max_tokens
         self.dims: ExpertDims | None = None
@@ -108,6 +113,8 @@ class PagedModel:
         """BudgetError for what does not fit the memory that is free, SettingError for placements that this device
         cannot serve inside vLLM, and what ExpertPager raises."""
         assert self.dims is not None
+        if self.room is not None:
+            self.room.weigh()
         config = self._chosen() if self.config.kv_tokens is not None else self.config
         pager = ExpertPager(self.dims, self.layers, config, self.device, self.max_tokens)
         try:
@@ -164,9 +171,12 @@ class PagedModel:
         if self._follow is not None and isinstance(streamer := self.pager.streamer, CudaStreamer) and streamer.order:
             self._graphs = self._follow(streamer)
         self._warm_up()
-        logger.info("FluxMoE\n%s", report.placement_table(self.pager, self._token_bytes()))
+        logger.info("FluxMoE\n%s", report.placement_table(self.pager))
+        grown = self.room.grown_bytes() if self.room is not None else None
+        taken = report.taken_bytes(self.pager) if grown is None else grown
+        self.freed_bytes = report.dense_bytes(self.pager) - taken
         # They know vLLM's configuration, which knows whose key we are kept under: it would never go.
-        self.room, self._follow, self._token_bytes = None, None, lambda: None
+        self.room = self._follow = None
         # When the model goes, or its process ends: unlike atexit, also one that multiprocessing has started.
         Finalize(self, _end, (self.pager, self._graphs), exitpriority=100)
 

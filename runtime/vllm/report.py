@@ -10,9 +10,20 @@ from ..experts.streamer import Counters
 from ..memory.budget import format_bytes
 
 
-def placement_table(pager: ExpertPager, token_bytes: int | None = None) -> str:
+def dense_bytes(pager: ExpertPager) -> int:
+    """What all experts would take without us."""
+    return pager.footprint.layout.placement.tiers.size * sum(pager.ops.expert_bytes(DENSE))
+
+
+def taken_bytes(pager: ExpertPager) -> int:
+    """Of the device's memory; on a CPU both tiers are the same memory."""
+    host = pager.host_lines() if pager.device.is_host else {}
+    return sum(pager.lines().values()) + sum(nbytes for line, nbytes in host.items() if line != "staging")
+
+
+def placement_table(pager: ExpertPager) -> str:
     """One row a tier that holds experts, then cache, slots and workspace, then what of the device's memory is free that
-    dense experts would take. token_bytes: of a token's KV, None where that is not known."""
+    dense experts would take."""
     layout, lines = pager.footprint.layout, pager.lines()
     counts = pager.placement.counts()
     rows = [("experts", "where", "format", "bytes")]
@@ -30,17 +41,26 @@ def placement_table(pager: ExpertPager, token_bytes: int | None = None) -> str:
         "  ".join([row[0].rjust(widths[0]), row[1].ljust(widths[1]), row[2].ljust(widths[2]), row[3].rjust(widths[3])])
         for row in rows
     ]
-    dense, taken = layout.placement.tiers.size * sum(pager.ops.expert_bytes(DENSE)), sum(lines.values())
-    if pager.device.is_host:  # there both tiers are the same memory
-        taken += sum(nbytes for line, nbytes in pager.host_lines().items() if line != "staging")
+    dense, taken = dense_bytes(pager), taken_bytes(pager)
     free = f"{format_bytes(dense - taken)} are free for KV cache" if taken < dense else "no more is free than then"
-    if token_bytes and taken < dense:
-        free += f", {(dense - taken) // token_bytes:,} tokens of it"
     table.append(
         f"dense, the experts would take {format_bytes(dense)} of the device's memory; now, with slots and workspace, "
         f"{format_bytes(taken)} are taken: {free}"
     )
     return "\n".join(table)
+
+
+def kv_cache(tokens: int, kv_bytes: int, freed_bytes: int, fixed: bool) -> str:
+    """How much KV there is and would be without us, whose `freed_bytes` it would lack. fixed: a user said how much."""
+    if fixed:
+        return f"KV cache of {tokens:,} tokens, with and without fluxmoe: its size was given"
+    without = kv_bytes - freed_bytes
+    if without <= 0:
+        more = format_bytes(-without)
+        return (
+            f"KV cache of {tokens:,} tokens; without fluxmoe none: weights would take about {more} more than there is"
+        )
+    return f"KV cache of {tokens:,} tokens; without fluxmoe about {tokens * without // kv_bytes:,} in the same memory"
 
 
 _WHERE = {

@@ -65,7 +65,7 @@ class _Place(NamedTuple):
 
 class StreamedLayers:
     """config: `slots` and `poison` count; device: of the model; follow: tells whoever captures graphs of the streamer,
-    where there may be graphs."""
+    where there may be graphs. freed_bytes: as PagedModel's."""
 
     def __init__(
         self, config: PluginConfig, device: torch.device, follow: Callable[[CudaStreamer], GraphPasses] | None = None
@@ -78,6 +78,7 @@ class StreamedLayers:
         self._memory = HostMemory(self.device.asynchronous)
         self._streamer: Streamer | None = None
         self._graphs: GraphPasses | None = None
+        self.freed_bytes: int | None = None
         self._visiting = ExitStack()
         self._metrics, self._reported_s = Metrics(), time.monotonic()
 
@@ -140,6 +141,8 @@ class StreamedLayers:
         if self._follow is not None and isinstance(self._streamer, CudaStreamer):
             self._graphs = self._follow(self._streamer)
         logger.info("FluxMoE\n%s", self._table())
+        whole = 0 if self.device.is_host else store.layout.tier_bytes(Tier.HOST)
+        self.freed_bytes = whole - self._streamer.slot_bytes
         Finalize(self, _end, (self._streamer, self._graphs, self._memory), exitpriority=100)
 
     def _table(self) -> str:

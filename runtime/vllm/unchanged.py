@@ -20,6 +20,7 @@ from vllm.model_executor.model_loader.utils import device_loading_context
 from ..devices import device_of
 from ..experts.config import SettingError
 from .features import check_features
+from .kv_cache import tell
 from .operation import handle_of
 from .settings import read_settings
 from .streamed_layers import StreamedLayers
@@ -55,6 +56,7 @@ def streamed_layers_of(vllm_config: Any) -> StreamedLayers:
 
             follow = partial(follow_graphs, vllm_config)
         model = StreamedLayers(settings, device, follow)
+        tell(vllm_config, model)
         _making = ref(vllm_config), ref(model)
     return model
 

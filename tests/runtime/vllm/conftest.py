@@ -13,7 +13,7 @@ import pytest
 import torch
 
 # Ours that import vLLM.
-OURS = ("config", "method", "offloader", "room")
+OURS = ("config", "kv_cache", "method", "offloader", "room")
 METHODS = "vllm.model_executor.layers.quantization"
 
 
@@ -66,17 +66,6 @@ class QuantizationConfig:
     pass
 
 
-class AttentionSpec(SimpleNamespace):
-    pass
-
-
-class Attention:
-    """A layer with 128 bytes of KV for each token."""
-
-    def get_kv_cache_spec(self, config) -> AttentionSpec:
-        return AttentionSpec(page_size_bytes=2048, block_size=16)
-
-
 class CUDAGraphMode(Enum):
     NONE = 0
     PIECEWISE = 1
@@ -90,6 +79,19 @@ class NoopOffloader:
 
     def join_after_forward(self) -> None:
         pass
+
+
+def make_worker() -> type:
+    """The class of vLLM's worker, which is told how much KV cache to make."""
+
+    class Worker:
+        def __init__(self, vllm_config) -> None:
+            self.vllm_config, self.made = vllm_config, 0
+
+        def initialize_from_config(self, kv_cache_config) -> None:
+            self.made = kv_cache_config.num_blocks
+
+    return Worker
 
 
 def moe_config(**changes) -> SimpleNamespace:
@@ -108,8 +110,11 @@ def vllm_config(**changes) -> SimpleNamespace:
         uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0)
     )  # fmt: skip
     config = SimpleNamespace(
-        parallel_config=SimpleNamespace(use_ubatching=False, enable_eplb=False, data_parallel_size=1),
-        model_config=SimpleNamespace(is_moe=True, enable_sleep_mode=False, model="no/directory"),
+        parallel_config=SimpleNamespace(
+            use_ubatching=False, enable_eplb=False, data_parallel_size=1, worker_cls="vllm.v1.worker.Worker"
+        ),
+        model_config=SimpleNamespace(is_moe=True, enable_sleep_mode=False, model="no/directory", max_model_len=64),
+        cache_config=SimpleNamespace(kv_cache_memory_bytes=None, num_gpu_blocks_override=None),
         offload_config=offload,
         lora_config=None,
         device_config=SimpleNamespace(device=torch.device("cpu")),
@@ -121,6 +126,7 @@ def vllm_config(**changes) -> SimpleNamespace:
         config,
         config.parallel_config,
         config.model_config,
+        config.cache_config,
         config.scheduler_config,
         config.compilation_config,
         offload.uva,
@@ -141,10 +147,10 @@ def _models_of_tests_before_are_gone(request) -> None:
 @pytest.fixture
 def vllm(monkeypatch) -> Iterator[SimpleNamespace]:
     """`vllm` while a test runs; `config`: what get_current_vllm_config says; `forward`: the forward context, if any;
-    `offloader`: whose hooks are called around graphs; `attention`: layers with KV."""
+    `offloader`: whose hooks are called around graphs; `worker`: the class of its worker."""
     world = SimpleNamespace(
         config=vllm_config(), methods=["fp8"], registered={}, forward=None, offloader=NoopOffloader(),
-        attention=[Attention()] * 3,
+        worker=make_worker(),
     )  # fmt: skip
 
     def register_quantization_config(name):
@@ -164,7 +170,7 @@ def vllm(monkeypatch) -> Iterator[SimpleNamespace]:
         "vllm": {},
         "vllm.config": {
             "get_current_vllm_config": lambda: world.config, "CUDAGraphMode": CUDAGraphMode,
-            "get_layers_from_vllm_config": lambda config, kind: dict(enumerate(world.attention)),
+            "get_layers_from_vllm_config": None,
         },
         "vllm.forward_context": {
             "get_forward_context": lambda: world.forward, "is_forward_context_available": lambda: bool(world.forward)
@@ -191,7 +197,12 @@ def vllm(monkeypatch) -> Iterator[SimpleNamespace]:
             "extract_layer_index": lambda name: next(int(part) for part in name.split(".") if part.isdigit())
         },
         "vllm.v1": {},
-        "vllm.v1.kv_cache_interface": {"AttentionSpec": AttentionSpec},
+        "vllm.v1.core": {},
+        "vllm.v1.core.kv_cache_utils": {
+            "get_max_concurrency_for_kv_cache_config": lambda config, cache: cache.num_blocks / 4
+        },
+        "vllm.v1.kv_cache_interface": {"AttentionSpec": object},
+        "vllm.v1.worker": {"Worker": world.worker},
         "vllm.model_executor.utils": {"set_weight_attrs": set_weight_attrs},
     }  # fmt: skip
     for name, values in contents.items():

@@ -130,6 +130,11 @@ class PackedExperts:
 
 def write_index(directory: Path, header: ExpertFileHeader) -> None:
     """All files are there: `directory` is a packed checkpoint from now on."""
-    temporary = directory / f"{INDEX}.tmp"
-    temporary.write_text(json.dumps({"version": VERSION, "experts": asdict(header)}, indent=1))
-    temporary.replace(directory / INDEX)
+    write_over(directory / INDEX, {"version": VERSION, "experts": asdict(header)})
+
+
+def write_over(path: Path, value: object) -> None:
+    """JSON, whole or not at all, by way of one name: whoever goes on after a kill writes over what it left."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.replace(path)

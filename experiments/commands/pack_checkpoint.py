@@ -11,9 +11,13 @@ files.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +31,14 @@ from fluxmoe.kernels.packing.mantissa import zero_low_bits
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import expert_dims
-from fluxmoe.models.packed import INDEX, UNFINISHED, header_of, write_index
+from fluxmoe.models.packed import INDEX, UNFINISHED, header_of, write_index, write_over
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ..lib.args import option
 from ..lib.checkpoints import check_disk, share
-from ..lib.results import UsageError, write_json
+from ..lib.results import UsageError
 
 _SHARD_BYTES = 1 << 30
 _PART = "model.safetensors.part"
@@ -122,7 +126,25 @@ def copy_dense(checkpoint: Checkpoint, out: Path) -> None:
             flush()
     if shard:
         flush()
-    write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+    write_over(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """`out` is nobody else's to pack into; made if needed, and removed if nothing comes into it. UsageError."""
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UsageError(f"another process packs into {out}; wait for it, or give another --out") from None
+    finally:
+        os.close(folder)
+        if made:
+            with suppress(OSError):
+                out.rmdir()
 
 
 def pack_checkpoint(source: Path, name: str, out: Path, backend: str = "cpu") -> dict[str, float]:
@@ -136,18 +158,33 @@ def pack_checkpoint(source: Path, name: str, out: Path, backend: str = "cpu") ->
         header = header_of(config, backend, name, checkpoint.content)
     except KernelError as error:
         raise UsageError(f"{source} cannot be packed: {error}") from None
-    marker, who = out / UNFINISHED, {"backend": backend, "format": name, "content": header.content}
-    if (out / INDEX).exists():
-        raise UsageError(f"{out} holds a packed checkpoint already; give another --out")
+    begin = time.perf_counter()
+    with _alone(out):
+        zero_bits = _pack(checkpoint, header, out)
+    before, after = config.expert_bytes_total, len(config.moe_layers) * config.num_experts * sum(header.sizes)
+    seconds = time.perf_counter() - begin
+    bits = 8 * config.dtype.itemsize
+    return {
+        "before_bytes": before, "after_bytes": after, "bits_per_weight": bits * after / before, "seconds": seconds,
+        "zero_bits": zero_bits,
+    }  # fmt: skip
+
+
+def _pack(checkpoint: Checkpoint, header: ExpertFileHeader, out: Path) -> int:
+    """What `pack_experts` returns."""
+    source, marker = checkpoint.directory, out / UNFINISHED
+    who = {"backend": header.backend, "format": header.format, "content": header.content}
     if marker.exists():
         if json.loads(marker.read_text()) != who:
             raise UsageError(f"{out} was begun with another model, format or backend; remove it or give another --out")
-    elif out.exists() and any(out.iterdir()):
+    elif (out / INDEX).exists():
+        raise UsageError(f"{out} holds a packed checkpoint already; give another --out")
+    elif any(path.name != f"{UNFINISHED}.tmp" for path in out.iterdir()):
         raise UsageError(f"{out} is not empty; give another --out")
     else:
-        check_disk(out, len(config.moe_layers) * ExpertFile.nbytes(header) + config.non_expert_bytes)
-    write_json(marker, who)
-    begin = time.perf_counter()
+        model = checkpoint.config
+        check_disk(out, len(model.moe_layers) * ExpertFile.nbytes(header) + model.non_expert_bytes)
+    write_over(marker, who)
     try:
         zero_bits = pack_experts(checkpoint, header, out)
     except (KernelError, PackingError) as error:
@@ -158,17 +195,11 @@ def pack_checkpoint(source: Path, name: str, out: Path, backend: str = "cpu") ->
             shutil.copyfile(path, out / path.name)
     # By which vLLM knows, without a flag, who reads the experts.
     config_json = json.loads((out / "config.json").read_text())
-    write_json(out / "config.json", config_json | {"quantization_config": {"quant_method": "fluxmoe"}})
+    write_over(out / "config.json", config_json | {"quantization_config": {"quant_method": "fluxmoe"}})
     write_index(out, header)
     share(out)
     marker.unlink()
-    before, after = config.expert_bytes_total, len(config.moe_layers) * config.num_experts * sum(header.sizes)
-    seconds = time.perf_counter() - begin
-    bits = 8 * config.dtype.itemsize
-    return {
-        "before_bytes": before, "after_bytes": after, "bits_per_weight": bits * after / before, "seconds": seconds,
-        "zero_bits": zero_bits,
-    }  # fmt: skip
+    return zero_bits
 
 
 def run(args: Arguments) -> None:

@@ -152,6 +152,79 @@ def test_interrupted_it_is_refused_and_resumes(model_dir, tmp_path, monkeypatch)
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in weights), "others may read them"
 
 
+def test_two_do_not_pack_into_one_folder(model_dir, tmp_path):
+    out = tmp_path / "packed"
+    with script._alone(out), pytest.raises(UsageError, match="another process packs into"):
+        script.pack_checkpoint(model_dir, "planar12", out)
+    assert not out.exists()
+
+
+# Packs, in processes that are killed at the first call of what changes a folder, the second, and so on, before it or
+# after; then goes on, and compares what is there then with what an undisturbed process made.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fluxmoe.experiments.commands.pack_checkpoint import pack_checkpoint
+from fluxmoe.models.checkpoint import Checkpoint, CheckpointError, ConfigError
+from fluxmoe.models.packed import INDEX, UNFINISHED
+
+model, folder, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+CALLS = "replace", "link", "unlink", "fsync", "fdatasync", "mkdir", "ftruncate", "chmod"
+
+def forked(out, at=None):
+    if not (pid := os.fork()):
+        count = 0
+        def killing(real):
+            def call(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                found = real(*args, **kwargs)
+                count += 1
+                if count == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return found
+            return call
+        for name in CALLS:
+            setattr(os, name, killing(getattr(os, name)))
+        pack_checkpoint(model, "planar12", out)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def content(out):
+    return {path.name: (path.read_bytes(), path.stat().st_mode) for path in out.iterdir()}
+
+assert forked(folder / "whole") == 0
+whole, at, refused = content(folder / "whole"), 1, 0
+while (status := forked(out := folder / str(at), at)) != 0:
+    assert status == -signal.SIGKILL, status
+    try:
+        Checkpoint(out)
+    except (CheckpointError, ConfigError):
+        refused += 1
+    else:
+        there = {name: data for name, (data, _) in content(out).items()}
+        assert all(there[name] == data for name, (data, _) in whole.items()), at
+    if (out / UNFINISHED).exists() or not (out / INDEX).exists():
+        assert forked(out) == 0, at
+    assert content(out) == whole, (at, set(content(out)) ^ set(whole))
+    at += step
+print(at, refused)
+"""
+
+
+@pytest.mark.parametrize("step", [31, pytest.param(1, marks=pytest.mark.thorough)])
+def test_killed_at_any_moment_it_is_refused_or_whole_and_resumes(model_dir, tmp_path, step):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, model_dir, tmp_path, str(step)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    moments, refused = map(int, done.stdout.split())
+    assert moments > 40
+    assert 0 < refused < moments
+
+
 def test_another_models_directory_is_not_finished(model_dir, tmp_path, monkeypatch):
     """Of the same sizes and the same file names, with other weights."""
     monkeypatch.setattr(script, "copy_dense", lambda *arguments: pytest.fail("stopped"))

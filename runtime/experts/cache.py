@@ -5,9 +5,8 @@
 
 A place, a slab of a pool, holds one expert of any layer. Which one leaves says a policy (`cache_policies`); those that
 the layer which runs needs do not, and neither do those that are on their way. Between passes places come and go as KV,
-which has slabs of the same pool, leaves them. Where nearly every pass has used an expert of the layer
-after, as with many tokens, it is read ahead: then this is whole-layer streaming, over the end of a pass too, of all but
-what is here already.
+which has slabs of the same pool, leaves them. While the disk would be idle, what the next layer is likely to lack is
+read ahead (`read_ahead`), over the end of a pass too.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Set
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,12 +30,21 @@ from .config import Delay
 from .disk import DiskTier
 from .layout import TENSOR_NAMES, ExpertLayout
 from .placement import Tier
+from .read_ahead import ReadAhead
 
 # The holder of slabs, and its line in the ledger.
 CACHE_LINE = "expert_cache"
-# Experts that so many of the last passes used are read ahead.
-_AHEAD = 0.8
 Where = tuple[int, int]
+
+
+class _Turn(NamedTuple):
+    """Of a layer: when it began, what the disk had read by then and in how much time, and what the layer waits for."""
+
+    layer: int
+    begin_ns: int
+    busy_ns: int
+    read_bytes: int
+    asked_bytes: int
 
 
 class ExpertCache:
@@ -62,7 +71,12 @@ class ExpertCache:
         self._place_of: dict[Where, int] = {}
         # By place: its two reads, until both are known to be done.
         self._reads: dict[int, tuple[Future[int], Future[int]]] = {}
+        self.ahead = ReadAhead(layout.num_layers, sum(self._sizes))
+        # Experts that were read ahead and not used yet.
+        self._unused: set[Where] = set()
+        self._turn = _Turn(0, 0, 0, 0, 0)
         self._closing = threading.Event()
+        # Of experts that were needed: those that were here, and those that were not, unless they were read ahead.
         self.hits = self.misses = self.read_bytes = self.stall_ns = 0
         for _ in range(places):
             self.grow()
@@ -113,24 +127,43 @@ class ExpertCache:
         wanted = [int(expert) for expert in experts if self._members[layer, expert]]
         pinned = {(layer, expert) for expert in wanted}
         missing = [where for where in pinned if where not in self._place_of]
-        self.hits, self.misses = self.hits + len(wanted) - len(missing), self.misses + len(missing)
+        came_ahead = self._unused & pinned
+        self._unused -= came_ahead
+        lacked = len(missing) + len(came_ahead)
+        self.hits, self.misses = self.hits + len(wanted) - lacked, self.misses + lacked
+        self.ahead.used(lacked, len(came_ahead))
+        self._begin_turn(layer, len(missing) + sum(self._place_of[where] in self._reads for where in came_ahead))
         self._read(self._make_room(len(missing), pinned), sorted(missing))
-        self._read_ahead(layer, pinned)
+        if self.layout.formats.ahead:
+            self._read_ahead(layer, pinned)
         places = {expert: self._place_of[layer, expert] for expert in wanted}
         for expert, place in places.items():
             table.replace(expert, self.pair(place))
         return CachedExperts(self, layer, places, self._members.shape[1])
 
+    def _begin_turn(self, layer: int, waits_for: int) -> None:
+        """The turn before is over; this one waits for so many experts."""
+        now, last = time.perf_counter_ns(), self._turn
+        read_bytes, busy_ns = self.disk.read_so_far()
+        if last.begin_ns:
+            seconds, busy_s = (now - last.begin_ns) / 1e9, (busy_ns - last.busy_ns) / 1e9
+            self.ahead.ran(last.layer, seconds, busy_s, read_bytes - last.read_bytes, last.asked_bytes)
+        self._turn = _Turn(layer, now, busy_ns, read_bytes, waits_for * sum(self._sizes))
+
     def _read_ahead(self, layer: int, pinned: set[Where]) -> None:
         following = self.layers[(self.layers.index(layer) + 1) % len(self.layers)]
-        likely = np.flatnonzero(self._members[following] & (self.uses.rate[following] > _AHEAD)).tolist()
-        missing = [(following, expert) for expert in likely if (following, expert) not in self._place_of]
-        if not missing or following == layer:
+        if following == layer:
             return
-        keep = pinned | {(following, expert) for expert in likely}
-        idle = sum(owner not in keep and place not in self._reads for place, owner in self._owners.items())
-        missing = missing[:idle]
-        self._read(self._make_room(len(missing), keep), missing)
+        members = np.flatnonzero(self._members[following]).tolist()
+        absent = [expert for expert in members if (following, expert) not in self._place_of]
+        coming = (self._owners[place] for place in self._reads)
+        others = sum(owner is not None and owner[0] != following and owner not in pinned for owner in coming)
+        idle = self.places - len(pinned) - (len(members) - len(absent)) - others
+        chosen = self.ahead.choose(layer, self.uses.chance_now(following)[absent], idle)
+        if likely := [(following, absent[at]) for at in chosen]:
+            keep = pinned | {where for where in self._place_of if where[0] == following}
+            self._unused.update(likely)
+            self._read(self._make_room(len(likely), keep), likely)
 
     def _make_room(self, count: int, pinned: Set[Where]) -> list[int]:
         """`count` places that hold nothing: empty ones, then those of experts with the lowest scores."""
@@ -168,6 +201,7 @@ class ExpertCache:
     def _forget(self, where: Where, place: int) -> None:
         self._owners[place] = None
         del self._place_of[where]
+        self._unused.discard(where)
 
     def _read(self, places: list[int], wheres: list[Where]) -> None:
         """Begin to read experts into places, gate_up of all before down of all."""

@@ -47,6 +47,8 @@ class Uses:
 
     def __init__(self, layers: int, experts: int) -> None:
         self.visit, self.layer = -1, -1
+        # How much more, or less, the last visit used than was to be expected: passes differ in their tokens.
+        self.surprise = 1.0
         self.last = np.full((layers, experts), -1, np.int64)
         self.since = np.full((layers, experts), _NEVER, np.int64)
         self.gap = self.since.copy()
@@ -57,6 +59,7 @@ class Uses:
     def note(self, layer: int, experts: np.ndarray) -> None:
         """A visit of `layer` uses `experts`."""
         self.visit, self.layer = self.visit + 1, layer
+        self.surprise = len(experts) / max(self.chance(layer).sum(), _LEAST_RATE)
         kinds, size = self._kinds(layer), len(self._found)
         self._found += np.bincount(kinds[experts], minlength=size)
         self._said += np.bincount(kinds, self.rate[layer], minlength=size)
@@ -72,10 +75,14 @@ class Uses:
         since, rate = self.since[layers], self.rate[layers]
         return np.searchsorted(_TURNS, since, "right") * (len(_RATES) + 1) + np.searchsorted(_RATES, rate, "right")
 
-    def chance(self) -> np.ndarray:
-        """float64 [L, E]: how likely the layer's next turn uses each expert, by its rate and its kind."""
+    def chance(self, layers: int | slice = slice(None)) -> np.ndarray:
+        """float64 [L, E], or [E] of a layer: how likely its next turn uses each expert, by its rate and its kind."""
         lift = (self._found + _PRIOR) / (self._said + _PRIOR)
-        return np.minimum(self.rate * lift[self._kinds(slice(None))], 1.0)
+        return np.minimum(self.rate[layers] * lift[self._kinds(layers)], 1.0)
+
+    def chance_now(self, layer: int) -> np.ndarray:
+        """float64 [E]: the same, of the layer whose turn comes next in a pass of as many tokens as this one."""
+        return np.minimum(self.chance(layer) * self.surprise, 1.0)
 
     def until_turn(self) -> np.ndarray:
         """int64 [L]: visits until each layer's turn comes again; that of the layer which runs is a whole pass away."""

@@ -64,8 +64,8 @@ class PagingConfig:
     transfer: str | None = setting(
         None, "whole: what a layer lacks on the device is copied ahead; on_demand: kernels read routed experts in host "
         "memory, and from files only these come, into a cache; auto: with adaptive whichever the planner expects to "
-        "cost less, from files on_demand, but what nearly all passes of a layer use is read ahead (default: auto from "
-        "files, where the kernels can, else whole)",
+        "cost less; from files on_demand, and in the disk's idle time what each layer is likely to lack (default: auto "
+        "from files, where the kernels can, else whole)",
         choices=("whole", "on_demand", "auto"),
     )  # fmt: skip
     cache_bytes: int | None = setting(
@@ -153,12 +153,12 @@ class PagingConfig:
         """Formats of all tiers."""
         packed = DEFAULT_COMPRESSED if self.device_format == DENSE else self.device_format  # no policy will use it
         host = self.host_format or self.device_format
-        transfer = self.transfer
+        transfer, ahead = self.transfer, False
         if transfer in (None, "auto"):
             readable = {DENSE, *fused_formats("torch" if self.kernels == "torch" else "cpu")}
-            on_demand = self.placement in IN_FILES and self.kernels != "triton" and host in readable
-            transfer = "on_demand" if on_demand else "whole"
-        return ExpertFormats(packed, host, self.slot_format, transfer)
+            ahead = self.placement in IN_FILES and self.kernels != "triton" and host in readable
+            transfer = "on_demand" if ahead else "whole"
+        return ExpertFormats(packed, host, self.slot_format, transfer, ahead)
 
     @property
     def named(self) -> str:

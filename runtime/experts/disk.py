@@ -45,8 +45,8 @@ class DiskTier:
     ) -> None:  # fmt: skip
         self._files: dict[int, ExpertFile] = {}
         self._pending = 0
-        # Nanoseconds during which at least one read was under way.
-        self.busy_ns, self._under_way, self._since_ns = 0, 0, 0
+        # Bytes that were read, and nanoseconds during which at least one read was under way.
+        self._read_bytes, self._busy_ns, self._under_way, self._since_ns = 0, 0, 0, 0
         self._counting = threading.Lock()
         self._readers = ThreadPoolExecutor(READERS, "expert-read")
         self.header, self._check = header, check
@@ -106,23 +106,33 @@ class DiskTier:
         return self._readers.submit(self._read, layer, expert, tensor_type, target, cancelled)
 
     def _read(self, layer: int, expert: int, tensor_type: int, target: Tensor, cancelled: Callable[[], bool]) -> int:
-        if cancelled():
-            return 0
+        size = 0
         self._count(1)
         try:
+            if cancelled():
+                return 0
             self._files[layer].read(expert, tensor_type, target, self._check)
+            size = self.header.sizes[tensor_type]
         except PackingError as error:
             raise StoreError(f"layer {layer}: {error}") from None
         finally:
-            self._count(-1)
-        return self.header.sizes[tensor_type]
+            self._count(-1, size)
+        return size
 
-    def _count(self, more: int) -> None:
+    def _count(self, more: int, nbytes: int = 0) -> None:
+        """So many more reads are under way, after `nbytes` were read."""
         with self._counting:
             now = time.perf_counter_ns()
             if self._under_way:
-                self.busy_ns += now - self._since_ns
+                self._busy_ns += now - self._since_ns
             self._under_way, self._since_ns = self._under_way + more, now
+            self._read_bytes += nbytes
+
+    def read_so_far(self) -> tuple[int, int]:
+        """Bytes that were read, and nanoseconds during which at least one read was under way, waiting for a link that
+        is held to a rate included."""
+        self._count(0)
+        return self._read_bytes, self._busy_ns
 
     def read(
         self, layer: int, tensor_type: int, targets: Sequence[tuple[int, Tensor]], cancelled: Callable[[], bool]

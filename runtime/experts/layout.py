@@ -44,12 +44,14 @@ class ExpertFormats:
     slot: packed (the GEMM reads compressed experts in their slot, if it can) or decoded.
     transfer: whole (all HOST experts of a layer are copied into its slot ahead of time) or on_demand (kernels read
     those that a token was routed to where they are, in pinned memory; nothing is prefetched, so nothing is in vain).
+    ahead: of files, where they come on demand, what the next layer is likely to lack comes in the disk's idle time.
     """
 
     packed: str = DEFAULT_COMPRESSED
     host: str = DENSE
     slot: str = "packed"
     transfer: str = "whole"
+    ahead: bool = False
 
 
 @dataclass(frozen=True, eq=False)

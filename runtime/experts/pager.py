@@ -321,7 +321,7 @@ class ExpertPager:
         return counted._replace(
             disk_bytes=counted.disk_bytes + cache.read_bytes,
             stall_ns=counted.stall_ns + cache.stall_ns,
-            transfer_ns=counted.transfer_ns + self.store.on_disk.busy_ns,
+            transfer_ns=counted.transfer_ns + self.store.on_disk.read_so_far()[1],
             cache_hits=cache.hits,
             cache_misses=cache.misses,
         )

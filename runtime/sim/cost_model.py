@@ -7,6 +7,8 @@ A layer's time is the sum of its parts, each the longer of its bytes over memory
     states          Gated DeltaNet: every sequence's state read and written
     experts         the expected number of distinct experts, E·(1 - (1 - k/E)^T), each in the format in which the GEMM
                     reads it; 6·H·I flops a token and chosen expert
+    files           of experts that come on demand, those that are used and not cached, but for what the disk reads
+                    ahead during the compute of a layer
     traffic         what loads write, and decoders read and write: a layer takes no less than all its bytes do
     all-reduce      two a layer where there are several devices: latency, and activations over the link
     launches        kernels of a layer, one after the other
@@ -22,6 +24,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from fluxmoe.kernels.formats import DECODE_ROWS, DENSE, FORMATS, decoded_at_once, fused_formats
 from fluxmoe.kernels.ops import ExpertDims, Limits
@@ -30,6 +33,7 @@ from fluxmoe.models.decoder import expert_dims, layer_dims
 
 from ..experts.layout import ExpertLayout
 from ..experts.placement import DEVICE_TIERS, Tier
+from ..experts.read_ahead import likeliest
 from ..hardware import HardwareProfile, ProfileError
 from ..serving.scheduler import Step
 
@@ -178,7 +182,8 @@ class CostModel:
 
     def bind(self, layout: ExpertLayout) -> list[Load]:
         """Take a layout; returns the loads of its layers."""
-        self._cached = layout.cached
+        self._cached, self._reads_ahead = layout.cached, layout.formats.ahead
+        self._file_bytes = layout.expert_bytes(layout.stored(Tier.DISK)) if layout.cached else 0
         layers = [self._layer(layer, layout) for layer in range(layout.num_layers)]
         self._reads = [reads for reads, _ in layers]
         return [load for _, load in layers]
@@ -265,7 +270,9 @@ class CostModel:
             seconds = gemm_s + half_layer
             seconds += share * reads.far / profile.kernel_host_bandwidth
             if reads.deep:
-                seconds += share * reads.deep * missed / (profile.disk_bandwidth / n)
+                # The layer before is like this one.
+                idle_s = before + seconds if self._reads_ahead else 0.0
+                seconds += self._waits_s(reads.deep * missed, share, idle_s)
             # Loads and decoders take what bandwidth the kernels leave; beyond it, they make the layer longer.
             busy = (moved + share * reads.near + decoded + reads.traffic) / bandwidth
             costs.append(LayerCost(before, max(seconds, busy - before)))
@@ -287,6 +294,14 @@ class CostModel:
         read_s = share * (dense / p.expert_share + reads.packed / p.packed_share) / bandwidth
         slow = reads.packed_experts / self.model.num_experts
         return max(read_s, work_s * ((1 - slow) / p.moe_flops_share + slow / p.packed_flops_share)), 0.0
+
+    def _waits_s(self, absent_bytes: float, chance: float, idle_s: float) -> float:
+        """Of a layer, for those of its absent experts that are used, each with `chance`; what comes in the `idle_s` of
+        its disk before is not waited for."""
+        rate = self.profile.disk_bandwidth / self.devices
+        absent = round(absent_bytes / self._file_bytes)
+        ahead = len(likeliest(np.full(absent, chance), self._file_bytes, idle_s * rate))
+        return chance * (absent_bytes - ahead * self._file_bytes) / rate
 
     def _all_reduce(self, tokens: int) -> float:
         payload = tokens * self.model.hidden_size * self.model.dtype.itemsize

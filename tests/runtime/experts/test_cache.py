@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from fluxmoe.kernels.ops import ExpertDims
-from fluxmoe.runtime.experts import cache as cache_module
 from fluxmoe.runtime.experts.cache import ExpertCache
 from fluxmoe.runtime.experts.cache_policies import (
     POLICIES,
@@ -27,6 +26,7 @@ from fluxmoe.runtime.experts.cache_policies import (
 from fluxmoe.runtime.experts.config import PagingConfig, SettingError
 from fluxmoe.runtime.experts.disk import StoreError
 from fluxmoe.runtime.experts.pager import ExpertPager
+from fluxmoe.runtime.experts.read_ahead import ReadAhead
 from fluxmoe.runtime.experts.recording import Recording, RecordingError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -122,24 +122,39 @@ def test_one_token_reads_what_it_was_routed_to_alone(expected):
         assert counters.disk_bytes == LAYERS * DIMS.top_k * UNIT
 
 
-def test_layers_that_every_pass_uses_whole_are_read_ahead(monkeypatch):
-    """With room for two layers of four, and the next one's experts on their way while a layer runs."""
-    with opened() as pager:
-        counts = (12,) * 60
-        ahead = []
-        real = cache_module.ExpertCache._read_ahead
+def test_what_layers_are_sure_to_lack_is_read_ahead_in_the_time_that_there_is(monkeypatch, expected):
+    """Two layers of four have room, and every pass uses nearly everything: with auto the next layer's experts come
+    while kernels run, on demand none does. Then batches become small."""
+    need, choose, chosen = ExpertCache.need, ReadAhead.choose, list[int]()
 
-        def noted(cache, layer, pinned):
-            before = len(cache._reads)
-            real(cache, layer, pinned)
-            ahead.append(len(cache._reads) - before)
+    def slow(*given):
+        time.sleep(0.002)  # kernels of tiny experts take no time
+        return need(*given)
 
-        monkeypatch.setattr(cache_module.ExpertCache, "_read_ahead", noted)
-        passes(pager, counts)
-        assert sum(ahead[: LAYERS * 10]) == 0
-        assert sum(ahead[-LAYERS * 10 :]) > 20
-        # Belady would keep what is not read: of a scan through 32 experts with 16 places, half.
-        assert pager.counters().disk_bytes < 60 * LAYERS * DIMS.experts * UNIT
+    def noted(*given):
+        found = choose(*given)
+        chosen.append(len(found))
+        return found
+
+    monkeypatch.setattr(ExpertCache, "need", slow)
+    monkeypatch.setattr(ReadAhead, "choose", noted)
+    results = {}
+    for transfer in ("auto", "on_demand"):
+        with opened(transfer=transfer) as pager:
+            results[transfer] = passes(pager, (12,) * 30 + (1,) * 30)
+            cache = cache_of(pager)
+            while any(not read.done() for pair in cache._reads.values() for read in pair):
+                time.sleep(0.001)
+            cache._settle()
+            counters, in_vain = pager.counters(), cache.ahead.unused_bytes
+            assert counters.disk_bytes == counters.cache_misses * UNIT + in_vain
+            assert in_vain <= 0.05 * counters.cache_misses * UNIT
+    assert all(torch.equal(a, b) for a, b in zip(*results.values(), strict=True))
+    assert in_vain == 0
+    # On demand nobody asks; the layer before small batches begin does not know of them yet.
+    assert len(chosen) == 60 * LAYERS
+    assert sum(chosen[: 30 * LAYERS]) > 20
+    assert sum(chosen[30 * LAYERS :]) == 0
 
 
 def test_a_failed_read_is_an_error_once_and_is_tried_again(monkeypatch, expected):

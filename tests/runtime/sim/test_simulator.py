@@ -309,3 +309,18 @@ def test_packed_experts_take_what_a_gpu_measured():
 def test_a_batch_with_many_rows_an_expert_needs_a_buffer_for_decoded_ones(batched, more):
     sizes = [SimExperts(expert_dims(MODEL), batched, 1, CostParameters(), names) for names in ((), ("planar12",))]
     assert sizes[1].workspace_bytes - sizes[0].workspace_bytes == pytest.approx(more, rel=0.05)
+
+
+def test_what_a_disk_reads_ahead_is_not_waited_for():
+    """Files on demand: with many sequences auto hides reads in compute, with one it has nothing to hide."""
+    model, profile = published_config("olmoe-1b-7b"), replace(PROFILE, disk_bandwidth=400e9)
+    common = dict[str, Any](model=model, profile=profile, placement="disk", kernels="torch", max_batch=64)
+    times = {}
+    for transfer in ("auto", "on_demand"):
+        for count in (1, 64):
+            steps, _, _ = run(requests(count), transfer=transfer, budget_bytes=5 << 30, **common)
+            fullest = max(steps, key=lambda step: step.decode_tokens)
+            assert fullest.decode_tokens == count
+            times[transfer, count] = fullest.duration_s
+    assert times["auto", 64] < 0.97 * times["on_demand", 64]
+    assert times["auto", 1] == pytest.approx(times["on_demand", 1])

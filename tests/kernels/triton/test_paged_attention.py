@@ -129,6 +129,13 @@ def test_splits_agree_with_one_another_and_empty_ones_add_nothing(num_splits, wi
     torch.testing.assert_close(got, run(b, num_splits=1), rtol=1e-5, atol=1e-6)
 
 
+def test_one_sequence_of_32768_in_the_shares_that_an_h100_takes():
+    splits = choose_num_splits(1, 1, 32768, 132)
+    assert splits == 64
+    b = batch([(32768, 1)], heads=2, kv_heads=1)
+    assert_matches(run(b, num_splits=splits), reference(b), torch.float32)
+
+
 def test_a_split_never_exceeds_the_context():
     """Graph of 5 splits, captured for long contexts, replayed on short ones: only the first share has work."""
     b = batch([(5, 1), (100, 1)])

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from fluxmoe.kernels.expert_table import ExpertTable
-from fluxmoe.kernels.formats import DENSE, FORMATS, fitting, fused_formats
+from fluxmoe.kernels.formats import DECODE_BYTES, DENSE, FORMATS, fitting, fused_formats
 from fluxmoe.kernels.launches import work_of
+from fluxmoe.kernels.triton.decoded import DecodedExperts
 from fluxmoe.kernels.triton.experts import TritonBlocks, TritonExperts
 from fluxmoe.kernels.triton.tiles import Tiles, TunedTable, read_tuned, tuned_tiles
 from fluxmoe.kernels.work import Work
@@ -45,8 +46,9 @@ from .timing import (
     time_providers,
 )
 
-# Whether packed experts are decoded before the GEMM, where the rule is not asked.
-_WAYS = {" in place": False, " decoded first": True}
+# Bytes of the buffer that packed experts are decoded to before the GEMM, where the rule is not asked; 0: none. What is
+# decoded into 24 MiB L2 may hold until it is read; 1 GiB takes a whole layer of most models at once.
+_WAYS = {" in place": 0, " decoded first": DECODE_BYTES} | {f" by {n} MiB": n << 20 for n in (24, 64, 1024)}
 _PACKED = [f"fluxmoe {name}{way}" for name in sorted(fused_formats("triton")) for way in ("", *_WAYS)]
 # Ours on dense experts, with one tile for all batches, and on experts in each format that the GEMM decodes.
 OURS = ("fluxmoe", "fluxmoe invariant", *_PACKED)
@@ -58,6 +60,11 @@ _DISTINCT = 8
 def format_of(provider: str) -> str:
     """The format of the experts that one of OURS is given."""
     return next((word for word in provider.split() if word in FORMATS), DENSE)
+
+
+def decode_room(provider: str) -> int | None:
+    """Bytes that one of OURS decodes packed experts to before the GEMM, 0: in place; None: by the rule."""
+    return next((room for way, room in _WAYS.items() if provider.endswith(way)), None)
 
 
 class Layer:
@@ -101,18 +108,21 @@ def cold_layers(shape: Shape, device: torch.device) -> list[Layer]:
 
 
 class Ours(TritonExperts):
-    """An engine's experts, in one format, for batches of `tokens`; tiles, decode_first: instead of its rules."""
+    """An engine's experts, in one format, for batches of `tokens`; tiles, room (`decode_room`): not by its rules."""
 
     def __init__(
         self, shape: Shape, tokens: int, device: torch.device, expert_format: str = DENSE, tiles: Tiles | None = None,
-        decode_first: bool | None = None, batch_invariant: bool = False,
+        room: int | None = None, batch_invariant: bool = False,
     ) -> None:  # fmt: skip
-        self.expert_format, self._given, self._decode_first = expert_format, tiles, decode_first
+        self.expert_format, self._given, self._room = expert_format, tiles, room
         super().__init__(shape.dims, tokens, device, batch_invariant=batch_invariant, formats=(expert_format,))
         self.tiles = self._tiles(tokens)
+        if room and self._decoded is not None:
+            self._decoded = DecodedExperts(shape.dims, device, room)
         self.out = torch.zeros(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
-        # For those who run the two products apart.
-        self.router, self.num_sms, rows = self._router, self._num_sms, tokens * shape.top_k
+        # For those who run the two products apart, or ask what was made.
+        self.router, self.num_sms, self.decoded = self._router, self._num_sms, self._decoded
+        rows = tokens * shape.top_k
         self.h, self.y = self._h[:rows], self._y[:rows]
 
     @classmethod
@@ -120,17 +130,17 @@ class Ours(TritonExperts):
         """One of OURS; tuned: tiles for dense experts, see `tuned_tiles`."""
         rows = shape.rows_per_expert(tokens)
         tiles = tuned_tiles(tuned, shape.hidden, shape.intermediate, rows) if provider == "fluxmoe" else None
-        first = next((first for way, first in _WAYS.items() if provider.endswith(way)), None)
-        return cls(shape, tokens, device, format_of(provider), tiles, first, provider == "fluxmoe invariant")
+        room, invariant = decode_room(provider), provider == "fluxmoe invariant"
+        return cls(shape, tokens, device, format_of(provider), tiles, room, invariant)
 
     def run(self, layer: Layer, x: Tensor, logits: Tensor) -> Tensor:
         """The layer's output, added to what `out` holds."""
         return self.moe_add(x, self.route(logits), page_of(layer.table(self.expert_format)), self.out)
 
     def _decodes(self, tokens: int) -> bool:
-        if self._decode_first is None:
+        if self._room is None:
             return super()._decodes(tokens)
-        return self._decode_first and self.expert_format != DENSE
+        return self._room > 0 and self.expert_format != DENSE
 
     def _tiles(self, tokens: int) -> Tiles:
         return self._given or super()._tiles(tokens)

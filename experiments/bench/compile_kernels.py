@@ -51,6 +51,8 @@ META = torch.device("meta")
 # (sequences that decode, (sequences, tokens) of prefills) of bench engine, a job each.
 ENGINE_PASSES = {"one": ((1,), ((1, 256),)), "many": ((16, 32), ()), "odd": ((24,), ()), "prefill": ((), ((8, 2048),))}
 _ENGINE, _CONTEXT, _BLOCK_SIZE = "gpu-short", 1024, 32
+# Of the steps that time a layer or attention.
+_SHAPE = "qwen3_30b"
 
 
 class Job(NamedTuple):
@@ -74,20 +76,18 @@ def jobs(tuned: Path | None, rehearse: bool) -> Iterator[Job]:
         return
     for tokens in (8192, 1024, 2048, 4096, 512):
         for provider in ("fluxmoe", "fluxmoe planar12 decoded first", "fluxmoe planar12 in place"):
-            yield Job(f"prefill {tokens} {provider}", partial(layer_point, "qwen3_30b", tokens, provider, None))
-    shapes = ("qwen3_30b", "mixtral")
-    providers = ("fluxmoe", "fluxmoe invariant", "fluxmoe planar12", "fluxmoe planar8")
-    for provider, shape in product(providers, shapes):
-        for tokens in (1, 2, 8, 32, 128, 512, 1024, 2048, 8192):
-            yield Job(f"layer {shape} {tokens} {provider}", partial(layer_point, shape, tokens, provider, tuned))
+            yield Job(f"prefill {tokens} {provider}", partial(layer_point, _SHAPE, tokens, provider, None))
+    for provider in ("fluxmoe", "fluxmoe planar12", "fluxmoe planar8"):
+        for tokens in (32, 1, 8, 128, 2, 4, 16, 64, 256, 1024, 8192):
+            yield Job(f"layer {tokens} {provider}", partial(layer_point, _SHAPE, tokens, provider, tuned))
+    for bound, part in product(tune.BOUNDS, range(4)):
+        yield Job(f"tiles {bound} {part}", partial(candidate_tiles, _SHAPE, bound, part))
     for packed, stage in product((True, False), ENGINE_PASSES):
         yield Job(f"engine {stage}{' packed' * packed}", partial(engine_passes, packed, *ENGINE_PASSES[stage]))
-    for bound, shape, part in product(tune.BOUNDS, shapes, range(4)):
-        yield Job(f"tiles {shape} {bound} {part}", partial(candidate_tiles, shape, bound, part))
-    for shape, sizes in product(shapes, ((1, 1, 4096), (32, 1, 4096), (128, 1, 4096), (1, 2048, 2048))):
-        yield Job(f"attention {shape} {sizes[0]} {sizes[1]}", partial(attention_point, shape, *sizes))
     for sequences, tokens in ((1, 1), (32, 1), (128, 1), (1, 512), (1, 2048)):
         yield Job(f"delta net {sequences} {tokens}", partial(delta_point, sequences, tokens))
+    for sizes in ((1, 1, 4096), (32, 1, 4096), (128, 1, 4096), (1, 1, 32768), (1, 2048, 2048), (1, 8192, 8192)):
+        yield Job(f"attention {' '.join(map(str, sizes))}", partial(attention_point, _SHAPE, *sizes))
     for name in compressed_formats():
         yield Job(f"decode {name}", partial(decode, name))
 

@@ -4,10 +4,10 @@
     fluxmoe bench tools --tool sanitizer --out results/measured/<gpu>/sanitizer
     fluxmoe bench tools --tool trace --out results/measured/<gpu>/trace --preset gpu-short
 
-ncu: memory and compute throughput, registers and occupancy of four kernels at points of serving. sanitizer: memory
-errors and races of the same kernels on small shapes. trace: experts stream while layers compute; how much of the copies
-from the host lies under kernels, from a trace that is kept (trace.json.gz, for ui.perfetto.dev). A tool that is not
-there is a row that says so. `kernels` runs the four kernels once, for the tools.
+ncu: memory and compute throughput, registers and occupancy of kernels at points of serving. sanitizer: memory errors
+and races of all of them on small shapes, a process a tool. trace: experts stream while layers compute; how much of the
+copies from the host lies under kernels, from a trace that is kept (trace.json.gz, for ui.perfetto.dev). A tool that is
+not there is a row that says so. `kernels` runs the kernels once, for the tools.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from pathlib import Path
 
 import torch
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, fused_formats
+from fluxmoe.kernels.triton.gate import GateWeights, norm_and_route
+from fluxmoe.kernels.triton.routing import Router
 from fluxmoe.runtime.memory.budget import parse_bytes
 
 from ..lib.args import option
@@ -37,12 +39,13 @@ from .attention import SHAPES as ATTENTION_SHAPES
 from .attention import make_case
 from .delta_net import DIMS, Case
 from .engine import Load, OpenEngine
-from .moe import Layer, Ours, router_logits
+from .moe import Layer, Ours, decode_room, format_of, router_logits
 from .shapes import SHAPES
 from .timing import GpuBench, require_gpu
 
 _FORMATS = (DENSE, *sorted(fused_formats("triton")))
-KERNELS = (*_FORMATS, "attention", "delta_net")
+DECODED = f"{DEFAULT_COMPRESSED} decoded first"
+KERNELS = (*_FORMATS, DECODED, "gate", "attention", "delta_net")
 METRICS = {
     "gpu__time_duration.sum": "duration",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
@@ -51,18 +54,24 @@ METRICS = {
     "launch__registers_per_thread": "registers",
 }
 # Which of the launches of each is meant.
-_NAMES = {**dict.fromkeys(_FORMATS, "_grouped_gemm_kernel"), "attention": "_decode_kernel",
-          "delta_net": "_recurrent_kernel"}  # fmt: skip
+_NAMES = {**dict.fromkeys(_FORMATS, "_grouped_gemm_kernel"), DECODED: "_decode_experts_kernel", "gate": "_gate_kernel",
+          "attention": "_decode_kernel", "delta_net": "_recurrent_kernel"}  # fmt: skip
 _FOLDERS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute", "/usr/local/cuda/compute-sanitizer")
 
 
 def run_kernel(name: str, device: torch.device, small: bool) -> None:
     """Launch one of KERNELS once, as serving does, or on the smallest shape."""
-    if name in _FORMATS:
-        shape, tokens = (SHAPES["tiny"], 3) if small else (SHAPES["qwen3_30b"], 32)
-        layer, ours = Layer(shape, device), Ours(shape, tokens, device, expert_format=name)
+    shape, tokens = (SHAPES["tiny"], 3) if small else (SHAPES["qwen3_30b"], 32)
+    if name in (*_FORMATS, DECODED):
+        layer = Layer(shape, device)
+        ours = Ours(shape, tokens, device, format_of(name), room=decode_room(name) or 0)
         x = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
         ours.run(layer, x, router_logits(shape, tokens, "uniform", 0, device))
+    elif name == "gate":
+        hidden = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
+        norm, matrix = torch.ones(shape.hidden, device=device), hidden.new_ones(shape.experts, shape.hidden)
+        router = Router(tokens, shape.experts, shape.top_k, True, device)
+        norm_and_route(hidden, GateWeights(norm, matrix, None), 1e-6, router, torch.empty_like(hidden), 16)
     elif name == "attention":
         sizes = ("tiny", 2, 1, 40) if small else ("qwen3_30b", 32, 1, 4096)
         make_case(ATTENTION_SHAPES[sizes[0]], *sizes[1:], device).ours()
@@ -82,14 +91,16 @@ def find_tool(name: str) -> str:
     return found
 
 
-def _ours(name: str, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "fluxmoe", "bench", "tools", "--tool", "kernels", "--only", name, *flags]
+def _ours(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "fluxmoe", "bench", "tools", "--tool", "kernels", *arguments]
 
 
 def ncu(name: str) -> dict[str, object]:
     """Columns: what Nsight Compute says of the kernel's first launch."""
     command = [find_tool("ncu"), "--csv", "--metrics", ",".join(METRICS), "--kernel-name", _NAMES[name]]
-    done = subprocess.run([*command, "--launch-count", "1", *_ours(name)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "--launch-count", "1", *_ours("--only", name)], capture_output=True, text=True, timeout=120
+    )
     columns = parse_ncu(done.stdout)
     if not columns:
         raise RuntimeError(f"ncu gave no metrics: {(done.stdout + done.stderr)[-300:]}")
@@ -108,9 +119,9 @@ def parse_ncu(output: str) -> dict[str, object]:
     }
 
 
-def sanitizer(name: str, tool: str) -> dict[str, object]:
-    """Columns of one of compute-sanitizer's tools on a small shape; WrongError if it finds anything."""
-    command = [find_tool("compute-sanitizer"), "--tool", tool, *_ours(name, "--small")]
+def sanitizer(tool: str) -> dict[str, object]:
+    """Columns of one of compute-sanitizer's tools on small shapes; WrongError if it finds anything."""
+    command = [find_tool("compute-sanitizer"), "--tool", tool, *_ours("--small")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", done.stdout + done.stderr)
     if not found:
@@ -173,9 +184,8 @@ def points(args: Arguments, device: torch.device) -> Iterable[tuple[dict, Callab
         for name in KERNELS:
             yield {"kernel": name}, partial(ncu, name)
     elif args.tool == "sanitizer":
-        for name in KERNELS:
-            for tool in ("memcheck", "racecheck"):
-                yield {"kernel": name, "tool": tool}, partial(sanitizer, name, tool)
+        for tool in ("memcheck", "racecheck"):
+            yield {"tool": tool}, partial(sanitizer, tool)
     else:
         for placement in args.placements:
             yield {"placement": placement}, partial(trace, args, placement, device)

@@ -253,9 +253,11 @@ def rehearse(out: Path) -> list[dict]:
 
 
 def list_steps(steps: Sequence[Step]) -> None:
+    until = 0.0
     for step in steps:
-        print(f"{step.minutes:5.2f} min  {step.name:<16} {' '.join(step.command.split())}")
-    print(f"{sum(step.minutes for step in steps):5.2f} min  in all")
+        until += step.minutes
+        print(f"{step.minutes:5.2f} min, done at {until:5.2f}  {step.name:<16} {' '.join(step.command.split())}")
+    print(f"{until:5.2f} min  in all")
 
 
 def rehearse_step(step: Step, root: Path) -> dict[str, object]:
@@ -283,11 +285,11 @@ def rehearse_group(group: str, root: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    minutes: float = option("stop in time for this", 25.0)
+    minutes: float = option("stop in time for this", 15.0)
     steps: tuple[str, ...] = option("(default: all)", (), choices=tuple(step.name for step in STEPS))
     resume: Path | None = option("results.tgz of an earlier call, unpacked first", None, metavar="TGZ")
     wheels: Path | None = option("wheels of packages that are not installed here", None, metavar="DIR")
-    list: bool = option("print the steps and their minutes", False)
+    list: bool = option("print the steps and their predicted minutes", False)
     rehearse: bool = option("no GPU: the smallest case of every step", False)
     group: str | None = option("rehearse a group of steps in this process", None, choices=GROUPS)
     out: Path | None = option("folder of the results", None, metavar="DIR")

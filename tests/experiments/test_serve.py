@@ -9,7 +9,7 @@ from typing import Any
 import fluxmoe.kernels.cpu
 import pytest
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
-from fluxmoe.experiments.lib.serve import compile_kernels, run
+from fluxmoe.experiments.lib.serve import compile_kernels, placed, run
 from fluxmoe.experiments.lib.workloads import Lengths, make_requests
 from fluxmoe.models.config import load_config
 from fluxmoe.runtime.serving.config import EngineConfig
@@ -50,3 +50,12 @@ def test_a_tiny_model_compiles_what_a_larger_one_needs(arch, settings, tmp_path)
     with Engine(model, config) as engine:
         run(engine, make_requests([Lengths(0.0, 20, 3)] * 5, sizes["vocab"], 0))
     assert compiled() == before
+
+
+def test_a_placements_name_says_share_format_and_transfer():
+    balanced = {"placement": "balanced", "alpha": 0.5, "expert_format": "planar12"}
+    assert placed("balanced:0.5+planar12") == balanced  # a flag's transfer stays
+    assert placed("balanced:0.5+planar12@on_demand") == balanced | {"transfer": "on_demand"}
+    for wrong in ("host@never", "host+zip", "host:all", "nowhere"):
+        with pytest.raises(ValueError, match="never|zip|all|nowhere"):
+            placed(wrong)

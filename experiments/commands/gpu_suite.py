@@ -330,7 +330,7 @@ def run(args: Arguments) -> None:
     site: Path | None = None
     if args.wheels:
         site = out / "site"
-        for line in archive.unpack_wheels(args.wheels, site):
+        for line in archive.install_wheels(args.wheels, site):
             print(line)
     suite = Suite(out, steps, site)
     suite.run_slice(60 * args.minutes - (time.monotonic() - begin), lambda: provenance("cuda", 0))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import subprocess
+import sys
 import tarfile
-import zipfile
 from collections.abc import Iterable
 from importlib.metadata import distributions
 from pathlib import Path, PurePosixPath
@@ -63,7 +64,9 @@ def unpack(archive: Path, folder: Path) -> None:
             for member in members:
                 if not (member.isfile() or member.isdir()):
                     raise UsageError(f"{archive} holds {member.name!r}, which is no plain file; nothing was unpacked")
-                _safe(archive, member.name)
+                path = PurePosixPath(member.name)
+                if path.is_absolute() or ".." in path.parts or "\\" in member.name or not path.parts:
+                    raise UsageError(f"{archive} holds {member.name!r}, outside of its folder; nothing was unpacked")
             for member in members:
                 if content := tar.extractfile(member):  # None for a folder
                     write_atomically(folder / member.name, content.read())
@@ -71,48 +74,24 @@ def unpack(archive: Path, folder: Path) -> None:
         raise UsageError(f"{archive} cannot be read as an archive of results: {error}") from None
 
 
-def _safe(archive: Path, name: str) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
-        raise UsageError(f"{archive} holds {name!r}, which would lie outside of its folder; nothing was unpacked")
-    return name
-
-
-def unpack_wheels(wheels: Path, site: Path) -> Iterable[str]:
-    """Unpack the wheels of a folder into `site`, for PYTHONPATH; one whose package is installed is left alone.
-
-    Yields a line for each. Needs no network and no pip: a wheel is a zip of what it installs.
-    """
+def install_wheels(wheels: Path, site: Path) -> Iterable[str]:
+    """Install the wheels of a folder into `site`, for PYTHONPATH, without network, but those that are here. Yields
+    a line for each; UsageError says what pip does not take."""
     found = sorted(wheels.glob("*.whl"))
     if not found:
         raise UsageError(f"{wheels} holds no wheels; put *.whl files there, or leave --wheels out")
-    installed = {_canonical(d.metadata["Name"]) for d in distributions()}
+    installed = {_canonical(each.metadata["Name"]) for each in distributions()}
     for wheel in found:
         name = _canonical(wheel.name.split("-")[0])
         if name in installed:
             yield f"{wheel.name}: {name} is installed here, and stays"
             continue
-        try:
-            with zipfile.ZipFile(wheel) as file:
-                members = file.infolist()
-                for member in members:
-                    _safe(wheel, member.filename)
-                for member in members:
-                    if not member.is_dir() and (target := _installed_at(member.filename)):
-                        write_atomically(site / target, file.read(member))
-        except (zipfile.BadZipFile, OSError) as error:
-            raise UsageError(f"{wheel} cannot be read as a wheel: {error}") from None
-        yield f"{wheel.name}: unpacked"
+        where = ["--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(site)]
+        done = subprocess.run([sys.executable, "-m", "pip", "install", *where, wheel], capture_output=True, text=True)
+        if done.returncode:
+            raise UsageError(f"{wheel} cannot be installed: {done.stderr.strip()}")
+        yield f"{wheel.name}: installed for the suite"
 
 
 def _canonical(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
-
-
-def _installed_at(member: str) -> str | None:
-    """Where a wheel's member belongs below site-packages; None for scripts, headers and data."""
-    first, _, rest = member.partition("/")
-    if not first.endswith(".data"):
-        return member
-    kind, _, path = rest.partition("/")
-    return path if kind in ("purelib", "platlib") else None

@@ -19,7 +19,7 @@ from fluxmoe.experiments.commands import gpu_suite
 from fluxmoe.experiments.commands.gpu_suite import STEPS, Step, Suite, run_process
 from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib import archive as gpu_archive
-from fluxmoe.experiments.lib.archive import pack, unpack, unpack_wheels
+from fluxmoe.experiments.lib.archive import install_wheels, pack, unpack
 from fluxmoe.experiments.lib.results import UsageError
 
 
@@ -228,23 +228,20 @@ def test_what_is_no_archive_is_one_error(content, tmp_path):
 
 def wheel(folder: Path, name: str, **files: str) -> None:
     folder.mkdir(exist_ok=True)
+    about = {"METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", "RECORD": "",
+             "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}  # fmt: skip
     with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as file:
-        for path, text in files.items():
+        for path, text in (files | {f"{name}-1.0.dist-info/{each}": text for each, text in about.items()}).items():
             file.writestr(path, text)
 
 
-def test_wheels_are_unpacked_behind_what_is_installed(tmp_path):
+def test_wheels_are_installed_behind_what_is_there(tmp_path):
     wheels, site = tmp_path / "wheels", tmp_path / "site"
-    wheel(wheels, "newpeer", **{
-        "newpeer/__init__.py": "ANSWER = 42", "newpeer-1.0.data/purelib/beside.py": "",
-        "newpeer-1.0.data/scripts/x": "",
-    })  # fmt: skip
+    wheel(wheels, "newpeer", **{"newpeer/__init__.py": "ANSWER = 42", "newpeer-1.0.data/purelib/beside.py": ""})
     wheel(wheels, "torch", **{"torch/__init__.py": "raise SystemExit"})
-    said = list(unpack_wheels(wheels, site))
-    assert ["unpacked" in line for line in said] == [True, False]
-    found = {path.relative_to(site).as_posix() for path in site.rglob("*.py")}
-    assert found == {"newpeer/__init__.py", "beside.py"}
-    assert not (site / "x").exists()
+    said = list(install_wheels(wheels, site))
+    assert ["installed for" in line for line in said] == [True, False]
+    assert {path.relative_to(site).as_posix() for path in site.rglob("*.py")} == {"newpeer/__init__.py", "beside.py"}
     suite = Suite(
         tmp_path / "out", [pretended("peer", "import newpeer; print(newpeer.ANSWER)", needs=("newpeer",))], site
     )
@@ -255,13 +252,13 @@ def test_wheels_that_cannot_be_taken_are_one_error(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(UsageError, match="holds no wheels"):
-        list(unpack_wheels(empty, tmp_path / "site"))
+        list(install_wheels(empty, tmp_path / "site"))
     wheel(tmp_path / "unsafe", "evil", **{"../outside.py": ""})
-    with pytest.raises(UsageError, match="outside of its folder"):
-        list(unpack_wheels(tmp_path / "unsafe", tmp_path / "site"))
+    with pytest.raises(UsageError, match="outside the target directory"):
+        list(install_wheels(tmp_path / "unsafe", tmp_path / "site"))
     (empty / "broken-1.0-py3-none-any.whl").write_text("no zip")
-    with pytest.raises(UsageError, match="cannot be read as a wheel"):
-        list(unpack_wheels(empty, tmp_path / "site"))
+    with pytest.raises(UsageError, match=r"broken.* cannot be installed"):
+        list(install_wheels(empty, tmp_path / "site"))
     assert not list(tmp_path.rglob("*.py"))
 
 

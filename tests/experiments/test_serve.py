@@ -57,5 +57,5 @@ def test_a_placements_name_says_share_format_and_transfer():
     assert placed("balanced:0.5+planar12") == balanced  # a flag's transfer stays
     assert placed("balanced:0.5+planar12@on_demand") == balanced | {"transfer": "on_demand"}
     for wrong in ("host@never", "host+zip", "host:all", "nowhere"):
-        with pytest.raises(ValueError, match="never|zip|all|nowhere"):
+        with pytest.raises(ValueError, match=r"never|zip|all|nowhere"):
             placed(wrong)

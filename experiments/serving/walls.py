@@ -57,6 +57,7 @@ from .versus import version_of
 NO_WALL = "none"
 LLAMA, VLLM = "llama.cpp", "vllm"
 HELD = ("base_bytes", "ledger_bytes", "mapped_experts", "rss_bytes", "peak_bytes", "wall_mapped_bytes")
+_VLLM_BLOCK = 128  # tokens of a KV block of vLLM's CPU build
 
 
 def wall_name(text: str) -> str:
@@ -187,7 +188,9 @@ def llama(args: Arguments, files: Files, setup: Setup) -> Start:
 
 def vllm(args: Arguments, files: Files, setup: Setup) -> Start:
     model, context = files.source.config, setup.context(args) + AHEAD
-    kv = setup.most * (context + 64) * model.kv_bytes_per_token + (1 << 20)  # in blocks of up to 64 tokens
+    # Whole blocks for every sequence, and the one that vLLM keeps for itself: with fewer some wait till others end.
+    blocks = setup.most * -(-context // _VLLM_BLOCK) + 1
+    kv = blocks * _VLLM_BLOCK * model.kv_bytes_per_token
     llm = {
         "model": str(files.source.weights.resolve()), "max_model_len": context, "max_num_seqs": setup.most,
         "max_num_batched_tokens": max(setup.most * args.prompt_tokens, context), "enforce_eager": args.eager,

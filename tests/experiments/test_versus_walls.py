@@ -7,6 +7,7 @@ import os
 import struct
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -224,6 +225,21 @@ def test_experts_that_are_mapped_count_as_held(monkeypatch, tmp_path):
     answers = walls.answers(asked, files, setup, lambda fence: peer, 512)  # type: ignore[arg-type,return-value]
     assert [answer["peak_bytes"] for _, answer in answers] == [12, 12]
     assert dropped == [tmp_path]
+
+
+@pytest.mark.parametrize("sequences", [1, 32, 64])
+@pytest.mark.parametrize(("prompt_tokens", "blocks_each"), [(32, 1), (99, 1), (100, 2)])
+def test_no_sequence_of_vllm_waits_for_kv(sequences, prompt_tokens, blocks_each, monkeypatch):
+    monkeypatch.setattr(walls, "WorkerPeer", lambda name, python, script, settings, **rest: settings["llm"])
+    args: Any = SimpleNamespace(
+        prompt_tokens=prompt_tokens, output_tokens=20, eager=False, vllm_python="python", patience=1.0
+    )
+    model = preset_config("olmoe-1b-7b")
+    files: Any = SimpleNamespace(source=SimpleNamespace(config=model, weights=Path("model")))
+    llm: Any = walls.vllm(args, files, walls.Setup("none", None, ((sequences,),)))(None)
+    # vLLM's CPU build has blocks of 128 tokens, gives a sequence whole ones and keeps one for itself.
+    assert llm["kv_cache_memory_bytes"] // (128 * model.kv_bytes_per_token) >= sequences * blocks_each + 1
+    assert llm["max_model_len"] == prompt_tokens + 1 + 20 + phases.AHEAD
 
 
 def test_files_are_read_past_the_page_cache(tmp_path):

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..ops import AttentionMetadata, KernelError, LayerDims, RopeTable
 from .gemm import LANES, Scratch, padded, zeros
 from .norm import rms_scale
-from .simd import exp_f32, fetch_add, float_bits, largest, round_bf16, round_row, store_u16, store_u32
+from .simd import FEW, exp_f32, fetch_add, float_bits, largest, round_bf16, round_row, store_u16, store_u32
 from .tile import BF16_DOT, DOT_ROWS, FP32, MAX_ROWS, gemm_tile, kind_of
 
 _NORMS = {"none": 0, "head": 1, "full": 2}
@@ -67,14 +67,14 @@ def _normalise(row, weight, eps):
         row[i] = row[i] * scale * weight[i]
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _prepare_qkv(
-    qkv, heads, kv_heads, dim, norm, q_weight, k_weight, eps, clip, positions, slots, cos, sin, k_cache, v_cache,
-    k_block_bytes, v_block_bytes, block_size, bf16,
+@njit(nogil=True, cache=True)
+def _prepare_tokens(
+    first, last, qkv, heads, kv_heads, dim, norm, q_weight, k_weight, eps, clip, positions, slots, cos, sin, k_cache,
+    v_cache, k_block_bytes, v_block_bytes, block_size, bf16,
 ):  # fmt: skip
     q_size, kv_size = heads * dim, kv_heads * dim
     v_panels = (dim + 15) // 16
-    for t in prange(qkv.shape[0]):
+    for t in range(first, last):
         row = qkv[t]
         q, k, v = row[:q_size], row[q_size : q_size + kv_size], row[q_size + kv_size : q_size + 2 * kv_size]
         if norm == 2:
@@ -101,6 +101,24 @@ def _prepare_qkv(
             for d in range(dim):
                 place = ((h * v_panels + d // 16) * block_size + offset) * 16 + d % 16
                 _store(v_block, place, v[h * dim + d], bf16)
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _prepare_qkv(
+    qkv, heads, kv_heads, dim, norm, q_weight, k_weight, eps, clip, positions, slots, cos, sin, k_cache, v_cache,
+    k_block_bytes, v_block_bytes, block_size, bf16,
+):  # fmt: skip
+    if qkv.size <= FEW:
+        _prepare_tokens(
+            0, qkv.shape[0], qkv, heads, kv_heads, dim, norm, q_weight, k_weight, eps, clip, positions, slots, cos, sin,
+            k_cache, v_cache, k_block_bytes, v_block_bytes, block_size, bf16,
+        )  # fmt: skip
+    else:
+        for t in prange(qkv.shape[0]):
+            _prepare_tokens(
+                t, t + 1, qkv, heads, kv_heads, dim, norm, q_weight, k_weight, eps, clip, positions, slots, cos, sin,
+                k_cache, v_cache, k_block_bytes, v_block_bytes, block_size, bf16,
+            )  # fmt: skip
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})

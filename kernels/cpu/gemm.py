@@ -21,9 +21,9 @@ from torch import Tensor
 from .simd import LANES, fetch_add, round_row
 from .tile import BF16_DOT, FP32, gemm_panel, kind_of
 
-# Weight bytes of a task. A thread that goes elsewhere in memory begins with nothing fetched ahead: 41 GB/s in tasks of
-# 64 KiB, 45 of 1 MiB (two Zen 5 cores, a plain read 49); but all threads must end at about the same time.
-_LEAST_TASK_BYTES, _MOST_TASK_BYTES, _TASKS_PER_THREAD = 64 * 1024, 1024 * 1024, 32
+# Weight bytes of a task. A thread that goes elsewhere in memory begins with nothing fetched ahead, and what was fetched
+# beyond its last task is another's: 41 GB/s in tasks of 64 KiB, 45 of 1 MiB (two Zen 5 cores, a plain read 49).
+_LEAST_TASK_BYTES, _MOST_TASK_BYTES = 64 * 1024, 1024 * 1024
 
 
 def padded(n: int) -> int:
@@ -61,10 +61,17 @@ def restore(block: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
 
 
 @njit(nogil=True, cache=True)
-def panels_per_task(panel_bytes, panels, threads):
-    """How many panels are claimed at once, of all that are to be read."""
-    task_bytes = panels * panel_bytes // (threads * _TASKS_PER_THREAD)
-    return max(1, min(max(task_bytes, _LEAST_TASK_BYTES), _MOST_TASK_BYTES) // panel_bytes)
+def tasks_of(panels, panel_bytes, threads):
+    """int64 [tasks + 1]: the first panel of each task, and all of them. What is left is halved for each thread, and
+    half of that is a task, so that the last, which decide how long threads wait for one another, are the smallest."""
+    least, most = max(1, _LEAST_TASK_BYTES // panel_bytes), max(1, _MOST_TASK_BYTES // panel_bytes)
+    first = np.empty(panels + 1, np.int64)
+    first[0] = count = 0
+    while first[count] < panels:
+        left = panels - first[count]
+        first[count + 1] = first[count] + min(left, most, max(least, left // (2 * threads)))
+        count += 1
+    return first[: count + 1]
 
 
 @njit(nogil=True, cache=True)
@@ -81,6 +88,15 @@ def round_rows(x, x_stride, rows, columns, out, out_stride):
         round_row(x + r * x_stride, out + r * out_stride, columns)
 
 
+@njit(nogil=True, cache=True)
+def _multiply(weight, kind, depth, first, last, x_rows, rows, y, y_stride):
+    """The panels first … last - 1 of a weight."""
+    panel_bytes = depth * 16 * (4 if kind == FP32 else 2)
+    for p in range(first, last):
+        this = weight + p * panel_bytes
+        gemm_panel(this, kind, x_rows, rows, depth, this + panel_bytes, y + p * 64, y_stride)
+
+
 @njit(parallel=True, nogil=True, cache=True)
 def _linear(
     weight, kind, depth, panels, x, x_stride, rows, rounded, y, y_stride, row_table, counter, threads
@@ -90,20 +106,20 @@ def _linear(
         fill_rows(row_table, rounded, 2 * depth, rows)
     else:
         fill_rows(row_table, x, x_stride, rows)
-    panel_bytes = depth * 16 * (4 if kind == FP32 else 2)
-    per_task = panels_per_task(panel_bytes, panels, threads)
-    tasks = (panels + per_task - 1) // per_task
+    first_panel = tasks_of(panels, depth * 16 * (4 if kind == FP32 else 2), threads)
+    tasks = first_panel.shape[0] - 1
     counter[0] = 0
     claim = counter.ctypes.data
     table = row_table.ctypes.data
-    for _ in prange(threads):
-        while True:
-            task = fetch_add(claim)
-            if task >= tasks:
-                break
-            for p in range(task * per_task, min(panels, (task + 1) * per_task)):
-                this = weight + p * panel_bytes
-                gemm_panel(this, kind, table, rows, depth, this + panel_bytes, y + p * 64, y_stride)
+    if tasks == 1:
+        _multiply(weight, kind, depth, 0, panels, table, rows, y, y_stride)
+    else:
+        for _ in prange(threads):
+            while True:
+                task = fetch_add(claim)
+                if task >= tasks:
+                    break
+                _multiply(weight, kind, depth, first_panel[task], first_panel[task + 1], table, rows, y, y_stride)
 
 
 def linear(x: Tensor, weight: Tensor, n: int, kind: int, y: Tensor, scratch: Scratch) -> Tensor:

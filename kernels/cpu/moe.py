@@ -35,9 +35,9 @@ from ..expert_table import ExpertTable
 from ..formats import FORMATS
 from ..ops import KernelError
 from . import gemm
-from .gemm import LANES, Scratch, fill_rows, padded, panels_per_task, round_rows, zeros
+from .gemm import LANES, Scratch, fill_rows, padded, round_rows, tasks_of, zeros
 from .planar_tile import planar_panel
-from .simd import copy_16, exp_f32, fetch_add, round_16
+from .simd import FEW, copy_16, exp_f32, fetch_add, round_16
 from .tile import BF16_DOT, FP32, gemm_panel, kind_of, x_dtype
 
 _PLANAR12 = FORMATS["planar12"].number
@@ -99,8 +99,12 @@ def _top_k_of_token(logits, top_k, renormalise, ids, weights):
 
 @njit(parallel=True, nogil=True, cache=True)
 def _top_k(logits, top_k, renormalise, topk_ids, topk_weights):
-    for t in prange(logits.shape[0]):
-        _top_k_of_token(logits[t], top_k, renormalise, topk_ids[t], topk_weights[t])
+    if logits.size * top_k <= FEW:
+        for t in range(logits.shape[0]):
+            _top_k_of_token(logits[t], top_k, renormalise, topk_ids[t], topk_weights[t])
+    else:
+        for t in prange(logits.shape[0]):
+            _top_k_of_token(logits[t], top_k, renormalise, topk_ids[t], topk_weights[t])
 
 
 @njit(nogil=True, cache=True)
@@ -142,13 +146,15 @@ def _expert_panel(block, planar, panel, panels, panel_bytes, kind, x_rows, rows,
 
 
 @njit(nogil=True, cache=True)
-def _count_busy(expert_start, chosen):
-    """How many of the chosen experts have rows."""
-    busy = 0
+def _busy(expert_start, chosen):
+    """int64: those of the chosen experts that have rows."""
+    busy = np.empty(chosen.shape[0], np.int64)
+    count = 0
     for e in range(chosen.shape[0]):
         if chosen[e] and expert_start[e] < expert_start[e + 1]:
-            busy += 1
-    return busy
+            busy[count] = e
+            count += 1
+    return busy[:count]
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -156,17 +162,15 @@ def _gate_up(
     table, formats, chosen, kind, hidden, panels, x, x_stride, tokens, rounded, row_token, expert_start, activation,
     act_stride, row_table, tiles, rooms, counter, threads,
 ):  # fmt: skip
-    experts = expert_start.shape[0] - 1
     if kind == BF16_DOT:
         round_rows(x, x_stride, tokens, hidden, rounded, 2 * hidden)
         x, x_stride = rounded, 2 * hidden
-    for r in range(expert_start[experts]):
+    for r in range(expert_start[-1]):
         row_table[r] = x + row_token[r] * x_stride
     panel_bytes = hidden * 16 * (4 if kind == FP32 else 2)
     act_panel_bytes = 16 * (2 if kind == BF16_DOT else 4)
-    busy = _count_busy(expert_start, chosen)
-    per_task = panels_per_task(2 * panel_bytes, busy * panels, threads)
-    groups = (panels + per_task - 1) // per_task
+    busy = _busy(expert_start, chosen)
+    first_panel = tasks_of(busy.shape[0] * panels, 2 * panel_bytes, threads)
     counter[0] = 0
     claim = counter.ctypes.data
     rows_base = row_table.ctypes.data
@@ -175,15 +179,12 @@ def _gate_up(
         gate, up, room = tiles[thread, 0], tiles[thread, 1], rooms[thread].ctypes.data
         while True:
             task = fetch_add(claim)
-            if task >= experts * groups:
+            if task >= first_panel.shape[0] - 1:
                 break
-            expert = task // groups
-            first, last = expert_start[expert], expert_start[expert + 1]
-            if first == last or not chosen[expert]:
-                continue
-            group = task % groups
-            planar = formats[expert, 0] == _PLANAR12
-            for p in range(group * per_task, min(panels, (group + 1) * per_task)):
+            for at in range(first_panel[task], first_panel[task + 1]):
+                expert, p = busy[at // panels], at % panels
+                first, last = expert_start[expert], expert_start[expert + 1]
+                planar = formats[expert, 0] == _PLANAR12
                 for begin in range(first, last, chunk):
                     count = min(chunk, last - begin)
                     rows_at = rows_base + 8 * begin
@@ -211,11 +212,10 @@ def _down(
     table, formats, chosen, kind, depth, panels, activation, act_stride, expert_start, out, out_stride, row_table,
     rooms, counter, threads,
 ):  # fmt: skip
-    experts = expert_start.shape[0] - 1
-    fill_rows(row_table, activation, act_stride, expert_start[experts])
+    fill_rows(row_table, activation, act_stride, expert_start[-1])
     panel_bytes = depth * 16 * (4 if kind == FP32 else 2)
-    per_task = panels_per_task(panel_bytes, _count_busy(expert_start, chosen) * panels, threads)
-    groups = (panels + per_task - 1) // per_task
+    busy = _busy(expert_start, chosen)
+    first_panel = tasks_of(busy.shape[0] * panels, panel_bytes, threads)
     counter[0] = 0
     claim = counter.ctypes.data
     rows_base = row_table.ctypes.data
@@ -223,33 +223,39 @@ def _down(
         room = rooms[thread].ctypes.data
         while True:
             task = fetch_add(claim)
-            if task >= experts * groups:
+            if task >= first_panel.shape[0] - 1:
                 break
-            expert = task // groups
-            first, last = expert_start[expert], expert_start[expert + 1]
-            if first == last or not chosen[expert]:
-                continue
-            group = task % groups
-            planar = formats[expert, 1] == _PLANAR12
-            for p in range(group * per_task, min(panels, (group + 1) * per_task)):
+            for at in range(first_panel[task], first_panel[task + 1]):
+                expert, p = busy[at // panels], at % panels
+                first, last = expert_start[expert], expert_start[expert + 1]
+                planar = formats[expert, 1] == _PLANAR12
                 _expert_panel(
                     table[expert, 1], planar, p, panels, panel_bytes, kind, rows_base + 8 * first, last - first, depth,
                     room, out + first * out_stride + p * 64, out_stride,
                 )  # fmt: skip
 
 
+@njit(nogil=True, cache=True)
+def _combine_token(expert_out, weights, rows, residual, out):
+    total = np.zeros(out.shape[0], np.float32)
+    for choice in range(rows.shape[0]):
+        if rows[choice] >= 0:
+            weight, row = weights[choice], expert_out[rows[choice]]
+            for h in range(out.shape[0]):
+                total[h] += weight * row[h]
+    for h in range(out.shape[0]):
+        out[h] = residual[h] + total[h]
+
+
 @njit(parallel=True, nogil=True, cache=True)
 def _combine(expert_out, topk_weights, row_of, residual, out):
     tokens, top_k = row_of.shape
-    hidden = out.shape[1]
-    for t in prange(tokens):
-        for h in range(hidden):
-            total = types.float32(0.0)
-            for choice in range(top_k):
-                row = row_of[t, choice]
-                if row >= 0:
-                    total += topk_weights[t, choice] * expert_out[row, h]
-            out[t, h] = residual[t, h] + total
+    if out.size * top_k <= FEW:
+        for t in range(tokens):
+            _combine_token(expert_out, topk_weights[t], row_of[t], residual[t], out[t])
+    else:
+        for t in prange(tokens):
+            _combine_token(expert_out, topk_weights[t], row_of[t], residual[t], out[t])
 
 
 def _array(*shape: int, dtype: torch.dtype = torch.float32) -> np.ndarray:

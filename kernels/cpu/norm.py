@@ -5,6 +5,8 @@ from __future__ import annotations
 from numba import njit, prange, types
 from torch import Tensor
 
+from .simd import FEW
+
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
 def rms_scale(row, eps):
@@ -15,12 +17,21 @@ def rms_scale(row, eps):
     return types.float32(1.0) / types.float32((total / types.float32(row.shape[0]) + eps) ** 0.5)
 
 
+@njit(nogil=True, cache=True)
+def _norm_row(x, weight, eps, out):
+    scale = rms_scale(x, eps)
+    for h in range(x.shape[0]):
+        out[h] = x[h] * scale * weight[h]
+
+
 @njit(parallel=True, nogil=True, cache=True)
 def _rms_norm(x, weight, eps, out):
-    for t in prange(x.shape[0]):
-        scale = rms_scale(x[t], eps)
-        for h in range(x.shape[1]):
-            out[t, h] = x[t, h] * scale * weight[h]
+    if x.size <= FEW:
+        for t in range(x.shape[0]):
+            _norm_row(x[t], weight, eps, out[t])
+    else:
+        for t in prange(x.shape[0]):
+            _norm_row(x[t], weight, eps, out[t])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:

@@ -15,14 +15,24 @@ from ..ops import AttentionMetadata, DeltaNetWeights, DenseMlp, KernelError, Lay
 from . import attention as attn
 from . import delta_net, gates, gemm
 from .norm import rms_norm
+from .simd import FEW
 from .tile import kind_of
+
+
+@njit(nogil=True, cache=True)
+def _add_row(a, b, out):
+    for h in range(a.shape[0]):
+        out[h] = a[h] + b[h]
 
 
 @njit(parallel=True, nogil=True, cache=True)
 def _add(a, b, out):
-    for t in prange(a.shape[0]):
-        for h in range(a.shape[1]):
-            out[t, h] = a[t, h] + b[t, h]
+    if a.size <= FEW:
+        for t in range(a.shape[0]):
+            _add_row(a[t], b[t], out[t])
+    else:
+        for t in prange(a.shape[0]):
+            _add_row(a[t], b[t], out[t])
 
 
 class CpuOps:

@@ -15,6 +15,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
+# Elements that one thread passes over sooner than it wakes another.
+FEW = 16 * 1024
 
 F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 VEC_F32 = ir.VectorType(F32, LANES)

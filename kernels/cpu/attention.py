@@ -18,13 +18,15 @@ rows are few, a task takes several KV heads, which lie side by side in a block: 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numba import njit, prange, types
 from torch import Tensor
 
 from ..ops import AttentionMetadata, KernelError, LayerDims, RopeTable
-from .gemm import LANES, Scratch, padded, zeros
+from .gemm import LANES, Scratch, padded
 from .norm import rms_scale
 from .simd import FEW, exp_f32, fetch_add, float_bits, largest, round_bf16, round_row, store_u16, store_u32
 from .tile import BF16_DOT, DOT_ROWS, FP32, MAX_ROWS, gemm_tile, kind_of
@@ -225,6 +227,18 @@ def _attention(
                         out[first_token + token, column + d] = result[h * rows + r, d] * inverse[h * rows + r]
 
 
+class _Arrays(NamedTuple):
+    """tasks: int64 [tasks, 5], sequence, first row (a query head of a token), rows, first KV head, the one behind the
+    last; the others as in AttentionMetadata."""
+
+    tasks: np.ndarray
+    query_start: np.ndarray
+    context_lens: np.ndarray
+    block_table: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+
+
 class AttentionBuffers:
     """Per-thread scratch: as many query rows as a tile has, their scores over `max_context` positions, their output."""
 
@@ -232,24 +246,26 @@ class AttentionBuffers:
         rows = DOT_ROWS if kind_of(dtype) == BF16_DOT else MAX_ROWS
         # A sliding window starts anywhere in a block, hence one block more than the context.
         positions = (-(-max_context // block_size) + 1) * block_size
-        self.q = zeros(threads, rows, head_dim)
-        self.scores = zeros(threads, rows, positions)
-        self.out = zeros(threads, rows, padded(head_dim))
-        self.row_tables = zeros(threads, 8, dtype=torch.int64)
-        self._tasks: tuple[AttentionMetadata, np.ndarray] | None = None
+        self.q, self.scores, self.out = (
+            np.zeros((threads, rows, width), np.float32) for width in (head_dim, positions, padded(head_dim))
+        )
+        self.row_tables = np.zeros((threads, 8), np.int64)
+        self._known: tuple[AttentionMetadata, _Arrays] | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
 
-    def tasks(self, metadata: AttentionMetadata, heads: int, kv_heads: int) -> np.ndarray:
-        """int64 [tasks, 5]: sequence, first row, rows, first KV head, the one behind the last; the same in all layers.
+    def arrays(self, metadata: AttentionMetadata, heads: int, kv_heads: int) -> _Arrays:
+        """Of a pass, the same in all layers."""
+        if self._known is None or self._known[0] is not metadata:
+            m = metadata
+            tensors = m.query_start, m.context_lens, m.block_table, m.positions, m.slot_mapping
+            self._known = m, _Arrays(self._tasks(m, heads, kv_heads), *(tensor.numpy() for tensor in tensors))
+        return self._known[1]
 
-        A row is a query head of a token. All rows of a task fit this scratch, and there are four tasks a thread where
-        there are as many heads.
-        """
-        if self._tasks is not None and self._tasks[0] is metadata:
-            return self._tasks[1]
+    def _tasks(self, metadata: AttentionMetadata, heads: int, kv_heads: int) -> np.ndarray:
+        """All rows of a task fit this scratch, and there are four tasks a thread where there are as many heads."""
         threads, most, _ = self.q.shape
         all_rows = np.diff(metadata.query_start.numpy()).astype(np.int64) * (heads // kv_heads)
         tiles = -(-all_rows // most)
@@ -261,8 +277,7 @@ class AttentionBuffers:
         tile = np.repeat(np.arange(len(sequence)), shares)
         share = np.arange(len(tile)) - np.repeat(np.cumsum(shares) - shares, shares)
         bounds = [(share + i) * kv_heads // shares[tile] for i in (0, 1)]
-        self._tasks = metadata, np.stack([sequence[tile], first[tile], rows[tile], *bounds], axis=1)
-        return self._tasks[1]
+        return np.stack([sequence[tile], first[tile], rows[tile], *bounds], axis=1)
 
 
 def attention(
@@ -277,19 +292,19 @@ def attention(
     [T, heads·D].
     """
     sizes = qkv.numpy(), dims.heads, dims.kv_heads, dims.head_dim
+    batch = buffers.arrays(metadata, dims.heads, dims.kv_heads)
     norms = (_NO_WEIGHT if weight is None else weight.numpy() for weight in (q_norm, k_norm))
     caches = (
         k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride(0) * k_cache.itemsize,
         v_cache.stride(0) * v_cache.itemsize, metadata.block_size,
     )  # fmt: skip
     _prepare_qkv(
-        *sizes, _NORMS[dims.qk_norm], *norms, dims.eps, dims.clip_qkv, metadata.positions.numpy(),
-        metadata.slot_mapping.numpy(), rope.cos.numpy(), rope.sin.numpy(), *caches, k_cache.dtype == torch.bfloat16,
+        *sizes, _NORMS[dims.qk_norm], *norms, dims.eps, dims.clip_qkv, batch.positions, batch.slots,
+        rope.cos.numpy(), rope.sin.numpy(), *caches, k_cache.dtype == torch.bfloat16,
     )  # fmt: skip
     _attention(
-        *sizes, np.float32(dims.head_dim**-0.5), dims.window, buffers.tasks(metadata, dims.heads, dims.kv_heads),
-        metadata.query_start.numpy(), metadata.context_lens.numpy(), metadata.block_table.numpy(), *caches,
-        kind_of(k_cache.dtype), out.numpy(), buffers.q.numpy(), buffers.scores.numpy(), buffers.out.numpy(),
-        buffers.row_tables.numpy(), scratch.counter, scratch.threads,
+        *sizes, np.float32(dims.head_dim**-0.5), dims.window, batch.tasks, batch.query_start, batch.context_lens,
+        batch.block_table, *caches, kind_of(k_cache.dtype), out.numpy(), buffers.q, buffers.scores, buffers.out,
+        buffers.row_tables, scratch.counter, scratch.threads,
     )  # fmt: skip
     return out

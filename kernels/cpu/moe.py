@@ -209,8 +209,8 @@ def _gate_up(
 
 @njit(parallel=True, nogil=True, cache=True)
 def _down(
-    table, formats, chosen, kind, depth, panels, activation, act_stride, expert_start, out, out_stride, row_table,
-    rooms, counter, threads,
+    table, formats, chosen, kind, depth, panels, activation, act_stride, expert_start, out, row_table, rooms, counter,
+    threads,
 ):  # fmt: skip
     fill_rows(row_table, activation, act_stride, expert_start[-1])
     panel_bytes = depth * 16 * (4 if kind == FP32 else 2)
@@ -231,7 +231,7 @@ def _down(
                 planar = formats[expert, 1] == _PLANAR12
                 _expert_panel(
                     table[expert, 1], planar, p, panels, panel_bytes, kind, rows_base + 8 * first, last - first, depth,
-                    room, out + first * out_stride + p * 64, out_stride,
+                    room, out.ctypes.data + first * out.strides[0] + p * 64, out.strides[0],
                 )  # fmt: skip
 
 
@@ -356,8 +356,7 @@ def down(
     _down(
         *table.arrays, b.all if chosen is None else chosen.numpy(), kind_of(dtype), intermediate,
         b.expert_out.shape[1] // LANES, b.activation.data_ptr(), b.activation.stride(0) * b.activation.itemsize,
-        routing.expert_start, b.expert_out.ctypes.data, b.expert_out.strides[0], s.row_table, b.rooms, s.counter,
-        s.threads,
+        routing.expert_start, b.expert_out, s.row_table, b.rooms, s.counter, s.threads,
     )  # fmt: skip
 
 

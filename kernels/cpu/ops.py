@@ -73,6 +73,7 @@ class CpuOps:
             self._buffers["delta_in"] = gemm.zeros(tokens, pad(dims.delta.projected))
             self._buffers["delta_mixed"] = gemm.zeros(tokens, dims.delta.channels)
             self._buffers["delta_out"] = gemm.zeros(tokens, dims.delta.value_size)
+        self._views: dict[str, Tensor] = {}
         # Temporaries of torch's own: embedded tokens before they are upcast, the rows that are sampled from.
         transient = tokens * dims.hidden * dims.dtype.itemsize + limits.sequences * dims.hidden * 4
         self.workspace_bytes = (
@@ -99,10 +100,10 @@ class CpuOps:
         """token_ids int64 [T], table: arranged [vocab, H] (so that tied embeddings are stored once) → fp32 [T, H]."""
         panels = table.block.view(table.dtype).view(-1, table.k, gemm.LANES)
         rows = panels[token_ids // gemm.LANES, :, token_ids % gemm.LANES]
-        return self._buffers["hidden"][: len(token_ids)].copy_(rows)
+        return self._rows("hidden", len(token_ids)).copy_(rows)
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight, self.dims.eps, self._buffers["normed"][: len(x)])
+        return rms_norm(x, weight, self.dims.eps, self._rows("normed", x.shape[0]))
 
     def qkv(self, x: Tensor, weight: Linear) -> Tensor:
         """[T, H] → [T, (heads + 2·kv_heads)·D]: q, k, v side by side."""
@@ -115,7 +116,7 @@ class CpuOps:
         """QK-norm, RoPE, KV write, then causal attention over the paged context: [T, heads·D]."""
         return attn.attention(
             self.dims, qkv, q_norm, k_norm, rope, metadata, k_cache, v_cache,
-            self._buffers["attended"][: len(qkv)], self._attention, self._scratch,
+            self._rows("attended", qkv.shape[0]), self._attention, self._scratch,
         )  # fmt: skip
 
     def gate_attention(self, attended: Tensor, x: Tensor, weight: Linear) -> Tensor:
@@ -158,7 +159,14 @@ class CpuOps:
 
     def _linear(self, x: Tensor, weight: Linear, name: str, exact: bool = False) -> Tensor:
         kind = kind_of(weight.dtype, exact)
-        y = gemm.linear(x, weight.block, weight.n, kind, self._buffers[name][: len(x)], self._scratch)
+        y = gemm.linear(x, weight.block, weight.n, kind, self._rows(name, x.shape[0]), self._scratch)
         if weight.bias is not None:
             y += weight.bias
         return y
+
+    def _rows(self, name: str, count: int) -> Tensor:
+        """The first rows of a buffer: the same view while their number is the same."""
+        view = self._views.get(name)
+        if view is None or view.shape[0] != count:
+            view = self._views[name] = self._buffers[name][:count]
+        return view

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from fluxmoe.kernels.cpu import gates, gemm, simd, tile
@@ -240,8 +241,8 @@ def test_block_size_must_fit_the_vector():
 @pytest.mark.parametrize("mlp", [0, 17])
 def test_workspace_is_what_is_held(mlp):
     ops = CpuOps(replace(DIMS, mlp=mlp), LIMITS)
-    of_attention = [value for value in vars(ops._attention).values() if isinstance(value, torch.Tensor)]
-    held: list[torch.Tensor] = [*ops._buffers.values(), *of_attention]
+    of_attention = [value for value in vars(ops._attention).values() if isinstance(value, np.ndarray)]
+    held: list[torch.Tensor | np.ndarray] = [*ops._buffers.values(), *of_attention]
     scratch = ops._scratch
     arrays = scratch.counter.nbytes + scratch.row_table.nbytes + scratch.rounded.nbytes
     transient = 64 * 48 * 4 + 8 * 48 * 4  # embedded tokens, sampled rows

@@ -227,6 +227,27 @@ def _attention(
                         out[first_token + token, column + d] = result[h * rows + r, d] * inverse[h * rows + r]
 
 
+@njit(nogil=True, cache=True)
+def _tasks(query_start, group, kv_heads, most, threads):
+    """Tasks of at most `most` rows, four a thread where there are as many heads; see _Arrays."""
+    tiles = 0
+    for b in range(query_start.shape[0] - 1):
+        tiles += ((query_start[b + 1] - query_start[b]) * group + most - 1) // most
+    most_heads = max(1, tiles * kv_heads // (4 * threads))
+    tasks = np.empty((tiles * kv_heads, 5), np.int64)
+    count = 0
+    for b in range(query_start.shape[0] - 1):
+        all_rows = (query_start[b + 1] - query_start[b]) * group
+        for first in range(0, all_rows, most):
+            rows = min(most, all_rows - first)
+            shares = (kv_heads + min(most // rows, most_heads) - 1) // min(most // rows, most_heads)
+            for share in range(shares):
+                tasks[count, :3] = b, first, rows
+                tasks[count, 3:] = share * kv_heads // shares, (share + 1) * kv_heads // shares
+                count += 1
+    return tasks[:count]
+
+
 class _Arrays(NamedTuple):
     """tasks: int64 [tasks, 5], sequence, first row (a query head of a token), rows, first KV head, the one behind the
     last; the others as in AttentionMetadata."""
@@ -261,23 +282,10 @@ class AttentionBuffers:
         if self._known is None or self._known[0] is not metadata:
             m = metadata
             tensors = m.query_start, m.context_lens, m.block_table, m.positions, m.slot_mapping
-            self._known = m, _Arrays(self._tasks(m, heads, kv_heads), *(tensor.numpy() for tensor in tensors))
+            arrays = [tensor.numpy() for tensor in tensors]
+            threads, most, _ = self.q.shape
+            self._known = m, _Arrays(_tasks(arrays[0], heads // kv_heads, kv_heads, most, threads), *arrays)
         return self._known[1]
-
-    def _tasks(self, metadata: AttentionMetadata, heads: int, kv_heads: int) -> np.ndarray:
-        """All rows of a task fit this scratch, and there are four tasks a thread where there are as many heads."""
-        threads, most, _ = self.q.shape
-        all_rows = np.diff(metadata.query_start.numpy()).astype(np.int64) * (heads // kv_heads)
-        tiles = -(-all_rows // most)
-        sequence = np.repeat(np.arange(len(tiles)), tiles)
-        first = (np.arange(len(sequence)) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * most
-        rows = np.minimum(most, all_rows[sequence] - first)
-        heads_each = np.clip(most // rows, 1, max(1, len(sequence) * kv_heads // (4 * threads)))
-        shares = -(-kv_heads // heads_each)
-        tile = np.repeat(np.arange(len(sequence)), shares)
-        share = np.arange(len(tile)) - np.repeat(np.cumsum(shares) - shares, shares)
-        bounds = [(share + i) * kv_heads // shares[tile] for i in (0, 1)]
-        return np.stack([sequence[tile], first[tile], rows[tile], *bounds], axis=1)
 
 
 def attention(

@@ -43,7 +43,7 @@ class PlaneBlocks:
         packed = self.codec.encode(matrix)
         if packed.is_raw or packed.block_bytes > out.numel():
             shape, name = list(matrix.shape), self.codec.name
-            fine = ", their low mantissa bits are not zero," if self.codec.lost_bits else ""
+            fine = " their low mantissa bits are not zero," if self.codec.lost_bits else ""
             raise KernelError(
                 f"expert weights of shape {shape} do not fit format {name}: they are too small,{fine} "
                 "or their exponents spread wider than those of trained weights; use the dense format"

@@ -8,10 +8,10 @@ Hugging Face and vLLM: temperature, then top-k (ties with the k-th stay), then t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .request import SamplingParams
@@ -29,13 +29,12 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], steps: Sequence[int
     if not params:
         return []
     # max passes NaN on, so the check costs B numbers and not a second pass over B · vocab.
-    largest, tokens = logits.max(dim=-1)
-    broken = (~torch.isfinite(largest)).nonzero().flatten().tolist()
+    largest, chosen = (each.tolist() for each in logits.max(dim=-1))
+    broken = {row: value for row, value in enumerate(largest) if not math.isfinite(value)}
     assert not broken, (
-        f"logits of rows {broken} have the largest value {largest[broken].tolist()}: "
+        f"logits of rows {list(broken)} have the largest value {list(broken.values())}: "
         "NaN or inf in the forward pass, e.g. a weight slot read before it was loaded"
     )
-    chosen = tokens.tolist()
     for row, (p, step) in enumerate(zip(params, steps, strict=True)):
         if not p.greedy:
             chosen[row] = _sample_row(logits[row], p, uniform(p.seed, step))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from fluxmoe.experiments.commands import figures, reproduce
 from fluxmoe.experiments.commands.gpu_suite import STEPS
-from fluxmoe.experiments.commands.main import arguments, call
+from fluxmoe.experiments.commands.main import COMMANDS, arguments, call
 from fluxmoe.experiments.lib.args import parse
 from fluxmoe.experiments.lib.models import published_source as load_published
 from fluxmoe.experiments.lib.results import UsageError, write_csv, write_json
@@ -29,14 +30,15 @@ RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
 def test_every_run_and_step_is_a_command_line_that_is_taken(tmp_path):
-    runs = reproduce.read_runs()
+    runs, gone = reproduce.read_runs(), tomllib.loads(reproduce.RUNS.read_text())["gone"]
     for run in runs.values():
         arguments(run.argv(tmp_path, RESULTS, "cpu-epyc-zen3-2core", {"vllm": "python", "llama": "python"}))
     assert len({run.out for run in runs.values() if run.name not in ("profile", "gpu_suite")}) == len(runs) - 2
     for folder in (path.parent.relative_to(RESULTS) for path in RESULTS.rglob("provenance.json")):
         here = folder.parts[1]
         of_the_gpu_suite = {f"measured/{here}/{step.name}" for step in STEPS}
-        assert folder.as_posix() in {run.folder(here) for run in runs.values()} | of_the_gpu_suite
+        assert folder.as_posix() in {run.folder(here) for run in runs.values()} | of_the_gpu_suite | gone.keys()
+    assert set(gone.values()) <= COMMANDS.keys()
 
 
 @pytest.fixture

@@ -247,3 +247,15 @@ def test_workspace_is_what_is_held(mlp):
     arrays = scratch.counter.nbytes + scratch.row_table.nbytes + scratch.rounded.nbytes
     transient = 64 * 48 * 4 + 8 * 48 * 4  # embedded tokens, sampled rows
     assert ops.workspace_bytes == sum(t.nbytes for t in held) + arrays + transient
+
+
+@pytest.mark.parametrize("panels", [0, 1, 3, 64, 1000])
+@pytest.mark.parametrize("panel_bytes", [512, 16 << 10, 3 << 20])
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_tasks_have_every_panel_once_and_shrink(panels, panel_bytes, threads):
+    first = gemm.tasks_of(panels, panel_bytes, threads)
+    sizes = np.diff(first)
+    assert (first[0], first[-1]) == (0, panels)
+    assert (sizes > 0).all()
+    assert (np.diff(sizes) <= 0).all()
+    assert all(size * panel_bytes <= 1 << 20 or size == 1 for size in sizes)

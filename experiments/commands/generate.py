@@ -22,7 +22,7 @@ from ..lib import wall
 from ..lib.args import group, number_of_bytes, option
 from ..lib.effects import Setup, served_on
 from ..lib.results import UsageError, load_json, output_file, provenance, write_atomically, write_csv, write_json
-from ..lib.serve import compile_kernels
+from ..lib.serve import compile_kernels, require_wall
 from ..lib.tokenizer import Tokenizer
 
 
@@ -126,6 +126,8 @@ def serve(args: Arguments) -> dict:
         args.settings, max_context=max(lengths), min_kv_tokens=min(lengths), progress=sys.stderr.isatty()
     )
     with Engine(args.model, settings) as engine:
+        if engine.packs_into is not None:
+            print(f"packed experts into {engine.packs_into}, once: the next start reads them there", file=sys.stderr)
         if args.trace:
             warm_up = args.sampling.params(min(2, args.max_new_tokens))
             engine.start_trace(Request(tuple(prompts[0]), warm_up))
@@ -170,6 +172,7 @@ def serve(args: Arguments) -> dict:
 def serve_walled(args: Arguments, limit: int) -> dict:
     """The same in a process behind a wall of `limit` bytes, with the most that it held."""
     wall.check()
+    require_wall(limit)
     config = load_config(args.model)
     if resolve_device(args.engine.device).type == "cpu":
         if sys.stderr.isatty():

@@ -7,13 +7,15 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fluxmoe.kernels.formats import FORMATS
 from fluxmoe.models.config import ModelConfig
+from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.experts.placement import IN_FILES, Tier, place
-from fluxmoe.runtime.memory.budget import BudgetError
+from fluxmoe.runtime.memory.budget import BudgetError, format_bytes
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.loop import StepMetrics, summarise
@@ -21,6 +23,7 @@ from fluxmoe.runtime.serving.request import Request
 from fluxmoe.runtime.sim.cost_model import CostParameters
 from fluxmoe.runtime.sim.simulator import SimEngine
 
+from . import wall
 from .args import option
 from .checkpoints import make_checkpoint
 from .machines import Machine
@@ -48,12 +51,12 @@ def run(engine: Engine | SimEngine, requests: Sequence[Request], watch: Watch | 
         steps.append(step)
     outputs, totals = [handle.output for handle in handles], summarise(steps)
     tokens = [tuple(output.token_ids) for output in outputs]
-    generated, wall = sum(map(len, tokens)), totals["wall_s"]
+    generated, wall_s = sum(map(len, tokens)), totals["wall_s"]
     prompts = sum(len(request.prompt_ids) for request in requests)
     layout = engine.deployment.layout
     row = {
-        "status": "ok", "reason": "", "tokens_per_s": generated / wall if wall else 0.0,
-        "total_tokens_per_s": (generated + prompts) / wall if wall else 0.0, **totals, "requests": len(requests),
+        "status": "ok", "reason": "", "tokens_per_s": generated / wall_s if wall_s else 0.0,
+        "total_tokens_per_s": (generated + prompts) / wall_s if wall_s else 0.0, **totals, "requests": len(requests),
         "refused": sum(output.finish_reason == "refused" for output in outputs), "generated_tokens": generated,
         "kv_blocks": engine.scheduler.most_blocks, "max_sequences": engine.deployment.max_sequences,
         "hidden_share": 1 - totals["stall_s"] / totals["transfer_s"] if totals["transfer_s"] else None,
@@ -75,6 +78,33 @@ def serve(
         served = run(engine, requests, watch)
         placed = {"alpha": engine.placement.alpha, "kv_tokens": engine.scheduler.most_blocks * settings.block_size}
     return served._replace(row=placed | served.row)
+
+
+def require_wall(limit: int) -> None:
+    """BudgetError unless a wall of `limit` bytes leaves something beside the interpreter and its slack."""
+    if limit >= 1 << 30:
+        return
+    least = _interpreter_bytes() + HOST.slack_bytes
+    if limit < least:
+        error = BudgetError(
+            f"a wall of {format_bytes(limit)} is too small for the interpreter, its libraries and their slack, which "
+            f"take {format_bytes(least)}: give more than that"
+        )
+        error.least = least
+        raise error
+
+
+@cache
+def _interpreter_bytes() -> int:
+    """What a fresh process takes that has all it needs to serve, but no engine."""
+    taken = wall.call(HOST.total_bytes(), _taken).value
+    assert taken is not None, "a wall is made on Linux, which says what a process takes"
+    return taken
+
+
+def _taken() -> int | None:
+    """Asked here, where the imports of this module are made before."""
+    return HOST.taken_bytes()
 
 
 def held(engine: Engine, base: int) -> dict[str, int]:

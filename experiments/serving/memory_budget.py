@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,17 @@ from ..lib.effects import Setup, setups_of
 from ..lib.machines import SWEPT, Machine, MachineChoice
 from ..lib.models import PRESETS, ModelChoice, Source
 from ..lib.results import UsageError
-from ..lib.serve import compile_kernels, held, placed, placement_names, row, serve, short_requests, warm_up
+from ..lib.serve import (
+    compile_kernels,
+    held,
+    placed,
+    placement_names,
+    require_wall,
+    row,
+    serve,
+    short_requests,
+    warm_up,
+)  # fmt: skip
 from ..lib.sweep import Sweep, in_turns
 from ..lib.workloads import Lengths, Workload, make_requests
 from ..plots.serving import plot_memory_budget
@@ -137,30 +147,10 @@ def walled_row(
     limit: int, machine: Machine, source: Source, settings: EngineConfig, lengths: list[Lengths], seed: int
 ) -> dict[str, Any]:
     """The row of a point whose process has `limit` bytes in all. KilledError if the kernel ended it."""
-    least = _interpreter_bytes() + HOST.slack_bytes
-    if limit < least:
-        error = BudgetError(
-            f"a wall of {format_bytes(limit)} is too small for the interpreter, its libraries and their slack, which "
-            f"take {format_bytes(least)}: give more than that"
-        )
-        error.least = least
-        raise error
+    require_wall(limit)
     inside = limit, machine, source, settings, lengths, seed
     answer = wall.call(limit, _row_inside, *inside, files=[source.weights])
     return {**answer.value, "wall_peak_bytes": answer.peak_bytes + answer.value.get("wall_mapped_bytes", 0)}
-
-
-@cache
-def _interpreter_bytes() -> int:
-    """What a fresh process takes that has all it needs to serve, but no engine."""
-    taken = wall.call(HOST.total_bytes(), _taken).value
-    assert taken is not None, "a wall is made on Linux, which says what a process takes"
-    return taken
-
-
-def _taken() -> int | None:
-    """Asked here, where the imports of this module are made before."""
-    return HOST.taken_bytes()
 
 
 def _row_inside(

@@ -37,6 +37,7 @@ from fluxmoe.models.decoder import expert_dims
 from fluxmoe.models.packed import PackedExperts
 from fluxmoe.runtime.experts.placement import IN_FILES
 from fluxmoe.runtime.memory.budget import format_bytes, parse_bytes
+from fluxmoe.runtime.serving.config import EngineConfig
 
 from ..commands.pack_checkpoint import pack_checkpoint
 from ..lib import wall
@@ -47,7 +48,7 @@ from ..lib.machines import Machine
 from ..lib.models import ModelChoice, Source
 from ..lib.page_cache import drop_cached
 from ..lib.results import UsageError, values_by
-from ..lib.serve import placed, placement_name
+from ..lib.serve import compile_kernels, placed, placement_name
 from ..lib.sweep import Sweep
 from ..plots.walls import plot_walls
 from .engines import RefusedError, WorkerPeer
@@ -352,6 +353,9 @@ def run(args: Arguments) -> None:
         VLLM: version_of(args.vllm_python, {}, "vllm") if args.vllm_python else None,
     }
     files = prepare(args)
+    if any(setup.limit is not None for setup in setups):
+        for name in args.placements:  # outside of any wall: it takes memory that no ledger has
+            compile_kernels(files.source.config, EngineConfig(**placed(name)))
     asked = {name: getattr(args, name) for name in ("prompt_tokens", "output_tokens", "seconds", "eager")}
     made = asked | {"versions": versions}
     model = files.source.config

@@ -110,7 +110,11 @@ class Engine(ServingLoop):
         self.pool = kind.make_slabs(*self.deployment.pool_shape, poison=config.poison)
         resources.callback(self.pager.close)
         files = self._files_of_blocks(checkpoint, resources)
-        self.pager.open(self.pool if self.deployment.slab_bytes else None, *self._disk_folder(checkpoint), files)
+        folder, content = self._disk_folder(checkpoint)
+        self.pager.open(self.pool if self.deployment.slab_bytes else None, folder, content, files)
+        packs = any(self.pager.wants(*where) for where in np.argwhere(self.tiers == Tier.DISK).tolist())
+        # Where this start packs experts of the disk tier for the next; None where they are there, or nowhere kept.
+        self.packs_into = folder if packs else None
         host_blocks = most_blocks if config.preemption == "swap" else 0
         self.kv = PagedKVCache(
             self.deployment.kv_layout, self.pool, host_blocks, pin=host_blocks > 0 and kind.asynchronous
@@ -177,7 +181,8 @@ class Engine(ServingLoop):
         decoder = Decoder(self.model, self.ops, context)
         pager, rank = self.pager, {layer: i for i, layer in enumerate(self.model.moe_layers)}
         wanted = [(i, e) for i in range(len(rank)) for e in range(self.model.num_experts) if pager.wants(i, e)]
-        progress = tqdm(total=len(wanted), desc="experts", disable=not self.config.progress, leave=False, unit="expert")
+        what = f"experts, into {self.packs_into}" if self.packs_into else "experts"
+        progress = tqdm(total=len(wanted), desc=what, disable=not self.config.progress, leave=False, unit="expert")
         with ExitStack() as loading:
             loading.enter_context(progress)
             if files is not None:

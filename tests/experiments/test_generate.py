@@ -210,6 +210,18 @@ def test_formats_that_cannot_move_are_one_line(model_dir, error_of):
     assert "without disk" in error_of("generate", "--model", model_dir, "--prompt", "x", *COMMON, *moving)
 
 
+def test_experts_are_packed_for_the_disk_tier_once(model_dir, tmp_path, capsys):
+    model, common = shutil.copytree(model_dir, tmp_path / "m"), ("--prompt", "a", *COMMON, "--placement", "disk")
+    run("--model", model, *common)
+    [folder] = model.glob("fluxmoe-*")
+    assert f"packed experts into {folder}, once" in capsys.readouterr().err
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert times
+    run("--model", model, *common)
+    assert "packed" not in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+
+
 def test_a_wall_changes_no_token_and_a_small_one_is_one_line(model_dir, tmp_path, error_of, capsys):
     try:
         wall.check()
@@ -223,5 +235,5 @@ def test_a_wall_changes_no_token_and_a_small_one_is_one_line(model_dir, tmp_path
     assert walled["provenance"]["command"] == free["provenance"]["command"]
     assert walled["memory_check"]["ledger_bytes"] < walled["wall"]["peak_bytes"] < walled["wall"]["bytes"] == 10**9
     assert "of 953.7 MiB, of which" in capsys.readouterr().out
-    assert "killed by its wall of 19.07 MiB" in error_of("generate", *common, "--wall", "20MB")
+    assert "19.07 MiB is too small for the interpreter" in error_of("generate", *common, "--wall", "20MB")
     assert "is no number of bytes" in error_of("generate", *common, "--wall", "all")

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -20,7 +21,8 @@ def drop_cached(paths: Sequence[Path]) -> None:
     for path in files_of(paths):
         file = os.open(path, os.O_RDONLY)
         try:
-            os.fdatasync(file)
+            with suppress(OSError):  # some file systems that are only read know no such call
+                os.fdatasync(file)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:

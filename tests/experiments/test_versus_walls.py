@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -23,6 +24,7 @@ from fluxmoe.experiments.lib.models import preset_config
 from fluxmoe.experiments.lib.page_cache import cached_bytes, drop_cached
 from fluxmoe.experiments.lib.results import UsageError, read_csv
 from fluxmoe.experiments.serving import phases, walls
+from fluxmoe.runtime.memory import machine
 from safetensors.torch import load_file
 
 SIZES = dict[str, Any](
@@ -240,6 +242,18 @@ def test_no_sequence_of_vllm_waits_for_kv(sequences, prompt_tokens, blocks_each,
     # vLLM's CPU build has blocks of 128 tokens, gives a sequence whole ones and keeps one for itself.
     assert llm["kv_cache_memory_bytes"] // (128 * model.kv_bytes_per_token) >= sequences * blocks_each + 1
     assert llm["max_model_len"] == prompt_tokens + 1 + 20 + phases.AHEAD
+
+
+def test_files_of_a_file_system_that_is_only_read_are_dropped_too(tmp_path, monkeypatch):
+    def refused(file):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    drop_cached([tmp_path])
+    (tmp_path / "file").read_bytes()
+    monkeypatch.setattr(os, "fdatasync", refused)
+    drop_cached([tmp_path])
+    assert cached_bytes(tmp_path / "file") == 0 or machine.lies_in_memory(tmp_path)
 
 
 def test_files_are_read_past_the_page_cache(tmp_path):

@@ -52,7 +52,7 @@ def main() -> None:
         settings = '{"fluxmoe": {"placement": "disk", "host_format": "planar12"}}'
         ours = ["--quantization", "fluxmoe", "--additional-config", settings]
         with Server(model, Path(scratch, "fluxmoe.log"), *arguments, *ours, FLUXMOE_DISK_DIR=scratch) as server:
-            print("\n".join([*spoken(server, "[paged_model.py"), *spoken(server, "KV cache size")]))
+            print("\n".join([*spoken(server, "[paged_model.py"), *spoken(server, "KV cache of")]))
             body = {"model": "model", "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
             print(f"\n{PROMPT} …{server.post('/v1/completions', body)['choices'][0]['text']}")
         print("\n".join(spoken(server, "loads brought")))

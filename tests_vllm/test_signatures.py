@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 from fluxmoe.runtime.vllm.config import FluxMoEConfig
-from fluxmoe.runtime.vllm.features import check_features
+from fluxmoe.runtime.vllm.features import FeatureError, check_features
 from fluxmoe.runtime.vllm.method import FluxMoEMethod
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe import MoERunner
@@ -161,8 +161,18 @@ def test_a_layer_on_a_gpu_is_one_operation_of_vllms(monkeypatch):
     assert runner._select_forward() is torch.ops.vllm.moe_forward
 
 
-def test_what_is_refused_is_looked_for_where_it_is(monkeypatch):
-    """On a configuration of vLLM's own, with all as vLLM has it by default but the model."""
+@pytest.mark.parametrize(
+    ("part", "field", "value", "sentence"),
+    [
+        ("parallel_config", "enable_dbo", True, "--enable-dbo"),
+        ("parallel_config", "enable_eplb", True, "--enable-eplb"),
+        ("parallel_config", "data_parallel_size", 2, "--data-parallel-size"),
+        ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
+    ],
+)
+def test_what_is_refused_is_looked_for_where_it_is(monkeypatch, part, field, value, sentence):
+    """What vLLM's build for the CPU refuses before us, on a configuration of its own with all else by default but the
+    model; see test_refused.py for the rest."""
     config = VllmConfig()
 
     class Model:
@@ -170,3 +180,6 @@ def test_what_is_refused_is_looked_for_where_it_is(monkeypatch):
 
     monkeypatch.setattr(config, "model_config", Model)
     check_features(config)
+    monkeypatch.setattr(getattr(config, part), field, value)
+    with pytest.raises(FeatureError, match=sentence):
+        check_features(config)

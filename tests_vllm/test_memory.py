@@ -1,4 +1,4 @@
-"""How much KV cache vLLM has, with us and without, in one memory: what we say of the other against the other itself."""
+"""Memory inside vLLM: what we say of its KV cache without us against vLLM without us, and what loading takes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from fluxmoe.runtime.vllm.paged_model import PagedModel
 
 from .conftest import fluxmoe, fluxmoe_command, prompts
-from .engines import share
+from .engines import ask, share
 
 # 302 MB of experts, so that what we say could be wrong by more than it may be.
 SIZES = ["--layers", "4", "--experts", "32", "--top-k", "4", "--hidden", "512", "--moe-intermediate", "768"]
@@ -36,10 +37,15 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Run]:
+def model(tmp_path_factory) -> str:
+    out = str(tmp_path_factory.mktemp("memory") / "model")
+    fluxmoe_command("make-checkpoint", "--arch", "qwen3_moe", "--out", out, *SIZES)
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(model) -> dict[str, Run]:
     """Engines with one memory, each in a process of its own, since what a process once took counts."""
-    model = str(tmp_path_factory.mktemp("kv") / "model")
-    fluxmoe_command("make-checkpoint", "--arch", "qwen3_moe", "--out", model, *SIZES)
     alike = {"model": model, "enforce_eager": True, "kv_cache_memory_bytes": None}
     alike |= {"gpu_memory_utilization": share(2 << 30)}
 
@@ -69,3 +75,34 @@ def test_the_line_at_start_says_how_much_there_is_with_us_and_without(runs, plac
     having, without = (int(number.replace(",", "")) for number in line.groups())
     assert having == runs[place].kv_tokens
     assert abs(without - runs["vllm"].kv_tokens) * TOKEN_BYTES < ERROR_BYTES
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process but for files: those of a checkpoint are mapped while it is loaded."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) << 10  # type: ignore[index]
+
+
+def test_experts_are_never_whole_while_they_are_loaded(model, monkeypatch):
+    """Each goes to its file as soon as it is there: 128 of 2.25 MiB take less than a quarter of a layer's."""
+    held: list[int] = []
+    put = PagedModel.put
+
+    def measured(*args) -> None:
+        held.append(anonymous_bytes())
+        put(*args)
+        held.append(anonymous_bytes())
+
+    monkeypatch.setattr(PagedModel, "put", measured)
+    ask(
+        [
+            {
+                "llm": {"model": model, "enforce_eager": True} | fluxmoe(placement="disk"),
+                "prompts": [[5]],
+                "new_tokens": 1,
+            }
+        ]
+    )
+    assert len(held) == 2 * 4 * 32
+    opened = held[1]  # the first opens the pager
+    assert max(held) - opened < 8 * 3 * 512 * 768 * 2

@@ -9,16 +9,21 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+import xxhash
 from fluxmoe.kernels.host_memory import PAGE
 from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.experts.disk import READERS
 
-_BLOCK = 8 << 20
+_BLOCKS = (8 << 20,)
 
 
-def read_rate(paths: Sequence[Path], seconds: float = 1.5, direct: bool = True) -> float | None:
-    """Bytes/s of READERS reads of 8 MiB at a time, at random places of files. direct: past the page cache; None where
-    there are no such reads."""
+def read_rate(
+    paths: Sequence[Path], seconds: float = 1.5, direct: bool = True, sizes: Sequence[int] = _BLOCKS, busy: bool = False
+) -> float | None:
+    """Bytes/s of READERS reads at a time, of `sizes` by chance, at random places of files. direct: past the page cache;
+    None where there are no such reads. busy: what is read is summed up, as experts are, while products keep all cores
+    busy."""
     try:
         files = [os.open(path, os.O_RDONLY | (getattr(os, "O_DIRECT", 0) if direct else 0)) for path in paths]
     except OSError:
@@ -26,16 +31,23 @@ def read_rate(paths: Sequence[Path], seconds: float = 1.5, direct: bool = True) 
     until, begin = time.perf_counter() + seconds, time.perf_counter()
 
     def read(seed: int) -> int:
-        rng, buffer, got = random.Random(seed), HOST.empty(_BLOCK).numpy(), 0
+        rng, buffer, got = random.Random(seed), HOST.empty(max(sizes)).numpy(), 0
         while not got or time.perf_counter() < until:
-            file = rng.choice(files)
-            at = rng.randrange(max(1, os.fstat(file).st_size - _BLOCK)) // PAGE * PAGE
-            got += os.preadv(file, [buffer.data], at)
+            file, part = rng.choice(files), buffer[: rng.choice(sizes)].data
+            at = rng.randrange(max(1, os.fstat(file).st_size - len(part))) // PAGE * PAGE
+            got += os.preadv(file, [part], at)
+            if busy:
+                xxhash.xxh3_64_intdigest(part)
         return got
 
+    factor = torch.ones(512, 512, device="cpu")
+    product = torch.empty_like(factor)
     try:
         with ThreadPoolExecutor(READERS) as readers:
-            total = sum(readers.map(read, range(READERS)))
+            reads = [readers.submit(read, seed) for seed in range(READERS)]
+            while busy and time.perf_counter() < until:
+                torch.mm(factor, factor, out=product)
+            total = sum(each.result() for each in reads)
     except OSError:
         return None
     finally:

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from fluxmoe.kernels.expert_blocks import blocks_of
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE
+from fluxmoe.kernels.packing.expert_file import pages
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import expert_dims
@@ -249,10 +250,12 @@ def answers(
 
 
 class Bounds(NamedTuple):
-    """Tokens/s that a disk allows. rate: bytes/s of it, None where that cannot be told."""
+    """Tokens/s that a disk allows. rate: bytes/s of it in requests of experts' sizes, None where that cannot be told;
+    busy_rate: where these are summed up while products keep all cores busy."""
 
     model: ModelConfig
     rate: float | None
+    busy_rate: float | None = None
 
     def expert_bytes(self, provider: str) -> int:
         """Of an expert in the format in which `provider` has it."""
@@ -285,8 +288,9 @@ def row(answer: Mapping[str, Any], provider: str, setup: Setup, args: Arguments,
         "decode_tokens": tokens, "read_bytes_per_token": read, "bound_tokens_per_s": bound,
         "share_of_bound": bound and rate / bound,
         "uniform_bound_tokens_per_s": bounds.uniform(expert_bytes, setup.limit, batch),
-        "disk_bytes_per_s": bounds.rate, "start_s": answer["start_s"], "cache_bytes": answer.get("expert_cache"),
-        "kv_bytes": answer.get("kv_cache"), **{name: answer.get(name) for name in HELD},
+        "disk_bytes_per_s": bounds.rate, "busy_disk_bytes_per_s": bounds.busy_rate, "start_s": answer["start_s"],
+        "cache_bytes": answer.get("expert_cache"), "kv_bytes": answer.get("kv_cache"),
+        **{name: answer.get(name) for name in HELD},
     }  # fmt: skip
     if "prefill_s" in answer:
         prompt = len(answer["first_tokens"]) * args.prompt_tokens
@@ -359,6 +363,7 @@ def run(args: Arguments) -> None:
     asked = {name: getattr(args, name) for name in ("prompt_tokens", "output_tokens", "seconds", "eager")}
     made = asked | {"versions": versions}
     model = files.source.config
+    sizes = list(map(pages, blocks_of("cpu", expert_dims(model)).expert_bytes(DEFAULT_COMPRESSED)))
     facts = {
         **asked, "peers": versions, "page_cache": "the model's files are dropped from it before each start",
         "arch": model.arch, "weights_bytes": model.non_expert_bytes + model.expert_bytes_total,
@@ -366,7 +371,8 @@ def run(args: Arguments) -> None:
     with Sweep.serving(args.out, "versus walls", Machine("cpu"), files.source, made, facts, "rows.csv") as sweep:
         taken = Turns(args, files, sweep, args.rounds * sum(len(turns(args, files, setup)) for setup in setups))
         for number in range(args.rounds):
-            bounds = Bounds(model, read_rate(sorted(files.packed.glob("*.flux"))))
+            rates = (read_rate(sorted(files.packed.glob("*.flux")), sizes=sizes, busy=busy) for busy in (False, True))
+            bounds = Bounds(model, *rates)
             for setup in setups:
                 taken.round(number, setup, bounds)
         report(sweep.rows, args.walls)

@@ -22,8 +22,9 @@ from torch import Tensor
 from ..memory.budget import format_bytes
 from ..memory.machine import lies_in_memory
 
-# Reads in flight. A disk that gives 1.1 GB/s to one read of 8 MiB at a time gives 2.35 GB/s to four.
-READERS = 4
+# Reads in flight. A disk that gives 1.1 GB/s to one read of 8 MiB at a time gives 2.35 GB/s to four; and what is read
+# waits for a core to sum it up, most of all beside kernels, so that with four the disk would wait too: LOG.md.
+READERS = 8
 # Written experts that may be lost with a crash, and must be packed again.
 _UNCOMMITTED_BYTES = 256 << 20
 

@@ -261,8 +261,9 @@ def test_files_are_read_past_the_page_cache(tmp_path):
     path.write_bytes(bytes(9 << 20))
     assert cached_bytes(path) == 9 << 20
     drop_cached([path])
-    rate = read_rate([path], seconds=0.05)
-    assert rate is None or rate > 0
+    for busy in (False, True):
+        rate = read_rate([path], seconds=0.05, sizes=(4096, 1 << 20), busy=busy)
+        assert rate is None or rate > 0
     assert read_rate([tmp_path / "missing"]) is None
 
 

@@ -11,9 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fluxmoe.experiments.serving.vllm_server import Server, ServerError
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
-
-from .server import Server, ServerError
 
 SIZES = ["--layers", "8", "--experts", "32", "--top-k", "4", "--hidden", "1024", "--moe-intermediate", "768"]
 SIZES += ["--heads", "8", "--kv-heads", "2"]

@@ -9,11 +9,10 @@ from typing import Any
 
 import openai
 import pytest
+from fluxmoe.experiments.serving.vllm_server import Server
 
 from .conftest import fluxmoe, fluxmoe_command, prompts
 from .engines import ask
-from .load import OUTPUT_TOKENS, REQUESTS, load
-from .server import Server
 
 QUESTION: dict[str, Any] = {"prompts": prompts(6, 40), "new_tokens": 16}
 CLIENTS = (1, 8, 32)
@@ -66,13 +65,6 @@ def test_the_openai_client_streams(server, clients):
     with ThreadPoolExecutor(clients) as pool:
         streamed = list(pool.map(stream, range(clients)))
     assert streamed == [whole] * clients
-
-
-@pytest.mark.parametrize("clients", CLIENTS)
-def test_vllms_own_load(server, packed, clients):
-    result = load(server.url, str(packed), clients)
-    assert (result["completed"], result["failed"]) == (REQUESTS * clients, 0)
-    assert result["total_output_tokens"] == OUTPUT_TOKENS * REQUESTS * clients
 
 
 def test_what_it_did_is_at_metrics_and_in_its_log(server):

@@ -182,8 +182,9 @@ def plot_versus(directory: Path) -> Path:
 def plot_vllm_plugin(directory: Path) -> Path:
     """vllm_plugin.png beside rows.csv of `versus vllm-plugin`: throughput, times to the first token and between tokens,
     and tokens of KV, over the budget, or over requests at once where there is one budget; medians of rounds, ranges as
-    bars. Over budgets with the most requests. Crosses below the axis: does not start, or stopped. Our own engine makes
-    no more KV cache than so many requests can use, so that panel is without it."""
+    bars. Over budgets with the most requests. Crosses below the axis: does not start, or stopped. Hollow marks, where
+    servers were asked: 99th percentiles. Our own engine makes no more KV cache than so many requests can use, so that
+    panel is without it."""
     rows, about, by_budget = _read_turns(directory)
     ok, most = rows[rows.status == "ok"], max(about["sequences"])
     if by_budget:
@@ -202,13 +203,19 @@ def plot_vllm_plugin(directory: Path) -> Path:
                 axis, (scale * mine[column]).groupby(mine.x), color=colour, label=provider, linewidth=1.5, markersize=6,
                 linestyle=line_of(about), marker="o" if provider == "vllm" else "D" if inside else "*",
             )  # fmt: skip
+            if (tail := f"{column.removesuffix('_s')}_p99_s") in mine:
+                slowest = (scale * mine[tail]).groupby(mine.x).median()
+                axis.plot(slowest.index, slowest, "o", color=colour, markerfacecolor="white", markersize=6)
             if by_budget and len(ok):
                 refused = rows[(rows.provider == provider) & (rows.status != "ok")].x.dropna().unique()
                 _draw_refused(axis, refused, index, scale * ok[column].max(), colour)
         _finish_turns(axis, rows, "memory of the process (MiB)" if by_budget else "requests at once")
         axis.set_ylabel(axis_label(label, about))
+    if served := about.get("served"):
+        axes.flat[0].plot([], [], "o", color="0.4", markerfacecolor="white", label="hollow: 99th percentile")
+    over = f", {served} requests over HTTP" if served else ""
     which = f"{most} requests" if by_budget else f"{rows.budget.iloc[0]} in all"
-    title = f"vLLM {about['vllm']}, model {Path(about['model']).name}, {which}; {where_of(about)}"
+    title = f"vLLM {about['vllm']}{over}, model {Path(about['model']).name}, {which}; {where_of(about)}"
     figure.suptitle(title, fontsize=9)
     legend_below(figure, axes.flat[0], 3)
     return save(figure, directory / "vllm_plugin.png")

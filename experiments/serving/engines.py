@@ -29,16 +29,22 @@ from ..lib.wall import Fence
 
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 _LOOK_S = 0.05
+# More than a server below it has, see vllm_server.
+_CLOSE_S = 90
 
 
 class Timing(NamedTuple):
     """Of one call: seconds in all; medians over its requests of the time to the first token and of that between tokens,
-    None where an engine does not tell; the most memory that its process has held so far."""
+    None where an engine does not tell; the most memory that its process has held so far. Of a server too: 99th
+    percentiles, and requests a second."""
 
     seconds: float
     ttft_s: float | None = None
     tpot_s: float | None = None
     peak_bytes: int | None = None
+    ttft_p99_s: float | None = None
+    tpot_p99_s: float | None = None
+    requests_per_s: float | None = None
 
 
 class RefusedError(Exception):
@@ -114,7 +120,7 @@ class WorkerPeer:
         with suppress(BrokenPipeError):
             self._stdin.close()
         try:
-            self._process.wait(timeout=30)
+            self._process.wait(timeout=_CLOSE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -213,18 +219,24 @@ def _llm(settings: dict) -> dict:
     }
 
 
-def vllm_within(python: str, total: int, settings: dict, environment: dict[str, str], placement: str | None = None):
+def vllm_within(
+    python: str, total: int, settings: dict, environment: dict[str, str], placement: str | None = None,
+    served: int | None = None,
+):  # fmt: skip
     """vLLM in one process that takes `total` bytes in all, its code too: KV gets what the rest leaves. placement: of
-    our plug-in's; None: vLLM as it is."""
+    our plug-in's; None: vLLM as it is. served: behind its own server, of which that process is the engine's; a call is
+    so many requests over HTTP."""
     llm = {**_llm(settings), "distributed_executor_backend": "uni"}
     if placement is not None:
         chosen = {name: value for name, value in placed(placement).items() if value is not None}
         llm |= {"quantization": "fluxmoe", "additional_config": {"fluxmoe": chosen}}
     # In one process it can neither bind threads nor set how many there are.
-    alike = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    alike = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1" if served else "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     alike |= {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     name = "vllm" if placement is None else f"vllm + fluxmoe {placement}"
-    return WorkerPeer(name, python, "vllm_worker.py", {"llm": llm, "total_bytes": total}, alike | environment)
+    script = "vllm_served_worker.py" if served else "vllm_worker.py"
+    asked = {"llm": llm, "total_bytes": total, "requests": served}
+    return WorkerPeer(name, python, script, asked, alike | environment)
 
 
 def fluxmoe_within(placement: str, total: int, settings: dict):

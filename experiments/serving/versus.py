@@ -140,9 +140,9 @@ def take_turns(budget: str, starting: Mapping[str, Callable], work: Work, save: 
                         running.pop(name).close()
                         continue
                     if number >= 0:
-                        rate = sequences * work.output_tokens / timing.seconds
+                        rate = (timing.requests_per_s or sequences / timing.seconds) * work.output_tokens
                         which = {"sequences": sequences, "provider": name, "round": number, "status": "ok"}
-                        timed = {name: value and round(value, 4) for name, value in timing._asdict().items()}
+                        timed = {name: round(value, 4) for name, value in timing._asdict().items() if value is not None}
                         known = {"tokens_per_s": round(rate, 1), "kv_tokens": runner.kv_tokens}
                         save({"budget": budget, **which, **timed, **known})
     finally:

@@ -31,6 +31,9 @@ from . import engines
 from .engines import RefusedError
 from .versus import Work, ask_vllm, fill, version_of
 
+# vLLM's load makes text of random tokens, which need not become as many tokens again.
+_RETOKENIZED = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
@@ -39,8 +42,9 @@ class Arguments:
     device: str = option("what serves", "auto", choices=("auto", "cpu", "cuda"))
     budgets: tuple[str, ...] = option("of each process in all", ("1536MiB", "2GiB"), metavar="BYTES")
     placements: tuple[str, ...] = placement_names("of the plug-in's", ("packed", "balanced:0.5", "host", "disk"))
-    engine: tuple[str, ...] = placement_names("placements of our own engine", ("packed",))
+    engine: tuple[str, ...] = placement_names("of our own engine, which has no server (default: packed)", ())
     sequences: tuple[int, ...] = option("requests at once", (1, 8, 32), least=1)
+    served: int | None = option("over HTTP: requests of each run of `vllm bench serve`", None, least=1)
     prompt_tokens: int = option("of each request", 128, least=1)
     output_tokens: int = option("of each request", 64, least=1)
     rounds: int = option("after one that is not counted", 3, least=1)
@@ -51,25 +55,34 @@ class Arguments:
         for text in self.budgets:
             if parse_bytes(text) is None:
                 raise UsageError("--budgets: each process takes so much in all; `all` is no number")
+        if self.served and self.engine:
+            raise UsageError("--served: our own engine has no server, --engine has no effect")
+        if self.served and self.served < max(self.sequences):
+            raise UsageError("--served: fewer requests than --sequences has clients")
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Placements of our own engine."""
+        return self.engine or (() if self.served else ("packed",))
 
     @property
     def providers(self) -> int:
         """Engines that run at the same time."""
-        return 1 + len(self.placements) + len(self.engine)
+        return 1 + len(self.placements) + len(self.own)
 
 
 def starters(args: Arguments, device: str, model: str, total: int) -> dict[str, Callable]:
     """Provider → what starts it with `total` bytes."""
-    context = args.prompt_tokens + args.output_tokens
+    context = args.prompt_tokens + args.output_tokens + (_RETOKENIZED if args.served else 0)
     settings = {"model": model, "max_model_len": context, "max_batch": max(args.sequences), "eager": args.eager,
                 "device": device}  # fmt: skip
-    within = partial(engines.vllm_within, args.vllm_python, total, settings, {})
+    within = partial(engines.vllm_within, args.vllm_python, total, settings, {}, served=args.served)
     return {
         "vllm": within,
         **{f"vllm + fluxmoe {placement}": partial(within, placement) for placement in args.placements},
         **{
             f"fluxmoe {placement}": partial(engines.fluxmoe_within, placement, total, settings)
-            for placement in args.engine
+            for placement in args.own
         },
     }
 
@@ -102,9 +115,9 @@ def run(args: Arguments) -> None:
     check(args, machine.device)
     source = args.model.source()
     checkpoint = Path(source.checkpoint or "").resolve()
-    asked = {k: getattr(args, k) for k in ("placements", "engine", "sequences", "rounds", "prompt_tokens",
+    asked = {k: getattr(args, k) for k in ("placements", "sequences", "served", "rounds", "prompt_tokens",
                                            "output_tokens", "eager")}  # fmt: skip
-    made = asked | {"vllm": version}
+    made = asked | {"engine": args.own, "vllm": version}
     work = Work(args.sequences, args.rounds, args.prompt_tokens, args.output_tokens, source.config.vocab_size)
     with Sweep.serving(args.out, "versus vllm-plugin", machine, source, made, made, "rows.csv") as sweep:
         missing = [text for text in args.budgets if not sweep.made_together(budget=text)]

@@ -154,6 +154,8 @@ def test_the_plugin_beside_vllm_as_it_is_and_our_engine(vllm_package, model_dir,
     [
         (["--budgets", "all"], "`all` is no number"),
         (["--vllm-python", "/bin/true"], "has no fluxmoe; install this one there"),
+        (["--served", "64", "--engine", "packed"], "our own engine has no server"),
+        (["--served", "8"], "fewer requests than --sequences has clients"),
         (["--budgets", "900GiB"], r"6 engines of 900 GiB run at the same time, and .* are free; give fewer"),
     ],
 )

@@ -1,9 +1,10 @@
-"""vLLM's server in a process of its own, spoken to over HTTP."""
+"""vLLM's server in a process of its own, spoken to over HTTP, and vLLM's own load on it; under vLLM's Python."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,8 +14,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-SECONDS = 300
+SECONDS, SECONDS_TO_STOP = 300, 60
 
 
 class ServerError(RuntimeError):
@@ -61,13 +63,32 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        """As a user would, with Ctrl-C."""
+        """As a user would, with Ctrl-C; what does not heed it is killed, the engine's process too."""
         self._process.send_signal(signal.SIGINT)
         try:
-            self._process.wait(60)
+            self._process.wait(SECONDS_TO_STOP)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            for process in [*self._below(), self._process]:
+                process.kill()
             self._process.wait()
+
+    def _below(self) -> list:
+        """Its processes but the first."""
+        import psutil
+
+        return psutil.Process(self._process.pid).children(recursive=True)
+
+    @property
+    def kv_tokens(self) -> int:
+        """That its KV cache holds."""
+        said = dict(re.findall(r'(num_gpu_blocks|block_size)="(\d+)"', self.get("/metrics")))
+        return int(said["num_gpu_blocks"]) * int(said["block_size"])
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that one of its processes has held so far: the engine's."""
+        said = [Path(f"/proc/{process.pid}/status").read_text() for process in self._below()]
+        return max(int(kib) << 10 for each in said for kib in re.findall(r"VmHWM:\s*(\d+) kB", each))
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=5) as response:
@@ -79,3 +100,22 @@ class Server:
         )
         with urllib.request.urlopen(request, timeout=120) as response:
             return json.load(response)
+
+
+def load(
+    url: str, tokenizer: str, clients: int, requests: int, prompt_tokens: int, output_tokens: int
+) -> dict[str, Any]:
+    """What `vllm bench serve` says of so many requests in all: random tokens, the same in every run, each client's next
+    as soon as its last is answered. Its command asks for a distribution that the CPU's is not."""
+    from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    arguments = {
+        "backend": "openai", "base-url": url, "model": "model", "tokenizer": tokenizer, "dataset-name": "random",
+        "random-input-len": prompt_tokens, "random-output-len": output_tokens, "num-prompts": requests,
+        "max-concurrency": clients, "seed": 0,
+    }  # fmt: skip
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    given = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    return main(parser.parse_args([*given, "--ignore-eos", "--disable-tqdm"]))

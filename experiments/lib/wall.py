@@ -22,6 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fluxmoe.kernels.cpu import ENVIRONMENT
 from fluxmoe.runtime.memory.budget import format_bytes
 
 from .page_cache import cached_bytes, drop_cached, files_of
@@ -82,7 +83,7 @@ def call(limit: int, function: Callable[..., Any], *args: object, files: Sequenc
         child = f"from {__name__} import _child; _child({answer.fileno()})"
         process = subprocess.Popen(
             behind.command([sys.executable, "-c", child]), stdin=job, pass_fds=(answer.fileno(),),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )  # fmt: skip
         try:
             while process.poll() is None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from fluxmoe.kernels.cpu import ENVIRONMENT
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.request import Request, SamplingParams
@@ -243,7 +244,7 @@ def fluxmoe_within(placement: str, total: int, settings: dict):
     """Our engine in one process that takes `total` bytes in all."""
     return WorkerPeer(
         f"fluxmoe {placement}", sys.executable, "fluxmoe_worker.py",
-        {**settings, "placement": placement, "total_bytes": total},
+        {**settings, "placement": placement, "total_bytes": total}, ENVIRONMENT,
     )  # fmt: skip
 
 

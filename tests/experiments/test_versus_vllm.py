@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -187,6 +188,14 @@ def test_a_budget_counts_fp32_weights_twice(model_dir):
     assert peers.kv_bytes(model, "bfloat16", None) is None
     with pytest.raises(peers.RefusedError, match="in float32 alone are 4 MiB more than the budget"):
         peers.vllm("python", "float32", {}, {}, kv=-(4 << 20))
+
+
+def test_other_engines_get_the_environment_that_a_user_gave():
+    """A setting of our own that they inherited made vLLM's threads sleep between its parallel loops."""
+    given = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    code = "import os; given = dict(os.environ); import fluxmoe.experiments.serving.walls; print(given == os.environ)"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=given)
+    assert made.stdout == "True\n", made.stderr
 
 
 def test_the_first_error_of_a_log_is_the_reason():

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from fluxmoe.kernels.cpu import ENVIRONMENT
 from fluxmoe.kernels.expert_blocks import blocks_of
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE
 from fluxmoe.kernels.packing.expert_file import pages
@@ -176,7 +175,7 @@ def ours(args: Arguments, files: Files, setup: Setup, placement: str) -> Start:
     model = files.source.weights if placement == "resident" else files.packed
     settings = {"model": str(model), "placement": placement, "engine": engine}
     return lambda fence: WorkerPeer(
-        f"fluxmoe {placement}", sys.executable, "walled_worker.py", settings, ENVIRONMENT, fence, args.patience
+        f"fluxmoe {placement}", sys.executable, "walled_worker.py", settings, wall=fence, patience_s=args.patience
     )
 
 

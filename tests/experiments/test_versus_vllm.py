@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +12,7 @@ from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.experiments.lib.results import UsageError
 from fluxmoe.experiments.serving import engines as peers
+from fluxmoe.kernels.cpu import ENVIRONMENT
 from fluxmoe.models.config import load_config
 
 # As much of vllm's interface as the worker uses; refuses a small KV cache in its own way.
@@ -190,12 +190,26 @@ def test_a_budget_counts_fp32_weights_twice(model_dir):
         peers.vllm("python", "float32", {}, {}, kv=-(4 << 20))
 
 
-def test_other_engines_get_the_environment_that_a_user_gave():
-    """A setting of our own that they inherited made vLLM's threads sleep between its parallel loops."""
-    given = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    code = "import os; given = dict(os.environ); import fluxmoe.experiments.serving.walls; print(given == os.environ)"
-    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=given)
-    assert made.stdout == "True\n", made.stderr
+def test_all_engines_start_with_one_environment_unless_told_otherwise(monkeypatch):
+    """Ours alone with fewer spins, or vLLM with them by accident, are comparisons of environments."""
+    started = []
+
+    def popen(command, env, **_):
+        started.append(env["GOMP_SPINCOUNT"])
+        raise OSError(2, "not started")
+
+    monkeypatch.setattr(peers.subprocess, "Popen", popen)
+    monkeypatch.setitem(ENVIRONMENT, "GOMP_SPINCOUNT", "7")
+    settings = {"model": "m", "max_model_len": 8, "max_batch": 1, "eager": True, "device": "cpu"}
+    for start in (
+        lambda: peers.fluxmoe_within("packed", 1 << 30, settings),
+        lambda: peers.vllm("python", "bfloat16", settings, {}, None),
+        lambda: peers.vllm_within("python", 1 << 30, settings, {}, "packed"),
+        lambda: peers.vllm_within("python", 1 << 30, settings, {"GOMP_SPINCOUNT": "9"}),
+    ):
+        with pytest.raises(UsageError, match="cannot start"):
+            start()
+    assert started == ["7", "7", "7", "9"]
 
 
 def test_the_first_error_of_a_log_is_the_reason():

@@ -80,7 +80,7 @@ def plot_memory_budget(directory: Path) -> Path:
     axis.set_title(
         f"{model['arch']}, {model['num_layers'] - len(model.get('dense_layers', ()))} layers × "
         f"{model['num_experts']} experts, "
-        f"{workload['requests']} requests{runs_of(ran, about, ['placement', 'budget_bytes'])}; {where_of(about)}",
+        f"{workload['requests']} requests{runs_of(ran, about, ['placement', 'budget_bytes'])};\n{where_of(about)}",
         fontsize=9,
     )
     axis.plot([], [], "o", color="0.4", markerfacecolor="white", label="hollow: requests were preempted")

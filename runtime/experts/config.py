@@ -108,7 +108,8 @@ class PagingConfig:
     threads: int | None = setting(None, "CPU threads (default: all)")
     poison: bool = setting(False, "debug: fill recycled slots with NaN")
     link_bandwidth: float | None = setting(
-        None, "CPU: host experts come at no more bytes a second than this, as over a slower link, e.g. 4GB",
+        None, "CPU: experts come from host memory, and as many from files, at no more bytes a second than this, as over "
+        "a slower link, e.g. 4GB",
         parse=parse_bytes, metavar="BYTES",
     )  # fmt: skip
     # Tests: seconds to wait before a load of (layer, tensor type).

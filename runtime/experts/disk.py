@@ -52,10 +52,11 @@ class DiskTier:
         self._readers = ThreadPoolExecutor(READERS, "expert-read")
         self.header, self._check = header, check
         try:
+            # Before any file is made: what is refused leaves none.
+            missing = sum(_missing(header, layer, experts, folder) for layer, experts in members.items())
+            _require_room(folder or spill_dir, missing * sum(map(pages, header.sizes)))
             for layer, experts in members.items():
                 self._files[layer] = _open(header, layer, experts, folder, spill_dir)
-            missing = sum(not self.has(layer, expert) for layer in members for expert in members[layer])
-            _require_room(folder or spill_dir, missing * sum(map(pages, header.sizes)))
         except (PackingError, OSError) as error:
             self.close()
             reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -135,16 +136,21 @@ class DiskTier:
         self._count(0)
         return self._read_bytes, self._busy_ns
 
-    def read(
+    def begin(
         self, layer: int, tensor_type: int, targets: Sequence[tuple[int, Tensor]], cancelled: Callable[[], bool]
-    ) -> int:
-        """Read several experts' blocks at once; bytes read, fewer once `cancelled` says so. StoreError."""
+    ) -> Callable[[], int]:
+        """Begin to read several experts' blocks at once. What is returned waits for all of them, and must be called:
+        bytes read, fewer once `cancelled` says so, or StoreError."""
         reads = [self.submit(layer, expert, tensor_type, target, cancelled) for expert, target in targets]
-        # All are waited for, whichever fails: none may write to a slot that its reader has given up.
-        errors = [error for read in reads if (error := read.exception()) is not None]
-        if errors:
-            raise errors[0]
-        return sum(read.result() for read in reads)
+
+        def finish() -> int:
+            # All are waited for, whichever fails: none may write to a slot that its reader has given up.
+            errors = [error for read in reads if (error := read.exception()) is not None]
+            if errors:
+                raise errors[0]
+            return sum(read.result() for read in reads)
+
+        return finish
 
     def close(self) -> None:
         """Wait for reads under way, drop the others, close the files. Idempotent."""
@@ -152,6 +158,18 @@ class DiskTier:
         for file in self._files.values():
             file.close()
         self._files = {}
+
+
+def _missing(header: ExpertFileHeader, layer: int, experts: Sequence[int], folder: Path | None) -> int:
+    """How many experts of a layer its file lacks. PackingError."""
+    path = None if folder is None else folder / expert_file_name(layer)
+    if path is None or not path.exists():
+        return len(experts)
+    file = ExpertFile(path, header)
+    try:
+        return sum(not file.has(expert) for expert in experts)
+    finally:
+        file.close()
 
 
 def _open(
@@ -179,9 +197,10 @@ def _require_room(directory: Path, nbytes: int) -> None:
     """StoreError unless so much can be written to a disk there."""
     if not nbytes:
         return
-    if lies_in_memory(directory):
+    made = next((each for each in (directory, *directory.parents) if each.exists()), directory)
+    if lies_in_memory(made):
         raise StoreError(f"{directory} lies in memory, not on a disk; name a directory on a disk (--disk-dir)")
-    free = shutil.disk_usage(directory).free
+    free = shutil.disk_usage(made).free
     if nbytes > free:
         raise StoreError(
             f"{format_bytes(nbytes)} of experts do not fit {directory}, where {format_bytes(free)} are free; name "

@@ -214,24 +214,21 @@ class ExpertStore(ABC):
         they lie. Returns early, with fewer bytes, once `cancelled` says so. Raises StoreError naming file, layer and
         tensor type when the disk fails.
         """
-        layout, copied, read = self.layout, 0, 0
+        layout, copied = self.layout, 0
         compressed: dict[Tier, Tensor | None] = {Tier.PACKED: load_plan.packed[tensor_type], **staging}
-        for source, at in load_plan.host_runs[tensor_type]:
-            if not layout.decodes(Tier.HOST):
-                copied += copy(slot[at : at + source.numel()], source, cancelled)
-            elif Tier.HOST in staging:
-                copied += copy(staging[Tier.HOST][: source.numel()], source, cancelled)
-            else:
-                compressed[Tier.HOST] = source
-                copied += source.numel()
-        if on_disk := load_plan.members(Tier.DISK):
-            stride, places = self._stride(Tier.DISK, tensor_type), load_plan.places[tensor_type]
-            if layout.decodes(Tier.DISK):
-                target, begins = staging[Tier.DISK], [place * stride for place in range(len(on_disk))]
-            else:
-                target, begins = slot, [places[expert][0] for expert in on_disk]
-            targets = [(expert, target[at : at + stride]) for expert, at in zip(on_disk, begins, strict=True)]
-            read = self.on_disk.read(load_plan.layer, tensor_type, targets, cancelled)
+        # Tiers deliver at the same time, so that a layer takes as long as the slowest of them (§4.2 of the paper).
+        finish = self._begin_reads(load_plan, tensor_type, slot, staging, cancelled)
+        try:
+            for source, at in load_plan.host_runs[tensor_type]:
+                if not layout.decodes(Tier.HOST):
+                    copied += copy(slot[at : at + source.numel()], source, cancelled)
+                elif Tier.HOST in staging:
+                    copied += copy(staging[Tier.HOST][: source.numel()], source, cancelled)
+                else:
+                    compressed[Tier.HOST] = source
+                    copied += source.numel()
+        finally:
+            read = finish()
         for tier, memory in compressed.items():
             members = load_plan.members(tier) if layout.decodes(tier) else []
             if not members:
@@ -244,6 +241,20 @@ class ExpertStore(ABC):
                 recipe = self._recipes[load_plan.layer, expert][tensor_type]
                 self.decode(layout.stored(tier), tensor_type, block, slot[begin:end], recipe)
         return copied, read
+
+    def _begin_reads(
+        self, load_plan: LoadPlan, tensor_type: int, slot: Tensor, staging: Mapping[Tier, Tensor], cancelled: Cancelled
+    ) -> Callable[[], int]:
+        """Begin to read a load plan's blocks of one type from files; see `DiskTier.begin`."""
+        if not (on_disk := load_plan.members(Tier.DISK)):
+            return lambda: 0
+        stride, places = self._stride(Tier.DISK, tensor_type), load_plan.places[tensor_type]
+        if self.layout.decodes(Tier.DISK):
+            target, begins = staging[Tier.DISK], [place * stride for place in range(len(on_disk))]
+        else:
+            target, begins = slot, [places[expert][0] for expert in on_disk]
+        targets = [(expert, target[at : at + stride]) for expert, at in zip(on_disk, begins, strict=True)]
+        return self.on_disk.begin(load_plan.layer, tensor_type, targets, cancelled)
 
     def close(self) -> None:
         """Give files and page-locked memory back; nothing in the store may be used any more. Idempotent."""

@@ -79,9 +79,9 @@ class ThreadStreamer(Streamer):
                 return
             host, disk = self.store.read_into(load_plan, d, slot[d], self._staging[d], cancelled=self._closing.is_set)
             if self._link_bandwidth:
-                self._closing.wait(
-                    max(0.0, (host + disk) / self._link_bandwidth - (time.perf_counter_ns() - begin) / 1e9)
-                )
+                # Each tier has a way of its own.
+                least_s = max(host, disk) / self._link_bandwidth
+                self._closing.wait(max(0.0, least_s - (time.perf_counter_ns() - begin) / 1e9))
             if self._closing.is_set():
                 return  # perhaps cut short: never to be taken for loaded
             end = time.perf_counter_ns()

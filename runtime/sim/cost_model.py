@@ -191,8 +191,10 @@ class CostModel:
     def _layer(self, layer: int, layout: ExpertLayout) -> tuple[_Reads, Load]:
         """What the experts of a layer cost: read by the GEMM, and brought by its load, of one device."""
         near = far = deep = crossed = brought = packed = packed_near = 0
-        traffic = link = decode = 0.0
+        traffic = decode = 0.0
         packed_bytes = 0
+        # By tier: they deliver at the same time.
+        ways = [0.0]
         for tier in Tier:
             count = int((layout.placement.tiers[layer] == tier).sum())
             if not count:
@@ -211,7 +213,7 @@ class CostModel:
                 deep += read
             elif tier not in DEVICE_TIERS:
                 rate = self.profile.disk_bandwidth / self.devices if tier is Tier.DISK else self._host_bandwidth
-                link += 2 * self.profile.host_latency_s + stored / rate
+                ways.append(2 * self.profile.host_latency_s + stored / rate)
                 crossed += stored
                 brought += count
                 traffic += stored
@@ -223,7 +225,7 @@ class CostModel:
                 traffic += stored + read
         unpacked = packed_near * layout.expert_bytes(DENSE)
         reads = _Reads(near, far, deep, traffic, packed_bytes, unpacked, packed)
-        return reads, Load(link, decode, crossed, brought)
+        return reads, Load(max(ways), decode, crossed, brought)
 
     def pass_costs(self, step: Step, cache_places: int = 0) -> tuple[list[LayerCost], float]:
         """Costs of all layers with experts for a step's tokens, loads apart; and seconds outside them (embedding,

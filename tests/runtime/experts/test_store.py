@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from fluxmoe.kernels.host_memory import PAGE
 from fluxmoe.kernels.packing import Packed
-from fluxmoe.kernels.packing.expert_file import ExpertFileHeader
+from fluxmoe.kernels.packing.expert_file import ExpertFile, ExpertFileHeader
 from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.experts import disk as disk_module
 from fluxmoe.runtime.experts import store as store_module
@@ -205,6 +206,9 @@ def test_folders_in_memory_or_too_small_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(disk_module, "lies_in_memory", lambda path: True)
     with pytest.raises(StoreError, match="lies in memory, not on a disk"):
         disk_of(layout, tmp_path)
+    with pytest.raises(StoreError, match="kept/experts lies in memory, not on a disk"):
+        disk_of(layout, tmp_path, tmp_path / "kept" / "experts")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_and_doubled_experts():
@@ -244,6 +248,38 @@ def test_a_cancelled_load_reads_no_more_experts_from_disk(tmp_path):
     with filled(place("disk", 1, 20), disk_dir=tmp_path) as store:
         copied, _ = read_all(store, 0, 0, cancelled=cancelled)
         assert copied == 5 * SIZES["dense"][0]
+
+
+def test_host_memory_and_files_deliver_at_the_same_time(tmp_path, monkeypatch):
+    """Neither tier of a load is done before the other has begun."""
+    both, read = threading.Barrier(2, timeout=5), ExpertFile.read
+
+    def meet_and_read(self, *args, **settings):
+        both.wait()
+        return read(self, *args, **settings)
+
+    def meet_and_copy(target, source, cancelled):
+        both.wait()
+        return store_module.copy_in_chunks(target, source, cancelled)
+
+    placement = place("three_tiers", 1, 3, alpha=0.34, disk=0.33)
+    assert placement.counts() == {"resident": 1, "host": 1, "disk": 1, "packed": 0}
+    with filled(placement, disk_dir=tmp_path) as store:
+        monkeypatch.setattr(ExpertFile, "read", meet_and_read)
+        brought, slot = read_all(store, 0, 0, copy=meet_and_copy)
+        assert brought == store.layout.stride("dense", 0) + SIZES["dense"][0]
+        for expert, block in store.slot_blocks(store.load_plans[0], (slot, slot)).items():
+            assert torch.equal(block.pair[0], block_of(0, expert, 0))
+
+
+def test_a_copy_that_fails_leaves_no_read_under_way(tmp_path):
+    def fail(target, source, cancelled):
+        raise MemoryError
+
+    with filled(place("three_tiers", 1, 9, alpha=0.0, disk=0.9), disk_dir=tmp_path) as store:
+        with pytest.raises(MemoryError):
+            read_all(store, 0, 0, copy=fail)
+        assert store.on_disk._under_way == 0
 
 
 def test_a_file_system_that_refuses_direct_reads_is_read_buffered(tmp_path, monkeypatch):

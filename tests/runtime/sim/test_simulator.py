@@ -106,6 +106,15 @@ def test_loads_hide_under_layers_without_experts():
     assert between.stall_s < bare.stall_s
 
 
+def test_tiers_that_share_a_layer_deliver_at_the_same_time():
+    """Three tiers by bandwidth: loads take as long as the slowest tier's share, not as all shares one after the other."""
+    profile = replace(PROFILE, host_latency_s=0.0, disk_bandwidth=PROFILE.host_bandwidth / 2)
+    common = dict[str, Any](profile=profile, alpha=0.4, transfer="whole")
+    host, three = (run(placement=name, **common)[0][-1] for name in ("balanced", "three_tiers"))
+    assert three.streamed_bytes == pytest.approx(host.streamed_bytes, rel=0.02)
+    assert three.transfer_s == pytest.approx(host.transfer_s / 1.5, rel=0.02)
+
+
 def test_streaming_takes_the_longer_of_link_and_compute():
     steps, _, _ = run(placement="host", slots=2)
     least = MODEL.expert_bytes_total / PROFILE.host_bandwidth

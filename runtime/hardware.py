@@ -10,7 +10,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from .devices import device_of
+from .disk_rate import read_rate
 from .experts.placement import Tier
 from .experts.planner import Links
 
 _SHIPPED = Path(__file__).resolve().parent / "profiles"
 _PROBE_BYTES = 128 << 20
 _REPEATS = 3
+_DISK_S = 0.3
 # Fields that are checked: those without a default must be positive.
 _NUMBERS = ("int", "float")
 
@@ -188,22 +190,26 @@ def list_profiles() -> list[str]:
     return sorted(path.stem for path in _SHIPPED.glob("*.json"))
 
 
-def measure_bandwidths(device: torch.device) -> dict[Tier, float]:
+def measure_bandwidths(device: torch.device, files: Sequence[Path] = ()) -> dict[Tier, float]:
     """Bytes per second at which a layer's experts reach the compute units from each tier (best of 3), in a fraction of
     a second.
 
-    RESIDENT: reads of device memory. HOST: copies from host memory to the device (pinned on CUDA). The balanced
-    placement gives each tier a share proportional to its bandwidth (arXiv 2604.02715 §4.2).
+    RESIDENT: reads of device memory. HOST: copies from host memory to the device (pinned on CUDA). DISK, if there are
+    `files`: reads of them, past the page cache if they can be. The balanced placements give each tier a share
+    proportional to its bandwidth (arXiv 2604.02715 §4.2).
     """
     source = torch.ones(_PROBE_BYTES // 8, dtype=torch.int64, device=device)
     host = torch.ones(_PROBE_BYTES // 8, dtype=torch.int64, device="cpu", pin_memory=device_of(device).asynchronous)
     target = torch.empty_like(source)
     # A GPU takes as long to start and to be waited for as to read once (an H200: 20 and 31 us).
     reads = 16 if device_of(device).asynchronous else 1
-    return {
+    rates = {
         Tier.RESIDENT: reads * _PROBE_BYTES / best_seconds(lambda: [source.sum() for _ in range(reads)], device),
         Tier.HOST: _PROBE_BYTES / best_seconds(lambda: target.copy_(host, non_blocking=True), device),
     }
+    if files and (disk := read_rate(files, _DISK_S) or read_rate(files, _DISK_S, direct=False)):
+        rates[Tier.DISK] = disk
+    return rates
 
 
 def measure_links(device: torch.device) -> Links:

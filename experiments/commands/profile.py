@@ -22,12 +22,12 @@ from fluxmoe.kernels.cpu.gemm import default_threads
 from fluxmoe.kernels.cpu.tile import kind_of
 from fluxmoe.kernels.formats import codec_of, compressed_formats
 from fluxmoe.runtime.devices import HOST, resolve_device
+from fluxmoe.runtime.disk_rate import read_rate
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.hardware import HardwareProfile, best_seconds, measure_bandwidths, measure_links
 
 from ..bench.cpu_moe import peak_flops
 from ..lib.args import option
-from ..lib.disks import read_rate
 from ..lib.page_cache import drop_cached
 from ..lib.results import output_file, provenance, write_json
 

@@ -36,6 +36,7 @@ from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import expert_dims
 from fluxmoe.models.packed import PackedExperts
+from fluxmoe.runtime.disk_rate import read_rate
 from fluxmoe.runtime.experts.placement import IN_FILES
 from fluxmoe.runtime.memory.budget import format_bytes, parse_bytes
 from fluxmoe.runtime.serving.config import EngineConfig
@@ -43,7 +44,6 @@ from fluxmoe.runtime.serving.config import EngineConfig
 from ..commands.pack_checkpoint import pack_checkpoint
 from ..lib import wall
 from ..lib.args import group, option
-from ..lib.disks import read_rate
 from ..lib.gguf import write_gguf
 from ..lib.machines import Machine
 from ..lib.models import ModelChoice, Source

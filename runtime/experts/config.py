@@ -83,8 +83,8 @@ class PagingConfig:
         None, "routing of this model, as generate --record-routing saves it, for cache_policy static", metavar="FILE"
     )
     profile: HardwareProfile | None = setting(
-        None, "the machine's rates, for balanced without alpha and transfer auto (default: measured, roughly): a file, "
-        f"or {', '.join(list_profiles())}", parse=HardwareProfile.load, metavar="NAME|FILE",
+        None, "the machine's rates, for shares by bandwidth that are not given, and transfer auto (default: measured, "
+        f"roughly): a file, or {', '.join(list_profiles())}", parse=HardwareProfile.load, metavar="NAME|FILE",
     )  # fmt: skip
     slots: int = setting(2, "streaming slots, at least 2")
     adaptive: bool = setting(
@@ -108,8 +108,8 @@ class PagingConfig:
     threads: int | None = setting(None, "CPU threads (default: all)")
     poison: bool = setting(False, "debug: fill recycled slots with NaN")
     link_bandwidth: float | None = setting(
-        None, "CPU: experts come from host memory, and as many from files, at no more bytes a second than this, as over "
-        "a slower link, e.g. 4GB",
+        None, "CPU: experts come from host memory, and as many from files, at no more bytes a second than this, as "
+        "over a slower link, e.g. 4GB",
         parse=parse_bytes, metavar="BYTES",
     )  # fmt: skip
     # Tests: seconds to wait before a load of (layer, tensor type).

@@ -31,7 +31,7 @@ def lay_out(
 ) -> ExpertLayout:
     """Tier and format of every expert. measure: bandwidths of the tiers, asked for only where they decide."""
     device_tier = Tier.RESIDENT if config.device_format == DENSE else Tier.PACKED
-    bandwidths: Mapping[Tier, float] | None = None
+    bandwidths: dict[Tier, float] | None = None
     given = (config.alpha, config.disk_share) if config.placement in IN_FILES else (config.alpha,)
     if config.placement in BY_BANDWIDTH and None in given:
         if config.profile is not None:
@@ -41,6 +41,8 @@ def lay_out(
             # A GEMM that decodes in its loop is bound by bytes, and both tiers deliver the same compressed ones.
             bandwidths = dict(measure())
             bandwidths |= {Tier.PACKED: bandwidths[Tier.RESIDENT]}
+        if (link := config.link_bandwidth) is not None:
+            bandwidths |= {tier: min(bandwidths[tier], link) for tier in (Tier.HOST, Tier.DISK) if tier in bandwidths}
     placement = place(
         config.placement, num_layers, ops.dims.experts, alpha=config.alpha, disk=config.disk_share,
         dense=config.dense_share, device_tier=device_tier, bandwidths=bandwidths,

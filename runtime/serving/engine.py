@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from ..devices import device_of, resolve_device
 from ..experts.pager import ExpertPager
-from ..experts.placement import Tier
+from ..experts.placement import IN_FILES, Tier
 from ..experts.planner import Links
 from ..experts.streamer import Counters
 from ..experts.streamer_cuda import CudaStreamer
-from ..hardware import measure_links
+from ..hardware import measure_bandwidths, measure_links
 from ..memory import machine
 from ..memory.budget import explained
 from ..memory.check import FreeMemory, MemoryCheck
@@ -78,8 +78,9 @@ class Engine(ServingLoop):
         self.ops = kind.make_ops(layer_dims(model), limits, config)
         self.timeline = Timeline(config.timeline, kind.clock())
         self.pager = ExpertPager(
-            expert_dims(model), len(model.moe_layers), config, self.device, limits.tokens, timeline=self.timeline
-        )
+            expert_dims(model), len(model.moe_layers), config, self.device, limits.tokens, timeline=self.timeline,
+            measure=partial(measure_bandwidths, files=self._files_on_disk(checkpoint)),
+        )  # fmt: skip
         # Only where nothing waits for the device in mid-pass, as the plain torch path does, and no layer is timed or
         # recorded.
         watched = config.timeline or config.record_routing
@@ -155,6 +156,14 @@ class Engine(ServingLoop):
             None if planner is None else PlannerDriver(planner, config.plan_every),
             self._links if config.transfer == "auto" else None,
         )
+
+    def _files_on_disk(self, checkpoint: Checkpoint) -> list[Path]:
+        """Files on the disk where experts of the disk tier will be; none where it holds nothing yet."""
+        if self.config.placement not in IN_FILES:
+            return []
+        directory = self.config.disk_dir or checkpoint.directory
+        found = sorted(directory.rglob("*.flux")) if directory.is_dir() else []
+        return found or ([] if self.config.disk_dir else sorted(directory.glob("*.safetensors")))
 
     def _disk_folder(self, checkpoint: Checkpoint) -> tuple[Path | None, str]:
         """Where the disk tier's experts are kept for the next start, and the digest of the model: the packed checkpoint

@@ -18,12 +18,12 @@ import torch
 from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib import wall
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
-from fluxmoe.experiments.lib.disks import read_rate
 from fluxmoe.experiments.lib.gguf import write_gguf
 from fluxmoe.experiments.lib.models import preset_config
 from fluxmoe.experiments.lib.page_cache import cached_bytes, drop_cached
 from fluxmoe.experiments.lib.results import UsageError, read_csv
 from fluxmoe.experiments.serving import phases, walls
+from fluxmoe.runtime.disk_rate import read_rate
 from fluxmoe.runtime.memory import machine
 from safetensors.torch import load_file
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from fluxmoe.runtime.experts.config import PagingConfig
+from fluxmoe.runtime.experts.footprint import lay_out
 from fluxmoe.runtime.experts.placement import Tier, place
 from fluxmoe.runtime.hardware import HardwareProfile, ProfileError, list_profiles, measure_bandwidths
 
@@ -90,7 +94,20 @@ def test_missing_fields_and_files_are_refused(tmp_path):
         HardwareProfile.load(tmp_path / "list.json")
 
 
-def test_quick_measurement_covers_both_tiers():
+def test_quick_measurement_covers_both_tiers_and_files(tmp_path):
     rates = measure_bandwidths(torch.device("cpu"))
     assert rates.keys() == {Tier.RESIDENT, Tier.HOST}
     assert all(1e8 < rate < 1e13 for rate in rates.values())
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    assert 0 < measure_bandwidths(torch.device("cpu"), [tmp_path / "file"])[Tier.DISK] < 1e13
+
+
+def test_shares_by_bandwidth_know_that_a_link_is_held():
+    sizes = SimpleNamespace(
+        dims=SimpleNamespace(experts=12), fused_formats=frozenset[str](), expert_bytes=lambda name: (64, 64)
+    )
+    rates = {Tier.RESIDENT: 6.0, Tier.HOST: 9.0, Tier.DISK: 1.0}
+    for link, host, disk in ((None, 7, 1), (2.0, 3, 1), (1.0, 1, 2)):
+        config = PagingConfig(placement="three_tiers", link_bandwidth=link)
+        counts = lay_out(1, config, cast(Any, sizes), lambda: rates).placement.counts()
+        assert (counts["host"], counts["disk"]) == (host, disk), link

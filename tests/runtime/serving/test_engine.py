@@ -16,7 +16,7 @@ import torch
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.runtime.devices import DeviceError
 from fluxmoe.runtime.experts.pager import ExpertPager
-from fluxmoe.runtime.experts.placement import Tier
+from fluxmoe.runtime.experts.placement import PlacementError, Tier
 from fluxmoe.runtime.hardware import HardwareProfile
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.serving import engine as engine_module
@@ -109,6 +109,15 @@ def test_tokens_do_not_depend_on_three_tiers_at_once(model_dir, expected, settin
     device = Tier.RESIDENT if engine.config.expert_format is None else Tier.PACKED
     counts = {tier: (engine.tiers == tier).sum(axis=1) for tier in (device, Tier.HOST, Tier.DISK)}
     assert all(count.min() >= 1 for count in counts.values()), "every layer has experts in every tier"
+
+
+def test_three_tiers_measure_the_disk_that_they_share_layers_with(model_dir, expected, tmp_path):
+    """Without shares and a profile; a disk of which nothing can be read yet is asked for."""
+    with pytest.raises(PlacementError, match="bandwidth of tier DISK"):
+        serve(model_dir, placement="three_tiers", disk_dir=tmp_path / "empty")
+    tokens, _, engine = serve(model_dir, placement="three_tiers", alpha=0.34)
+    assert tokens == expected
+    assert engine.placement.counts()["host"] > 0
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])

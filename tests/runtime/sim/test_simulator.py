@@ -107,7 +107,7 @@ def test_loads_hide_under_layers_without_experts():
 
 
 def test_tiers_that_share_a_layer_deliver_at_the_same_time():
-    """Three tiers by bandwidth: loads take as long as the slowest tier's share, not as all shares one after the other."""
+    """Three tiers by bandwidth: a load takes as long as one tier's share, not as both shares one after the other."""
     profile = replace(PROFILE, host_latency_s=0.0, disk_bandwidth=PROFILE.host_bandwidth / 2)
     common = dict[str, Any](profile=profile, alpha=0.4, transfer="whole")
     host, three = (run(placement=name, **common)[0][-1] for name in ("balanced", "three_tiers"))

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 import xxhash
 from fluxmoe.kernels.host_memory import PAGE
-from fluxmoe.runtime.devices import HOST
-from fluxmoe.runtime.experts.disk import READERS
+
+from .devices import HOST
+from .experts.disk import READERS
 
 _BLOCKS = (8 << 20,)
 

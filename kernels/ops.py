@@ -195,6 +195,8 @@ class LayerExperts(Protocol):
     wait(d) returns (or orders the stream) once all of tensor type d is loaded. Kernels of a host that knows what it has
     routed call `need` first, with the ids of all experts that have rows, and then `ready`, which gives the experts in
     the order in which they are there: masks uint8 [E], or None for all of them. Only so come experts on demand.
+
+    following() is the next layer's table, where its experts are and stay until it runs; else None.
     """
 
     table: ExpertTable
@@ -202,6 +204,7 @@ class LayerExperts(Protocol):
     def wait(self, tensor_type: int) -> None: ...
     def need(self, experts: np.ndarray) -> None: ...
     def ready(self, tensor_type: int) -> Iterable[Tensor | None]: ...
+    def following(self) -> ExpertTable | None: ...
 
 
 R = TypeVar("R")

@@ -180,7 +180,7 @@ class Device(ABC):
 
         return TritonExperts(
             dims, max_tokens, self.torch, batch_invariant=config.batch_invariant,
-            formats=config.formats_met,
+            formats=config.formats_met, decode_ahead=config.decode_ahead,
         )  # fmt: skip
 
     def _choose(self, kernels: str) -> str:

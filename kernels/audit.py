@@ -126,8 +126,7 @@ def _cases() -> Iterator[Case]:
 
 
 def _decode(codec: Codec) -> None:
-    """A Gaussian weight's decoder to a buffer, always the same weight, so that rows are; what is compiled does not depend
-    on its size."""
+    """A Gaussian weight's decoder to a buffer, of one seed; what is compiled does not depend on the weight's size."""
     weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     codec.decode(codec.encode(codec.fitting(weight)).to("meta"))
 

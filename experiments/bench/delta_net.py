@@ -31,6 +31,7 @@ DIMS = DeltaNetDims(key_heads=16, value_heads=32, key_dim=128, value_dim=128, ta
 _TINY = DeltaNetDims(key_heads=1, value_heads=2, key_dim=16, value_dim=16, taps=4)
 TOKEN_BY_TOKEN = "fluxmoe token by token"
 PROVIDERS = {"decode": ("fluxmoe", "fla"), "prefill": ("fluxmoe", TOKEN_BY_TOKEN, "fla")}
+ALL = PROVIDERS["prefill"]
 _EPS = 1e-6
 
 
@@ -148,6 +149,7 @@ class Point(TimedPoint):
 class Arguments:
     sequences: tuple[int, ...] = option("decode batch sizes", (1, 32, 128), least=1)
     prompts: tuple[int, ...] = option("prefill lengths", (512, 2048), least=2)
+    providers: tuple[str, ...] = option("which", ALL, choices=ALL)
     where: GpuBench = group()
 
 
@@ -159,5 +161,6 @@ def run(args: Arguments) -> None:
         for kind, sequences, tokens in points:
             make = partial(Point, dims, sequences, tokens, device)
             sizes = {"kind": kind, "sequences": sequences, "tokens": tokens}
-            time_providers(results, roofs, PROVIDERS[kind], make, **sizes)
+            wanted = [each for each in PROVIDERS[kind] if each in args.providers]
+            time_providers(results, roofs, wanted, make, **sizes)
         results.finish()

@@ -8,8 +8,9 @@ of each tensor type is to the streamer's slots (Algorithm 1 of the paper) what h
     aside              └► decode gate_up l+1       └► decode down l+1   (each waited for by its product)
 
 All packed experts are decoded, for the routing is not known yet; with so many rows hardly one has none. Two programs an
-SM, launched before what comes next on the compute stream: beside them is room for those of attention's prefill and of
-the down product, not for those of gate_up (registers of the audit), which wait for an SM until it has decoded its part.
+SM, on a stream that goes first: beside them is room for those of attention's prefill and of the down product, not for
+those of gate_up (registers of the audit), which wait for an SM until it has decoded its part. `bench predict --what
+layer` says what that may come to, the gpu-suite's step `prefill_ahead` what it does.
 
 What has not been begun ahead, as a pass's first layer, or is in a graph, is decoded when it is asked for.
 The sum is that of the dense GEMM, bit for bit.
@@ -37,7 +38,7 @@ from .tiles import capability_of, num_sms_of
 _PLANAR12 = tl.constexpr(FORMATS["planar12"].number)
 # Two of 8 warps and 32 registers a thread leave 192 for 8 warps of another kernel. Without the bound the loop takes 62
 # on sm_90, and one program has the room of both; elsewhere it would spill.
-_PROGRAMS_AN_SM = 2
+PROGRAMS_AN_SM = 2
 _REGISTERS = {90: 32}
 
 
@@ -97,7 +98,7 @@ class DecodedAhead:
         # Dense's number. Where launches are only compiled, formats have values, on the host.
         formats = torch.zeros(dims.experts, 2, dtype=torch.uint8, device="cpu" if device.type == "meta" else device)
         self._dense = ExpertTable((), addresses, formats, frozenset())
-        self._programs, self._capability = _PROGRAMS_AN_SM * num_sms_of(device), capability_of(device)
+        self._programs, self._capability = PROGRAMS_AN_SM * num_sms_of(device), capability_of(device)
         # By tensor type: the table of the layer that is, or is being, decoded and was not asked for yet.
         self._begun: list[ExpertTable | None] = [None, None]
         # Once a graph has captured the buffer: it may be launched at any time, so nothing is decoded beside it.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fluxmoe.experiments.bench import predict, predict_layer
+from fluxmoe.experiments.bench import predict, predict_ahead, predict_layer
 from fluxmoe.experiments.bench.predict_layer import expected_blocks
 from fluxmoe.experiments.bench.shapes import SHAPES
 from fluxmoe.experiments.bench.timing import Roofs
@@ -18,6 +18,8 @@ from fluxmoe.kernels.audit import Report
 from fluxmoe.kernels.sass import Loop
 from fluxmoe.kernels.triton.tiles import Tile, fused_tile
 from fluxmoe.kernels.work import Work
+
+from ..compiling import run_script
 
 
 def test_expected_blocks_is_the_binomial_mean():
@@ -28,6 +30,7 @@ def test_expected_blocks_is_the_binomial_mean():
 
 
 AUDIT = Path(__file__).parents[2] / "results/predicted/h100/audit.json"
+MEASURED = AUDIT.parents[2] / "measured/nvidia-h200/moe"
 
 
 def test_predictions_are_made_from_the_machine_code_of_todays_tiles(tmp_path):
@@ -98,3 +101,46 @@ def test_instructions_of_a_loop_are_as_many_as_flops_ask_for():
     loop = Loop(all=400, matrix=0, loads=0, integer=0, arrives=0, waits=0)
     code = Report("attention/x", "sm_90", "_decode_kernel", sizes, num_warps=4, nbytes=1.0, flops=flops, loops=[loop])
     assert predict.issued(code) == 3 * (32 // 8) * (4096 // 64) * 4 * 400
+
+
+AHEAD = """
+import json
+from fluxmoe.experiments.bench.predict_ahead import ahead_rows
+from fluxmoe.experiments.bench.timing import Roofs
+print(json.dumps(ahead_rows(["qwen3_30b"], [8192], Roofs(4.23e12, 711e12), AUDIT, FOLDER)))
+"""
+
+
+def test_what_decoding_a_layer_ahead_adds_to_a_whole_layer(tmp_path):
+    """Between nothing and the bytes of all experts, as its kernel declares them; less than decoding first does."""
+    pytest.importorskip("triton.backends.nvidia")
+    paths = f"from pathlib import Path\nAUDIT, FOLDER = Path({str(AUDIT)!r}), Path({str(MEASURED)!r})\n"
+    rows = json.loads(run_script(paths + AHEAD, tmp_path)[-1])
+    for one_prompt, eight in zip(rows[:5], rows[5:], strict=True):
+        # Attention is shorter, the rest the same.
+        assert one_prompt["attention_us"] > 5 * eight["attention_us"]
+        assert one_prompt["experts_us"] == eight["experts_us"]
+    dense, first, hidden, beside, turns = (row["over_dense"] for row in rows[:5])
+    assert dense == hidden == 1
+    assert 1 < beside < turns < first
+    more = (rows[4]["layer_us"] - rows[0]["layer_us"]) * 1e-6 * 4.23e12
+    assert more == pytest.approx(128 * 3 * 2048 * 768 * (12.006 / 8 + 2), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "shared", "programs"),
+    [
+        (168, 8, 132096, 2),
+        (188, 8, 196608, 2),
+        (193, 8, 0, 1),
+        (254, 8, 0, 0),
+        (48, 4, 222 << 10, 0),
+        (32, 8, 1 << 10, 7),
+    ],
+    ids=["attention", "down", "a register too many", "gate_up", "no shared memory", "only registers count"],
+)
+def test_how_many_programs_fit_beside_a_kernels(registers, warps, shared, programs):
+    """Of 65,536 registers, given by eights, and 227 KiB; a decoder's takes an eighth, and 9 KiB."""
+    decoder = Report("", "sm_90", registers=32, num_warps=8, shared_bytes=8 << 10)
+    code = Report("", "sm_90", registers=registers, num_warps=warps, shared_bytes=shared)
+    assert predict_ahead.room_beside(code, decoder) == programs

@@ -103,7 +103,7 @@ class DecodedAhead:
         self._begun: list[ExpertTable | None] = [None, None]
         # Once a graph has captured the buffer: it may be launched at any time, so nothing is decoded beside it.
         self._in_order = False
-        self._cuda = cuda or (torch.cuda if device.type == "cuda" else None)
+        self._cuda: Any = cuda or (torch.cuda if device.type == "cuda" else None)
         if self._cuda is not None:
             # Before what the compute stream has, whose programs else fill every SM until the last of them has begun.
             self._aside = self._cuda.Stream(priority=-1)

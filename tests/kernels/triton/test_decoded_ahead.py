@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fluxmoe.kernels.expert_table import DOWN, GATE_UP, ExpertTable
-from fluxmoe.kernels.formats import DENSE
+from fluxmoe.kernels.formats import DENSE, fitting
 from fluxmoe.kernels.ops import ExpertDims
 from fluxmoe.kernels.triton import tiles
 from fluxmoe.kernels.triton.decoded_ahead import DecodedAhead
@@ -44,9 +44,8 @@ def test_layers_that_are_decoded_ahead_have_the_bits_of_dense_ones(name, monkeyp
     formats = [[name] * 3, [DENSE, name, name], [DENSE] * 3]
     layers = []
     for each in formats:
-        weights = [tuple(torch.randn(s).bfloat16() for s in DIMS.shapes) for _ in range(DIMS.experts)]
-        if name == "planar8":
-            weights = [tuple((w.view(torch.int16) & ~15).view(torch.bfloat16) for w in pair) for pair in weights]
+        made = [[fitting(name, torch.randn(shape).bfloat16()) for shape in DIMS.shapes] for _ in range(DIMS.experts)]
+        weights = [(gate_up, down) for gate_up, down in made]
         layers.append((table_of(ops, weights, each), table_of(ops, weights, [DENSE] * 3)))
     x, logits = torch.randn(TOKENS, 128).bfloat16().to(DEVICE), torch.randn(TOKENS, 3).to(DEVICE)
 

@@ -9,6 +9,9 @@ the rate of its matmuls; norms, routing, RoPE and sums are left out. What decodi
     beside    each of its instructions delays them by its slot
     in turns  it gets SMs that have nothing else, so its bytes take as long as alone
 
+All ways are measured alike: over_dense has what one adds times what the GPU took over the bound of the dense layer, and
+bound_over_dense what it adds by bounds alone.
+
 window_us: how long kernels run beside which an SM has room for its programs by registers and shared memory of the audit
 (attention and the down product); decoding_us: what its own programs need at least, a trip to memory and their
 instructions one after the other. Beyond the window it is in turns.
@@ -82,9 +85,10 @@ class Layer:
         width = (2 * heads[0] + 2 * heads[1]) * heads[2]
         self.projections_s = 2 * tokens * shape.hidden * width / roofs.flops_per_s
         ways = ("fluxmoe", f"fluxmoe {DEFAULT_COMPRESSED}")
-        self.experts_s, self.decoded_first_s = (
-            measured.calibrated(predict_layer(shape, tokens, codes, roofs, way), shape, tokens) for way in ways
-        )
+        bounds = [predict_layer(shape, tokens, codes, roofs, way) for way in ways]
+        self.experts_s = measured.calibrated(bounds[0], shape, tokens)
+        self.first_bound_s = bounds[1].seconds - bounds[0].seconds
+        self.over_bound = self.experts_s / bounds[0].seconds
 
     @property
     def seconds(self) -> float:
@@ -131,14 +135,16 @@ def ahead_rows(shapes: Iterable[str], tokens: Iterable[int], roofs: Roofs, path:
         # A third of the products.
         window = fits["attention"] * layer.attention_s + fits["down"] * layer.experts_s / 3
         ways = {
-            "dense": 0.0, "decoded first": layer.decoded_first_s - layer.experts_s, "decoded ahead, hidden": 0.0,
+            "dense": 0.0, "decoded first": layer.first_bound_s, "decoded ahead, hidden": 0.0,
             "decoded ahead, beside": needs["issue"], "decoded ahead, in turns": needs["bytes"],
         }  # fmt: skip
-        for way, more in ways.items():
+        for way, bound in ways.items():
+            more = layer.over_bound * bound
             rows.append(
                 {
                     "kind": "predicted", "shape": name, "tokens": count, "sequences": sequences, "way": way,
                     "layer_us": 1e6 * (layer.seconds + more), "over_dense": 1 + more / layer.seconds,
+                    "bound_over_dense": 1 + bound / layer.seconds,
                     "attention_us": 1e6 * layer.attention_s, "projections_us": 1e6 * layer.projections_s,
                     "experts_us": 1e6 * layer.experts_s, "window_us": 1e6 * window,
                     "decoding_us": 1e6 * needs["programs"],

@@ -42,7 +42,8 @@ from .moving_store import MovingStore
 from .placement import Placement, Tier
 from .planner import Move
 from .recording import Recording, RecordingError, RoutingRecorder
-from .store import ExpertStore, StaticStore
+from .static_store import StaticStore
+from .store import ExpertStore
 from .streamer import Counters, Streamer
 
 

@@ -32,7 +32,7 @@ from ..experts.config import SettingError
 from ..experts.footprint import slot_schedule
 from ..experts.layout import ExpertLayout
 from ..experts.placement import Tier, place
-from ..experts.store import StaticStore
+from ..experts.static_store import StaticStore
 from ..experts.streamer import Counters, Streamer
 from ..experts.streamer_cuda import CudaStreamer
 from ..memory.budget import BudgetError, format_bytes

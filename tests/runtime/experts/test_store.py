@@ -21,7 +21,8 @@ from fluxmoe.runtime.experts import store as store_module
 from fluxmoe.runtime.experts.disk import DiskTier, StoreError
 from fluxmoe.runtime.experts.layout import ExpertFormats, ExpertLayout
 from fluxmoe.runtime.experts.placement import Placement, Tier, place
-from fluxmoe.runtime.experts.store import ExpertStore, StaticStore
+from fluxmoe.runtime.experts.static_store import StaticStore
+from fluxmoe.runtime.experts.store import ExpertStore
 
 # Sizes that are no multiple of the alignment. A stand-in for compression: `tiered` holds the lower half of every byte,
 # and can only be decoded; `planar12` likewise, and is what the GEMM would read.

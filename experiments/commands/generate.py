@@ -11,8 +11,8 @@ from pathlib import Path
 
 from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.config import load_config
-from fluxmoe.runtime.devices import resolve_device
-from fluxmoe.runtime.memory.budget import format_bytes
+from fluxmoe.runtime.devices import HOST, resolve_device
+from fluxmoe.runtime.memory.budget import BudgetError, format_bytes
 from fluxmoe.runtime.serving.config import EngineConfig
 from fluxmoe.runtime.serving.engine import Engine
 from fluxmoe.runtime.serving.loop import summarise
@@ -22,7 +22,7 @@ from ..lib import wall
 from ..lib.args import group, number_of_bytes, option
 from ..lib.effects import Setup, served_on
 from ..lib.results import UsageError, load_json, output_file, provenance, write_atomically, write_csv, write_json
-from ..lib.serve import compile_kernels, require_wall
+from ..lib.serve import compile_kernels, require_wall, wall_for
 from ..lib.tokenizer import Tokenizer
 
 
@@ -178,9 +178,21 @@ def serve_walled(args: Arguments, limit: int) -> dict:
         if sys.stderr.isatty():
             print("compiling kernels, unless they are: outside of the wall", file=sys.stderr)
         compile_kernels(config, args.settings)
-    result, peak = wall.call(limit, serve, args, files=[Path(args.model)])
+    result, peak = wall.call(limit, _serve_inside, args, limit, files=[Path(args.model)])
     result["wall"]["peak_bytes"] = peak + result["wall"]["mapped_bytes"]
     return result
+
+
+def _serve_inside(args: Arguments, limit: int) -> dict:
+    """What the process behind the wall does."""
+    free = HOST.free_bytes()
+    try:
+        return serve(args)
+    except BudgetError as error:
+        if error.least is None or args.engine.budget_bytes is not None:
+            raise
+        least = wall_for(limit, free, error.least)
+        raise BudgetError(f"{error}; as it is, this takes --wall {least} ({format_bytes(least)})") from None
 
 
 def run(args: Arguments) -> None:

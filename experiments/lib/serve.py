@@ -94,6 +94,11 @@ def require_wall(limit: int) -> None:
         raise error
 
 
+def wall_for(limit: int, free: int, budget: int) -> int:
+    """The least wall behind which `all` is `budget` bytes, for a process that saw `free` behind one of `limit`."""
+    return limit - free + HOST.free_for(budget)
+
+
 @cache
 def _interpreter_bytes() -> int:
     """What a fresh process takes that has all it needs to serve, but no engine."""

@@ -48,6 +48,7 @@ from ..lib.serve import (
     row,
     serve,
     short_requests,
+    wall_for,
     warm_up,
 )  # fmt: skip
 from ..lib.sweep import Sweep, in_turns
@@ -169,8 +170,7 @@ def _row_inside(
     try:
         served = serve(machine, source, settings, requests, watch=watch, first=first)
     except BudgetError as error:
-        # The ledger's least, as a wall: what lies outside of `all` beside it.
-        least = limit - free + HOST.free_for(error.least) if error.least is not None else None
+        least = wall_for(limit, free, error.least) if error.least is not None else None
         return {"status": "too_small", "reason": str(error), "least_budget": least, "base_bytes": base}
     return served.row | most
 

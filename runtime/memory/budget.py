@@ -57,10 +57,12 @@ def require(total: int, lines: Mapping[str, int], hint: str = "") -> None:
 
 @contextmanager
 def explained(
-    of: str, beside: int = 0, together: bool = True, least: Callable[[], int | None] = lambda: None
-) -> Iterator[None]:
-    """BudgetErrors from here say what needs the budget, the least that works, and that with the host memory that lies
-    `beside` it. together: the budget holds that too. least: asked where an error does not know."""
+    of: str, beside: int = 0, together: bool = True, least: Callable[[], int | None] = lambda: None,
+    instead: Callable[[], str] = lambda: "",
+) -> Iterator[None]:  # fmt: skip
+    """BudgetErrors from here say what needs the budget, the least that works, that with the host memory that lies
+    `beside` it, and what would do `instead`. together: the budget holds that too. least: asked where an error does not
+    know."""
     try:
         yield
     except BudgetError as error:
@@ -69,6 +71,8 @@ def explained(
             more = f"; the least that works is {found} bytes ({format_bytes(found)})"
         if found is not None and beside:
             more += f"; with {format_bytes(beside)} of host memory beside it {found + beside} bytes in all"
+        if other := instead():
+            more += f"; {other}"
         named = BudgetError(f"{of}: {error}{more}")
         named.least = found + beside if found is not None and together else found
         raise named from None

@@ -45,7 +45,7 @@ class FreeMemory(NamedTuple):
         if host >= total:
             raise BudgetError(
                 f"host memory takes {format_bytes(host)} ({by_line(host_lines)}), and of what is free only "
-                f"{format_bytes(total)} can be given away; keep fewer experts in memory (--placement disk)"
+                f"{format_bytes(total)} can be given away"
             )
         return total - host
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from fluxmoe.kernels.formats import DENSE
 from fluxmoe.kernels.ops import Limits, OpSizes
 from fluxmoe.kernels.packing.expert_file import PAGE
 from fluxmoe.models.config import ModelConfig
@@ -21,7 +20,7 @@ from ..experts.cache import CACHE_LINE
 from ..experts.footprint import EXPERT_LINES, Footprint
 from ..experts.placement import Placement
 from ..experts.planner import Planner, PlannerConfig
-from ..memory.budget import BudgetError, MemoryBudget, format_bytes, require
+from ..memory.budget import BudgetError, MemoryBudget, require
 from ..memory.slabs import FREE
 from .config import EngineConfig
 from .kv_cache import KV_LINE, KVLayout
@@ -99,7 +98,7 @@ class Deployment:
         least = self._least_steps * self._step[1]
         self._swap_inside = swap_inside and config.preemption == "swap"
         swap = {"swap_space": least + self.max_sequences * self._state_bytes} if self._swap_inside else {}
-        require(total, {**lines, KV_LINE: least, **swap}, hint=self._hint())
+        require(total, {**lines, KV_LINE: least, **swap})
         self.budget = MemoryBudget(total)
         for line, nbytes in lines.items():
             self.budget.reserve(line, nbytes)
@@ -212,8 +211,3 @@ class Deployment:
             return self.config.max_batch
         blocks = -(-self.limits.context // (2 * self.config.block_size))
         return min(self.config.max_batch, max(1, free // (state_bytes + blocks * self.block_bytes)))
-
-    def _hint(self) -> str:
-        if self.placement.alpha == 0:
-            return "lower --max-batch, or serve a smaller model"
-        return f"--placement host keeps no expert on the device ({format_bytes(self.layout.expert_bytes(DENSE))} each)"

@@ -9,6 +9,7 @@ Construction charges every device byte to a MemoryBudget, and what the host hold
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -23,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..devices import device_of, resolve_device
+from ..experts.footprint import Footprint, lay_out
 from ..experts.pager import ExpertPager
 from ..experts.placement import IN_FILES, Tier
 from ..experts.planner import Links
@@ -34,6 +36,7 @@ from ..memory.budget import explained
 from ..memory.check import FreeMemory, MemoryCheck
 from ..memory.slabs import FREE
 from ..timeline import COMPUTE, Timeline
+from .advice import advice
 from .batch import build_batch
 from .config import EngineConfig
 from .deployment import Deployment, least_budget, limits_of, require_workspace
@@ -99,7 +102,8 @@ class Engine(ServingLoop):
         parts = model, config, self.ops, self.pager.footprint
         deploy = partial(Deployment, *parts, graph_bytes=self._graph_bytes, swap_inside=shared)
         beside = sum(in_host.values()) if free.shared else 0
-        with explained(config.named, beside, together=shared, least=partial(least_budget, deploy)):
+        instead = partial(self._instead, checkpoint, free, total)
+        with explained(config.named, beside, together=shared, least=partial(least_budget, deploy), instead=instead):
             if shared:
                 total = free.beside(total, in_host)
             self.deployment = deploy(total)
@@ -144,6 +148,25 @@ class Engine(ServingLoop):
         if config.adaptive:
             self.residency = self._make_residency()
         self._counted = Counters()
+
+    def _instead(self, checkpoint: Checkpoint, free: FreeMemory, total: int) -> str:
+        """What would do where `total` bytes, and what is free, do not."""
+        model, config, ops = self.model, self.config, self.pager.ops
+        header = checkpoint.packed.header if checkpoint.packed else None
+        inside = free.shared and config.budget_bytes is None
+
+        def place(other: EngineConfig) -> Footprint:
+            return Footprint(lay_out(len(model.moe_layers), other, ops, dict), other, ops)
+
+        def deploy(other: EngineConfig, footprint: Footprint, budget: int) -> Deployment:
+            return Deployment(model, other, self.ops, footprint, budget, self._graph_bytes, swap_inside=inside)
+
+        def fits(budget: int, host: int) -> bool:
+            room = total if inside else sys.maxsize if free.host_bytes is None else free.host_bytes
+            return budget <= total and (budget if free.shared else 0) + host <= room
+
+        files = device_of(self.device).reads_disk and ops.backend != "triton"
+        return advice(config, place, deploy, lambda footprint: sum(footprint.host_lines(header).values()), fits, files)
 
     def _make_residency(self) -> Residency:
         config, planner = self.config, self.deployment.make_planner() if self.config.planning else None

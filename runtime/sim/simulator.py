@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ from ..experts.planner import Move, Observation
 from ..hardware import HardwareProfile, ProfileError
 from ..memory.budget import explained
 from ..memory.slabs import SlabError, SlabPool
+from ..serving.advice import advice
 from ..serving.config import EngineConfig
 from ..serving.deployment import Deployment, limits_of, require_workspace
 from ..serving.kv_cache import PagedKVCache
@@ -168,7 +170,7 @@ class SimEngine(ServingLoop):
         ops = SimOps(model, limits, self.devices, parameters, config.formats_met)
         layout = lay_out(len(model.moe_layers), config, ops.experts, lambda: profile.bandwidths(None))
         experts = Footprint(layout, config, ops.experts)
-        with explained(config.named):
+        with explained(config.named, instead=partial(self._instead, ops, total)):
             self.deployment = Deployment(model, config, ops, experts, total, shares=self.devices)
         self.placement, self.budget = self.deployment.placement, self.deployment.budget
         self.costs = CostModel(model, profile, self.devices, parameters)
@@ -198,6 +200,21 @@ class SimEngine(ServingLoop):
             self._sharing = Sharing(self.kv, self.scheduler, self.budget, kv_slabs)
             self._hold(layout)
         self._moves: list[Move] = []
+
+    def _instead(self, ops: SimOps, total: int) -> str:
+        """What would do where `total` bytes do not."""
+
+        def place(other: EngineConfig) -> Footprint:
+            return Footprint(lay_out(len(self.model.moe_layers), other, ops.experts, dict), other, ops.experts)
+
+        def deploy(other: EngineConfig, footprint: Footprint, budget: int) -> Deployment:
+            return Deployment(self.model, other, ops, footprint, budget, shares=self.devices)
+
+        def fits(budget: int, host: int) -> bool:
+            return budget <= total and host <= self.profile.host_memory_bytes
+
+        on_cpu = self.profile.device == "cpu"
+        return advice(self.config, place, deploy, lambda footprint: sum(footprint.host_lines().values()), fits, on_cpu)
 
     def _adopt(self, layout: ExpertLayout) -> list[Load]:
         """Take a layout into use; returns the loads of its layers."""

@@ -8,13 +8,18 @@ import shutil
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from fluxmoe.experiments.commands import generate
 from fluxmoe.experiments.commands.main import call
 from fluxmoe.experiments.lib import wall
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
+from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.experts.recording import Recording
 from fluxmoe.runtime.hardware import HardwareProfile
+from fluxmoe.runtime.memory.budget import BudgetError
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +242,21 @@ def test_a_wall_changes_no_token_and_a_small_one_is_one_line(model_dir, tmp_path
     assert "of 953.7 MiB, of which" in capsys.readouterr().out
     assert "19.07 MiB is too small for the interpreter" in error_of("generate", *common, "--wall", "20MB")
     assert "is no number of bytes" in error_of("generate", *common, "--wall", "all")
+
+
+def test_behind_a_wall_a_refusal_names_the_wall_that_would_do(monkeypatch):
+    def refuse(args):
+        error = BudgetError("refused")
+        error.least = 5 << 20
+        raise error
+
+    monkeypatch.setattr(generate, "serve", refuse)
+    monkeypatch.setattr(type(HOST), "free_bytes", lambda self: 3 << 30)
+    args = SimpleNamespace(engine=SimpleNamespace(budget_bytes=None))
+    # A GiB of the wall was taken before the engine came.
+    least = (1 << 30) + HOST.free_for(5 << 20)
+    with pytest.raises(BudgetError, match=rf"^refused; as it is, this takes --wall {least} \("):
+        generate._serve_inside(cast(Any, args), 4 << 30)
+    args.engine.budget_bytes = 1
+    with pytest.raises(BudgetError, match=r"^refused$"):
+        generate._serve_inside(cast(Any, args), 4 << 30)

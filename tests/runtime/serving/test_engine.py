@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 from contextlib import suppress
 from dataclasses import replace
@@ -425,3 +426,17 @@ def test_a_budget_without_a_slab_for_kv_leaves_nothing_open(wide_model_dir):
     with pytest.raises(BudgetError, match="the least that works"):
         Engine(wide_model_dir, EngineConfig(budget_bytes=(info.value.least or 0) - 1, **settings))
     assert held_by_process() == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"placement": "host"}, {"placement": "three_tiers", "alpha": 0.5}], ids=str)
+def test_a_refusal_names_a_placement_a_format_and_a_budget_that_would_do(wide_model_dir, settings):
+    common = dict[str, Any](device="cpu", max_context=64, max_batch=2, max_batched_tokens=16)
+    with pytest.raises(BudgetError) as info:
+        Engine(wide_model_dir, EngineConfig(budget_bytes=1 << 20, profile=PROFILE, **settings, **common))
+    said = re.search(r"--placement (\w+) --expert-format (\w+) works with (\d+) bytes", str(info.value))
+    assert said is not None, info.value
+    placement, expert_format, budget = said[1], said[2], int(said[3])
+    assert info.value.least is None or budget < info.value.least
+    other = EngineConfig(placement=placement, expert_format=expert_format, budget_bytes=budget, **common)
+    with Engine(wide_model_dir, other) as engine:
+        assert engine.generate([Request((1, 2, 3), SamplingParams(4, ignore_eos=True))])[0].token_ids

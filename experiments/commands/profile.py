@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from fluxmoe.kernels.cpu.gemm import default_threads
 from fluxmoe.kernels.cpu.tile import kind_of
 from fluxmoe.kernels.formats import codec_of, compressed_formats
 from fluxmoe.runtime.devices import HOST, resolve_device
-from fluxmoe.runtime.disk_rate import read_rate
+from fluxmoe.runtime.disk_rate import BEYOND_CACHES, read_rate
 from fluxmoe.runtime.experts.placement import Tier
 from fluxmoe.runtime.hardware import HardwareProfile, best_seconds, measure_bandwidths, measure_links
 
@@ -153,7 +154,8 @@ def disk_reads(directory: Path, file_bytes: int) -> float:
         file.flush()
         paths = [Path(file.name)]
         drop_cached(paths)
-        return read_rate(paths) or read_rate(paths, direct=False) or 0.0
+        read = partial(read_rate, paths, memory=BEYOND_CACHES)
+        return read() or read(direct=False) or 0.0
 
 
 def launch_seconds(device: torch.device) -> float:

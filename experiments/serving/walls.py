@@ -36,7 +36,7 @@ from fluxmoe.models.checkpoint import Checkpoint
 from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import expert_dims
 from fluxmoe.models.packed import PackedExperts
-from fluxmoe.runtime.disk_rate import read_rate
+from fluxmoe.runtime.disk_rate import BEYOND_CACHES, read_rate
 from fluxmoe.runtime.experts.placement import IN_FILES
 from fluxmoe.runtime.memory.budget import format_bytes, parse_bytes
 from fluxmoe.runtime.serving.config import EngineConfig
@@ -371,7 +371,8 @@ def run(args: Arguments) -> None:
     with Sweep.serving(args.out, "versus walls", Machine("cpu"), files.source, made, facts, "rows.csv") as sweep:
         taken = Turns(args, files, sweep, args.rounds * sum(len(turns(args, files, setup)) for setup in setups))
         for number in range(args.rounds):
-            rates = (read_rate(sorted(files.packed.glob("*.flux")), sizes=sizes, busy=busy) for busy in (False, True))
+            paths = sorted(files.packed.glob("*.flux"))
+            rates = (read_rate(paths, sizes=sizes, busy=busy, memory=BEYOND_CACHES) for busy in (False, True))
             bounds = Bounds(model, *rates)
             for setup in setups:
                 taken.round(number, setup, bounds)

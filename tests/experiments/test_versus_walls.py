@@ -24,6 +24,7 @@ from fluxmoe.experiments.lib.page_cache import cached_bytes, drop_cached
 from fluxmoe.experiments.lib.results import UsageError, read_csv
 from fluxmoe.experiments.serving import phases, walls
 from fluxmoe.runtime.disk_rate import read_rate
+from fluxmoe.runtime.experts.disk import READERS
 from fluxmoe.runtime.memory import machine
 from safetensors.torch import load_file
 
@@ -265,6 +266,20 @@ def test_files_are_read_past_the_page_cache(tmp_path):
         rate = read_rate([path], seconds=0.05, sizes=(4096, 1 << 20), busy=busy)
         assert rate is None or rate > 0
     assert read_rate([tmp_path / "missing"]) is None
+
+
+def test_a_disk_is_not_rated_by_memory_that_caches_hold(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    targets, preadv = [], os.preadv
+
+    def recorded(file, parts, at):
+        targets.append(np.frombuffer(parts[0], np.uint8).ctypes.data)
+        return preadv(file, parts, at)
+
+    monkeypatch.setattr(os, "preadv", recorded)
+    assert read_rate([tmp_path / "file"], seconds=0.05, direct=False, sizes=(1 << 16,), memory=16 << 20)
+    first = targets[: 4 * READERS]
+    assert len(set(first)) == len(first)
 
 
 # As much of llama_cpp as the worker uses: the token after t is t + 1. It eats memory at a prompt of 33 tokens.

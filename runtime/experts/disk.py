@@ -2,6 +2,10 @@
 
 The files are those of a packed checkpoint, or of a folder that was filled once and is used again, or, where nobody
 names a folder, files without a name that go with the process.
+
+Threads read, with preadv, and not io_uring: with eight reads in flight both give the same bytes/s, beside busy cores
+too, and what threads cost beside a ring, 0.01 s of a core a GB, is a seventh of what summing up costs with either. The
+binding that is kept for Python, liburing, holds the GIL while it waits and reads to a bytearray alone.
 """
 
 from __future__ import annotations

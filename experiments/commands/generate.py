@@ -185,13 +185,13 @@ def serve_walled(args: Arguments, limit: int) -> dict:
 
 def _serve_inside(args: Arguments, limit: int) -> dict:
     """What the process behind the wall does."""
-    free = HOST.free_bytes()
     try:
         return serve(args)
     except BudgetError as error:
         if error.least is None or args.engine.budget_bytes is not None:
             raise
-        least = wall_for(limit, free, error.least)
+        # What is free by now, with the tokenizer loaded.
+        least = wall_for(limit, HOST.free_bytes(), error.least)
         raise BudgetError(f"{error}; as it is, this takes --wall {least} ({format_bytes(least)})") from None
 
 

@@ -33,11 +33,13 @@ def plot_memory_budget(directory: Path) -> Path:
     """throughput_vs_budget.png beside points.csv: medians over repeats, with the range of several; returns its path.
 
     Hollow marks: requests were preempted (the KV cache thrashed). Crosses below the axis: the budget cannot hold
-    that placement.
+    that placement. Of one budget alone, bars.
     """
     points, about = read(directory)
-    figure, axis = subplots(figsize=(7.2, 5.2))
     ran = points[points.status == "ok"]
+    if points.budget_bytes.nunique() == 1 and len(ran):
+        return _plot_one_budget(directory, points, about)
+    figure, axis = subplots(figsize=(7.2, 5.2))
     unit, name_of_unit = (MIB << 10, "GiB") if points.budget_bytes.max() >= 16 << 30 else (MIB, "MiB")
     top = ran.tokens_per_s.max() if len(ran) else 1.0
     taken: set[str] = set()
@@ -86,6 +88,35 @@ def plot_memory_budget(directory: Path) -> Path:
     axis.plot([], [], "o", color="0.4", markerfacecolor="white", label="hollow: requests were preempted")
     axis.plot([], [], "x", color="0.4", label="budget too small for this placement")
     legend_below(figure, axis, 2)
+    return save(figure, directory / "throughput_vs_budget.png")
+
+
+def _plot_one_budget(directory: Path, points: pd.DataFrame, about: dict) -> Path:
+    """A bar a placement, the median, with a dot a run; and what lies in host memory and files."""
+    names = list(dict.fromkeys(points.placement))[::-1]
+    figure, axis = subplots(figsize=(7.2, 1.4 + 0.55 * len(names)))
+    for place, name in enumerate(names):
+        rows = points[(points.placement == name) & (points.status == "ok")]
+        if rows.empty:
+            axis.annotate(" budget too small", (0, place), va="center", fontsize=8)
+            continue
+        middle, first = rows.tokens_per_s.median(), rows.iloc[0]
+        axis.barh(place, middle, height=0.6, color=style_of(name.partition("@")[0])[0], zorder=2)
+        axis.plot(rows.tokens_per_s, [place] * len(rows), "o", color="black", markersize=3, zorder=3)
+        far = (("host memory", first.host_bytes), ("files", first.disk_bytes))
+        beside = ", ".join(f"{nbytes / 1e6:.0f} MB in {where}" for where, nbytes in far if nbytes)
+        axis.annotate(f"{middle:.0f}" + (f"; {beside}" if beside else ""), (middle, place), (6, 0),
+                      textcoords="offset points", va="center", fontsize=8)  # fmt: skip
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_xlim(0, 2 * points.tokens_per_s.max())
+    axis.set_xlabel(axis_label("output tokens/s", about))
+    model, workload = about["model"], about["workload"]
+    axis.set_title(
+        f"{model['arch']}, {model['num_layers'] - len(model.get('dense_layers', ()))} layers × "
+        f"{model['num_experts']} experts, {workload['requests']} requests, a device of "
+        f"{size_of(int(points.budget_bytes.iloc[0]))}{link_of(about)};\n{where_of(about)}",
+        fontsize=9,
+    )  # fmt: skip
     return save(figure, directory / "throughput_vs_budget.png")
 
 

@@ -129,7 +129,7 @@ def run(args: Arguments) -> None:
         points.append((point, asdict(settings), work))
     made = {"workload": lengths, "seed": seed} | ({"wall": args.wall} if args.wall != "none" else {})
     model = {key: str(value) if key == "dtype" else value for key, value in asdict(source.config).items()}
-    facts = {"model": model, "workload": summary(lengths)}
+    facts = {"model": model, "workload": summary(lengths), "link_bandwidth": args.engine.link_bandwidth}
     with Sweep.serving(args.out, "memory-budget", machine, source, made, facts, seed=seed) as sweep:
         # Behind a wall each process warms up itself, with kernels that are compiled already.
         missing = [point["placement"] for point, settings, _ in points if not sweep.has(settings, **point)]

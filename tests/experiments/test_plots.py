@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+from fluxmoe.experiments.plots import serving
 from fluxmoe.experiments.plots.common import draw_runs, runs_of
 from fluxmoe.experiments.plots.trace import draw_trace
 from fluxmoe.runtime.timeline import Timeline
@@ -63,3 +65,26 @@ def test_a_picture_shows_the_steps_that_are_asked_for(until, bars):
 def test_steps_that_are_not_there_are_named():
     with pytest.raises(ValueError, match="no steps 5 to 6"):
         draw_trace(a_trace(), 5, 6)
+
+
+def test_one_budget_alone_is_bars(tmp_path):
+    """A sweep of one budget has no line to draw; a placement that did not fit it says so."""
+    columns = "placement,budget_bytes,status,tokens_per_s,host_bytes,disk_bytes,preemptions"
+    rows = ("disk,1048576,ok,3,0,5,0", "disk,1048576,ok,4,0,5,0", "resident,1048576,too_small,,,,")
+    (tmp_path / "points.csv").write_text("\n".join((columns, *rows)))
+    about = {
+        "model": {"arch": "olmoe", "num_layers": 2, "num_experts": 4}, "workload": {"requests": 1}, "hardware": "a CPU",
+        "cpus": 2, "link_bandwidth": 2e9,
+    }  # fmt: skip
+    (tmp_path / "provenance.json").write_text(json.dumps(about))
+    axis = Figure().subplots()
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "subplots", lambda **settings: (axis.figure, axis))
+        patch.setattr(serving, "save", lambda figure, path: drawn.append(path) or path)
+        serving.plot_memory_budget(tmp_path)
+    assert drawn == [tmp_path / "throughput_vs_budget.png"]
+    assert [bar.get_width() for bar in axis.patches] == [3.5]
+    said = [text.get_text().strip() for text in axis.texts]
+    assert said == ["budget too small", "4; 0 MB in files"]
+    assert "link held to 2 GB/s" in axis.get_title()

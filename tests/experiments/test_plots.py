@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -14,6 +16,7 @@ from fluxmoe.experiments.plots.common import draw_runs, runs_of
 from fluxmoe.experiments.plots.trace import draw_trace
 from fluxmoe.runtime.timeline import Timeline
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 
 def test_plots_leave_the_backend_to_others():
@@ -78,13 +81,13 @@ def test_one_budget_alone_is_bars(tmp_path):
     }  # fmt: skip
     (tmp_path / "provenance.json").write_text(json.dumps(about))
     axis = Figure().subplots()
-    drawn = []
+    drawn: list[Path] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serving, "subplots", lambda **settings: (axis.figure, axis))
-        patch.setattr(serving, "save", lambda figure, path: drawn.append(path) or path)
+        patch.setattr(serving, "save", lambda figure, path: drawn.append(path))
         serving.plot_memory_budget(tmp_path)
     assert drawn == [tmp_path / "throughput_vs_budget.png"]
-    assert [bar.get_width() for bar in axis.patches] == [3.5]
+    assert [cast(Rectangle, bar).get_width() for bar in axis.patches] == [3.5]
     said = [text.get_text().strip() for text in axis.texts]
     assert said == ["budget too small", "4; 0 MB in files"]
     assert "link held to 2 GB/s" in axis.get_title()

@@ -30,10 +30,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from fluxmoe.kernels.expert_blocks import blocks_of
-from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE
+from fluxmoe.kernels.formats import DEFAULT_COMPRESSED
 from fluxmoe.kernels.packing.expert_file import pages
 from fluxmoe.models.checkpoint import Checkpoint
-from fluxmoe.models.config import ModelConfig
 from fluxmoe.models.decoder import expert_dims
 from fluxmoe.models.packed import PackedExperts
 from fluxmoe.runtime.disk_rate import BEYOND_CACHES, read_rate
@@ -52,6 +51,7 @@ from ..lib.results import UsageError, values_by
 from ..lib.serve import compile_kernels, placed, placement_name
 from ..lib.sweep import Sweep
 from ..plots.walls import plot_walls
+from .bounds import Bounds
 from .engines import RefusedError, WorkerPeer
 from .phases import AHEAD
 from .versus import version_of
@@ -247,33 +247,6 @@ def answers(
                     yield waiting.pop(0), answer
     except RefusedError as error:
         yield from ((batch, {"status": status, "reason": str(error)}) for batch in waiting)
-
-
-class Bounds(NamedTuple):
-    """Tokens/s that a disk allows. rate: bytes/s of it in requests of experts' sizes, None where that cannot be told;
-    busy_rate: where these are summed up while products keep all cores busy."""
-
-    model: ModelConfig
-    rate: float | None
-    busy_rate: float | None = None
-
-    def expert_bytes(self, provider: str) -> int:
-        """Of an expert in the format in which `provider` has it."""
-        expert_format = DENSE
-        if provider.startswith("fluxmoe ") and provider != "fluxmoe resident":
-            expert_format = placed(provider.removeprefix("fluxmoe "))["expert_format"] or DEFAULT_COMPRESSED
-        return sum(blocks_of("cpu", expert_dims(self.model)).expert_bytes(expert_format))
-
-    def of_bytes(self, nbytes_a_token: float) -> float | None:
-        return self.rate / nbytes_a_token if self.rate and nbytes_a_token else None
-
-    def uniform(self, expert_bytes: int, limit: int | None, batch: int) -> float | None:
-        """Where routing is uniform and whatever a wall leaves beside the other weights holds experts."""
-        c = self.model
-        layers, total = len(c.moe_layers), len(c.moe_layers) * c.num_experts * expert_bytes
-        kept = 1.0 if limit is None else min(1.0, max(0.0, limit - c.non_expert_bytes) / total)
-        routed = layers * c.num_experts * (1 - (1 - c.top_k / c.num_experts) ** batch) * expert_bytes
-        return self.of_bytes(routed * (1 - kept) / batch)
 
 
 def row(answer: Mapping[str, Any], provider: str, setup: Setup, args: Arguments, bounds: Bounds) -> dict[str, Any]:

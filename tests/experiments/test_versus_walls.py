@@ -23,6 +23,7 @@ from fluxmoe.experiments.lib.models import preset_config
 from fluxmoe.experiments.lib.page_cache import cached_bytes, drop_cached
 from fluxmoe.experiments.lib.results import UsageError, read_csv
 from fluxmoe.experiments.serving import phases, walls
+from fluxmoe.experiments.serving.bounds import Bounds
 from fluxmoe.runtime.disk_rate import read_rate
 from fluxmoe.runtime.experts.disk import READERS
 from fluxmoe.runtime.memory import machine
@@ -177,13 +178,13 @@ def test_phases_are_timed_apart(batches, tokens, seconds, steps, monkeypatch):
 )
 def test_the_bound_of_uniform_routing(batch, kept, expected):
     model = preset_config("olmoe-1b-7b")
-    bounds = walls.Bounds(model, 2.35e9)
+    bounds = Bounds(model, 2.35e9)
     expert_bytes = bounds.expert_bytes("fluxmoe disk+planar12")
     limit = model.non_expert_bytes + int(kept * 16 * 64 * expert_bytes)
     found = bounds.uniform(expert_bytes, limit, batch)
     assert found == (expected if expected is None else pytest.approx(expected, rel=0.01))
     assert bounds.uniform(expert_bytes, None, batch) is None
-    assert walls.Bounds(model, None).uniform(expert_bytes, limit, batch) is None
+    assert Bounds(model, None).uniform(expert_bytes, limit, batch) is None
     assert bounds.expert_bytes("llama.cpp") == bounds.expert_bytes("fluxmoe resident") == 3 * 2048 * 1024 * 2
 
 

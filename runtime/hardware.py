@@ -12,20 +12,23 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .devices import device_of
+from .devices import HOST, device_of
 from .disk_rate import read_rate
 from .experts.placement import Tier
 from .experts.planner import Links
+from .memory.budget import BudgetError
 
 _SHIPPED = Path(__file__).resolve().parent / "profiles"
 _PROBE_BYTES = 128 << 20
 _REPEATS = 3
-_DISK_S = 0.3
+# 16 MiB in flight.
+_DISK_S, _DISK_BLOCKS = 0.3, (2 << 20,)
 # Fields that are checked: those without a default must be positive.
 _NUMBERS = ("int", "float")
 
@@ -198,18 +201,31 @@ def measure_bandwidths(device: torch.device, files: Sequence[Path] = ()) -> dict
     `files`: reads of them, past the page cache if they can be. The balanced placements give each tier a share
     proportional to its bandwidth (arXiv 2604.02715 §4.2).
     """
-    source = torch.ones(_PROBE_BYTES // 8, dtype=torch.int64, device=device)
-    host = torch.ones(_PROBE_BYTES // 8, dtype=torch.int64, device="cpu", pin_memory=device_of(device).asynchronous)
+    probe = _probe_bytes(device)
+    source = torch.ones(probe // 8, dtype=torch.int64, device=device)
+    host = torch.ones(probe // 8, dtype=torch.int64, device="cpu", pin_memory=device_of(device).asynchronous)
     target = torch.empty_like(source)
     # A GPU takes as long to start and to be waited for as to read once (an H200: 20 and 31 us).
     reads = 16 if device_of(device).asynchronous else 1
     rates = {
-        Tier.RESIDENT: reads * _PROBE_BYTES / best_seconds(lambda: [source.sum() for _ in range(reads)], device),
-        Tier.HOST: _PROBE_BYTES / best_seconds(lambda: target.copy_(host, non_blocking=True), device),
+        Tier.RESIDENT: reads * probe / best_seconds(lambda: [source.sum() for _ in range(reads)], device),
+        Tier.HOST: probe / best_seconds(lambda: target.copy_(host, non_blocking=True), device),
     }
-    if files and (disk := read_rate(files, _DISK_S) or read_rate(files, _DISK_S, direct=False)):
-        rates[Tier.DISK] = disk
+    if files:
+        del source, host, target
+        reading = partial(read_rate, files, _DISK_S, sizes=_DISK_BLOCKS)
+        if disk := reading() or reading(direct=False):
+            rates[Tier.DISK] = disk
     return rates
+
+
+def _probe_bytes(device: torch.device) -> int:
+    """Of each of three buffers: behind a wall little may be free, and what is taken in vain kills as well."""
+    try:
+        free = min(device_of(device).free_bytes(), HOST.free_bytes())
+    except BudgetError:  # the system does not say
+        return _PROBE_BYTES
+    return max(1 << 20, min(_PROBE_BYTES, free // 16))
 
 
 def measure_links(device: torch.device) -> Links:

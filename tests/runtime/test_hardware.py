@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from fluxmoe.runtime.devices import HOST
 from fluxmoe.runtime.experts.config import PagingConfig
 from fluxmoe.runtime.experts.footprint import lay_out
 from fluxmoe.runtime.experts.placement import Tier, place
@@ -100,6 +101,15 @@ def test_quick_measurement_covers_both_tiers_and_files(tmp_path):
     assert all(1e8 < rate < 1e13 for rate in rates.values())
     (tmp_path / "file").write_bytes(bytes(1 << 20))
     assert 0 < measure_bandwidths(torch.device("cpu"), [tmp_path / "file"])[Tier.DISK] < 1e13
+
+
+def test_a_measurement_takes_little_of_what_a_wall_leaves(monkeypatch):
+    """128 MiB three times killed processes behind walls of 600 MiB."""
+    taken, ones = [], torch.ones
+    monkeypatch.setattr(type(HOST), "free_bytes", lambda self: 256 << 20)
+    monkeypatch.setattr(torch, "ones", lambda count, **how: taken.append(8 * count) or ones(count, **how))
+    measure_bandwidths(torch.device("cpu"))
+    assert sum(taken) <= 32 << 20
 
 
 def test_shares_by_bandwidth_know_that_a_link_is_held():

@@ -105,9 +105,14 @@ def test_quick_measurement_covers_both_tiers_and_files(tmp_path):
 
 def test_a_measurement_takes_little_of_what_a_wall_leaves(monkeypatch):
     """128 MiB three times killed processes behind walls of 600 MiB."""
-    taken, ones = [], torch.ones
+    taken, ones = list[int](), torch.ones
+
+    def counted(count: int, **how: Any) -> torch.Tensor:
+        taken.append(8 * count)
+        return ones(count, **how)
+
     monkeypatch.setattr(type(HOST), "free_bytes", lambda self: 256 << 20)
-    monkeypatch.setattr(torch, "ones", lambda count, **how: taken.append(8 * count) or ones(count, **how))
+    monkeypatch.setattr(torch, "ones", counted)
     measure_bandwidths(torch.device("cpu"))
     assert sum(taken) <= 32 << 20
 

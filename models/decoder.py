@@ -264,7 +264,9 @@ class Decoder:
                 hidden = ops.mlp_add(ops.rms_norm(hidden, layer.vectors["post_attn_norm"]), layer.mlp, hidden)
                 normed = ops.rms_norm(hidden, self._norm_after(index))
         with tracer.span("compute", "logits"):
-            return ops.logits(normed[logit_rows], self.lm_head)
+            # All of them, when sequences only decode.
+            sampled = normed if len(logit_rows) == len(normed) else normed[logit_rows]
+            return ops.logits(sampled, self.lm_head)
 
     @cached_property
     def moe_blocks(self) -> list[MoeBlock | None]:

@@ -163,8 +163,9 @@ def launch_seconds(device: torch.device) -> float:
     if device.type == "cpu":
         from fluxmoe.kernels.cpu.ops import _add
 
-        row = torch.zeros(1, 16).numpy()
-        return best_seconds(lambda: [_add(row, row, row) for _ in range(200)], device) / 200
+        row = torch.zeros(1, 16)
+        at = row.data_ptr()
+        return best_seconds(lambda: [_add(at, at, 16, *row.shape) for _ in range(200)], device) / 200
     x = torch.zeros(16, device=device)
     x.add_(1)
     graph = torch.cuda.CUDAGraph()

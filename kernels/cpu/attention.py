@@ -28,11 +28,22 @@ from torch import Tensor
 from ..ops import AttentionMetadata, KernelError, LayerDims, RopeTable
 from .gemm import LANES, Scratch, padded
 from .norm import rms_scale
-from .simd import FEW, exp_f32, fetch_add, float_bits, largest, round_bf16, round_row, store_u16, store_u32
+from .simd import (
+    FEW,
+    address_of,
+    exp_f32,
+    fetch_add,
+    float_bits,
+    floats,
+    largest,
+    round_bf16,
+    round_row,
+    store_u16,
+    store_u32,
+)  # fmt: skip
 from .tile import BF16_DOT, DOT_ROWS, FP32, MAX_ROWS, gemm_tile, kind_of
 
 _NORMS = {"none": 0, "head": 1, "full": 2}
-_NO_WEIGHT = np.zeros(0, np.float32)
 
 
 def kv_block_shape(block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -107,9 +118,12 @@ def _prepare_tokens(
 
 @njit(parallel=True, nogil=True, cache=True)
 def _prepare_qkv(
-    qkv, heads, kv_heads, dim, norm, q_weight, k_weight, eps, clip, positions, slots, cos, sin, k_cache, v_cache,
-    k_block_bytes, v_block_bytes, block_size, bf16,
+    qkv_address, columns, heads, kv_heads, dim, norm, q_norm, k_norm, eps, clip, positions, slots, cos_address,
+    sin_address, rope_rows, k_cache, v_cache, k_block_bytes, v_block_bytes, block_size, bf16,
 ):  # fmt: skip
+    qkv = floats(qkv_address, positions.shape[0], columns)
+    q_weight, k_weight = floats(q_norm, 1, heads * dim)[0], floats(k_norm, 1, kv_heads * dim)[0]
+    cos, sin = floats(cos_address, rope_rows, dim // 2), floats(sin_address, rope_rows, dim // 2)
     if qkv.size <= FEW:
         _prepare_tokens(
             0, qkv.shape[0], qkv, heads, kv_heads, dim, norm, q_weight, k_weight, eps, clip, positions, slots, cos, sin,
@@ -142,9 +156,12 @@ def _softmax(row):
 
 @njit(parallel=True, nogil=True, cache=True)
 def _attention(
-    qkv, heads, kv_heads, dim, softmax_scale, window, tasks, query_start, context_lens, block_table, k_cache, v_cache,
-    k_block_bytes, v_block_bytes, block_size, kind, out, q_rows, scores, results, row_tables, counter, threads,
+    qkv_address, columns, heads, kv_heads, dim, softmax_scale, window, tasks, query_start, context_lens, block_table,
+    k_cache, v_cache, k_block_bytes, v_block_bytes, block_size, kind, out_address, q_rows, scores, results, row_tables,
+    counter, threads,
 ):  # fmt: skip
+    tokens = query_start[-1]
+    qkv, out = floats(qkv_address, tokens, columns), floats(out_address, tokens, heads * dim)
     group = heads // kv_heads
     item, x_item = 4 if kind == FP32 else 2, 2 if kind == BF16_DOT else 4
     v_panels = (dim + 15) // 16
@@ -299,20 +316,20 @@ def attention(
     of all; K and V are rounded to the cache's dtype (nearest even) and written to `metadata.slot_mapping`. out fp32
     [T, heads·D].
     """
-    sizes = qkv.numpy(), dims.heads, dims.kv_heads, dims.head_dim
+    sizes = qkv.data_ptr(), qkv.stride(0), dims.heads, dims.kv_heads, dims.head_dim
     batch = buffers.arrays(metadata, dims.heads, dims.kv_heads)
-    norms = (_NO_WEIGHT if weight is None else weight.numpy() for weight in (q_norm, k_norm))
+    norms = (0 if weight is None else address_of(weight) for weight in (q_norm, k_norm))
     caches = (
         k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride(0) * k_cache.itemsize,
         v_cache.stride(0) * v_cache.itemsize, metadata.block_size,
     )  # fmt: skip
     _prepare_qkv(
         *sizes, _NORMS[dims.qk_norm], *norms, dims.eps, dims.clip_qkv, batch.positions, batch.slots,
-        rope.cos.numpy(), rope.sin.numpy(), *caches, k_cache.dtype == torch.bfloat16,
+        rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.shape[0], *caches, k_cache.dtype == torch.bfloat16,
     )  # fmt: skip
     _attention(
         *sizes, np.float32(dims.head_dim**-0.5), dims.window, batch.tasks, batch.query_start, batch.context_lens,
-        batch.block_table, *caches, kind_of(k_cache.dtype), out.numpy(), buffers.q, buffers.scores, buffers.out,
+        batch.block_table, *caches, kind_of(k_cache.dtype), address_of(out), buffers.q, buffers.scores, buffers.out,
         buffers.row_tables, scratch.counter, scratch.threads,
     )  # fmt: skip
     return out

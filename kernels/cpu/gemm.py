@@ -18,7 +18,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from .simd import LANES, fetch_add, round_row
+from .simd import FEW, LANES, address_of, fetch_add, floats, load_bf16, load_f32, round_row
 from .tile import BF16_DOT, FP32, gemm_panel, kind_of
 
 # Weight bytes of a task. A thread that goes elsewhere in memory begins with nothing fetched ahead, and what was fetched
@@ -58,6 +58,32 @@ def restore(block: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """Inverse of `arrange`: weight [n, k]."""
     panels = block.view(dtype).view(-1, k, LANES)
     return panels.transpose(1, 2).reshape(-1, k)[:n].contiguous()
+
+
+@njit(nogil=True, cache=True)
+def _row_of(weight, kind, row, out):
+    item = 4 if kind == FP32 else 2
+    first = weight + (row // 16 * out.shape[0] * 16 + row % 16) * item
+    for k in range(out.shape[0]):
+        at = first + k * 16 * item
+        out[k] = load_f32(at) if kind == FP32 else load_bf16(at)
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _rows_of(weight, kind, chosen, out_address, depth):
+    out = floats(out_address, chosen.shape[0], depth)
+    if out.size <= FEW:
+        for t in range(chosen.shape[0]):
+            _row_of(weight, kind, chosen[t], out[t])
+    else:
+        for t in prange(chosen.shape[0]):
+            _row_of(weight, kind, chosen[t], out[t])
+
+
+def rows_of(weight: Tensor, kind: int, chosen: Tensor, out: Tensor) -> Tensor:
+    """Rows `chosen`, int64 [T], of an arranged [N, K] weight of the kind's dtype, in `out` fp32 [T, K]."""
+    _rows_of(weight.data_ptr(), kind, chosen.numpy(), address_of(out), out.shape[1])
+    return out
 
 
 @njit(nogil=True, cache=True)

@@ -37,7 +37,7 @@ from ..ops import KernelError
 from . import gemm
 from .gemm import LANES, Scratch, fill_rows, padded, round_rows, tasks_of, zeros
 from .planar_tile import planar_panel
-from .simd import FEW, copy_16, exp_f32, fetch_add, round_16
+from .simd import FEW, address_of, copy_16, exp_f32, fetch_add, floats, round_16
 from .tile import BF16_DOT, FP32, gemm_panel, kind_of, x_dtype
 
 _PLANAR12 = FORMATS["planar12"].number
@@ -98,7 +98,9 @@ def _top_k_of_token(logits, top_k, renormalise, ids, weights):
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _top_k(logits, top_k, renormalise, topk_ids, topk_weights):
+def _top_k(address, columns, experts, top_k, renormalise, topk_ids, topk_weights):
+    """The logits are the first `experts` columns of fp32 [T, columns] at an address."""
+    logits = floats(address, topk_ids.shape[0], columns)[:, :experts]
     if logits.size * top_k <= FEW:
         for t in range(logits.shape[0]):
             _top_k_of_token(logits[t], top_k, renormalise, topk_ids[t], topk_weights[t])
@@ -248,8 +250,9 @@ def _combine_token(expert_out, weights, rows, residual, out):
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _combine(expert_out, topk_weights, row_of, residual, out):
+def _combine(expert_out, topk_weights, row_of, residual_address, out_address, hidden):
     tokens, top_k = row_of.shape
+    residual, out = floats(residual_address, tokens, hidden), floats(out_address, tokens, hidden)
     if out.size * top_k <= FEW:
         for t in range(tokens):
             _combine_token(expert_out, topk_weights[t], row_of[t], residual[t], out[t])
@@ -308,9 +311,9 @@ class Routing(NamedTuple):
 
 def route(logits: Tensor, top_k: int, renormalise: bool, buffers: MoeBuffers) -> Routing:
     """Softmax over fp32 logits [T, E], top_k experts a token (renormalised or not), rows sorted by expert."""
-    tokens = logits.shape[0]
+    tokens, experts = logits.shape
     ids, weights = buffers.topk_ids[:tokens], buffers.topk_weights[:tokens]
-    _top_k(logits.numpy(), top_k, renormalise, ids, weights)
+    _top_k(logits.data_ptr(), logits.stride(0), experts, top_k, renormalise, ids, weights)
     return _sorted(ids, weights, buffers)
 
 
@@ -362,5 +365,5 @@ def down(
 
 def combine(residual: Tensor, out: Tensor, routing: Routing, b: MoeBuffers) -> Tensor:
     """out[t] = residual[t] + sum over choices of topk_weight * expert_out row; fp32 [T, H], may alias residual."""
-    _combine(b.expert_out, routing.topk_weights, routing.row_of, residual.numpy(), out.numpy())
+    _combine(b.expert_out, routing.topk_weights, routing.row_of, address_of(residual), address_of(out), out.shape[1])
     return out

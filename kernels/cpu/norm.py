@@ -5,7 +5,7 @@ from __future__ import annotations
 from numba import njit, prange, types
 from torch import Tensor
 
-from .simd import FEW
+from .simd import FEW, address_of, floats
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
@@ -25,16 +25,18 @@ def _norm_row(x, weight, eps, out):
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _rms_norm(x, weight, eps, out):
+def _rms_norm(x_address, weight_address, eps, out_address, tokens, hidden):
+    x, out = floats(x_address, tokens, hidden), floats(out_address, tokens, hidden)
+    weight = floats(weight_address, 1, hidden)[0]
     if x.size <= FEW:
-        for t in range(x.shape[0]):
+        for t in range(tokens):
             _norm_row(x[t], weight, eps, out[t])
     else:
-        for t in prange(x.shape[0]):
+        for t in prange(tokens):
             _norm_row(x[t], weight, eps, out[t])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     """out = x / rms(x) * weight; x, out fp32 [T, H], weight fp32 [H]."""
-    _rms_norm(x.numpy(), weight.numpy(), eps, out.numpy())
+    _rms_norm(address_of(x), address_of(weight), eps, address_of(out), *x.shape)
     return out

@@ -15,24 +15,26 @@ from ..ops import AttentionMetadata, DeltaNetWeights, DenseMlp, KernelError, Lay
 from . import attention as attn
 from . import delta_net, gates, gemm
 from .norm import rms_norm
-from .simd import FEW
+from .simd import FEW, address_of, floats
 from .tile import kind_of
 
 
 @njit(nogil=True, cache=True)
-def _add_row(a, b, out):
-    for h in range(a.shape[0]):
-        out[h] = a[h] + b[h]
+def _add_row(total, x):
+    for h in range(total.shape[0]):
+        total[h] += x[h]
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _add(a, b, out):
-    if a.size <= FEW:
-        for t in range(a.shape[0]):
-            _add_row(a[t], b[t], out[t])
+def _add(total_address, x_address, x_columns, tokens, hidden):
+    """total[t] += x[t, :hidden]; x is fp32 [tokens, x_columns]."""
+    total, x = floats(total_address, tokens, hidden), floats(x_address, tokens, x_columns)
+    if total.size <= FEW:
+        for t in range(tokens):
+            _add_row(total[t], x[t])
     else:
-        for t in prange(a.shape[0]):
-            _add_row(a[t], b[t], out[t])
+        for t in prange(tokens):
+            _add_row(total[t], x[t])
 
 
 class CpuOps:
@@ -74,8 +76,8 @@ class CpuOps:
             self._buffers["delta_mixed"] = gemm.zeros(tokens, dims.delta.channels)
             self._buffers["delta_out"] = gemm.zeros(tokens, dims.delta.value_size)
         self._views: dict[str, Tensor] = {}
-        # Temporaries of torch's own: embedded tokens before they are upcast, the rows that are sampled from.
-        transient = tokens * dims.hidden * dims.dtype.itemsize + limits.sequences * dims.hidden * 4
+        # A temporary of torch's own: the rows that are sampled from.
+        transient = limits.sequences * dims.hidden * 4
         self.workspace_bytes = (
             transient + sum(b.nbytes for b in self._buffers.values()) + self._scratch.nbytes + self._attention.nbytes
         )
@@ -98,9 +100,7 @@ class CpuOps:
 
     def embed(self, token_ids: Tensor, table: Linear) -> Tensor:
         """token_ids int64 [T], table: arranged [vocab, H] (so that tied embeddings are stored once) → fp32 [T, H]."""
-        panels = table.block.view(table.dtype).view(-1, table.k, gemm.LANES)
-        rows = panels[token_ids // gemm.LANES, :, token_ids % gemm.LANES]
-        return self._rows("hidden", len(token_ids)).copy_(rows)
+        return gemm.rows_of(table.block, kind_of(table.dtype), token_ids, self._rows("hidden", len(token_ids)))
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.dims.eps, self._rows("normed", x.shape[0]))
@@ -146,7 +146,7 @@ class CpuOps:
     def project_add(self, x: Tensor, weight: Linear, residual: Tensor) -> Tensor:
         """residual += x @ W^T; returns residual."""
         projected = self._linear(x, weight, "projected")
-        _add(residual.numpy(), projected.numpy(), residual.numpy())
+        _add(address_of(residual), projected.data_ptr(), projected.stride(0), *residual.shape)
         return residual
 
     def router(self, x: Tensor, weight: Linear) -> Tensor:

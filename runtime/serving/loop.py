@@ -210,7 +210,7 @@ class ServingLoop(ABC):
             preemptions=step.num_preempted,
             swapped_blocks=len(step.swap_out) + len(step.swap_in),
             finished=len(finished),
-            device_experts=sum(int(np.count_nonzero(self.tiers == tier)) for tier in DEVICE_TIERS),
+            device_experts=sum(int(np.count_nonzero(self.tiers == int(tier))) for tier in DEVICE_TIERS),
         )
         return metrics, list(zip(sampled, executed.tokens, strict=True))
 

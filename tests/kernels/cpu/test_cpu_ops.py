@@ -69,6 +69,22 @@ def test_packing_is_bit_exact(n, k, dtype):
     assert torch.equal(gemm.restore(block, n, k, dtype).view(bits), weight.view(bits))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 700], ids=["none", "one", "few", "many threads"])
+def test_rows_of_an_arranged_weight_are_its_rows(tokens, dtype):
+    weight, chosen = torch.randn(37, 31).to(dtype), torch.randint(37, (tokens,))
+    block = torch.zeros(gemm.arranged_bytes(37, 31, dtype), dtype=torch.uint8)
+    gemm.arrange(weight, block)
+    got = gemm.rows_of(block, tile.kind_of(dtype), chosen, torch.full((tokens, 31), float("nan")))
+    assert torch.equal(got, weight[chosen].float())
+
+
+def test_kernels_that_take_addresses_refuse_rows_that_lie_apart():
+    ops = CpuOps(DIMS, LIMITS)
+    with pytest.raises(AssertionError, match="side by side"):
+        ops.rms_norm(torch.randn(3, 96)[:, ::2], torch.ones(48))
+
+
 def test_rows_do_not_depend_on_their_batch(bf16_kind):
     """The property that makes tokens independent of batch, budget and placement: same bits alone or together."""
     ops = CpuOps(replace(DIMS, dtype=torch.bfloat16), LIMITS)
@@ -245,7 +261,7 @@ def test_workspace_is_what_is_held(mlp):
     held: list[torch.Tensor | np.ndarray] = [*ops._buffers.values(), *of_attention]
     scratch = ops._scratch
     arrays = scratch.counter.nbytes + scratch.row_table.nbytes + scratch.rounded.nbytes
-    transient = 64 * 48 * 4 + 8 * 48 * 4  # embedded tokens, sampled rows
+    transient = 8 * 48 * 4  # sampled rows
     assert ops.workspace_bytes == sum(t.nbytes for t in held) + arrays + transient
 
 

@@ -7,12 +7,12 @@ The KV cache is laid out so that both products of attention are the GEMM tile of
     v  [kv_heads, ceil(head_dim/16), block_size, 16]  out[rows, 16 dims] += p[rows, positions] @ panel
 
 Where products of bf16 are dot products (`tile`), q and the exponentials are rounded to bf16; the sum that they are
-divided by is of those that are not. Softmax is exact over the whole context in one pass (the scores of ≤ 8 query rows
+divided by is of those that are not. Softmax is exact over the whole context in one pass (the scores of ≤ 10 query rows
 fit in L2 up to 32 K tokens), and every sum runs over positions in an order that depends on nothing else. A query's
 result therefore does not depend on how its prompt was chunked, nor on the batch, nor on which blocks it was given.
 
-Work is split into (tile of ≤ 8 query rows, 6 without dot products; kv head). The rows of a tile are (token, query head
-of the group): for decode the heads that share a KV head (GQA) are read together, in prefill several tokens are. Where
+Work is split into (tile of rows, as many as `tile` takes; kv head). The rows of a tile are (token, query head of the
+group): for decode the heads that share a KV head (GQA) are read together, in prefill several tokens are. Where
 rows are few, a task takes several KV heads, which lie side by side in a block: 64 KiB in a row where one head has 8.
 """
 
@@ -287,7 +287,7 @@ class AttentionBuffers:
         self.q, self.scores, self.out = (
             np.zeros((threads, rows, width), np.float32) for width in (head_dim, positions, padded(head_dim))
         )
-        self.row_tables = np.zeros((threads, 8), np.int64)
+        self.row_tables = np.zeros((threads, rows), np.int64)
         self._known: tuple[AttentionMetadata, _Arrays] | None = None
 
     @property

@@ -1,8 +1,8 @@
 """CpuOps: the operations of a decoder but its experts on the CPU kernels, with every buffer made once.
 
 Activations between operations are fp32 whatever the weights are. Products with bf16 weights round them to bf16 where
-the CPU has dot products of bf16 (`tile`), as every bf16 engine does, and keep them elsewhere, where upcasting weights
-is free. Weights and KV cache keep the model's dtype.
+the CPU's dot products of bf16 are its fastest (`tile`), as every bf16 engine does, and keep them elsewhere, where
+upcasting weights is free. Weights and KV cache keep the model's dtype.
 """
 
 from __future__ import annotations

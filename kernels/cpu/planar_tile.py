@@ -30,6 +30,7 @@ from .simd import (
     load_at,
     load_i64,
     loop,
+    opaque,
     prefetch,
     repeat,
     row_addresses,
@@ -120,6 +121,8 @@ def _byte_of(row: int, word: int) -> int:
 
 # Lane l of a row is word _WORD_OF[l] of its vector.
 _WORD_OF = [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15]
+# Which weight each of 32 low or high bytes belongs to, 16 · row + lane.
+_PLACES = sorted(range(32), key=lambda place: _byte_of(place // LANES, _WORD_OF[place % LANES]))
 
 
 class _Rows:
@@ -148,11 +151,24 @@ class _Rows:
     def multiply(self, k: ir.Value, decoded: Values, sums: Values, whole: ir.Value | None = None) -> Values:
         """The sums with rows k … of K added."""
         for row, words in enumerate(decoded):
-            at = self.builder.mul(self.builder.add(k, const(row)), const(4))
-            scalars = [load_at(self.builder, self.builder.add(x, at), F32, 4) for x in self.x]
-            weights = _to_f32(self.builder, words)
-            sums = [fma(self.builder, splat(self.builder, s), weights, t) for s, t in zip(scalars, sums, strict=True)]
+            sums = self._add(self.builder.add(k, const(row)), _to_f32(self.builder, words), sums)
         return sums
+
+    def _add(self, k: ir.Value, weights: ir.Value, sums: Values) -> Values:
+        """The sums with row k of K added; weights: <16 x float>."""
+        at = self.builder.mul(k, const(4))
+        scalars = [load_at(self.builder, self.builder.add(x, at), F32, 4) for x in self.x]
+        return [fma(self.builder, splat(self.builder, s), weights, t) for s, t in zip(scalars, sums, strict=True)]
+
+    def replace(self, decoded: Values, place: ir.Value, bits: ir.Value) -> Values:
+        """The vectors with `bits` (i16) at a place (i64)."""
+        wanted = self.builder.trunc(place, I16)
+        replaced = []
+        for vector, here in zip(decoded, self.places, strict=True):
+            wherever = splat(self.builder, wanted, vector.type)
+            is_it = self.builder.icmp_signed("==", ir.Constant(vector.type, here), wherever)
+            replaced.append(self.builder.select(is_it, splat(self.builder, bits, vector.type), vector))
+        return replaced
 
     def keep(self, k: ir.Value, decoded: Values, room: ir.Value, whole: ir.Value | None = None) -> None:
         """Store rows k … of K where a panel bf16 [K, 16] from address `room` on has them."""
@@ -169,6 +185,52 @@ class _Rows:
     def _shuffle(self, low: ir.Value, high: ir.Value, mask: list[int], kind: ir.Type) -> ir.Value:
         indices = ir.Constant(ir.VectorType(I32, len(mask)), mask)
         return self.builder.bitcast(self.builder.shuffle_vector(low, high, indices), kind)
+
+
+class _Planes(_Rows):
+    """The same by byte shuffles of AVX-512: two rows are one <64 x i8>, their 32 high bytes, then their 32 low ones."""
+
+    places: ClassVar = [[place for _ in range(2) for place in _PLACES]]
+
+    def __init__(self, builder: ir.IRBuilder, x: Values) -> None:
+        super().__init__(builder, x)
+        at = {place: i for i, place in enumerate(_PLACES)}
+        words = [[(32 + at[LANES * row + lane], at[LANES * row + lane]) for lane in range(LANES)] for row in range(2)]
+        # One shuffle a row, which makes the lower half of each float zero too: of constants LLVM would make five.
+        wide = [[byte for word in row for byte in (0, 0, *word)] for row in words]
+        self.wide = [opaque(builder, ir.Constant(_BYTES64, mask)) for mask in wide]
+        upper = opaque(builder, const(-0x3333333333333334))
+        self.upper = builder.bitcast(upper, ir.VectorType(ir.IntType(1), 64))
+        in_panel = [byte for row in words for word in row for byte in word]
+        self.panel_order = opaque(builder, ir.Constant(_BYTES64, in_panel))
+
+    def decode(self, address: ir.Value, base: ir.Value, whole: ir.Value | None = None) -> Values:
+        low, high = _bytes_of_pair(self.builder, address, base)
+        return [self.builder.shuffle_vector(high, low, ir.Constant(ir.VectorType(I32, 64), [*range(64)]))]
+
+    def replace(self, decoded: Values, place: ir.Value, bits: ir.Value) -> Values:
+        builder = self.builder
+        halves = [splat(builder, builder.trunc(half, I8), _BYTES32) for half in (builder.lshr(bits, I16(8)), bits)]
+        word = builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(I32, 64), [*range(64)]))
+        is_it = builder.icmp_signed(
+            "==", ir.Constant(_BYTES64, self.places[0]), splat(builder, builder.trunc(place, I8), _BYTES64)
+        )
+        return [builder.select(is_it, word, decoded[0])]
+
+    def multiply(self, k: ir.Value, decoded: Values, sums: Values, whole: ir.Value | None = None) -> Values:
+        zeros = ir.Constant(_BYTES64, [0] * 64)
+        for row, mask in enumerate(self.wide):
+            wide = self.builder.select(self.upper, self._shuffled(decoded[0], mask), zeros)
+            sums = self._add(self.builder.add(k, const(row)), self.builder.bitcast(wide, VEC_F32), sums)
+        return sums
+
+    def keep(self, k: ir.Value, decoded: Values, room: ir.Value, whole: ir.Value | None = None) -> None:
+        at = self.builder.add(room, self.builder.mul(k, const(2 * LANES)))
+        store_at(self.builder, self._shuffled(decoded[0], self.panel_order), at, 2)
+
+    def _shuffled(self, planes: ir.Value, mask: ir.Value) -> ir.Value:
+        shuffle = function(self.builder, "llvm.x86.avx512.permvar.qi.512", _BYTES64, [_BYTES64] * 2)
+        return self.builder.call(shuffle, [planes, mask])
 
 
 class _Pairs(_Rows):
@@ -227,22 +289,11 @@ def _to_f32(builder: ir.IRBuilder, words: ir.Value) -> ir.Value:
     return builder.bitcast(wide, VEC_F32)
 
 
-def _replace(
-    builder: ir.IRBuilder, decoded: Values, places: list[list[int]], place: ir.Value, bits: ir.Value
-) -> Values:
-    """The vectors with `bits` (i16) at a place (i64)."""
-    wanted = builder.trunc(place, I16)
-    replaced = []
-    for vector, here in zip(decoded, places, strict=True):
-        is_it = builder.icmp_signed("==", ir.Constant(vector.type, here), splat(builder, wanted, vector.type))
-        replaced.append(builder.select(is_it, splat(builder, bits, vector.type), vector))
-    return replaced
-
-
 def _emit(builder: ir.IRBuilder, rows: int, kind: int, keep: bool, arguments: Values) -> None:
     panel, base, escapes, x_rows, depth, ahead, room, y, y_stride = arguments
     x = row_addresses(builder, x_rows, rows)
-    weights = (_Pairs if kind == BF16_DOT else _Rows)(builder, x)
+    by_fma = _Planes if _HAS_VBMI else _Rows
+    weights = (_Pairs if kind == BF16_DOT else by_fma)(builder, x)
     step = weights.step
     whole_steps = builder.and_(depth, const(-step))
 
@@ -256,7 +307,8 @@ def _emit(builder: ir.IRBuilder, rows: int, kind: int, keep: bool, arguments: Va
         decoded = weights.decode(address, base)
         if keep:
             weights.keep(k, decoded, room)
-        return weights.multiply(k, decoded, sums)
+        # Each row of x at its address and k: LLVM would keep two parts of k apart, and add them once a row.
+        return weights.multiply(opaque(builder, k), decoded, sums)
 
     def segment(state: Values) -> Values:
         # The steps up to the next escape, in a loop of their own that knows of no escapes: with a branch
@@ -289,7 +341,7 @@ def _emit(builder: ir.IRBuilder, rows: int, kind: int, keep: bool, arguments: Va
     def fix(k: ir.Value, state: Values) -> Values:
         at, escape, *decoded = state
         place = builder.sub(builder.lshr(escape, const(16)), builder.mul(k, const(LANES)))
-        decoded = _replace(builder, decoded, weights.places, place, builder.trunc(escape, I16))
+        decoded = weights.replace(decoded, place, builder.trunc(escape, I16))
         following = builder.add(at, const(8))
         return [following, load_at(builder, following, I64, 8), *decoded]
 

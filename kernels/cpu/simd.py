@@ -50,6 +50,13 @@ def function(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[
     return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
 
 
+def opaque(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The same constant, of which LLVM does not know that it is one: what it feeds stays the instruction it is."""
+    register = "r" if isinstance(value.type, ir.IntType) else "v"
+    same = ir.InlineAsm(ir.FunctionType(value.type, [value.type]), "", f"={register},0")
+    return builder.call(same, [value])
+
+
 def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, total: ir.Value) -> ir.Value:
     """a·b + total of <16 x float>, rounded once."""
     return builder.call(function(builder, "llvm.fma.v16f32", VEC_F32, [VEC_F32] * 3), [a, b, total])

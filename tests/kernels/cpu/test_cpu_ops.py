@@ -45,6 +45,14 @@ def arranged(ops, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Lin
     return Linear(block, n, k, weight.dtype, bias)
 
 
+def test_bf16_is_multiplied_by_what_is_faster(monkeypatch):
+    monkeypatch.setattr(tile, "HAS_DOT", True)
+    assert [tile.bf16_kind(cpu) for cpu in ("znver4", "znver5")] == [tile.BF16_DOT] * 2
+    assert [tile.bf16_kind(cpu) for cpu in ("cooperlake", "emeraldrapids")] == [tile.BF16] * 2
+    monkeypatch.setattr(tile, "HAS_DOT", False)
+    assert tile.bf16_kind("znver3") == tile.BF16
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (15, 3), (16, 16), (33, 70), (160, 129)])
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 6, 7, 13, 64])

@@ -104,22 +104,29 @@ def test_the_gemm_has_the_bits_of_the_uncompressed_one(kind, depth, rows, escape
         assert torch.equal(got, expected)
 
 
-def test_portable_decoding_agrees_with_the_byte_shuffle(monkeypatch):
-    """What machines without AVX2 run: the same IR but for one lookup."""
+@pytest.mark.parametrize("avx2", [False, True], ids=["portable", "avx2"])
+def test_what_other_machines_run_has_the_same_bits(monkeypatch, avx2):
+    """Without byte shuffles of AVX-512; without AVX2 it is the same IR but for one lookup."""
     from numba import njit
 
     monkeypatch.setattr(planar_tile, "_HAS_VBMI", False)
-    monkeypatch.setattr(planar_tile, "_HAS_AVX2", False)
-    portable = planar_tile._make_tile(planar_tile.BF16, [0], keep=True)
+    monkeypatch.setattr(planar_tile, "_HAS_AVX2", avx2)
+    tile_there = planar_tile._make_tile(planar_tile.BF16, [2], keep=True)
     panels = gaussian(1, 64)
+    panels[0, 3, 5] = 1e-30
     block, out = encoded(panels), torch.empty(64, 16, dtype=torch.bfloat16)
+    x, expected, got = torch.randn(2, 64), torch.empty(2, 16), torch.empty(2, 16)
+    table = np.array([x[0].data_ptr(), x[1].data_ptr()], dtype=np.int64)
 
     @njit
-    def decode(data, base, escapes, y):
-        portable(0, data, base, escapes, data, 64, 0, y, 0, 0)
+    def multiply(data, base, escapes, x_rows, room, y):
+        tile_there(2, data, base, escapes, x_rows, 64, 0, room, y, 64)
 
     base = block[:8].view(torch.int64).item()
     index = planar_tile.HEADER_BYTES + 32 * planar_tile.PAIR_BYTES
     escapes = block.data_ptr() + block[index : index + 8].view(torch.int64).item()
-    decode(block.data_ptr() + planar_tile.HEADER_BYTES, base, escapes, out.data_ptr())
+    data = block.data_ptr() + planar_tile.HEADER_BYTES
+    multiply(data, base, escapes, table.ctypes.data, out.data_ptr(), got.data_ptr())
+    gemm_panel(panels.data_ptr(), tile.BF16, table.ctypes.data, 2, 64, 0, expected.data_ptr(), 64)
     assert torch.equal(bits_of(out), bits_of(panels[0]))
+    assert torch.equal(got, expected)

@@ -22,9 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, prange, types
+from numba import prange, types
 from torch import Tensor
 
+from ..numba_cache import cached_njit
 from ..ops import AttentionMetadata, KernelError, LayerDims, RopeTable
 from .gemm import LANES, Scratch, padded
 from .norm import rms_scale
@@ -55,7 +56,7 @@ def kv_block_shape(block_size: int, kv_heads: int, head_dim: int) -> tuple[tuple
     return k, v
 
 
-@njit(nogil=True, cache=True, inline="always")
+@cached_njit(nogil=True, inline="always")
 def _store(base, index, value, bf16):
     if bf16:
         store_u16(base + 2 * index, round_bf16(value))
@@ -63,7 +64,7 @@ def _store(base, index, value, bf16):
         store_u32(base + 4 * index, float_bits(value))
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _rotate(head, cos, sin):
     """Rotate (d, d + D/2) pairs in place: the half-split convention of Hugging Face checkpoints."""
     half = head.shape[0] // 2
@@ -73,14 +74,14 @@ def _rotate(head, cos, sin):
         head[d + half] = b * cos[d] + a * sin[d]
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _normalise(row, weight, eps):
     scale = rms_scale(row, eps)
     for i in range(row.shape[0]):
         row[i] = row[i] * scale * weight[i]
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _prepare_tokens(
     first, last, qkv, heads, kv_heads, dim, norm, q_weight, k_weight, eps, clip, positions, slots, cos, sin, k_cache,
     v_cache, k_block_bytes, v_block_bytes, block_size, bf16,
@@ -116,7 +117,7 @@ def _prepare_tokens(
                 _store(v_block, place, v[h * dim + d], bf16)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _prepare_qkv(
     qkv_address, columns, heads, kv_heads, dim, norm, q_norm, k_norm, eps, clip, positions, slots, cos_address,
     sin_address, rope_rows, k_cache, v_cache, k_block_bytes, v_block_bytes, block_size, bf16,
@@ -137,7 +138,7 @@ def _prepare_qkv(
             )  # fmt: skip
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@cached_njit(nogil=True, fastmath={"reassoc", "contract"})
 def _sum(row):
     total = types.float32(0.0)
     for i in range(row.shape[0]):
@@ -145,7 +146,7 @@ def _sum(row):
     return total
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _softmax(row):
     """In place; returns 1 / sum so that the caller scales the (shorter) output row."""
     peak = largest(row.ctypes.data, row.shape[0])
@@ -154,7 +155,7 @@ def _softmax(row):
     return types.float32(1.0) / _sum(row)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _attention(
     qkv_address, columns, heads, kv_heads, dim, softmax_scale, window, tasks, query_start, context_lens, block_table,
     k_cache, v_cache, k_block_bytes, v_block_bytes, block_size, kind, out_address, q_rows, scores, results, row_tables,
@@ -244,7 +245,7 @@ def _attention(
                         out[first_token + token, column + d] = result[h * rows + r, d] * inverse[h * rows + r]
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _tasks(query_start, group, kv_heads, most, threads):
     """Tasks of at most `most` rows, four a thread where there are as many heads; see _Arrays."""
     tiles = 0

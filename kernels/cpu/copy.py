@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
+
+from ..numba_cache import cached_njit
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_I32, 8)
@@ -42,7 +44,7 @@ def _fence(typing_context):
     return types.void(), codegen
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _stream_copy(dst, src, steps):
     for i in range(steps):
         _move_step(dst + i * 128, src + i * 128)

@@ -8,16 +8,17 @@ token after token in one order, so a prompt's states do not depend on how it was
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange, types
+from numba import prange, types
 from torch import Tensor
 
+from ..numba_cache import cached_njit
 from ..ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights
 from ..reference.delta_net import L2_EPS
 from .gates import sigmoid
 from .norm import rms_scale
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@cached_njit(nogil=True, fastmath={"reassoc", "contract"})
 def _to_unit(row, scale):
     total = types.float32(0.0)
     for i in range(row.shape[0]):
@@ -27,7 +28,7 @@ def _to_unit(row, scale):
         row[i] *= factor
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _convolve(x, weight, state, slots, first, owner, local, key_heads, key_dim, out):
     tokens, taps = x.shape[0], weight.shape[0]
     channels = weight.shape[1]
@@ -54,7 +55,7 @@ def _convolve(x, weight, state, slots, first, owner, local, key_heads, key_dim, 
             _to_unit(row[h * key_dim : (h + 1) * key_dim], types.float32(1.0))
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _keep_inputs(x, state, slots, first, query_start):
     keep, channels = state.shape[1], state.shape[2]
     for b in prange(slots.shape[0]):
@@ -75,7 +76,7 @@ def _keep_inputs(x, state, slots, first, query_start):
                     target[c] = kept[c]
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _recur(qkv, x, rate, dt, norm, state, slots, first, query_start, key_heads, eps, out):
     sequences, heads = slots.shape[0], state.shape[1]
     dk, dv = state.shape[2], state.shape[3]

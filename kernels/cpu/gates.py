@@ -6,35 +6,36 @@ on its batch and on the number of threads.
 
 from __future__ import annotations
 
-from numba import njit, prange, types
+from numba import prange, types
 from torch import Tensor
 
+from ..numba_cache import cached_njit
 from .simd import exp_f32
 
 # error_model numpy: numba's check for a division by zero, which cannot be, would keep the loops from being vectorised.
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached_njit(nogil=True, error_model="numpy")
 def sigmoid(x):
     """1 / (1 + e^-x) in fp32, of any x."""
     return types.float32(1.0) / (types.float32(1.0) + exp_f32(-x))
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@cached_njit(parallel=True, nogil=True, error_model="numpy")
 def _swiglu(gate_up, intermediate):
     for t in prange(gate_up.shape[0]):
         for i in range(intermediate):
             gate_up[t, i] = gate_up[t, i] * sigmoid(gate_up[t, i]) * gate_up[t, intermediate + i]
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@cached_njit(parallel=True, nogil=True, error_model="numpy")
 def _scale(x, gate):
     for t in prange(x.shape[0]):
         for i in range(x.shape[1]):
             x[t, i] *= sigmoid(gate[t, i])
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@cached_njit(parallel=True, nogil=True, error_model="numpy")
 def _add_scaled(residual, x, score):
     for t in prange(x.shape[0]):
         scale = sigmoid(score[t, 0])

@@ -15,9 +15,10 @@ import os
 import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
+from ..numba_cache import cached_njit
 from .simd import FEW, LANES, address_of, fetch_add, floats, load_bf16, load_f32, round_row
 from .tile import BF16_DOT, FP32, gemm_panel, kind_of
 
@@ -60,7 +61,7 @@ def restore(block: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
     return panels.transpose(1, 2).reshape(-1, k)[:n].contiguous()
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _row_of(weight, kind, row, out):
     item = 4 if kind == FP32 else 2
     first = weight + (row // 16 * out.shape[0] * 16 + row % 16) * item
@@ -69,7 +70,7 @@ def _row_of(weight, kind, row, out):
         out[k] = load_f32(at) if kind == FP32 else load_bf16(at)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _rows_of(weight, kind, chosen, out_address, depth):
     out = floats(out_address, chosen.shape[0], depth)
     if out.size <= FEW:
@@ -86,7 +87,7 @@ def rows_of(weight: Tensor, kind: int, chosen: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def tasks_of(panels, panel_bytes, threads):
     """int64 [tasks + 1]: the first panel of each task, and all of them. What is left is halved for each thread, and
     half of that is a task, so that the last, which decide how long threads wait for one another, are the smallest."""
@@ -100,21 +101,21 @@ def tasks_of(panels, panel_bytes, threads):
     return first[: count + 1]
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def fill_rows(row_table, first_address, stride_bytes, rows):
     """row_table[r] = address of row r of a matrix: the tile reads x through a table of rows."""
     for r in range(rows):
         row_table[r] = first_address + r * stride_bytes
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def round_rows(x, x_stride, rows, columns, out, out_stride):
     """fp32 [rows, columns] at address `x` → bf16 at address `out`; strides in bytes."""
     for r in range(rows):
         round_row(x + r * x_stride, out + r * out_stride, columns)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _multiply(weight, kind, depth, first, last, x_rows, rows, y, y_stride):
     """The panels first … last - 1 of a weight."""
     panel_bytes = depth * 16 * (4 if kind == FP32 else 2)
@@ -123,7 +124,7 @@ def _multiply(weight, kind, depth, first, last, x_rows, rows, y, y_stride):
         gemm_panel(this, kind, x_rows, rows, depth, this + panel_bytes, y + p * 64, y_stride)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _linear(
     weight, kind, depth, panels, x, x_stride, rows, rounded, y, y_stride, row_table, counter, threads
 ):  # fmt: skip

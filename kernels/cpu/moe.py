@@ -28,11 +28,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, prange, types
+from numba import prange, types
 from torch import Tensor
 
 from ..expert_table import ExpertTable
 from ..formats import FORMATS
+from ..numba_cache import cached_njit
 from ..ops import KernelError
 from . import gemm
 from .gemm import LANES, Scratch, fill_rows, padded, round_rows, tasks_of, zeros
@@ -68,7 +69,7 @@ def restore_gate_up(block: Tensor, intermediate: int, hidden: int, dtype: torch.
     return torch.cat(halves)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _top_k_of_token(logits, top_k, renormalise, ids, weights):
     """Softmax over all experts, then the top_k largest in order (ties: lower id); one token."""
     experts = logits.shape[0]
@@ -97,7 +98,7 @@ def _top_k_of_token(logits, top_k, renormalise, ids, weights):
             weights[choice] /= chosen_sum
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _top_k(address, columns, experts, top_k, renormalise, topk_ids, topk_weights):
     """The logits are the first `experts` columns of fp32 [T, columns] at an address."""
     logits = floats(address, topk_ids.shape[0], columns)[:, :experts]
@@ -109,7 +110,7 @@ def _top_k(address, columns, experts, top_k, renormalise, topk_ids, topk_weights
             _top_k_of_token(logits[t], top_k, renormalise, topk_ids[t], topk_weights[t])
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _sort_by_expert(topk_ids, row_of, row_token, expert_start):
     """Counting sort, stable in token order; ids outside the experts get no row."""
     tokens, top_k = topk_ids.shape
@@ -137,7 +138,7 @@ def _sort_by_expert(topk_ids, row_of, row_token, expert_start):
     expert_start[0] = 0
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _expert_panel(block, planar, panel, panels, panel_bytes, kind, x_rows, rows, depth, room, y, y_stride):
     """gemm_panel on panel `panel` of `panels` of an expert's block, whatever its format."""
     if planar:
@@ -147,7 +148,7 @@ def _expert_panel(block, planar, panel, panels, panel_bytes, kind, x_rows, rows,
         gemm_panel(this, kind, x_rows, rows, depth, this + panel_bytes, y, y_stride)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _busy(expert_start, chosen):
     """int64: those of the chosen experts that have rows."""
     busy = np.empty(chosen.shape[0], np.int64)
@@ -159,7 +160,7 @@ def _busy(expert_start, chosen):
     return busy[:count]
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _gate_up(
     table, formats, chosen, kind, hidden, panels, x, x_stride, tokens, rounded, row_token, expert_start, activation,
     act_stride, row_table, tiles, rooms, counter, threads,
@@ -209,7 +210,7 @@ def _gate_up(
                             copy_16(gate.ctypes.data + r * 64, out)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _down(
     table, formats, chosen, kind, depth, panels, activation, act_stride, expert_start, out, row_table, rooms, counter,
     threads,
@@ -237,7 +238,7 @@ def _down(
                 )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _combine_token(expert_out, weights, rows, residual, out):
     total = np.zeros(out.shape[0], np.float32)
     for choice in range(rows.shape[0]):
@@ -249,7 +250,7 @@ def _combine_token(expert_out, weights, rows, residual, out):
         out[h] = residual[h] + total[h]
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _combine(expert_out, topk_weights, row_of, residual_address, out_address, hidden):
     tokens, top_k = row_of.shape
     residual, out = floats(residual_address, tokens, hidden), floats(out_address, tokens, hidden)

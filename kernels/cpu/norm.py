@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from numba import njit, prange, types
+from numba import prange, types
 from torch import Tensor
 
+from ..numba_cache import cached_njit
 from .simd import FEW, address_of, floats
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@cached_njit(nogil=True, fastmath={"reassoc", "contract"})
 def rms_scale(row, eps):
     """1 / sqrt(mean(row²) + eps); the sum's order depends on the row's length alone."""
     total = types.float32(0.0)
@@ -17,14 +18,14 @@ def rms_scale(row, eps):
     return types.float32(1.0) / types.float32((total / types.float32(row.shape[0]) + eps) ** 0.5)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _norm_row(x, weight, eps, out):
     scale = rms_scale(x, eps)
     for h in range(x.shape[0]):
         out[h] = x[h] * scale * weight[h]
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _rms_norm(x_address, weight_address, eps, out_address, tokens, hidden):
     x, out = floats(x_address, tokens, hidden), floats(out_address, tokens, hidden)
     weight = floats(weight_address, 1, hidden)[0]

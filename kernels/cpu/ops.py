@@ -8,9 +8,10 @@ upcasting weights is free. Weights and KV cache keep the model's dtype.
 from __future__ import annotations
 
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
+from ..numba_cache import cached_njit
 from ..ops import AttentionMetadata, DeltaNetWeights, DenseMlp, KernelError, LayerDims, Limits, Linear, RopeTable
 from . import attention as attn
 from . import delta_net, gates, gemm
@@ -19,13 +20,13 @@ from .simd import FEW, address_of, floats
 from .tile import kind_of
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _add_row(total, x):
     for h in range(total.shape[0]):
         total[h] += x[h]
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _add(total_address, x_address, x_columns, tokens, hidden):
     """total[t] += x[t, :hidden]; x is fp32 [tokens, x_columns]."""
     total, x = floats(total_address, tokens, hidden), floats(x_address, tokens, x_columns)

@@ -22,9 +22,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
+from ..numba_cache import cached_njit
 from ..ops import KernelError
 from ..packing.codec import Packed, PackingError
 from .planar_tile import HEADER_BYTES, PAIR_BYTES, decode_panel
@@ -47,7 +48,7 @@ def block_bytes(panels: int, depth: int) -> int:
     return HEADER_BYTES + panels * depth // 2 * PAIR_BYTES + 8 * panels + 8 * (room + panels)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _best_base(words):
     """First of the 8 consecutive values of the upper exponent bits that cover most weights; how many they leave out."""
     counts = np.zeros(128, dtype=np.int64)
@@ -65,7 +66,7 @@ def _best_base(words):
     return base, flat.size - best
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _encode_panel(words, base, order, out):
     """words uint16 [K, 16] → out uint8 [K/2, 48]."""
     for pair in range(words.shape[0] // 2):
@@ -83,13 +84,13 @@ def _encode_panel(words, base, order, out):
             out[pair, 32 + i] = codes[i] | (codes[16 + i] << 4)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _encode(words, base, order, out):
     for p in prange(words.shape[0]):
         _encode_panel(words[p], base, order, out[p])
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _list_escapes(words, base, index, entries, entries_offset):
     at = 0
     panels, depth = words.shape[0], words.shape[1]
@@ -187,13 +188,13 @@ class PanelBlocks:
         check(block, n, k // LANES)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _decode(block, panels, depth, out):
     for p in range(panels):
         decode_panel(block, p, panels, depth, out + p * depth * 32)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _decode_parallel(block, panels, depth, out):
     for p in prange(panels):
         decode_panel(block, p, panels, depth, out + p * depth * 32)

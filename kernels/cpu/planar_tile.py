@@ -10,9 +10,10 @@ from typing import ClassVar
 
 from llvmlite import binding as llvm
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from ..numba_cache import cached_njit
 from .simd import (
     F32,
     I8,
@@ -374,7 +375,7 @@ _fma_kept, _dots_kept = _make_tile(BF16, [MAX_ROWS], keep=True), _make_tile(BF16
 _decode_tile = _make_tile(BF16, [0], keep=True)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def decode_panel(block, panel, panels, depth, out):
     """Panel `panel` of the block at address `block` as bf16 [K, 16] at address `out`."""
     data = block + 128 + panel * depth * 24
@@ -382,7 +383,7 @@ def decode_panel(block, panel, panels, depth, out):
     _decode_tile(0, data, load_i64(block), escapes, block, depth, _AHEAD, out, 0, 0)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _tile(data, base, escapes, kind, x_rows, rows, depth, ahead, y, y_stride):
     if HAS_DOT and kind == BF16_DOT:
         _dots(rows, data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
@@ -390,7 +391,7 @@ def _tile(data, base, escapes, kind, x_rows, rows, depth, ahead, y, y_stride):
         _fma(rows, data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def planar_panel(block, panel, panels, kind, x_rows, rows, depth, room, y, y_stride):
     """`tile.gemm_panel` on panel `panel` of `panels` of a compressed block: the same bits.
 

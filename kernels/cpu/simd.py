@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import binding as llvm
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
+
+from ..numba_cache import cached_njit
 
 LANES = 16
 # Elements that one thread passes over sooner than it wakes another.
@@ -235,7 +237,7 @@ def address_of(rows: Tensor) -> int:
     return rows.data_ptr()
 
 
-@njit(nogil=True, cache=True, inline="always")
+@cached_njit(nogil=True, inline="always")
 def floats(address, rows, columns):
     """fp32 [rows, columns] at an address."""
     return carray(_pointer(address), (rows, columns))
@@ -296,7 +298,7 @@ def round_16(typing_context, source, target):
     return types.void(types.int64, types.int64), codegen
 
 
-@njit(nogil=True, cache=True, inline="always")
+@cached_njit(nogil=True, inline="always")
 def round_bf16(value):
     """fp32 → bf16 bits (uint16), round to nearest even; NaN stays NaN."""
     bits = float_bits(value)
@@ -306,7 +308,7 @@ def round_bf16(value):
     return types.uint16((bits + bias) >> types.uint32(16))
 
 
-@njit(nogil=True, cache=True, inline="always")
+@cached_njit(nogil=True, inline="always")
 def exp_f32(x):
     """e^x in fp32 (Cephes expf: 2^n times a degree-5 polynomial; ≤ 2 ulp), branch-free so that loops vectorise."""
     f = types.float32
@@ -336,7 +338,7 @@ def copy_16(typing_context, source, target):
     return types.void(types.int64, types.int64), codegen
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def largest(address, count):
     """The largest of `count` ≥ 1 fp32 at an address."""
     whole = count // 16 * 16
@@ -346,7 +348,7 @@ def largest(address, count):
     return peak
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def round_row(source, target, count):
     """`count` fp32 at address `source` → bf16 at address `target`."""
     whole = count // 16 * 16

@@ -24,9 +24,10 @@ from functools import partial
 import torch
 from llvmlite import binding as llvm
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from ..numba_cache import cached_njit
 from .simd import (
     F32,
     I16,
@@ -211,7 +212,7 @@ def store_sums(builder: ir.IRBuilder, even: Values, odd: Values, out: Values) ->
 _fp32, _bf16, _dots = map(_make_tile, (FP32, BF16, BF16_DOT))
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def gemm_tile(panel, kind, x_rows, rows, depth, ahead, y, y_stride, accumulate):
     """One tile: depth ≥ 1, rows ≤ MAX_ROWS (≤ DOT_ROWS where the kind is BF16_DOT).
 
@@ -227,7 +228,7 @@ def gemm_tile(panel, kind, x_rows, rows, depth, ahead, y, y_stride, accumulate):
         _fp32(rows, panel, x_rows, depth, ahead, y, y_stride, accumulate)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def gemm_panel(panel, kind, x_rows, rows, depth, following, y, y_stride):
     """All `rows` rows against one panel: tiles of nearly equal height, so that no tile has one lonely row.
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange, types
+from numba import prange, types
+
+from ..numba_cache import cached_njit
 
 # Weights a task: some tens of µs of work, and enough tasks that two uneven cores share one large weight.
 _PART = 1 << 18
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _count(bits, part, counts):
     experts, size = bits.shape
     parts = counts.shape[0] // experts

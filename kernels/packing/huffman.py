@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange, types
+from numba import prange, types
 from torch import Tensor
 
+from ..numba_cache import cached_njit
 from .codec import Codec, PackingError, align, check_offsets
 from .histogram import exponent_histogram
 
@@ -69,7 +70,7 @@ def canonical_codes(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes, table
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _measure(bits, lengths, bytes_out, lane_bits):
     """bytes, and the bits of each lane's stream."""
     for group in prange(lane_bits.shape[0]):
@@ -91,7 +92,7 @@ def _measure(bits, lengths, bytes_out, lane_bits):
                 sums[lane] += total
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _encode(bits, lengths, codes, offsets, stream):
     for lane in prange(offsets.shape[0] - 1):
         first = lane // 32 * 16384 + lane % 32 * 8
@@ -111,7 +112,7 @@ def _encode(bits, lengths, codes, offsets, stream):
             stream[word] = _u32(buffer)
 
 
-@njit(nogil=True, cache=True, inline="always")
+@cached_njit(nogil=True, inline="always")
 def _refill(stream, end, word, buffer, filled):
     """At least 32 bits in the buffer, zeros beyond the end of a lane."""
     if filled <= 32:
@@ -122,7 +123,7 @@ def _refill(stream, end, word, buffer, filled):
     return word, buffer, filled
 
 
-@njit(nogil=True, cache=True, inline="always")
+@cached_njit(nogil=True, inline="always")
 def _eight(stream, end, table, word, buffer, filled, out, place):
     """The next eight exponents of a lane; two codes fit between refills, three of 11 bits would not."""
     for i in range(8):
@@ -135,7 +136,7 @@ def _eight(stream, end, table, word, buffer, filled, out, place):
     return word, buffer, filled
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _decode_group(group, bytes_in, table, offsets, stream, out):
     exponents = np.empty(16384, dtype=np.uint8)
     for lane in range(0, 32, 4):
@@ -158,13 +159,13 @@ def _decode_group(group, bytes_in, table, offsets, stream, out):
         weights[i] = _u16(((b << 8) & 0x8000) | (b & 0x7F)) | _u16(_u16(exponents[i]) << 7)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _decode(bytes_in, table, offsets, stream, out):
     for group in range((offsets.shape[0] - 1) // 32):
         _decode_group(group, bytes_in, table, offsets, stream, out)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _decode_parallel(bytes_in, table, offsets, stream, out):
     for group in prange((offsets.shape[0] - 1) // 32):
         _decode_group(group, bytes_in, table, offsets, stream, out)

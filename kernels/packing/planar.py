@@ -22,9 +22,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numba import njit, prange, types
+from numba import prange, types
 from torch import Tensor
 
+from ..numba_cache import cached_njit
 from .codec import Codec, PackingError, align, check_offsets
 from .histogram import exponent_histogram
 
@@ -49,13 +50,13 @@ def window_base(histogram: np.ndarray) -> np.ndarray:
     return np.argmax(sums[:, WINDOW:] - sums[:, :-WINDOW], axis=1).astype(np.int32)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def is_escape(v, base, lost):
     """Whether a weight's bits (uint16) have an exponent outside the window from base on, or bits of `lost`."""
     return (_u16(((v >> 7) & 255) - base) > 15) | ((v & _u16(lost)) != 0)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _encode_escapes(bits, rows_each, bases, lost, row_escapes, offsets, escapes, raw_of, raw_tiles):
     """lost: mantissa bits that no plane holds; raw_of int64 [tiles]: number of the raw tile, or -1. Of other tiles only
     rows with an escape are read again: one in 55 for a Gaussian.
@@ -83,7 +84,7 @@ def _encode_escapes(bits, rows_each, bases, lost, row_escapes, offsets, escapes,
                         place += 1
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def patch_tiles(task, offsets, escapes, raw_tiles, rows_each, out):
     """Escapes and raw tiles of row `task` of tiles, put into out uint16 [E·rows, cols], where it is decoded so far."""
     cols = out.shape[1]

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange, types
+from numba import prange, types
 
+from ..numba_cache import cached_njit
 from .planar import TILE_COLS, Planar, patch_tiles
 
 _u8, _u16 = types.uint8, types.uint16
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _encode_planes(bits, rows_each, bases, bytes_out, nibbles_out, row_escapes):
     """bits uint16 [rows, cols] → planes [rows, P], [rows, P/2]; row_escapes uint8 [rows, P/128]."""
     cols = bits.shape[1]
@@ -51,7 +52,7 @@ def _encode_planes(bits, rows_each, bases, bytes_out, nibbles_out, row_escapes):
                 out[j] = _u8(low | (high << 4))
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _decode_tiles(task, bytes_in, nibbles_in, bases, offsets, escapes, raw_tiles, rows_each, out):
     """One row of tiles of planes [rows, P] and [rows, P/2] → out uint16 [rows, cols]."""
     cols, col_tiles = out.shape[1], bytes_in.shape[1] // 128
@@ -80,13 +81,13 @@ def _decode_tiles(task, bytes_in, nibbles_in, bases, offsets, escapes, raw_tiles
     patch_tiles(task, offsets, escapes, raw_tiles, rows_each, out)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _decode(bytes_in, nibbles_in, bases, offsets, escapes, raw_tiles, rows_each, out):
     for task in range(bases.shape[0] * ((rows_each + 63) // 64)):
         _decode_tiles(task, bytes_in, nibbles_in, bases, offsets, escapes, raw_tiles, rows_each, out)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _decode_parallel(bytes_in, nibbles_in, bases, offsets, escapes, raw_tiles, rows_each, out):
     for task in prange(bases.shape[0] * ((rows_each + 63) // 64)):
         _decode_tiles(task, bytes_in, nibbles_in, bases, offsets, escapes, raw_tiles, rows_each, out)

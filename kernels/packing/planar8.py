@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange, types
+from numba import prange, types
 
+from ..numba_cache import cached_njit
 from .planar import TILE_COLS, Planar, is_escape, patch_tiles
 
 _u8, _u16 = types.uint8, types.uint16
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _encode_plane(bits, rows_each, bases, lost, out, row_escapes):
     """bits uint16 [rows, cols] → out uint8 [rows, P]; row_escapes uint8 [rows, P/128]."""
     cols = bits.shape[1]
@@ -40,7 +41,7 @@ def _encode_plane(bits, rows_each, bases, lost, out, row_escapes):
             row_escapes[row, block] = count
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _decode_tiles(task, bytes_in, bases, offsets, escapes, raw_tiles, rows_each, out):
     """One row of tiles of a plane [rows, P] → out uint16 [rows, cols]."""
     row_tiles = (rows_each + 63) // 64
@@ -55,13 +56,13 @@ def _decode_tiles(task, bytes_in, bases, offsets, escapes, raw_tiles, rows_each,
     patch_tiles(task, offsets, escapes, raw_tiles, rows_each, out)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _decode(bytes_in, bases, offsets, escapes, raw_tiles, rows_each, out):
     for task in range(bases.shape[0] * ((rows_each + 63) // 64)):
         _decode_tiles(task, bytes_in, bases, offsets, escapes, raw_tiles, rows_each, out)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _decode_parallel(bytes_in, bases, offsets, escapes, raw_tiles, rows_each, out):
     for task in prange(bases.shape[0] * ((rows_each + 63) // 64)):
         _decode_tiles(task, bytes_in, bases, offsets, escapes, raw_tiles, rows_each, out)

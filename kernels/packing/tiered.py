@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange, types
+from numba import prange, types
 from torch import Tensor
 
+from ..numba_cache import cached_njit
 from .codec import Codec, PackingError, align, check_offsets
 from .histogram import exponent_histogram
 
@@ -44,7 +45,7 @@ def classes(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return kind, table
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _split(bits, kind, bytes_out, kinds, others, escapes):
     """bytes and the class of every weight; how many weights of each tile are below the first tier, below the second."""
     for tile in prange(others.shape[0]):
@@ -63,7 +64,7 @@ def _split(bits, kind, bytes_out, kinds, others, escapes):
         escapes[tile] = below_second
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _encode(bits, kinds, offsets, first, second, third):
     """kinds uint8 [4096·T], zero beyond the last weight."""
     for tile in prange(offsets.shape[0] - 1):
@@ -102,7 +103,7 @@ def _encode(bits, kinds, offsets, first, second, third):
             second[word] = _u32(buffer)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _decode_tile(tile, bytes_in, first, table, offsets, second, third, counts, out):
     """counts uint8 [256]: how many of a byte's four codes are 3."""
     codes = first[tile * 1024 : tile * 1024 + 1024]
@@ -138,19 +139,19 @@ def _decode_tile(tile, bytes_in, first, table, offsets, second, third, counts, o
         weights[i] = _u16(((b << 8) & 0x8000) | (b & 0x7F)) | _u16(_u16(exponents[i]) << 7)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _decode(bytes_in, first, table, offsets, second, third, counts, out):
     for tile in range(offsets.shape[0] - 1):
         _decode_tile(tile, bytes_in, first, table, offsets, second, third, counts, out)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@cached_njit(parallel=True, nogil=True)
 def _decode_parallel(bytes_in, first, table, offsets, second, third, counts, out):
     for tile in prange(offsets.shape[0] - 1):
         _decode_tile(tile, bytes_in, first, table, offsets, second, third, counts, out)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _miscounted(first, offsets, second, counts):
     """The first tile whose codes need another number of words or of rare exponents than `offsets` leave it; -1 for
     none. Offsets of words ascend and stay inside `second`."""

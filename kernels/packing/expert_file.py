@@ -40,7 +40,7 @@ VERSION = 1
 Check = Callable[[str, int, Tensor, Packed | None], None]
 _PREFIX = struct.Struct("<8sIIQ")
 _RECORD, _RECORD_BYTES = struct.Struct("<QI"), 512
-# Through the page cache a block comes in such parts, which are summed up while they are in a core's cache.
+# A block comes in such parts, which are summed up while they are in a core's cache.
 _PART = 512 << 10
 # A header takes some hundred bytes; more than this is garbage, not a reason to allocate.
 _MAX_HEADER = 1 << 16
@@ -257,7 +257,7 @@ class ExpertFile:
         view, done = target.numpy(), 0
         while done < size:
             direct = self.direct_io and past_cache
-            part = view[done : pages(size) if direct else min(size, done + _PART)]
+            part = view[done : min(pages(size) if direct else size, done + _PART)]
             try:
                 got = os.preadv(self._handle(direct), [part.data], place + done)
             except OSError as error:

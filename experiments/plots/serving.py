@@ -78,17 +78,20 @@ def plot_memory_budget(directory: Path) -> Path:
     axis.set_yticks([t for t in axis.get_yticks() if 0 <= t <= 1.08 * top])
     axis.set_xlabel(f"memory budget ({name_of_unit}): weights + slots + workspace + KV cache")
     axis.set_ylabel(axis_label("output tokens/s", about))
-    workload, model = about["workload"], about["model"]
-    axis.set_title(
-        f"{model['arch']}, {model['num_layers'] - len(model.get('dense_layers', ()))} layers × "
-        f"{model['num_experts']} experts, "
-        f"{workload['requests']} requests{runs_of(ran, about, ['placement', 'budget_bytes'])};\n{where_of(about)}",
-        fontsize=9,
-    )
+    runs = runs_of(ran, about, ["placement", "budget_bytes"])
+    axis.set_title(f"{_served(about)}{runs};\n{where_of(about)}", fontsize=9)
     axis.plot([], [], "o", color="0.4", markerfacecolor="white", label="hollow: requests were preempted")
     axis.plot([], [], "x", color="0.4", label="budget too small for this placement")
     legend_below(figure, axis, 2)
     return save(figure, directory / "throughput_vs_budget.png")
+
+
+def _served(about: dict) -> str:
+    """The model and what is asked of it, for a title."""
+    model = about["model"]
+    layers = model["num_layers"] - len(model.get("dense_layers", ()))
+    requests = about["workload"]["requests"]
+    return f"{model['arch']}, {layers} layers × {model['num_experts']} experts, {requests} requests"
 
 
 def _plot_one_budget(directory: Path, points: pd.DataFrame, about: dict) -> Path:
@@ -110,13 +113,8 @@ def _plot_one_budget(directory: Path, points: pd.DataFrame, about: dict) -> Path
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_xlim(0, 2 * points.tokens_per_s.max())
     axis.set_xlabel(axis_label("output tokens/s", about))
-    model, workload = about["model"], about["workload"]
-    axis.set_title(
-        f"{model['arch']}, {model['num_layers'] - len(model.get('dense_layers', ()))} layers × "
-        f"{model['num_experts']} experts, {workload['requests']} requests, a device of "
-        f"{size_of(int(points.budget_bytes.iloc[0]))}{link_of(about)};\n{where_of(about)}",
-        fontsize=9,
-    )  # fmt: skip
+    budget = f"a device of {size_of(int(points.budget_bytes.iloc[0]))}{link_of(about)}"
+    axis.set_title(f"{_served(about)}, {budget};\n{where_of(about)}", fontsize=9)
     return save(figure, directory / "throughput_vs_budget.png")
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..numba_cache import cached_njit
 from .simd import FEW, LANES, address_of, fetch_add, floats, load_bf16, load_f32, round_row
-from .tile import BF16_DOT, FP32, gemm_panel, kind_of
+from .tile import BF16_DOT, FP32, kind_of
+from .wide_tile import gemm_panels
 
 # Weight bytes of a task. A thread that goes elsewhere in memory begins with nothing fetched ahead, and what was fetched
 # beyond its last task is another's: 41 GB/s in tasks of 64 KiB, 45 of 1 MiB (two Zen 5 cores, a plain read 49).
@@ -88,14 +89,15 @@ def rows_of(weight: Tensor, kind: int, chosen: Tensor, out: Tensor) -> Tensor:
 
 
 @cached_njit(nogil=True)
-def tasks_of(panels, panel_bytes, threads):
-    """int64 [tasks + 1]: the first panel of each task, and all of them. What is left is halved for each thread, and
-    half of that is a task, so that the last, which decide how long threads wait for one another, are the smallest."""
-    least, most = max(1, _LEAST_TASK_BYTES // panel_bytes), max(1, _MOST_TASK_BYTES // panel_bytes)
-    first = np.empty(panels + 1, np.int64)
+def tasks_of(pairs, pair_bytes, threads):
+    """int64 [tasks + 1]: the first pair of panels of each task, and all of them. What is left is halved for each
+    thread, and half of that is a task, so that the last, which decide how long threads wait for one another, are the
+    smallest."""
+    least, most = max(1, _LEAST_TASK_BYTES // pair_bytes), max(1, _MOST_TASK_BYTES // pair_bytes)
+    first = np.empty(pairs + 1, np.int64)
     first[0] = count = 0
-    while first[count] < panels:
-        left = panels - first[count]
+    while first[count] < pairs:
+        left = pairs - first[count]
         first[count + 1] = first[count] + min(left, most, max(least, left // (2 * threads)))
         count += 1
     return first[: count + 1]
@@ -116,12 +118,13 @@ def round_rows(x, x_stride, rows, columns, out, out_stride):
 
 
 @cached_njit(nogil=True)
-def _multiply(weight, kind, depth, first, last, x_rows, rows, y, y_stride):
-    """The panels first … last - 1 of a weight."""
-    panel_bytes = depth * 16 * (4 if kind == FP32 else 2)
-    for p in range(first, last):
-        this = weight + p * panel_bytes
-        gemm_panel(this, kind, x_rows, rows, depth, this + panel_bytes, y + p * 64, y_stride)
+def _multiply(weight, kind, depth, panels, first, last, x_rows, rows, y, y_stride):
+    """The pairs of panels first … last - 1 of a weight, whose last may be half of one."""
+    for pair in range(first, last):
+        p = 2 * pair
+        gemm_panels(
+            weight, False, p, min(2, panels - p), panels, kind, x_rows, rows, depth, 0, y + p * 64, 64, y_stride
+        )
 
 
 @cached_njit(parallel=True, nogil=True)
@@ -133,20 +136,22 @@ def _linear(
         fill_rows(row_table, rounded, 2 * depth, rows)
     else:
         fill_rows(row_table, x, x_stride, rows)
-    first_panel = tasks_of(panels, depth * 16 * (4 if kind == FP32 else 2), threads)
-    tasks = first_panel.shape[0] - 1
+    pairs = (panels + 1) // 2
+    first_pair = tasks_of(pairs, depth * 32 * (4 if kind == FP32 else 2), threads)
+    tasks = first_pair.shape[0] - 1
     counter[0] = 0
     claim = counter.ctypes.data
     table = row_table.ctypes.data
     if tasks == 1:
-        _multiply(weight, kind, depth, 0, panels, table, rows, y, y_stride)
+        _multiply(weight, kind, depth, panels, 0, pairs, table, rows, y, y_stride)
     else:
         for _ in prange(threads):
             while True:
                 task = fetch_add(claim)
                 if task >= tasks:
                     break
-                _multiply(weight, kind, depth, first_panel[task], first_panel[task + 1], table, rows, y, y_stride)
+                first, last = first_pair[task], first_pair[task + 1]
+                _multiply(weight, kind, depth, panels, first, last, table, rows, y, y_stride)
 
 
 def linear(x: Tensor, weight: Tensor, n: int, kind: int, y: Tensor, scratch: Scratch) -> Tensor:

@@ -37,9 +37,9 @@ from ..numba_cache import cached_njit
 from ..ops import KernelError
 from . import gemm
 from .gemm import LANES, Scratch, fill_rows, padded, round_rows, tasks_of, zeros
-from .planar_tile import planar_panel
 from .simd import FEW, address_of, copy_16, exp_f32, fetch_add, floats, round_16
-from .tile import BF16_DOT, FP32, gemm_panel, kind_of, x_dtype
+from .tile import BF16_DOT, FP32, kind_of, x_dtype
+from .wide_tile import gemm_panels
 
 _PLANAR12 = FORMATS["planar12"].number
 # Rows of gate and up kept per thread between the GEMM and SwiGLU: 2 x 48 x 16 fp32 = 6 KiB stay in L1.
@@ -139,16 +139,6 @@ def _sort_by_expert(topk_ids, row_of, row_token, expert_start):
 
 
 @cached_njit(nogil=True)
-def _expert_panel(block, planar, panel, panels, panel_bytes, kind, x_rows, rows, depth, room, y, y_stride):
-    """gemm_panel on panel `panel` of `panels` of an expert's block, whatever its format."""
-    if planar:
-        planar_panel(block, panel, panels, kind, x_rows, rows, depth, room, y, y_stride)
-    else:
-        this = block + panel * panel_bytes
-        gemm_panel(this, kind, x_rows, rows, depth, this + panel_bytes, y, y_stride)
-
-
-@cached_njit(nogil=True)
 def _busy(expert_start, chosen):
     """int64: those of the chosen experts that have rows."""
     busy = np.empty(chosen.shape[0], np.int64)
@@ -170,10 +160,9 @@ def _gate_up(
         x, x_stride = rounded, 2 * hidden
     for r in range(expert_start[-1]):
         row_table[r] = x + row_token[r] * x_stride
-    panel_bytes = hidden * 16 * (4 if kind == FP32 else 2)
     act_panel_bytes = 16 * (2 if kind == BF16_DOT else 4)
     busy = _busy(expert_start, chosen)
-    first_panel = tasks_of(busy.shape[0] * panels, 2 * panel_bytes, threads)
+    first_pair = tasks_of(busy.shape[0] * panels, hidden * 32 * (4 if kind == FP32 else 2), threads)
     counter[0] = 0
     claim = counter.ctypes.data
     rows_base = row_table.ctypes.data
@@ -182,22 +171,17 @@ def _gate_up(
         gate, up, room = tiles[thread, 0], tiles[thread, 1], rooms[thread].ctypes.data
         while True:
             task = fetch_add(claim)
-            if task >= first_panel.shape[0] - 1:
+            if task >= first_pair.shape[0] - 1:
                 break
-            for at in range(first_panel[task], first_panel[task + 1]):
+            for at in range(first_pair[task], first_pair[task + 1]):
                 expert, p = busy[at // panels], at % panels
                 first, last = expert_start[expert], expert_start[expert + 1]
                 planar = formats[expert, 0] == _PLANAR12
                 for begin in range(first, last, chunk):
                     count = min(chunk, last - begin)
-                    rows_at = rows_base + 8 * begin
-                    _expert_panel(
-                        table[expert, 0], planar, 2 * p, 2 * panels, panel_bytes, kind, rows_at, count, hidden,
-                        room, gate.ctypes.data, 64,
-                    )  # fmt: skip
-                    _expert_panel(
-                        table[expert, 0], planar, 2 * p + 1, 2 * panels, panel_bytes, kind, rows_at, count, hidden,
-                        room, up.ctypes.data, 64,
+                    gemm_panels(
+                        table[expert, 0], planar, 2 * p, 2, 2 * panels, kind, rows_base + 8 * begin, count, hidden,
+                        room, gate.ctypes.data, chunk * 64, 64,
                     )  # fmt: skip
                     for r in range(count):
                         for lane in range(16):
@@ -216,9 +200,9 @@ def _down(
     threads,
 ):  # fmt: skip
     fill_rows(row_table, activation, act_stride, expert_start[-1])
-    panel_bytes = depth * 16 * (4 if kind == FP32 else 2)
+    pairs = (panels + 1) // 2
     busy = _busy(expert_start, chosen)
-    first_panel = tasks_of(busy.shape[0] * panels, panel_bytes, threads)
+    first_pair = tasks_of(busy.shape[0] * pairs, depth * 32 * (4 if kind == FP32 else 2), threads)
     counter[0] = 0
     claim = counter.ctypes.data
     rows_base = row_table.ctypes.data
@@ -226,15 +210,15 @@ def _down(
         room = rooms[thread].ctypes.data
         while True:
             task = fetch_add(claim)
-            if task >= first_panel.shape[0] - 1:
+            if task >= first_pair.shape[0] - 1:
                 break
-            for at in range(first_panel[task], first_panel[task + 1]):
-                expert, p = busy[at // panels], at % panels
+            for at in range(first_pair[task], first_pair[task + 1]):
+                expert, p = busy[at // pairs], 2 * (at % pairs)
                 first, last = expert_start[expert], expert_start[expert + 1]
                 planar = formats[expert, 1] == _PLANAR12
-                _expert_panel(
-                    table[expert, 1], planar, p, panels, panel_bytes, kind, rows_base + 8 * first, last - first, depth,
-                    room, out.ctypes.data + first * out.strides[0] + p * 64, out.strides[0],
+                gemm_panels(
+                    table[expert, 1], planar, p, min(2, panels - p), panels, kind, rows_base + 8 * first, last - first,
+                    depth, room, out.ctypes.data + first * out.strides[0] + p * 64, 64, out.strides[0],
                 )  # fmt: skip
 
 
@@ -286,8 +270,8 @@ class MoeBuffers:
         self.activation = zeros(rows, padded(intermediate), dtype=x_dtype(kind))
         self.expert_out = _array(rows, padded(hidden))
         self.tiles = _array(threads, 2, _CHUNK_ROWS, LANES)
-        # A panel that is decoded once for many rows: 64 KiB a thread at a hidden size of 2048, in its L2.
-        depth = max(hidden, intermediate) if dtype == torch.bfloat16 else 0
+        # By dot products, a panel that is decoded once for many rows: 64 KiB a thread at a hidden size of 2048, in L2.
+        depth = max(hidden, intermediate) if kind == BF16_DOT else 0
         self.rooms = _array(threads, depth and depth + _GAP, LANES, dtype=torch.int16)
         self.all = np.ones(experts, dtype=np.uint8)
 

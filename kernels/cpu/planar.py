@@ -28,7 +28,8 @@ from torch import Tensor
 from ..numba_cache import cached_njit
 from ..ops import KernelError
 from ..packing.codec import Packed, PackingError
-from .planar_tile import HEADER_BYTES, PAIR_BYTES, decode_panel
+from .planar_rows import PAIR_BYTES
+from .planar_tile import HEADER_BYTES, decode_panel
 from .simd import LANES
 
 _WINDOW = 8

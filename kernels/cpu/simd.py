@@ -67,12 +67,13 @@ def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, total: ir.Value) -> ir.
 def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     """Bring the line at an address (i64) to the cache, and on Intel one that is to follow to L2; an address that is
     nobody's does no harm."""
-    _fetch(builder, address, _TO_L1)
+    fetch(builder, address)
     if _L2_AHEAD:
-        _fetch(builder, builder.add(address, const(_L2_AHEAD)), _TO_L2)
+        fetch(builder, builder.add(address, const(_L2_AHEAD)), _TO_L2)
 
 
-def _fetch(builder: ir.IRBuilder, address: ir.Value, where: int) -> None:
+def fetch(builder: ir.IRBuilder, address: ir.Value, where: int = _TO_L1) -> None:
+    """Bring the line at an address (i64) to a cache and no other."""
     read_where_data = [ir.Constant(I32, v) for v in (0, where, 1)]
     kind = function(builder, "llvm.prefetch.p0i8", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     builder.call(kind, [builder.inttoptr(address, I8.as_pointer()), *read_where_data])
@@ -264,7 +265,7 @@ def _largest_of_16s(typing_context, address, count, first):
 def _make_store(bits: int):
     @intrinsic
     def store(typing_context, address, value):
-        integer = types.uint16 if bits == 16 else types.uint32
+        integer = {16: types.uint16, 32: types.uint32, 64: types.int64}[bits]
 
         def codegen(context, builder, signature, arguments):
             pointer = builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer())
@@ -276,7 +277,7 @@ def _make_store(bits: int):
     return store
 
 
-store_u16, store_u32 = _make_store(16), _make_store(32)
+store_u16, store_u32, store_i64 = _make_store(16), _make_store(32), _make_store(64)
 
 
 @intrinsic

@@ -71,6 +71,9 @@ BF16_KIND = bf16_kind(llvm.get_host_cpu_name())
 # broadcast; on AVX-512, where two FMAs a cycle of latency 4 need 8 sums, as many as have their pointers in registers.
 # By dot products: 8 rows of two sums in 16 of 32 registers; 12 rows are 6 % faster and run out of pointers.
 MAX_ROWS, DOT_ROWS = 10 if _FEATURES.get("avx512f") else 6, 8
+# Panels that the tile of many rows multiplies together (`wide_tile`): two of them by ten rows of x need 20 sums and
+# three registers more, for which AVX2 has too few.
+ABREAST = 2 if _FEATURES.get("avx512f") else 1
 # How far ahead of the arithmetic a GEMM fetches, bytes. Panels of one expert are contiguous, so running past a panel's
 # end fetches what the thread most likely needs next.
 _FMA_AHEAD, _DOT_AHEAD = 1024, 8192
@@ -109,7 +112,7 @@ def dot(builder: ir.IRBuilder, x_pair: ir.Value, weights: ir.Value, total: ir.Va
     return builder.call(instruction, [total, *(builder.bitcast(v, _BF16_PAIRS) for v in (weights, x))])
 
 
-def _row_of_panel(builder: ir.IRBuilder, at: ir.Value, kind: int) -> ir.Value:
+def row_of_panel(builder: ir.IRBuilder, at: ir.Value, kind: int) -> ir.Value:
     """One row of a panel as fp32; bf16 is the upper half of fp32, so decoding is a shift."""
     if kind == FP32:
         return load_at(builder, at, VEC_F32, 4)
@@ -117,11 +120,11 @@ def _row_of_panel(builder: ir.IRBuilder, at: ir.Value, kind: int) -> ir.Value:
     return builder.bitcast(builder.shl(wide, ir.Constant(VEC_I32, [16] * LANES)), VEC_F32)
 
 
-def _outputs(builder: ir.IRBuilder, y: ir.Value, y_stride: ir.Value, rows: int) -> Values:
+def outputs(builder: ir.IRBuilder, y: ir.Value, y_stride: ir.Value, rows: int) -> Values:
     return [builder.add(y, builder.mul(y_stride, const(r))) for r in range(rows)]
 
 
-def _previous(builder: ir.IRBuilder, out: Values, accumulate: ir.Value) -> Values:
+def previous(builder: ir.IRBuilder, out: Values, accumulate: ir.Value) -> Values:
     """What the sums begin with: the outputs where a tile goes on, else zeros."""
     goes_on = builder.icmp_signed("!=", accumulate, const(0))
     return when(builder, goes_on, [ZERO] * len(out), lambda _: [load_at(builder, at, VEC_F32, 4) for at in out])
@@ -129,25 +132,25 @@ def _previous(builder: ir.IRBuilder, out: Values, accumulate: ir.Value) -> Value
 
 def _fma_tile(kind: int, builder: ir.IRBuilder, rows: int, arguments: Values) -> None:
     panel, x_rows, depth, ahead, y, y_stride, accumulate = arguments
-    x, out = row_addresses(builder, x_rows, rows), _outputs(builder, y, y_stride, rows)
+    x, out = row_addresses(builder, x_rows, rows), outputs(builder, y, y_stride, rows)
     row_bytes = LANES * (4 if kind == FP32 else 2)
 
     def add_row(k: ir.Value, sums: Values) -> Values:
         at = builder.add(panel, builder.mul(k, const(row_bytes)))
         prefetch(builder, builder.add(at, ahead))
-        weights = _row_of_panel(builder, at, kind)
+        weights = row_of_panel(builder, at, kind)
         lane = builder.mul(k, const(4))
         scalars = [load_at(builder, builder.add(row, lane), F32, 4) for row in x]
         return [fma(builder, splat(builder, s), weights, t) for s, t in zip(scalars, sums, strict=True)]
 
-    sums = loop(builder, const(0), depth, 1, _previous(builder, out, accumulate), add_row)
+    sums = loop(builder, const(0), depth, 1, previous(builder, out, accumulate), add_row)
     for total, at in zip(sums, out, strict=True):
         store_at(builder, total, at, 4)
 
 
 def _dot_tile(builder: ir.IRBuilder, rows: int, arguments: Values) -> None:
     panel, x_rows, depth, ahead, y, y_stride, accumulate = arguments
-    x, out = row_addresses(builder, x_rows, rows), _outputs(builder, y, y_stride, rows)
+    x, out = row_addresses(builder, x_rows, rows), outputs(builder, y, y_stride, rows)
 
     def add_pair(k: ir.Value, sums: Values) -> Values:
         at = builder.add(panel, builder.mul(k, const(2 * LANES)))
@@ -167,7 +170,7 @@ def _dot_tile(builder: ir.IRBuilder, rows: int, arguments: Values) -> None:
         even, odd = sums[:rows], sums[rows:]
         return add_pair(k, even) + add_pair(builder.add(k, const(2)), odd)
 
-    first = _previous(builder, out, accumulate) + [ZERO] * rows
+    first = previous(builder, out, accumulate) + [ZERO] * rows
     whole = builder.and_(depth, const(-4))
     sums = loop(builder, const(0), whole, 4, first, add_quad)
     left = builder.sub(depth, whole)

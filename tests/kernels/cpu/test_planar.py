@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fluxmoe.kernels.cpu import planar, planar_tile, tile
+from fluxmoe.kernels.cpu import planar, planar_rows, planar_tile, tile
 from fluxmoe.kernels.cpu.tile import gemm_panel
+from fluxmoe.kernels.cpu.wide_tile import gemm_panels
 from fluxmoe.kernels.ops import KernelError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,13 +105,37 @@ def test_the_gemm_has_the_bits_of_the_uncompressed_one(kind, depth, rows, escape
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("rows", [9, 11, 13, 32])
+@pytest.mark.parametrize("depth", [2, 128, 130, 300])
+@pytest.mark.parametrize("kind", KINDS, ids=["fma", "dot"][: len(KINDS)])
+def test_panels_abreast_have_the_bits_of_each_alone(kind, depth, rows):
+    """Dense and compressed, escapes on both sides of where a block of K ends, a panel that has no other beside it."""
+    panels = gaussian(3, depth)
+    for place in {0, depth - 1, min(127, depth - 1), min(128, depth - 1)}:
+        panels[:, place, 3:5] = torch.tensor(1e-30).bfloat16()
+    blocks, x = (panels, encoded(panels)), torch.randn(rows, depth).to(tile.x_dtype(kind))
+    table, room = np.array([x[r].data_ptr() for r in range(rows)], dtype=np.int64), torch.empty(depth, 16).bfloat16()
+    expected = torch.empty(3, rows, 16)
+    for p in range(3):
+        for r in range(rows):
+            gemm_panel(panels[p].data_ptr(), kind, table[r:].ctypes.data, 1, depth, 0, expected[p, r].data_ptr(), 64)
+    for planar_block, block in enumerate(blocks):
+        got = torch.full((3, rows, 16), float("nan"))
+        for first, count in ((0, 2), (2, 1)):
+            gemm_panels(
+                block.data_ptr(), planar_block, first, count, 3, kind, table.ctypes.data, rows, depth, room.data_ptr(),
+                got[first].data_ptr(), rows * 64, 64,
+            )  # fmt: skip
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("avx2", [False, True], ids=["portable", "avx2"])
 def test_what_other_machines_run_has_the_same_bits(monkeypatch, avx2):
     """Without byte shuffles of AVX-512; without AVX2 it is the same IR but for one lookup."""
     from numba import njit
 
-    monkeypatch.setattr(planar_tile, "_HAS_VBMI", False)
-    monkeypatch.setattr(planar_tile, "_HAS_AVX2", avx2)
+    monkeypatch.setattr(planar_rows, "_HAS_VBMI", False)
+    monkeypatch.setattr(planar_rows, "_HAS_AVX2", avx2)
     tile_there = planar_tile._make_tile(planar_tile.BF16, [2], keep=True)
     panels = gaussian(1, 64)
     panels[0, 3, 5] = 1e-30
@@ -123,7 +148,7 @@ def test_what_other_machines_run_has_the_same_bits(monkeypatch, avx2):
         tile_there(2, data, base, escapes, x_rows, 64, 0, room, y, 64)
 
     base = block[:8].view(torch.int64).item()
-    index = planar_tile.HEADER_BYTES + 32 * planar_tile.PAIR_BYTES
+    index = planar_tile.HEADER_BYTES + 32 * planar_rows.PAIR_BYTES
     escapes = block.data_ptr() + block[index : index + 8].view(torch.int64).item()
     data = block.data_ptr() + planar_tile.HEADER_BYTES
     multiply(data, base, escapes, table.ctypes.data, out.data_ptr(), got.data_ptr())

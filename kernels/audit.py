@@ -7,9 +7,9 @@ run, and reads from the machine code: registers, spilled bytes, shared memory, m
 global load, the innermost loops that feed the matrix units, and what ptxas warned of. Exits 1 when a kernel breaks a
 rule: spills; a product without matrix instructions; matrix instructions that wait for each other one by one, or whose
 registers are overwritten while they may be in flight (see `sass`); weights or KV loaded in less than 16 bytes a thread;
-more shared memory than the GPU has; global scratch for which the launch sets no allocator; a dependent launch whose
-kernel does not wait first; a kernel that does not declare its work. `--dump` leaves ttgir, ptx and disassembly of each
-kernel, `--json` a list of rows, one a kernel.
+more shared memory than the GPU has; global scratch for which the launch sets no allocator; a dependent launch of which
+some program does not wait first; a kernel that does not declare its work. `--dump` leaves ttgir, ptx and disassembly of
+each kernel, `--json` a list of rows, one a kernel.
 """
 
 from __future__ import annotations
@@ -41,12 +41,14 @@ from .packing import Codec
 from .sass import (
     MATRIX,
     SERIALIZED,
+    Instruction,
     Loop,
     instructions,
     integer_operations,
     load_bytes,
     matrix_loops,
     overwritten_in_flight,
+    waits_first,
 )
 from .triton import decoded_ahead, delta_net, gate, gates, grouped_gemm, norm, paged_attention, rope_kv, routing
 from .triton.tiles import shared_limit
@@ -194,11 +196,11 @@ def _read(name: str, case: Case, launch: Launch, arch: str, dump: Path | None) -
         report.integer_per_weight = round(report.decode_loop["integer"] / case.weights_per_step, 2)
     elif case.weights_per_thread:
         report.integer_per_weight = round(integer_operations(code) / case.weights_per_thread, 2)
-    report.problems = [problem for kind, problem in _problems(case, launch, report) if kind not in case.accepts]
+    report.problems = [problem for kind, problem in _problems(case, launch, code, report) if kind not in case.accepts]
     return report
 
 
-def _problems(case: Case, launch: Launch, report: Report) -> Iterator[tuple[str, str]]:
+def _problems(case: Case, launch: Launch, code: list[Instruction], report: Report) -> Iterator[tuple[str, str]]:
     """(kind, what is wrong): a case may accept a kind with a reason."""
     if report.spills:
         yield "spills", f"{report.spills} bytes of registers are spilled"
@@ -214,8 +216,8 @@ def _problems(case: Case, launch: Launch, report: Report) -> Iterator[tuple[str,
         yield "integer", f"{report.integer_per_weight} integer operations a weight, more than {_MOST_INTEGER}"
     if case.weights_per_step and report.integer_per_weight is None:
         yield "decode", "the loop that decodes weights was not found"
-    if getattr(launch.compiled.metadata, "launch_pdl", False) and not _waits_first(launch.compiled.asm["ptx"]):
-        yield "dependent", "it may start before the kernel before it has ended, and does not wait for it first"
+    if getattr(launch.compiled.metadata, "launch_pdl", False) and not waits_first(code):
+        yield "dependent", "it may start before the kernel before it has ended, for which some program does not wait"
     if report.scratch_bytes and not launch.may_allocate:
         yield "scratch", f"{report.scratch_bytes} bytes of global scratch a program, and the launch sets no allocator"
     if launch.work is None:
@@ -223,13 +225,6 @@ def _problems(case: Case, launch: Launch, report: Report) -> Iterator[tuple[str,
     limit = shared_limit(_capability(report.arch))
     if report.shared_bytes > limit:
         yield "shared", f"{report.shared_bytes} bytes of shared memory exceed {limit}"
-
-
-def _waits_first(ptx: str) -> bool:
-    """Whether a kernel waits for the one before it before it touches global memory."""
-    wait = ptx.find("griddepcontrol.wait")
-    first = re.search(r"\b(?:ld|st|atom|red)\.(?:\w+\.)*global|\bcp\.async|\btensormap", ptx)
-    return wait >= 0 and (first is None or wait < first.start())
 
 
 def _audit_named(name: str, arch: str, dump: Path | None) -> list[Report]:

@@ -179,7 +179,7 @@ def compile_only(capability: int, num_sms: int = _NUM_SMS) -> Iterator[list[Laun
 
 @contextmanager
 def record_only(capability: int, num_sms: int = _NUM_SMS) -> Iterator[list[Launch]]:
-    """`compile_only` without compiling: launches have grid, constexprs and work, and no machine code."""
+    """`compile_only` without compiling: launches have grid, constexprs, options and work, and no machine code."""
     compile_kernel = JITFunction._do_compile
     JITFunction._do_compile = _not_compiled
     try:
@@ -193,7 +193,7 @@ def _not_compiled(
     kernel: Any, key: str, signature: Any, device: object, constexprs: dict, options: Any, attrs: Any, warmup: bool
 ) -> SimpleNamespace:
     """In the place of JITFunction._do_compile: what the record of a launch reads."""
-    metadata = SimpleNamespace(num_warps=options.num_warps, name=kernel.__name__)
+    metadata = SimpleNamespace(num_warps=options.num_warps, launch_pdl=options.launch_pdl, name=kernel.__name__)
     kernel.device_caches[device][0][key] = SimpleNamespace(src=SimpleNamespace(constants=constexprs), metadata=metadata)
     return kernel.device_caches[device][0][key]
 

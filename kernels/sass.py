@@ -18,6 +18,9 @@ _INTEGER = ("IMAD", "IADD3", "LOP3", "SHF", "PRMT", "LEA", "ISETP", "VIADD", "IA
 # What has a register first and does not write it.
 _NO_RESULT = ("ST", "BRA", "BAR", "LDGSTS", "HGMMA", "ISETP", "FSETP", "RED", "ATOM", "UTMA", "SYNCS", "WARPSYNC")
 
+# Global memory, by whatever path, and ends of a program.
+_BEHIND_THE_WAIT = ("LDG", "LD.", "STG", "ST.", "ATOM.", "ATOMG", "RED", "UTMA", "UBLKCP", "EXIT")
+
 
 class Instruction(NamedTuple):
     """One line; a label has the opcode "label" and its name as target. target: where a branch goes."""
@@ -78,6 +81,24 @@ def matrix_loops(code: list[Instruction]) -> list[Loop]:
     inner = [(a, b) for a, b in ways if not any((a, b) != (c, d) and a <= c and d <= b for c, d in ways)]
     loops = [_count(ways[span]) for span in inner]
     return sorted(loops, key=lambda loop: loop["all"])
+
+
+def waits_first(code: list[Instruction]) -> bool:
+    """Whether all ways through a kernel wait for the one before it (ACQBULK), ahead of all memory and of their end.
+
+    Calls are not followed: they are traps and divisions.
+    """
+    place = {line.target: i for i, line in enumerate(code) if line.opcode == "label"}
+    seen, frontier = set[int](), [0]
+    while frontier:
+        i = frontier.pop()
+        if i in seen or (code[i].opcode == "ACQBULK" and not code[i].predicated):
+            continue
+        if code[i].opcode.startswith(_BEHIND_THE_WAIT):
+            return False
+        seen.add(i)
+        frontier += _next(code, place, i)
+    return True
 
 
 def integer_operations(code: list[Instruction]) -> int:

@@ -106,6 +106,7 @@ def _recurrent_kernel(
 
     Leaves sequences of more than MOST_TOKENS alone.
     """
+    portable.after_inputs()
     sequence = tl.program_id(0)
     h = tl.program_id(1)
     # int64: what tokens and slots are multiplied with may pass 2^31.
@@ -167,6 +168,7 @@ def _conv_kernel(
 ):
     """Grid: (chunks, 2 * KEY_HEADS + VALUE_HEADS): convolution of a chunk's q, k or v of one head; q and k to unit
     length, q scaled."""
+    portable.after_inputs()
     sequence, begin, end, at = sequence_of(tl.program_id(0), where.query_start, num_sequences, CHUNK)
     length, t0 = end - begin, at - begin
     if (length < 2) | (t0 >= length):
@@ -234,6 +236,7 @@ def _chunk_kernel(
     TILE: tl.constexpr,
 ):
     """Grid: (chunks, VALUE_HEADS): what a chunk's tokens are to each other, whatever the state before them."""
+    portable.after_inputs()
     _, begin, end, token0 = sequence_of(tl.program_id(0), query_start_ptr, num_sequences, CHUNK)
     if (end - begin < 2) | (token0 >= end):
         return
@@ -280,6 +283,7 @@ def _state_kernel(
     TILE: tl.constexpr,
 ):
     """Grid: (B, VALUE_HEADS, slices of DV): chunk after chunk, the slice's state in registers from first to last."""
+    portable.after_inputs()
     sequence = tl.program_id(0)
     h = tl.program_id(1)
     # int64: what tokens and slots are multiplied with may pass 2^31.
@@ -376,6 +380,7 @@ def _finish_kernel(
 ):
     """Grid: (T + B * channel blocks,): what must wait until all slices have their o, a token's output; and until all
     programs have read a convolution's old inputs, its new ones."""
+    portable.after_inputs()
     program = tl.program_id(0)
     if program < num_tokens:
         _gated_norm(x_ptr, qkv_ptr, norm_ptr, out_ptr, eps, program.to(tl.int64), DIMS, TILE)

@@ -187,6 +187,7 @@ def _decode_kernel(
     TILE: tl.constexpr,
 ):
     """Grid: (B, KV heads, num_splits)."""
+    portable.after_inputs()
     BLOCK_ROWS: tl.constexpr = TILE.block_rows
     BLOCK_KV: tl.constexpr = TILE.block_kv
     HEAD_DIM: tl.constexpr = DIMS.head_dim
@@ -243,6 +244,7 @@ def _merge_kernel(
     SPLITS_P2: tl.constexpr,
 ):
     """Grid: (B, heads)."""
+    portable.after_inputs()
     HEAD_DIM: tl.constexpr = DIMS.head_dim
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -279,6 +281,7 @@ def _prefill_kernel(
     TILE: tl.constexpr,
 ):
     """Grid: (T // block_q + B, KV heads)."""
+    portable.after_inputs()
     BLOCK_Q: tl.constexpr = TILE.block_q
     HEAD_DIM: tl.constexpr = DIMS.head_dim
     # The last tiles of a prompt have the longest contexts: started first, they do not trail behind the others.

@@ -63,6 +63,7 @@ from ._delta_net import (
 from ._delta_net_work import CHUNK_TOKENS
 from .flat_batch import num_tiles
 from .norm import DTYPES
+from .portable import dependent_launch
 from .tiles import capability_of, shared_limit
 
 # Columns of a state a program: four slices of Qwen3-Next's 32 heads give 128 programs even to one sequence.
@@ -113,26 +114,29 @@ def gated_delta_net(
     conv = (projected, weights.conv, conv_state)
     tile = _tile(dims)
     slices = (sequences, dims.value_heads, triton.cdiv(dims.value_dim, tile.block_v))
+    capability = capability_of(projected.device)
+    dependent = dependent_launch(capability)
     _recurrent_kernel[slices](
-        *conv, weights.rate, weights.dt_bias, state, where, qkv, dims, tile, _ALL if batch_invariant else 1, num_warps=4
-    )
+        *conv, weights.rate, weights.dt_bias, state, where, qkv, dims, tile, _ALL if batch_invariant else 1,
+        num_warps=4, **dependent,
+    )  # fmt: skip
     # No sequence is without tokens: as many tokens as sequences means one each.
     if tokens > sequences and not batch_invariant:
         chunks = num_tiles(tokens, sequences, CHUNK_TOKENS)
         _conv_kernel[(chunks, 2 * dims.key_heads + dims.value_heads)](
-            *conv, where, qkv, sequences, dims, tile, num_warps=8
+            *conv, where, qkv, sequences, dims, tile, num_warps=8, **dependent
         )
         _chunk_kernel[(chunks, dims.value_heads)](
             projected, qkv, weights.rate, weights.dt_bias, metadata.query_start, inverse, scores, gates, tokens,
-            sequences, dims, tile, num_warps=4,
+            sequences, dims, tile, num_warps=4, **dependent,
         )  # fmt: skip
         _state_kernel[slices](
             qkv, inverse, scores, gates, state, where, tokens, dims, tile, num_warps=4,
-            num_stages=_state_stages(tile, qkv.dtype.itemsize, capability_of(projected.device)),
+            num_stages=_state_stages(tile, qkv.dtype.itemsize, capability), **dependent,
         )  # fmt: skip
     kept = sequences * triton.cdiv(dims.channels, tile.block_c)
     _finish_kernel[(tokens + kept,)](
-        projected, qkv, weights.norm, conv_state, where, out, eps, tokens, dims, tile, num_warps=4
+        projected, qkv, weights.norm, conv_state, where, out, eps, tokens, dims, tile, num_warps=4, **dependent
     )
     return out
 

@@ -50,6 +50,7 @@ from ._paged_attention import (
 )
 from .flat_batch import num_tiles
 from .norm import DTYPES
+from .portable import dependent_launch
 from .tiles import capability_of, num_sms_of
 
 # Heads that share a KV head are rows of one tile, whose accumulator must fit in registers.
@@ -149,9 +150,10 @@ def paged_attention(
         return out
     group, itemsize = heads // kv_heads, q.dtype.itemsize
     queries = max(INVARIANT_ROWS // group, 1) if batch_invariant else max(max_query_len, 1)
-    tile = attention_tile(head_dim, group, itemsize, queries, capability_of(q.device))
+    capability = capability_of(q.device)
+    tile, dependent = attention_tile(head_dim, group, itemsize, queries, capability), dependent_launch(capability)
     dims = AttentionDims(kv_heads, group, head_dim, block_size, window)
-    launch = {"DIMS": dims, "TILE": tile, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    launch = {"DIMS": dims, "TILE": tile, "num_warps": tile.num_warps, "num_stages": tile.num_stages} | dependent
     kv = PagedKV(k_cache, v_cache, block_table, context_lens, query_start)
     scale_log2, stride_table = float(scale) * LOG2_E, block_table.stride(0)
     if batch_invariant or max_query_len > 1:
@@ -169,7 +171,9 @@ def paged_attention(
     )
     if partials is not None:
         splits = triton.next_power_of_2(num_splits)
-        _merge_kernel[(sequences, heads)](partials, query_start, out, num_splits, dims, splits, num_warps=4)
+        _merge_kernel[(sequences, heads)](
+            partials, query_start, out, num_splits, dims, splits, num_warps=4, **dependent
+        )  # fmt: skip
     return out
 
 

@@ -20,8 +20,9 @@ def after_inputs():
     """Programmatic dependent launch (Hopper and later): wait for the kernel before to end, and let the next one start.
 
     The first thing that a kernel does which is launched with `dependent_launch`, in every program, also in those that
-    find nothing to do: the next kernel's wait is for this one alone. What is won is the time between a kernel's end and
-    the next one's start. Elsewhere nothing happens.
+    find nothing to do: the next kernel's wait is for this one alone, so this one must not end before those ahead of it.
+    cuBLAS's and torch's kernels in between start when the one before has ended, and let nobody start early. What is won
+    is the time between a kernel's end and the next one's start. Elsewhere nothing happens.
     """
     if not INTERPRETED and target_info.cuda_capability_geq(9):
         gdc_wait()

@@ -34,6 +34,7 @@ from ..ops import KernelError
 from ..work import Work, declares
 from . import portable
 from .norm import DTYPES
+from .tiles import capability_of
 
 QK_NORMS = ("none", "head", "full")
 
@@ -176,6 +177,7 @@ def _rope_and_cache_kernel(
     DIMS: tl.constexpr,
 ):
     """Grid: (T, 3): the q, k and v of a token are independent."""
+    portable.after_inputs()
     HEADS: tl.constexpr = DIMS.heads
     KV_HEADS: tl.constexpr = DIMS.kv_heads
     HEAD_DIM: tl.constexpr = DIMS.head_dim
@@ -265,7 +267,7 @@ def rope_and_cache(
     dims = RopeDims(heads, kv_heads, head_dim, block_size, qk_norm, clip > 0)
     _rope_and_cache_kernel[(tokens, 3)](
         qkv, norms, Angles(cos, sin), positions, slot_mapping, Caches(k_cache, v_cache), q_out, eps, float(clip),
-        dims, num_warps=dims.num_warps,
+        dims, num_warps=dims.num_warps, **portable.dependent_launch(capability_of(qkv.device)),
     )  # fmt: skip
     return q_out
 

@@ -9,6 +9,7 @@ from fluxmoe.kernels.sass import (
     load_bytes,
     matrix_loops,
     overwritten_in_flight,
+    waits_first,
 )
 
 _WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
@@ -79,6 +80,24 @@ def test_loops_are_counted_the_short_way_round():
     )  # fmt: skip
     assert integer_operations(code) == 4
     assert matrix_loops(code) == [dict(all=7, matrix=1, loads=1, integer=1, arrives=1, waits=1)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "first"),
+    [
+        pytest.param(["LDC.64 R2, c[0x0][0x210]", "ACQBULK", "LDG.E R0, [R2.64]"], True, id="waits"),
+        pytest.param(["LDG.E R0, [R2.64]", "ACQBULK"], False, id="a load before"),
+        pytest.param(["RED.E.ADD [R2.64], R0", "ACQBULK"], False, id="a sum in memory before"),
+        pytest.param(["@P0 EXIT", "ACQBULK", "EXIT"], False, id="some programs leave before"),
+        pytest.param(["@P0 BRA `(.L_x_0)", "ACQBULK", ".L_x_0:", "EXIT"], False, id="some go round it"),
+        pytest.param(["@P0 ACQBULK", "EXIT"], False, id="some wait"),
+        pytest.param(["@P0 BRA `(.L_x_0)", "MOV R0, R1", ".L_x_0:", "ACQBULK", "EXIT"], True, id="ways that meet"),
+        pytest.param(["PREEXIT", "LDG.E R0, [R2.64]"], False, id="nobody waits"),
+        pytest.param(["ATOMS.OR RZ, [R2], R3", "ACQBULK", "EXIT"], True, id="shared memory is a program's own"),
+    ],
+)  # fmt: skip
+def test_every_program_waits_before_it_does_anything_else(lines, first):
+    assert waits_first(sass(*lines)) is first
 
 
 @pytest.mark.parametrize(

@@ -123,13 +123,15 @@ for case in cases_of("sm_90"):
         parts = [v for v in each.constexprs.values() if is_dataclass(v)]
         frozen = all(part.__dataclass_params__.frozen for part in parts)
         loose = [name for name in each.constexprs if name.startswith("BLOCK") or name.endswith("_P2")]
-        rows.append([case.name, each.kernel.__name__, len(each.kernel.params), each.work, frozen, loose])
+        dependent = each.compiled.metadata.launch_pdl
+        rows.append([case.name, each.kernel.__name__, len(each.kernel.params), each.work, frozen, loose, dependent])
 print(json.dumps(rows))
 """
 # Bytes and flops of launches of the audit, by what they compute: sizes as `audit_cases` of their modules have them.
 _ROW, _LOGITS = 2 * 2048, 4 * 32 * 128  # a token of bf16; 32 tokens' logits
 _TOUCHED = 128 * (1 - (1 - 8 / 128) ** 64)  # experts that 64 tokens of top 8 reach
 _KV = 2 * 2 * 4 * 128  # K and V of a position: 4 heads of 128
+DECODERS = {"_decode_layer_kernel", "_planar_kernel", "_tiered_kernel", "_huffman_kernel"}
 DECLARED = {
     ("rms_norm/qwen3-30b-a3b", "_rms_norm_kernel"): (64 * 2 * _ROW, 0),
     ("combine", "_combine_kernel"): (64 * (8 + 2) * _ROW, 0),
@@ -182,6 +184,8 @@ def test_every_launch_declares_its_work_and_has_a_short_signature(tmp_path):
     assert [row for row in rows if row[2] > 14] == []
     assert [row for row in rows if row[3] is None] == []
     assert [row for row in rows if not row[4] or len(row[5]) > 2] == []
+    # Decoders fill slots and the next layer's room, beside the kernels of a layer.
+    assert {row[1] for row in rows if not row[6]} == DECODERS
     declared = {(name, kernel): work for name, kernel, _, work, *_ in rows}
     # All there are, but for the one that only `profile` launches.
     assert {kernel for _, kernel in declared} == launched_kernels() - {"_sum_kernel"}

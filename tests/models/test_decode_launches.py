@@ -1,4 +1,5 @@
-"""What a layer of a decode step launches on a GPU, counted on the meta device: Triton's launches and torch's."""
+"""What a layer of a decode step launches on a GPU, counted on the meta device: Triton's launches and torch's. Ours are
+launched dependently, all of them (the audit says that such kernels wait first)."""
 
 from __future__ import annotations
 
@@ -85,6 +86,8 @@ def launches_of(config, expert_format):
         with TorchLaunches() as torchs:
             decoder.forward(tokens, metadata, SimpleNamespace(layer=lambda i: (cache, cache)), Experts(), tokens,
                             SimpleNamespace(span=lambda *a, **k: nullcontext()), states)
+        hasty = {launch.kernel.__name__ for launch in launches if not launch.compiled.metadata.launch_pdl}
+        assert not hasty, f"not launched while the kernel before runs: {hasty}"
         return len(launches) + len(torchs.names)
 
 config = published_config(MODEL)

@@ -150,9 +150,13 @@ class Device(ABC):
     def read_bandwidth(self, probe_bytes: int) -> float | None:
         """Bytes/s of kernels that read host memory in place, measured; None where that is the device's own memory."""
 
-    def make_ops(self, dims: LayerDims, limits: Limits, config: PagingConfig) -> Ops:
-        """Kernels of all but experts. DeviceError for a name that does not exist, KernelError for sizes."""
-        match self._choose(config.kernels):
+    def make_ops(self, dims: LayerDims, limits: Limits, config: PagingConfig, delta_net: str = "fluxmoe") -> Ops:
+        """Kernels of all but experts; delta_net: whose rule Triton's take for Gated DeltaNet. DeviceError for a name
+        that does not exist and a rule that others do not take, KernelError for sizes, and a rule that is not there."""
+        kernels = self._choose(config.kernels)
+        if delta_net != "fluxmoe" and kernels != "triton":
+            raise DeviceError(f"--delta-net {delta_net} is for Triton's kernels on a CUDA device: leave it out")
+        match kernels:
             case "torch":
                 from fluxmoe.kernels.reference.ops import TorchOps
 
@@ -163,7 +167,9 @@ class Device(ABC):
                 return CpuOps(dims, limits, config.threads)
         from fluxmoe.kernels.triton.ops import TritonOps
 
-        return TritonOps(dims, limits, self.torch, batch_invariant=config.batch_invariant)
+        return TritonOps(
+            dims, limits, self.torch, batch_invariant=config.batch_invariant, delta_net_rule=delta_net
+        )  # fmt: skip
 
     def make_expert_ops(self, dims: ExpertDims, max_tokens: int, config: PagingConfig) -> ExpertOps:
         """Kernels of experts. DeviceError for a name that does not exist, KernelError for sizes."""

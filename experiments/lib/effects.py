@@ -145,6 +145,15 @@ EFFECTS: Mapping[str, Effect | None] = {
             and not (s.settings.timeline or s.settings.record_routing)
         ),
     ),
+    "delta_net": Effect(
+        "models with Gated DeltaNet in Triton's kernels on CUDA, without --batch-invariant",
+        lambda s: (
+            s.model.delta is not None
+            and s.device == "cuda"
+            and s.settings.kernels != "torch"
+            and not s.settings.batch_invariant
+        ),
+    ),
     "densify": Effect("--adaptive", lambda s: s.settings.adaptive),
 }
 

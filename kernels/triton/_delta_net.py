@@ -21,7 +21,8 @@ CHUNK = tl.constexpr(CHUNK_TOKENS)
 # Side of the blocks of I + A that are inverted row by row.
 _SIDE = tl.constexpr(16)
 # exp of it is 0 in fp32. Sums of longer decays would only lose digits.
-_LEAST_LOG = tl.constexpr(-110.0)
+LEAST_LOG = -110.0
+_LEAST_LOG = tl.constexpr(LEAST_LOG)
 
 
 @dataclass(frozen=True)
@@ -165,13 +166,14 @@ def _conv_kernel(
     num_sequences,
     DIMS: tl.constexpr,
     TILE: tl.constexpr,
+    LEAST_TOKENS: tl.constexpr,
 ):
     """Grid: (chunks, 2 * KEY_HEADS + VALUE_HEADS): convolution of a chunk's q, k or v of one head; q and k to unit
-    length, q scaled."""
+    length, q scaled. Leaves sequences of less than LEAST_TOKENS alone."""
     portable.after_inputs()
     sequence, begin, end, at = sequence_of(tl.program_id(0), where.query_start, num_sequences, CHUNK)
     length, t0 = end - begin, at - begin
-    if (length < 2) | (t0 >= length):
+    if (length < LEAST_TOKENS) | (t0 >= length):
         return
     head = tl.program_id(1)
     is_key = head < 2 * DIMS.key_heads

@@ -34,7 +34,7 @@ def _prompts(tokens: list[float]) -> list[float]:
 
 
 def conv_work(args: Mapping[str, Any]) -> Work:
-    tokens = sum(_prompts([n for n, _ in _sequences(args)]))
+    tokens = sum(n for n, _ in _sequences(args) if n >= args["LEAST_TOKENS"])
     return Work(tokens * args["DIMS"].channels * (args["x_ptr"].element_size() + args["qkv_ptr"].element_size()))
 
 

@@ -61,6 +61,7 @@ from ._delta_net import (
     _state_kernel,
 )
 from ._delta_net_work import CHUNK_TOKENS
+from .flash_linear import ChunkRule, apply_rule
 from .flat_batch import num_tiles
 from .norm import DTYPES
 from .portable import dependent_launch
@@ -87,13 +88,14 @@ def workspace_bytes(dims: DeltaNetDims, tokens: int, dtype: torch.dtype) -> int:
 def gated_delta_net(
     projected: Tensor, weights: DeltaNetWeights, dims: DeltaNetDims, metadata: AttentionMetadata, conv_state: Tensor,
     state: Tensor, out: Tensor, eps: float, workspace: Tensor, batch_invariant: bool = False,
+    rule: ChunkRule | None = None,
 ) -> Tensor:  # fmt: skip
     """Everything between the input and the output projection; returns out. Shapes: see the module.
 
     Every sequence goes on from, and leaves its state in, slot `metadata.state_slots[b]`, which no other sequence of the
     batch may have. workspace: contiguous, at least `workspace_bytes`, aligned to 16. batch_invariant: token by token
-    whatever the lengths, so that bits do not depend on how a prompt is cut into passes; slow in prefill.
-    KernelError on other shapes.
+    whatever the lengths, so that bits do not depend on how a prompt is cut into passes; slow in prefill. rule: another
+    one than ours, for all sequences of a pass in which one has more than a token. KernelError on other shapes.
     """
     tokens, stride = projected.shape
     sequences = len(metadata.context_lens)
@@ -116,16 +118,22 @@ def gated_delta_net(
     slices = (sequences, dims.value_heads, triton.cdiv(dims.value_dim, tile.block_v))
     capability = capability_of(projected.device)
     dependent = dependent_launch(capability)
-    _recurrent_kernel[slices](
-        *conv, weights.rate, weights.dt_bias, state, where, qkv, dims, tile, _ALL if batch_invariant else 1,
-        num_warps=4, **dependent,
-    )  # fmt: skip
     # No sequence is without tokens: as many tokens as sequences means one each.
-    if tokens > sequences and not batch_invariant:
-        chunks = num_tiles(tokens, sequences, CHUNK_TOKENS)
+    chunked = tokens > sequences and not batch_invariant
+    theirs = chunked and rule is not None
+    if not theirs:
+        _recurrent_kernel[slices](
+            *conv, weights.rate, weights.dt_bias, state, where, qkv, dims, tile, _ALL if batch_invariant else 1,
+            num_warps=4, **dependent,
+        )  # fmt: skip
+    chunks = num_tiles(tokens, sequences, CHUNK_TOKENS)
+    if chunked:
         _conv_kernel[(chunks, 2 * dims.key_heads + dims.value_heads)](
-            *conv, where, qkv, sequences, dims, tile, num_warps=8, **dependent
+            *conv, where, qkv, sequences, dims, tile, 1 if theirs else 2, num_warps=8, **dependent
         )
+    if chunked and rule is not None:
+        apply_rule(rule, projected, weights, dims, metadata, qkv, state)
+    elif chunked:
         _chunk_kernel[(chunks, dims.value_heads)](
             projected, qkv, weights.rate, weights.dt_bias, metadata.query_start, inverse, scores, gates, tokens,
             sequences, dims, tile, num_warps=4, **dependent,

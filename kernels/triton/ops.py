@@ -27,7 +27,7 @@ from ..ops import (
     RopeTable,
     RowMajor,
 )  # fmt: skip
-from . import delta_net, gates, grouped_gemm, paged_attention
+from . import delta_net, flash_linear, gates, grouped_gemm, paged_attention
 from .norm import DTYPES, rms_norm
 from .rope_kv import rope_and_cache
 from .tiles import Tile, capability_of, fit, invariant_tile, num_sms_of
@@ -46,14 +46,16 @@ def check_backend(device: torch.device, dtype: torch.dtype) -> None:
 
 class TritonOps(RowMajor):
     """Same contract as CpuOps; one engine owns one (not thread-safe). A result is valid until the same operation runs
-    again; the residual stream is updated in place.
+    again; the residual stream is updated in place. delta_net_rule: fluxmoe; or fla, flash-linear-attention's, for
+    passes with prompts, which allocate.
 
     Raises KernelError for dtypes and sizes that the kernels cannot take, and without a GPU or interpreter.
     """
 
     def __init__(
-        self, dims: LayerDims, limits: Limits, device: torch.device | str, *, batch_invariant: bool = False
-    ) -> None:
+        self, dims: LayerDims, limits: Limits, device: torch.device | str, *, batch_invariant: bool = False,
+        delta_net_rule: str = "fluxmoe",
+    ) -> None:  # fmt: skip
         self.dims, self.limits, self.device = dims, limits, torch.device(device)
         self.act_dtype, self.batch_invariant = dims.dtype, batch_invariant
         check_backend(self.device, dims.dtype)
@@ -93,6 +95,10 @@ class TritonOps(RowMajor):
         # Rows that are sampled from, gathered by the decoder.
         transient = limits.sequences * dims.hidden * dims.dtype.itemsize
         transient += _CUBLAS_BYTES if self.device.type == "cuda" else 0
+        self._chunk_rule: flash_linear.ChunkRule | None = None
+        if delta_net_rule == "fla" and dims.delta is not None:
+            self._chunk_rule = flash_linear.chunk_rule(self.device)
+            transient += flash_linear.transient_bytes(dims.delta, tokens, limits.sequences, dims.dtype)
         self.workspace_bytes = transient + sum(b.nbytes for b in self._buffers.values())
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -152,6 +158,7 @@ class TritonOps(RowMajor):
         return delta_net.gated_delta_net(
             self._linear(x, weights.in_proj, "delta_in"), weights, self.dims.delta_net, metadata, conv_state, state,
             self._buffers["delta_out"][: len(x)], self.dims.eps, self._buffers["delta"], self.batch_invariant,
+            self._chunk_rule,
         )  # fmt: skip
 
     def mlp_add(self, x: Tensor, mlp: DenseMlp, residual: Tensor) -> Tensor:

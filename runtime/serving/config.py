@@ -28,6 +28,10 @@ class EngineConfig(PagingConfig):
     min_kv_tokens: int = setting(1, None)
     device: str = setting("auto", "what serves", choices=("auto", "cpu", "cuda"))
     cuda_graphs: bool = setting(True, "CUDA: launch decode steps as graphs, not kernel by kernel")
+    delta_net: str = setting(
+        "fluxmoe", "CUDA: whose rule passes with prompts take in layers of Gated DeltaNet: ours, or that of "
+        "flash-linear-attention, where it is installed; untried on a GPU", choices=("fluxmoe", "fla"),
+    )  # fmt: skip
     densify: bool = setting(False, "with adaptive: idle memory makes packed experts dense")
     # With adaptive: whether KV takes what experts leave; of the planner, and of `Residency`.
     grow_kv: bool = setting(True, None)
@@ -45,5 +49,7 @@ class EngineConfig(PagingConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingError(f"{name} must be at least 1, got {value}")
+        if self.delta_net == "fla" and self.batch_invariant:
+            raise SettingError("delta_net fla is for chunks: batch_invariant takes Gated DeltaNet token by token")
         if self.densify and not self.adaptive:
             raise SettingError("densify is the planner's: without adaptive it has no effect")

@@ -78,7 +78,7 @@ class Engine(ServingLoop):
         limits = limits_of(model, config)
         with explained(config.named):
             require_workspace(model, limits, max(total, free.device_bytes or 0))
-        self.ops = kind.make_ops(layer_dims(model), limits, config)
+        self.ops = kind.make_ops(layer_dims(model), limits, config, config.delta_net)
         self.timeline = Timeline(config.timeline, kind.clock())
         self.pager = ExpertPager(
             expert_dims(model), len(model.moe_layers), config, self.device, limits.tokens, timeline=self.timeline,

@@ -52,6 +52,7 @@ USED = {
     "link_bandwidth": [on(**HOST), on(**DISK), on("sim", **HALF), on("sim", preemption="swap")],
     "fit_batch": [on(model=NEXT), on("sim", NEXT)],
     "cuda_graphs": [on("cuda")],
+    "delta_net": [on("cuda", NEXT)],
     "densify": [on(**PACKED, **ADAPTIVE)],
 }  # fmt: skip
 IDLE = {
@@ -77,6 +78,8 @@ IDLE = {
     "poison": [on("sim", **HOST)],
     "link_bandwidth": [on(), on("cuda", **HOST), on(**HALF, **ON_DEMAND), on("sim", **DISK)],
     "fit_batch": [on(), on("cuda")],
+    "delta_net": [on("cuda"), on(model=NEXT), on("sim", NEXT), on("cuda", NEXT, kernels="torch"),
+                  on("cuda", NEXT, batch_invariant=True)],
     "cuda_graphs": [on(), on("sim"), on("cuda", kernels="torch"), on("cuda", timeline=True)],
     "densify": [on(), on(**PACKED)],
 }  # fmt: skip

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+import importlib.util
+import sys
+from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import triton.language as tl
 from fluxmoe.kernels.cpu import delta_net as cpu_delta_net
 from fluxmoe.kernels.ops import AttentionMetadata, DeltaNetDims, DeltaNetWeights, KernelError, Linear
 from fluxmoe.kernels.reference.delta_net import gated_delta_net_torch
+from fluxmoe.kernels.triton import flash_linear
 from fluxmoe.kernels.triton._delta_net import CHUNK, _unit_lower_inverse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,7 +74,7 @@ def assert_near(got, expected, dtype, bf16_error):
         assert error.abs().max() <= 0.06 * expected.abs().max() + 1e-6
 
 
-def check(kind, device, dtype, dims, weights, projected, lengths, past, bf16_error=0.02):
+def check(kind, device, dtype, dims, weights, projected, lengths, past, bf16_error=0.02, **options):
     """Against float64, from states that slots hold already; slots of nobody are left alone."""
     slots = list(range(len(lengths), 0, -1))
     metadata = metadata_of(lengths, past, slots, device)
@@ -79,7 +83,7 @@ def check(kind, device, dtype, dims, weights, projected, lengths, past, bf16_err
     conv_before, state_before = conv.clone(), state.clone()
     conv64, state64 = conv.double(), state.double()
     expected = gated_delta_net_torch(projected, weights, dims, metadata, conv64, state64, EPS)
-    got = run(kind, projected, weights, dims, metadata, conv, state)
+    got = run(kind, projected, weights, dims, metadata, conv, state, **options)
     assert_near(got, expected, dtype, bf16_error)
     assert_near(state[slots], state64[slots], dtype, bf16_error)
     assert torch.equal(conv, conv64.to(dtype)), "inputs are kept as they came"
@@ -115,6 +119,46 @@ def test_a_slice_of_values_may_be_narrower_than_a_program():
     wide = DeltaNetDims(key_heads=1, value_heads=2, key_dim=20, value_dim=44, taps=4)
     projected = torch.randn(67, wide.projected, device=DEVICE)
     check("triton", DEVICE, torch.float32, wide, weights_of(wide, DEVICE), projected, [66, 1], [0, 4])
+
+
+def plain_rule(q, k, v, g, beta, *, scale, initial_state, output_final_state, cu_seqlens):
+    """As flash-linear-attention's is called, token by token."""
+    assert output_final_state
+    o, state, group = torch.empty_like(v), initial_state.clone(), v.shape[2] // q.shape[2]
+    for sequence, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        s = state[sequence]
+        for t in range(begin, end):
+            query, key = (x[0, t].float().repeat_interleave(group, dim=0) for x in (q, k))
+            s *= g[0, t].exp()[:, None, None]
+            new = (v[0, t].float() - torch.einsum("hkv,hk->hv", s, key)) * beta[0, t, :, None]
+            s += key[:, :, None] * new[:, None, :]
+            o[0, t] = scale * torch.einsum("hkv,hk->hv", s, query)
+    return o, state
+
+
+@pytest.mark.parametrize("whose", ["plain", "fla"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("lengths", "past"), [([19, 1, 2, 65, 1], [0, 3, 1, 7, 0]), ([1, 1], [0, 5])], ids=["mixed", "decode"]
+)
+def test_another_rule_has_the_same_inputs_states_and_outputs(whose, dtype, lengths, past):
+    dims = DeltaNetDims(key_heads=1, value_heads=2, key_dim=16, value_dim=16, taps=4)
+    rule = plain_rule
+    if whose == "fla":
+        if not torch.cuda.is_available() or importlib.util.find_spec("fla") is None or dtype == torch.float32:
+            pytest.skip("needs a GPU, flash-linear-attention, and bf16, as it rounds fp32 operands")
+        dims, rule = replace(dims, key_dim=64, value_dim=64), flash_linear.chunk_rule(torch.device(DEVICE))
+    projected = torch.randn(sum(lengths), dims.projected, device=DEVICE).to(dtype)
+    check("triton", DEVICE, dtype, dims, weights_of(dims, DEVICE), projected, lengths, past, rule=rule)
+
+
+def test_a_rule_that_is_not_there_is_one_sentence(monkeypatch):
+    with pytest.raises(KernelError, match="need a CUDA device: leave --delta-net out"):
+        flash_linear.chunk_rule(torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "fla", None)
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", None)
+    with pytest.raises(KernelError, match="fla needs the package flash-linear-attention, which cannot be"):
+        flash_linear.chunk_rule(torch.device("cuda"))
 
 
 # b or a so far out that β is 0 or 1 and the decay none or all.

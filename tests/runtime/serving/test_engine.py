@@ -16,6 +16,7 @@ import pytest
 import torch
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.runtime.devices import DeviceError
+from fluxmoe.runtime.experts.config import SettingError
 from fluxmoe.runtime.experts.pager import ExpertPager
 from fluxmoe.runtime.experts.placement import PlacementError, Tier
 from fluxmoe.runtime.hardware import HardwareProfile
@@ -440,3 +441,11 @@ def test_a_refusal_names_a_placement_a_format_and_a_budget_that_would_do(wide_mo
     other = EngineConfig(placement=placement, expert_format=expert_format, budget_bytes=budget, **common)
     with Engine(wide_model_dir, other) as engine:
         assert engine.generate([Request((1, 2, 3), SamplingParams(4, ignore_eos=True))])[0].token_ids
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_another_rule_for_gated_delta_net_is_for_a_gpu(model_dir, kernels):
+    with pytest.raises(DeviceError, match="--delta-net fla is for Triton's kernels on a CUDA device: leave it out"):
+        Engine(model_dir, EngineConfig(device="cpu", kernels=kernels, delta_net="fla"))
+    with pytest.raises(SettingError, match="delta_net fla is for chunks"):
+        EngineConfig(delta_net="fla", batch_invariant=True)

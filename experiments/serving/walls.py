@@ -6,8 +6,9 @@ A wall is a memory cgroup: all that a process has, interpreter, KV and page cach
 with the same weights, so that the kernel keeps what it can of them; of ours the first of --placements runs that fits;
 vLLM, whose CPU build offloads nothing, runs where its weights fit. Without a wall all placements in memory are run.
 Every process starts anew, with its files dropped from the page cache; the time that this takes is a column too, and
-what it holds: peak_bytes is the most without page cache, and what it maps of files; ours also by its ledgers. A round
-is one process of each, so that a machine whose speed drifts favours nobody.
+what it holds: peak_bytes is the most without page cache, and what it maps of files; ours also by its ledgers. It is
+asked nothing before a hypervisor has taken back what the process before it, and the files, left free. A round is one
+process of each, so that a machine whose speed drifts favours nobody.
 
 Prefill and decode are timed apart, greedy, all with the same random prompts. Without a wall every number of sequences
 has a prefill of its own. Behind one a prefill of any size reads nearly all experts, so the most sequences are prefilled
@@ -43,6 +44,7 @@ from fluxmoe.runtime.serving.config import EngineConfig
 from ..commands.pack_checkpoint import pack_checkpoint
 from ..lib import wall
 from ..lib.args import group, option
+from ..lib.freed_memory import wait_until_taken_back
 from ..lib.gguf import write_gguf
 from ..lib.machines import Machine
 from ..lib.models import ModelChoice, Source
@@ -111,6 +113,11 @@ class Files(NamedTuple):
     source: Source
     packed: Path
     gguf: Path | None
+
+    @property
+    def weights_bytes(self) -> int:
+        model = self.source.config
+        return model.non_expert_bytes + model.expert_bytes_total
 
     @property
     def all(self) -> list[Path]:
@@ -200,9 +207,8 @@ def vllm(args: Arguments, files: Files, setup: Setup) -> Start:
     }  # fmt: skip
 
     def start(fence: wall.Fence | None) -> WorkerPeer:
-        weights = model.non_expert_bytes + model.expert_bytes_total
-        if fence is not None and weights > fence.limit:
-            more = format_bytes(weights - fence.limit)
+        if fence is not None and files.weights_bytes > fence.limit:
+            more = format_bytes(files.weights_bytes - fence.limit)
             raise RefusedError(f"its weights alone are {more} more than the wall, and its CPU build offloads nothing")
         python, settings = args.vllm_python or "", {"llm": llm, "phases": True}
         return WorkerPeer(VLLM, python, "vllm_worker.py", settings, wall=fence, patience_s=args.patience)
@@ -234,6 +240,7 @@ def answers(
             peer = start(fence)
             stack.callback(peer.close)
             about, status = {"start_s": time.perf_counter() - begin, **peer.ready}, "stopped"
+            wait_until_taken_back(begin, files.weights_bytes)
             for job in setup.jobs:
                 prompts = np.random.default_rng(job[0]).integers(0, vocab_size, (job[0], args.prompt_tokens))
                 peer.ask({"prompts": prompts.tolist(), "batches": job, "tokens": args.output_tokens,
@@ -339,11 +346,13 @@ def run(args: Arguments) -> None:
     sizes = list(map(pages, blocks_of("cpu", expert_dims(model)).expert_bytes(DEFAULT_COMPRESSED)))
     facts = {
         **asked, "peers": versions, "page_cache": "the model's files are dropped from it before each start",
-        "arch": model.arch, "weights_bytes": model.non_expert_bytes + model.expert_bytes_total,
+        "freed_memory": "left to a hypervisor that takes it back, before anything is asked",
+        "arch": model.arch, "weights_bytes": files.weights_bytes,
     }  # fmt: skip
     with Sweep.serving(args.out, "versus walls", Machine("cpu"), files.source, made, facts, "rows.csv") as sweep:
         taken = Turns(args, files, sweep, args.rounds * sum(len(turns(args, files, setup)) for setup in setups))
         for number in range(args.rounds):
+            wait_until_taken_back(time.perf_counter(), files.weights_bytes)
             paths = sorted(files.packed.glob("*.flux"))
             rates = (read_rate(paths, sizes=sizes, busy=busy, memory=BEYOND_CACHES) for busy in (False, True))
             bounds = Bounds(model, *rates)

@@ -225,10 +225,28 @@ def test_experts_that_are_mapped_count_as_held(monkeypatch, tmp_path):
     peer = SimpleNamespace(ready={}, close=lambda: None, ask=lambda job: None, answer=lambda: {"batch": next(batches)})
     setup = walls.Setup("1GB", 10**9, ((2, 1),))
     asked: Any = SimpleNamespace(prompt_tokens=4, output_tokens=3, seconds=1.0)
-    files: Any = SimpleNamespace(all=[tmp_path])
+    files: Any = SimpleNamespace(all=[tmp_path], weights_bytes=0)
     answers = walls.answers(asked, files, setup, lambda fence: peer, 512)  # type: ignore[arg-type,return-value]
     assert [answer["peak_bytes"] for _, answer in answers] == [12, 12]
     assert dropped == [tmp_path]
+
+
+def test_nothing_is_asked_while_a_hypervisor_takes_back_what_was_freed(monkeypatch):
+    happened: list[str] = []
+    monkeypatch.setattr(walls, "drop_cached", lambda paths: happened.append("freed"))
+    monkeypatch.setattr(walls, "wait_until_taken_back", lambda since, nbytes: happened.append(f"waited for {nbytes}"))
+    peer = SimpleNamespace(
+        ready={}, close=lambda: None, ask=lambda job: happened.append("asked"), answer=lambda: {"batch": 1}
+    )
+
+    def start(fence):
+        happened.append("started")
+        return peer
+
+    asked: Any = SimpleNamespace(prompt_tokens=4, output_tokens=3, seconds=1.0)
+    files: Any = SimpleNamespace(all=[], weights_bytes=7)
+    assert len(list(walls.answers(asked, files, walls.Setup("none", None, ((1,),)), start, 512))) == 1
+    assert happened == ["freed", "started", "waited for 7", "asked"]
 
 
 @pytest.mark.parametrize("sequences", [1, 32, 64])

@@ -1,6 +1,7 @@
 """Our engine as a side of `versus walls`, in a process of its own; answers as `phases` says.
 
-Its budget is `all`: what is free of memory or, behind a wall, of what the wall leaves.
+Its budget is `all`: what is free of memory or, behind a wall, of what the wall leaves. Like the peers it has written to
+all of its KV cache before it is asked anything.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Phases:
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    config, base = EngineConfig(**placed(settings["placement"]), **settings["engine"]), HOST.taken_bytes() or 0
+    config = EngineConfig(**placed(settings["placement"]), **settings["engine"], touch_kv=True)
+    base = HOST.taken_bytes() or 0
     with Engine(settings["model"], config) as engine:
         ledger = {line: engine.budget.lines().get(line, 0) for line in ("expert_cache", "kv_cache")}
         phases.serve(Phases(engine, base), **ledger)

@@ -39,6 +39,8 @@ class EngineConfig(PagingConfig):
     eager: bool = setting(False, None)
     spread: bool = setting(True, None)
     plan_every: int = setting(8, None)
+    # Take KV's memory from the system at the start: else the first token in a block waits for its pages.
+    touch_kv: bool = setting(False, None)
     # Record loads and compute, on CUDA without graphs; show a bar while loading.
     timeline: bool = setting(False, None)
     progress: bool = setting(False, None)

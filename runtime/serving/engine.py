@@ -127,6 +127,9 @@ class Engine(ServingLoop):
         resources.callback(self.kv.close)
         while self.kv.num_blocks < num_blocks:
             self.kv.grow()
+        if config.touch_kv:
+            for slab in self.pool.held(KV_LINE):
+                self.pool.memory[slab].zero_()
         self.lending: Lending | None = None
         if self.deployment.lends:
             kv_slabs, cache = self.deployment.kv_slabs(self.kv.num_slabs), self.pager.store.cache

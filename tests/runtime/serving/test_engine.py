@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import random
 import re
@@ -70,6 +72,21 @@ def serve(model_dir, work=None, **settings):
 @pytest.fixture(scope="module")
 def expected(model_dir):
     return serve(model_dir)[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="mincore is asked as Linux has it")
+@pytest.mark.parametrize("touch", [False, True])
+def test_kvs_memory_is_taken_at_the_start_if_asked(touch, model_dir):
+    config = EngineConfig(device="cpu", max_batch=64, max_context=160, budget_bytes=16 << 20, touch_kv=touch)
+    with Engine(model_dir, config) as engine:
+        memory = engine.pool.memory
+        assert memory.data_ptr() % mmap.PAGESIZE == 0
+        pages = -(-memory.numel() // mmap.PAGESIZE)
+        there = (ctypes.c_ubyte * pages)()
+        address, size = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.numel())
+        assert ctypes.CDLL(None).mincore(address, size, there) == 0
+        assert pages > 500
+        assert sum(each & 1 for each in there) == (pages if touch else 0)
 
 
 def test_generates(expected):

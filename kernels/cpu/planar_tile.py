@@ -177,6 +177,15 @@ def decode_panel(block, panel, panels, depth, out):
 
 
 @cached_njit(nogil=True)
+def _tile(data, base, escapes, kind, x_rows, rows, depth, ahead, y, y_stride):
+    """The tile of a kind, a function of its own: what tiles begin with shall not be kept from one to the next."""
+    if HAS_DOT and kind == BF16_DOT:
+        _dots(rows, data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
+    else:
+        _fma(rows, data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
+
+
+@cached_njit(nogil=True)
 def planar_panel(block, panel, panels, kind, x_rows, rows, depth, room, y, y_stride):
     """`tile.gemm_panel` on panel `panel` of `panels` of a compressed block: the same bits.
 
@@ -197,8 +206,5 @@ def planar_panel(block, panel, panels, kind, x_rows, rows, depth, room, y, y_str
         if t > 0 and last == rows:
             ahead = following - data
         table, out = x_rows + 8 * first, y + first * y_stride
-        if HAS_DOT and kind == BF16_DOT:
-            _dots(last - first, data, base, escapes, table, depth, ahead, 0, out, y_stride)
-        else:
-            _fma(last - first, data, base, escapes, table, depth, ahead, 0, out, y_stride)
+        _tile(data, base, escapes, kind, table, last - first, depth, ahead, out, y_stride)
         first = last

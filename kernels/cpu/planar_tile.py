@@ -178,7 +178,7 @@ def decode_panel(block, panel, panels, depth, out):
 
 @cached_njit(nogil=True)
 def _tile(data, base, escapes, kind, x_rows, rows, depth, ahead, y, y_stride):
-    """The tile of a kind, a function of its own: what tiles begin with shall not be kept from one to the next."""
+    """The tile of a kind. A function of its own: written into the loop over tiles, 8 rows take 6 % more of a layer."""
     if HAS_DOT and kind == BF16_DOT:
         _dots(rows, data, base, escapes, x_rows, depth, ahead, 0, y, y_stride)
     else:

@@ -28,8 +28,14 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], steps: Sequence[int
     assert len(params) == len(steps) == len(logits), f"{len(logits)} rows, {len(params)} params, {len(steps)} steps"
     if not params:
         return []
-    # max passes NaN on, so the check costs B numbers and not a second pass over B · vocab.
-    largest, chosen = (each.tolist() for each in logits.max(dim=-1))
+    # Both pass NaN on, so the check costs B numbers and not a second pass over B · vocab.
+    if logits.is_cpu:
+        # One thread of numpy's is done with a row before torch has called its own.
+        rows = logits.numpy()
+        chosen = rows.argmax(axis=-1).tolist()
+        largest = [float(row[token]) for row, token in zip(rows, chosen, strict=True)]
+    else:
+        largest, chosen = (each.tolist() for each in logits.max(dim=-1))
     broken = {row: value for row, value in enumerate(largest) if not math.isfinite(value)}
     assert not broken, (
         f"logits of rows {list(broken)} have the largest value {list(broken.values())}: "

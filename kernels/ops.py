@@ -189,6 +189,19 @@ class DenseMlp:
     score: Linear | None = None
 
 
+@dataclass(frozen=True)
+class AttentionBlock:
+    """A layer's attention. qkv: q, k and v side by side; out [H, heads·D]; fp32 norms of q and k, if any; gate
+    [heads·D, H], if given, scales what is attended by its sigmoid."""
+
+    qkv: Linear
+    out: Linear
+    rope: RopeTable
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    gate: Linear | None = None
+
+
 class LayerExperts(Protocol):
     """Experts of the layer that runs now.
 
@@ -196,10 +209,13 @@ class LayerExperts(Protocol):
     routed call `need` first, with the ids of all experts that have rows, and then `ready`, which gives the experts in
     the order in which they are there: masks uint8 [E], or None for all of them. Only so come experts on demand.
 
+    in_place: all of them are where they stay: there is nothing to wait for, and nobody to ask.
+
     following() is the next layer's table, where its experts are and stay until it runs; else None.
     """
 
     table: ExpertTable
+    in_place: bool
 
     def wait(self, tensor_type: int) -> None: ...
     def need(self, experts: np.ndarray) -> None: ...
@@ -314,6 +330,10 @@ class Ops(OpSizes, Protocol):
         k_cache: Tensor, v_cache: Tensor,
     ) -> Tensor: ...  # fmt: skip
     def gate_attention(self, attended: Tensor, x: Tensor, weight: Linear) -> Tensor: ...
+    def attend(
+        self, x: Tensor, block: AttentionBlock, metadata: AttentionMetadata, k_cache: Tensor, v_cache: Tensor,
+        residual: Tensor,
+    ) -> Tensor: ...  # fmt: skip
     def delta_net(
         self, x: Tensor, weights: DeltaNetWeights, metadata: AttentionMetadata, conv_state: Tensor, state: Tensor
     ) -> Tensor: ...

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from fluxmoe.kernels.host_memory import host_zeros
 from fluxmoe.kernels.ops import (
+    AttentionBlock,
     AttentionMetadata,
     DeltaNetWeights,
     DenseMlp,
@@ -247,14 +248,15 @@ class Decoder:
         attention = delta = moe = 0  # layers of each kind so far
         for index, layer in enumerate(self.layers):
             with tracer.span("compute", f"attention {index}", layer=index):
-                if layer.delta is None:
-                    mixed = self._attend(layer, normed, metadata, *cache.layer(attention))
+                if (attends := self.attention_blocks[index]) is not None:
+                    hidden = ops.attend(normed, attends, metadata, *cache.layer(attention), hidden)
                     attention += 1
                 else:
                     assert states is not None, "a layer with Gated DeltaNet keeps states"
+                    assert layer.delta is not None, "a layer has one or the other"
                     mixed = ops.delta_net(normed, layer.delta, metadata, states.conv[delta], states.recurrent[delta])
+                    hidden = ops.project_add(mixed, layer.matrices["o_proj"], hidden)
                     delta += 1
-                hidden = ops.project_add(mixed, layer.matrices["o_proj"], hidden)
             if (block := self.moe_blocks[index]) is not None:
                 hidden, normed = experts.mixture(moe, hidden, block, metadata.num_tokens)
                 moe += 1
@@ -267,6 +269,19 @@ class Decoder:
             # All of them, when sequences only decode.
             sampled = normed if len(logit_rows) == len(normed) else normed[logit_rows]
             return ops.logits(sampled, self.lm_head)
+
+    @cached_property
+    def attention_blocks(self) -> list[AttentionBlock | None]:
+        """Of each layer with attention, once all weights are here."""
+        return [
+            AttentionBlock(
+                layer.matrices["qkv"], layer.matrices["o_proj"], self.rope, layer.vectors.get("q_norm"),
+                layer.vectors.get("k_norm"), layer.matrices.get("attn_gate"),
+            )
+            if layer.delta is None
+            else None
+            for layer in self.layers
+        ]  # fmt: skip
 
     @cached_property
     def moe_blocks(self) -> list[MoeBlock | None]:
@@ -283,13 +298,3 @@ class Decoder:
     def _norm_after(self, index: int) -> Tensor:
         """The norm that follows a layer: the next one's first, or the last of all."""
         return self.layers[index + 1].vectors["input_norm"] if index + 1 < len(self.layers) else self.final_norm
-
-    def _attend(
-        self, layer: DecoderLayer, x: Tensor, metadata: AttentionMetadata, k_cache: Tensor, v_cache: Tensor
-    ) -> Tensor:
-        ops, q_norm, k_norm = self.ops, layer.vectors.get("q_norm"), layer.vectors.get("k_norm")
-        qkv = ops.qkv(x, layer.matrices["qkv"])
-        attended = ops.attention(qkv, q_norm, k_norm, self.rope, metadata, k_cache, v_cache)
-        if "attn_gate" in layer.matrices:
-            return ops.gate_attention(attended, x, layer.matrices["attn_gate"])
-        return attended

@@ -41,4 +41,4 @@ def table_of(blocks: Iterable[Pair], device: torch.device, formats: str | Sequen
 
 def page_of(table: ExpertTable) -> LayerPage:
     """A layer whose experts are all there."""
-    return LayerPage(table, lambda tensor_type: None)
+    return LayerPage(table, None)

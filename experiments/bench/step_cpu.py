@@ -1,9 +1,10 @@
-"""Where the time of a decode step goes on a CPU: experts, dense products, attention, norms, and what is around them.
+"""Where the time of a decode step goes on a CPU: experts, attention, other products, norms, and what is around them.
 
     fluxmoe bench step-cpu --preset small --out results/measured/<cpu>/bench_step
 
 Requests of equal length decode together; a row is the median step of one batch and context, each kernel's time on the
-wall clock by what it belongs to. `around` is the rest of the step: Python between the kernels, scheduler, sampling.
+wall clock by what it belongs to, attention with the products before and after it. `around` is the rest of the step:
+Python between the kernels, scheduler, sampling.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from ..lib.sweep import Sweep, say
 # Methods of the operations by what their time is counted as.
 PARTS = {
     "experts": ("moe_add",),
-    "products": ("qkv", "project_add", "logits", "router", "mlp_add", "delta_net", "gate_attention"),
-    "attention": ("attention",),
+    "products": ("project_add", "logits", "router", "mlp_add", "delta_net"),
+    "attention": ("attend",),
     "norms": ("rms_norm", "embed", "route"),
 }
 

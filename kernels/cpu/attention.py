@@ -118,7 +118,7 @@ def _prepare_tokens(
 
 
 @cached_njit(parallel=True, nogil=True)
-def _prepare_qkv(
+def prepare_qkv(
     qkv_address, columns, heads, kv_heads, dim, norm, q_norm, k_norm, eps, clip, positions, slots, cos_address,
     sin_address, rope_rows, k_cache, v_cache, k_block_bytes, v_block_bytes, block_size, bf16,
 ):  # fmt: skip
@@ -156,7 +156,7 @@ def _softmax(row):
 
 
 @cached_njit(parallel=True, nogil=True)
-def _attention(
+def attend(
     qkv_address, columns, heads, kv_heads, dim, softmax_scale, window, tasks, query_start, context_lens, block_table,
     k_cache, v_cache, k_block_bytes, v_block_bytes, block_size, kind, out_address, q_rows, scores, results, row_tables,
     counter, threads,
@@ -306,6 +306,31 @@ class AttentionBuffers:
         return self._known[1]
 
 
+def launches(
+    dims: LayerDims, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, rope: RopeTable,
+    metadata: AttentionMetadata, k_cache: Tensor, v_cache: Tensor, out: Tensor, buffers: AttentionBuffers,
+    scratch: Scratch,
+) -> tuple[tuple, tuple]:  # fmt: skip
+    """The arguments of `prepare_qkv` and of `attend` for `attention`."""
+    sizes = qkv.data_ptr(), qkv.stride(0), dims.heads, dims.kv_heads, dims.head_dim
+    batch = buffers.arrays(metadata, dims.heads, dims.kv_heads)
+    norms = (0 if weight is None else address_of(weight) for weight in (q_norm, k_norm))
+    caches = (
+        k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride(0) * k_cache.itemsize,
+        v_cache.stride(0) * v_cache.itemsize, metadata.block_size,
+    )  # fmt: skip
+    prepared = (
+        *sizes, _NORMS[dims.qk_norm], *norms, dims.eps, dims.clip_qkv, batch.positions, batch.slots,
+        rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.shape[0], *caches, k_cache.dtype == torch.bfloat16,
+    )  # fmt: skip
+    attended = (
+        *sizes, np.float32(dims.head_dim**-0.5), dims.window, batch.tasks, batch.query_start, batch.context_lens,
+        batch.block_table, *caches, kind_of(k_cache.dtype), address_of(out), buffers.q, buffers.scores, buffers.out,
+        buffers.row_tables, scratch.counter, scratch.threads,
+    )  # fmt: skip
+    return prepared, attended
+
+
 def attention(
     dims: LayerDims, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, rope: RopeTable,
     metadata: AttentionMetadata, k_cache: Tensor, v_cache: Tensor, out: Tensor, buffers: AttentionBuffers,
@@ -317,20 +342,7 @@ def attention(
     of all; K and V are rounded to the cache's dtype (nearest even) and written to `metadata.slot_mapping`. out fp32
     [T, heads·D].
     """
-    sizes = qkv.data_ptr(), qkv.stride(0), dims.heads, dims.kv_heads, dims.head_dim
-    batch = buffers.arrays(metadata, dims.heads, dims.kv_heads)
-    norms = (0 if weight is None else address_of(weight) for weight in (q_norm, k_norm))
-    caches = (
-        k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride(0) * k_cache.itemsize,
-        v_cache.stride(0) * v_cache.itemsize, metadata.block_size,
-    )  # fmt: skip
-    _prepare_qkv(
-        *sizes, _NORMS[dims.qk_norm], *norms, dims.eps, dims.clip_qkv, batch.positions, batch.slots,
-        rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.shape[0], *caches, k_cache.dtype == torch.bfloat16,
-    )  # fmt: skip
-    _attention(
-        *sizes, np.float32(dims.head_dim**-0.5), dims.window, batch.tasks, batch.query_start, batch.context_lens,
-        batch.block_table, *caches, kind_of(k_cache.dtype), address_of(out), buffers.q, buffers.scores, buffers.out,
-        buffers.row_tables, scratch.counter, scratch.threads,
-    )  # fmt: skip
+    prepared, attended = launches(dims, qkv, q_norm, k_norm, rope, metadata, k_cache, v_cache, out, buffers, scratch)
+    prepare_qkv(*prepared)
+    attend(*attended)
     return out

@@ -82,6 +82,9 @@ class CpuExperts(ExpertLayer[moe.Routing], CpuBlocks):
     def moe_add(self, x: Tensor, routing: moe.Routing, experts: LayerExperts, residual: Tensor) -> Tensor:
         """residual fp32 [T, H] += mixture of experts of x fp32 [T, H]; returns residual."""
         d = self.dims
+        if experts.in_place:
+            table = experts.table
+            return moe.layer(x, table, d.intermediate, d.dtype, routing, residual, self._buffers, self._scratch)
         experts.need(routing.busy())
         for chosen in experts.ready(GATE_UP):
             moe.gate_up(x, experts.table, d.intermediate, d.dtype, routing, self._buffers, self._scratch, chosen)

@@ -128,7 +128,7 @@ def _multiply(weight, kind, depth, panels, first, last, x_rows, rows, y, y_strid
 
 
 @cached_njit(parallel=True, nogil=True)
-def _linear(
+def multiply(
     weight, kind, depth, panels, x, x_stride, rows, rounded, y, y_stride, row_table, counter, threads
 ):  # fmt: skip
     if kind == BF16_DOT:
@@ -154,20 +154,25 @@ def _linear(
                 _multiply(weight, kind, depth, panels, first, last, table, rows, y, y_stride)
 
 
+def product(x: Tensor, weight: Tensor, n: int, kind: int, y: Tensor, scratch: Scratch) -> tuple:
+    """The arguments of `multiply` for y[:, :n] = x @ W^T; see `linear`."""
+    rows, depth = x.shape
+    assert kind != BF16_DOT or scratch.rounded.numel() >= rows * depth, f"{list(x.shape)} do not fit"
+    return (
+        weight.data_ptr(), kind, depth, padded(n) // LANES, x.data_ptr(), x.stride(0) * 4, rows,
+        scratch.rounded_address, y.data_ptr(), y.stride(0) * 4, scratch.row_table, scratch.counter, scratch.threads,
+    )  # fmt: skip
+
+
 def linear(x: Tensor, weight: Tensor, n: int, kind: int, y: Tensor, scratch: Scratch) -> Tensor:
     """y[:, :n] = x @ W^T, multiplied as `kind` says (see `tile`): x is rounded to bf16 for BF16_DOT.
 
     x fp32 [M, K]; weight: arranged [n, K] of the kind's dtype; y fp32 [M, ≥ padded(n)] with contiguous rows, written in
     its first padded(n) columns. Returns the view [M, n].
     """
-    rows, depth = x.shape
-    assert kind != BF16_DOT or scratch.rounded.numel() >= rows * depth, f"{list(x.shape)} do not fit"
+    rows = len(x)
     if rows:
-        _linear(
-            weight.data_ptr(), kind, depth, padded(n) // LANES, x.data_ptr(), x.stride(0) * 4, rows,
-            scratch.rounded.data_ptr(), y.data_ptr(), y.stride(0) * 4, scratch.row_table, scratch.counter,
-            scratch.threads,
-        )  # fmt: skip
+        multiply(*product(x, weight, n, kind, y, scratch))
     return y if y.shape == (rows, n) else y[:rows, :n]
 
 
@@ -193,6 +198,7 @@ class Scratch:
         self.counter = np.zeros(16, dtype=np.int64)
         self.row_table = np.zeros(max(1, max_rows), dtype=np.int64)
         self.rounded = zeros(max_rows if kind_of(dtype) == BF16_DOT else 0, depth, dtype=torch.bfloat16)
+        self.rounded_address = self.rounded.data_ptr()
         self.threads = threads
 
     @property

@@ -139,6 +139,12 @@ def _sort_by_expert(topk_ids, row_of, row_token, expert_start):
 
 
 @cached_njit(nogil=True)
+def _route(address, columns, experts, top_k, renormalise, topk_ids, topk_weights, row_of, row_token, expert_start):
+    _top_k(address, columns, experts, top_k, renormalise, topk_ids, topk_weights)
+    _sort_by_expert(topk_ids, row_of, row_token, expert_start)
+
+
+@cached_njit(nogil=True)
 def _busy(expert_start, chosen):
     """int64: those of the chosen experts that have rows."""
     busy = np.empty(chosen.shape[0], np.int64)
@@ -279,6 +285,11 @@ class MoeBuffers:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in vars(self).values())
 
+    @property
+    def activation_at(self) -> tuple[int, int]:
+        """Its address, and bytes from row to row."""
+        return self.activation.data_ptr(), self.activation.stride(0) * self.activation.itemsize
+
 
 class Routing(NamedTuple):
     """Which rows each expert gets; see the module's data map. Views of MoeBuffers."""
@@ -297,9 +308,9 @@ class Routing(NamedTuple):
 def route(logits: Tensor, top_k: int, renormalise: bool, buffers: MoeBuffers) -> Routing:
     """Softmax over fp32 logits [T, E], top_k experts a token (renormalised or not), rows sorted by expert."""
     tokens, experts = logits.shape
-    ids, weights = buffers.topk_ids[:tokens], buffers.topk_weights[:tokens]
-    _top_k(logits.data_ptr(), logits.stride(0), experts, top_k, renormalise, ids, weights)
-    return _sorted(ids, weights, buffers)
+    routing = _routing(tokens, buffers)
+    _route(logits.data_ptr(), logits.stride(0), experts, top_k, renormalise, *routing)
+    return routing
 
 
 def route_to(topk_ids: Tensor, topk_weights: Tensor, buffers: MoeBuffers) -> Routing:
@@ -312,13 +323,13 @@ def route_to(topk_ids: Tensor, topk_weights: Tensor, buffers: MoeBuffers) -> Rou
             f"{list(topk_ids.shape)} and {list(topk_weights.shape)}"
         )
     ids[:], weights[:] = topk_ids.numpy(force=True), topk_weights.float().numpy(force=True)
-    return _sorted(ids, weights, buffers)
+    routing = _routing(tokens, buffers)
+    _sort_by_expert(ids, *routing[2:])
+    return routing
 
 
-def _sorted(ids: np.ndarray, weights: np.ndarray, buffers: MoeBuffers) -> Routing:
-    row_of = buffers.row_of[: len(ids)]
-    _sort_by_expert(ids, row_of, buffers.row_token, buffers.expert_start)
-    return Routing(ids, weights, row_of, buffers.row_token, buffers.expert_start)
+def _routing(tokens: int, b: MoeBuffers) -> Routing:
+    return Routing(b.topk_ids[:tokens], b.topk_weights[:tokens], b.row_of[:tokens], b.row_token, b.expert_start)
 
 
 def gate_up(
@@ -327,12 +338,18 @@ def gate_up(
 ) -> None:  # fmt: skip
     """activation[r] = silu(x[token of r] @ gate^T) * (x[token of r] @ up^T); x fp32 [T, H]. chosen uint8 [E]: rows of
     these experts alone."""
+    _gate_up(*_of_gate_up(x, table, intermediate, dtype, routing, b, s, chosen))
+
+
+def _of_gate_up(
+    x: Tensor, table: ExpertTable, intermediate: int, dtype: torch.dtype, routing: Routing, b: MoeBuffers, s: Scratch,
+    chosen: Tensor | None = None,
+) -> tuple:  # fmt: skip
     tokens, hidden = x.shape
-    _gate_up(
+    return (
         *table.arrays, b.all if chosen is None else chosen.numpy(), kind_of(dtype), hidden,
         padded(intermediate) // LANES, x.data_ptr(), x.stride(0) * 4, tokens, b.rounded.data_ptr(), routing.row_token,
-        routing.expert_start, b.activation.data_ptr(), b.activation.stride(0) * b.activation.itemsize, s.row_table,
-        b.tiles, b.rooms, s.counter, s.threads,
+        routing.expert_start, *b.activation_at, s.row_table, b.tiles, b.rooms, s.counter, s.threads,
     )  # fmt: skip
 
 
@@ -341,14 +358,42 @@ def down(
     chosen: Tensor | None = None,
 ) -> None:  # fmt: skip
     """expert_out[r] = activation[r, :I] @ down^T. chosen uint8 [E]: rows of these experts alone."""
-    _down(
+    _down(*_of_down(table, intermediate, dtype, routing, b, s, chosen))
+
+
+def _of_down(
+    table: ExpertTable, intermediate: int, dtype: torch.dtype, routing: Routing, b: MoeBuffers, s: Scratch,
+    chosen: Tensor | None = None,
+) -> tuple:  # fmt: skip
+    return (
         *table.arrays, b.all if chosen is None else chosen.numpy(), kind_of(dtype), intermediate,
-        b.expert_out.shape[1] // LANES, b.activation.data_ptr(), b.activation.stride(0) * b.activation.itemsize,
-        routing.expert_start, b.expert_out, s.row_table, b.rooms, s.counter, s.threads,
+        b.expert_out.shape[1] // LANES, *b.activation_at, routing.expert_start, b.expert_out, s.row_table, b.rooms,
+        s.counter, s.threads,
     )  # fmt: skip
 
 
 def combine(residual: Tensor, out: Tensor, routing: Routing, b: MoeBuffers) -> Tensor:
     """out[t] = residual[t] + sum over choices of topk_weight * expert_out row; fp32 [T, H], may alias residual."""
-    _combine(b.expert_out, routing.topk_weights, routing.row_of, address_of(residual), address_of(out), out.shape[1])
+    _combine(*_of_combine(residual, out, routing, b))
     return out
+
+
+def _of_combine(residual: Tensor, out: Tensor, routing: Routing, b: MoeBuffers) -> tuple:
+    return b.expert_out, routing.topk_weights, routing.row_of, address_of(residual), address_of(out), out.shape[1]
+
+
+@cached_njit(nogil=True)
+def _layer(of_gate_up, of_down, of_combine):
+    _gate_up(*of_gate_up)
+    _down(*of_down)
+    _combine(*of_combine)
+
+
+def layer(
+    x: Tensor, table: ExpertTable, intermediate: int, dtype: torch.dtype, routing: Routing, residual: Tensor,
+    b: MoeBuffers, s: Scratch,
+) -> Tensor:  # fmt: skip
+    """residual += the experts of x: `gate_up`, `down` and `combine` as one call, where all experts are in place."""
+    experts = table, intermediate, dtype, routing, b, s
+    _layer(_of_gate_up(x, *experts), _of_down(*experts), _of_combine(residual, residual, routing, b))
+    return residual

@@ -11,8 +11,19 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from ..attention_layer import AttentionLayer
 from ..numba_cache import cached_njit
-from ..ops import AttentionMetadata, DeltaNetWeights, DenseMlp, KernelError, LayerDims, Limits, Linear, RopeTable
+from ..ops import (
+    AttentionBlock,
+    AttentionMetadata,
+    DeltaNetWeights,
+    DenseMlp,
+    KernelError,
+    LayerDims,
+    Limits,
+    Linear,
+    RopeTable,
+)
 from . import attention as attn
 from . import delta_net, gates, gemm
 from .norm import rms_norm
@@ -38,7 +49,18 @@ def _add(total_address, x_address, x_columns, tokens, hidden):
             _add_row(total[t], x[t])
 
 
-class CpuOps:
+@cached_njit(nogil=True)
+def _attend(projection, prepared, attended, output, total):
+    """A layer's attention from its norm to the residual stream as one call, of what each kernel takes: a call
+    from Python, with all that finds its arguments, costs as much as a small model's layer reads in."""
+    gemm.multiply(*projection)
+    attn.prepare_qkv(*prepared)
+    attn.attend(*attended)
+    gemm.multiply(*output)
+    _add(*total)
+
+
+class CpuOps(AttentionLayer):
     """Kernels plus workspace for at most `limits`; one engine owns one (not thread-safe).
 
     Buffers are reused by every layer, so a result is valid until the same operation runs again.
@@ -120,6 +142,24 @@ class CpuOps:
             self._rows("attended", qkv.shape[0]), self._attention, self._scratch,
         )  # fmt: skip
 
+    def attend(
+        self, x: Tensor, block: AttentionBlock, metadata: AttentionMetadata, k_cache: Tensor, v_cache: Tensor,
+        residual: Tensor,
+    ) -> Tensor:  # fmt: skip
+        if block.gate is not None or block.qkv.bias is not None or block.out.bias is not None or not len(x):
+            return super().attend(x, block, metadata, k_cache, v_cache, residual)
+        rows = len(x)
+        qkv, attended, projected = (self._rows(name, rows) for name in ("qkv", "attended", "projected"))
+        prepared, attend = attn.launches(
+            self.dims, qkv, block.q_norm, block.k_norm, block.rope, metadata, k_cache, v_cache, attended,
+            self._attention, self._scratch,
+        )  # fmt: skip
+        _attend(
+            self._product(x, block.qkv, qkv), prepared, attend, self._product(attended, block.out, projected),
+            (address_of(residual), projected.data_ptr(), projected.stride(0), *residual.shape),
+        )  # fmt: skip
+        return residual
+
     def gate_attention(self, attended: Tensor, x: Tensor, weight: Linear) -> Tensor:
         """attended [T, heads·D] *= sigmoid(x @ W^T); returns attended."""
         return gates.scale(attended, self._linear(x, weight, "gate"))
@@ -164,6 +204,9 @@ class CpuOps:
         if weight.bias is not None:
             y += weight.bias
         return y
+
+    def _product(self, x: Tensor, weight: Linear, y: Tensor) -> tuple:
+        return gemm.product(x, weight.block, weight.n, kind_of(weight.dtype), y, self._scratch)
 
     def _rows(self, name: str, count: int) -> Tensor:
         """The first rows of a buffer: the same view while their number is the same."""

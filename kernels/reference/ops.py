@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
+from ..attention_layer import AttentionLayer
 from ..ops import AttentionMetadata, DeltaNetWeights, DenseMlp, LayerDims, Limits, Linear, RopeTable, RowMajor
 from .delta_net import gated_delta_net_torch
 
 
-class TorchOps(RowMajor):
+class TorchOps(AttentionLayer, RowMajor):
     """Same contract as CpuOps; `act_dtype` defaults to fp32 on the CPU and to the weights' dtype elsewhere.
 
     torch allocates its temporaries itself: `workspace_bytes` is an upper bound on those of one layer at a time,

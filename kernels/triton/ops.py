@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..attention_layer import AttentionLayer
 from ..launches import compiled_for
 from ..ops import (
     AttentionMetadata,
@@ -44,7 +45,7 @@ def check_backend(device: torch.device, dtype: torch.dtype) -> None:
         raise KernelError(f"Triton kernels take bfloat16, float16 or float32 weights, got {dtype}")
 
 
-class TritonOps(RowMajor):
+class TritonOps(AttentionLayer, RowMajor):
     """Same contract as CpuOps; one engine owns one (not thread-safe). A result is valid until the same operation runs
     again; the residual stream is updated in place. delta_net_rule: fluxmoe; or fla, flash-linear-attention's, for
     passes with prompts, which allocate.

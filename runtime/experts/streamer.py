@@ -57,11 +57,13 @@ class LayerPage:
     def __init__(
         self,
         table: ExpertTable,
-        wait: Callable[[int], None],
+        wait: Callable[[int], None] | None,
         find: Callable[[np.ndarray], CachedExperts] | None = None,
         following: Callable[[], ExpertTable | None] = lambda: None,
     ) -> None:
-        self.table, self.wait, self._find, self.following = table, wait, find, following
+        self.table, self._find, self.following = table, find, following
+        self.wait = wait or _no_wait
+        self.in_place = wait is None and find is None
         self._cached: CachedExperts | None = None
 
     def need(self, experts: np.ndarray) -> None:
@@ -187,7 +189,7 @@ class Streamer(ABC):
         following = partial(self._following, index)
         if index not in self._rank:
             table = self._table(self.store.load_plans[index])
-            yield LayerPage(table, _no_wait, self._find(index, table), following)
+            yield LayerPage(table, None, self._find(index, table), following)
             return
         visit = self._visit_of(index)
         self._begin(visit)

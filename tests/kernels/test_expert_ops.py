@@ -45,7 +45,7 @@ def page_of(ops, weights) -> SimpleNamespace:
         blocks.append((first.to(ops.device), second.to(ops.device)))
     return SimpleNamespace(
         table=ExpertTable.from_blocks(blocks, ops.device), wait=lambda tensor_type: None, need=lambda experts: None,
-        ready=lambda tensor_type: (None,),
+        ready=lambda tensor_type: (None,), in_place=True,
     )  # fmt: skip
 
 

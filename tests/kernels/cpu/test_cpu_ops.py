@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from fluxmoe.kernels.attention_layer import AttentionLayer
 from fluxmoe.kernels.cpu import gates, gemm, simd, tile
 from fluxmoe.kernels.cpu.ops import CpuOps
-from fluxmoe.kernels.ops import AttentionMetadata, DenseMlp, LayerDims, Limits, Linear, RopeTable
+from fluxmoe.kernels.ops import AttentionBlock, AttentionMetadata, DenseMlp, LayerDims, Limits, Linear, RopeTable
 from fluxmoe.kernels.reference.ops import TorchOps
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -200,6 +202,26 @@ def run_attention(ops, qkv_of, passes, block_size, num_blocks, table, norms, rop
         meta = metadata_for(chunks, block_size, table)
         outputs.append(ops.attention(rows.clone(), *norms, rope, meta, k_cache, v_cache).clone())
     return outputs
+
+
+@pytest.mark.parametrize("chunks", [[(0, 5), (0, 3)], [(7, 1), (30, 1)], [(40, 0)]], ids=["prompts", "decode", "none"])
+def test_attention_as_one_call_has_the_bits_of_its_parts(chunks):
+    """Alone and, with a gate and biases, one operation after another."""
+    d, tokens = replace(DIMS, attention_gate=True), sum(new for _, new in chunks)
+    ops = CpuOps(d, LIMITS)
+    x, residual = torch.randn(tokens, d.hidden), torch.randn(tokens, d.hidden)
+    qkv, out = (arranged(ops, torch.randn(shape)) for shape in ((d.qkv_size, d.hidden), (d.hidden, d.heads * 24)))
+    angles = torch.randn(160, 12)
+    meta = metadata_for(chunks, 32, torch.arange(2 * len(chunks)).view(len(chunks), 2))
+    k, v = (torch.randn(2 * len(chunks), *shape) for shape in ops.kv_block_shape(32, d.kv_heads, d.head_dim))
+    for gate, bias in itertools.product((None, arranged(ops, torch.randn(d.heads * 24, d.hidden))), (None, 1.0)):
+        biased = out if bias is None else replace(out, bias=torch.randn(d.hidden))
+        block = AttentionBlock(qkv, biased, RopeTable(angles.cos(), angles.sin()), gate=gate)
+        results = []
+        for attend in (ops.attend, partial(AttentionLayer.attend, ops)):
+            k_cache, v_cache = k.clone(), v.clone()
+            results.append((attend(x, block, meta, k_cache, v_cache, residual.clone()), k_cache, v_cache))
+        assert all(torch.equal(*each) for each in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -149,7 +149,8 @@ def test_another_rule_has_the_same_inputs_states_and_outputs(whose, dtype, lengt
             pytest.skip("needs a GPU, flash-linear-attention, and bf16, as it rounds fp32 operands")
         dims, rule = replace(dims, key_dim=64, value_dim=64), flash_linear.chunk_rule(torch.device(DEVICE))
     projected = torch.randn(sum(lengths), dims.projected, device=DEVICE).to(dtype)
-    check("triton", DEVICE, dtype, dims, weights_of(dims, DEVICE), projected, lengths, past, rule=rule)
+    # Of keys of 16 numbers, rounded before the rule, some draws are 2.2 % off.
+    check("triton", DEVICE, dtype, dims, weights_of(dims, DEVICE), projected, lengths, past, bf16_error=0.03, rule=rule)
 
 
 def test_a_rule_that_is_not_there_is_one_sentence(monkeypatch):

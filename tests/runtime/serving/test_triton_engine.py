@@ -75,7 +75,10 @@ def variants() -> Iterator[Any]:
     """(architecture, dtype, the first of a group, another of it)."""
     for arch, dtype in product(ARCHS if ON_GPU else ("qwen3_moe",), GROUPS):
         for first, *others in GROUPS[dtype]:
-            for other in others if ON_GPU or "cuda_graphs" not in first else ():
+            for other in others:
+                # On a GPU the engine refuses experts from files; elsewhere graphs change nothing.
+                if other.get("placement") == "disk" if ON_GPU else "cuda_graphs" in first:
+                    continue
                 quick = other in QUICK and (dtype == torch.float32) == (first == {} and "expert_format" not in other)
                 name = " ".join(map(str, (arch, dtype, *other.items())))
                 yield pytest.param(arch, dtype, first, other, id=name, marks=() if quick else pytest.mark.thorough)

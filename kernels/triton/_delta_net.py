@@ -28,13 +28,15 @@ _LEAST_LOG = tl.constexpr(LEAST_LOG)
 @dataclass(frozen=True)
 class DeltaNetTile:
     """Sizes of what a program holds. keys, values, heads, taps: powers of two from those of a layer on; block_v:
-    columns of a state; block_c: channels whose last inputs are kept."""
+    columns of a state that meet chunks, step_v: that meet one token after another; block_c: channels whose last inputs
+    are kept."""
 
     keys: int
     values: int
     heads: int
     taps: int
     block_v: int
+    step_v: int
     block_c: int
 
     @property
@@ -120,7 +122,7 @@ def _recurrent_kernel(
     DV: tl.constexpr = DIMS.value_dim
     CHANNELS: tl.constexpr = DIMS.channels
     i = tl.arange(0, TILE.keys)
-    j = tl.program_id(2) * TILE.block_v + tl.arange(0, TILE.block_v)
+    j = tl.program_id(2) * TILE.step_v + tl.arange(0, TILE.step_v)
     slot = tl.load(where.slots + sequence).to(tl.int64)
     at = state_ptr + (slot * DIMS.value_heads + h) * DK * DV + i[:, None] * DV + j[None, :]
     inside = (i < DK)[:, None] & (j < DV)[None, :]

@@ -69,6 +69,9 @@ from .tiles import capability_of, shared_limit
 
 # Columns of a state a program: four slices of Qwen3-Next's 32 heads give 128 programs even to one sequence.
 _BLOCK_V = 32
+# Token by token: columns of a state, and warps, a program.
+_STEP_V = 32
+_STEP_WARPS = 4
 _BLOCK_C = 1024
 _ALL = 2**31 - 1
 
@@ -115,16 +118,16 @@ def gated_delta_net(
     where = Sequences(metadata.state_slots, metadata.query_start, metadata.context_lens)
     conv = (projected, weights.conv, conv_state)
     tile = _tile(dims)
-    slices = (sequences, dims.value_heads, triton.cdiv(dims.value_dim, tile.block_v))
+    heads = (sequences, dims.value_heads)
     capability = capability_of(projected.device)
     dependent = dependent_launch(capability)
     # No sequence is without tokens: as many tokens as sequences means one each.
     chunked = tokens > sequences and not batch_invariant
     theirs = chunked and rule is not None
     if not theirs:
-        _recurrent_kernel[slices](
+        _recurrent_kernel[(*heads, triton.cdiv(dims.value_dim, tile.step_v))](
             *conv, weights.rate, weights.dt_bias, state, where, qkv, dims, tile, _ALL if batch_invariant else 1,
-            num_warps=4, **dependent,
+            num_warps=_STEP_WARPS, **dependent,
         )  # fmt: skip
     chunks = num_tiles(tokens, sequences, CHUNK_TOKENS)
     if chunked:
@@ -138,7 +141,7 @@ def gated_delta_net(
             projected, qkv, weights.rate, weights.dt_bias, metadata.query_start, inverse, scores, gates, tokens,
             sequences, dims, tile, num_warps=4, **dependent,
         )  # fmt: skip
-        _state_kernel[slices](
+        _state_kernel[(*heads, triton.cdiv(dims.value_dim, tile.block_v))](
             qkv, inverse, scores, gates, state, where, tokens, dims, tile, num_warps=4,
             num_stages=_state_stages(tile, qkv.dtype.itemsize, capability), **dependent,
         )  # fmt: skip
@@ -153,7 +156,7 @@ def gated_delta_net(
 def _tile(dims: DeltaNetDims) -> DeltaNetTile:
     keys, values = (max(triton.next_power_of_2(dim), 16) for dim in (dims.key_dim, dims.value_dim))
     heads, taps = map(triton.next_power_of_2, (dims.value_heads, dims.taps))
-    return DeltaNetTile(keys, values, heads, taps, min(values, _BLOCK_V), _BLOCK_C)
+    return DeltaNetTile(keys, values, heads, taps, min(values, _BLOCK_V), min(values, _STEP_V), _BLOCK_C)
 
 
 def _state_stages(tile: DeltaNetTile, itemsize: int, capability: int) -> int:

@@ -59,6 +59,8 @@ class ExpertTable:
         # On a GPU: where the host writes what is copied, and when the copy before it was done.
         self._staging: tuple[Pair, torch.cuda.Event] | None = None
 
+    # What was made inside a forward pass is an inference tensor, which torch lets nobody write outside of such a mode.
+    @torch.inference_mode()
     def update(self, blocks: Sequence[Pair], formats: str | Sequence[str] = DENSE) -> None:
         """Other blocks and formats of the same experts, into the same two tensors.
 

@@ -20,8 +20,11 @@ def check(table: ExpertTable, pairs, formats) -> None:
     assert table.blocks == tuple(pairs)
 
 
-def test_updates_stay_in_place():
-    table = ExpertTable.from_blocks(blocks(3), "cpu")
+@pytest.mark.parametrize("forward", [False, True])
+def test_updates_stay_in_place(forward):
+    """Of tables that a forward pass made, too: experts move between passes."""
+    with torch.inference_mode(forward):
+        table = ExpertTable.from_blocks(blocks(3), "cpu")
     memory = table.addresses.data_ptr(), table.formats.data_ptr()
     for formats in ([DENSE, "planar12", DENSE], [DENSE] * 3):
         pairs = blocks(3)

@@ -160,10 +160,14 @@ def row(
     machine: Machine, source: Source, settings: EngineConfig, lengths: Sequence[Lengths], seed: int = 0,
     costs: CostParameters | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What `serve` gives for a workload; one that cannot start is a row with the reason and the least that works."""
+    """What `serve` gives for a workload; one that cannot start is a row with the reason and the least that works.
+
+    On CUDA its prompts are served before, for two tokens each: kernels load and graphs are captured as they are met.
+    """
     try:
         requests = make_requests(list(lengths), source.config.vocab_size, seed)
-        return serve(machine, source, settings, requests, costs).row
+        brief = [replace(each, params=replace(each.params, max_new_tokens=2)) for each in requests]
+        return serve(machine, source, settings, requests, costs, first=brief if machine.device == "cuda" else ()).row
     except BudgetError as error:
         return {"status": "too_small", "reason": str(error), "least_budget": error.least}
 

@@ -22,14 +22,13 @@ DENSE = "dense"
 # For experts that are to be compressed where nobody says how: the GEMM reads it in place.
 DEFAULT_COMPRESSED = "planar12"
 # Mean rows an expert beyond which a GPU decodes experts to memory that its GEMM could decode (`triton.decoded`). What
-# the tile loop takes beyond the dense GEMM grows with rows: an H200 measured 0.42 ms at 64 and 1.83 ms at 512, for the
-# 604 M weights of a layer of Qwen3-30B-A3B. Decoding reads 1.5 bytes a weight and writes 2, whatever the rows: with
-# what launches and last rounds of tiles add 0.55 ms at an H200's 4.2 TB/s, 0.75 ms at an H100's 3.0. A straight line
-# between the two measurements reaches them at 105 and 170.
+# the tile loop takes beyond the dense GEMM grows with rows; decoding reads 1.5 bytes a weight and writes 2, whatever the
+# rows. An H200 measured in place / decoded first, for a layer of Qwen3-30B-A3B: 0.85 / 1.07 ms at 64 rows, 1.24 / 1.20
+# at 128, 2.22 / 1.53 at 256. An H100's memory is slower: by what it must move there it is 170.
 DECODE_ROWS = 128
 # Of the buffer for them, at most, unless an expert takes more. Groups that L2 holds would save what is written and read
 # again, but their GEMMs have one or two rounds of tiles, the last one half empty: at 8,192 tokens of Qwen3-30B-A3B a
-# layer is predicted (`bench predict`, H100) at 2.4 ms in groups of 64 MiB, 2.0 of 256 MiB, and 1.96 in one.
+# layer takes 2.62 ms in groups of 24 MiB, 2.42 of 64, 2.09 of 256, and 2.03 in one of all (H200; dense 1.49).
 DECODE_BYTES = 256 << 20
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+import pytest
 import torch
 import transformers
 
 # Where flash-linear-attention is installed transformers takes its kernels, which no CPU runs, when it imports this.
-with mock.patch.dict(sys.modules, {"fla": None}):
+with pytest.MonkeyPatch.context() as hidden:
+    hidden.setitem(sys.modules, "fla", None)
     import transformers.models.qwen3_next.modeling_qwen3_next
 
 _BASE = dict[str, Any](

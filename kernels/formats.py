@@ -22,9 +22,9 @@ DENSE = "dense"
 # For experts that are to be compressed where nobody says how: the GEMM reads it in place.
 DEFAULT_COMPRESSED = "planar12"
 # Mean rows an expert beyond which a GPU decodes experts to memory that its GEMM could decode (`triton.decoded`). What
-# the tile loop takes beyond the dense GEMM grows with rows; decoding reads 1.5 bytes a weight and writes 2, whatever the
-# rows. An H200 measured in place / decoded first, for a layer of Qwen3-30B-A3B: 0.85 / 1.07 ms at 64 rows, 1.24 / 1.20
-# at 128, 2.22 / 1.53 at 256. An H100's memory is slower: by what it must move there it is 170.
+# the tile loop takes beyond the dense GEMM grows with rows; decoding reads 1.5 bytes a weight and writes 2 for any. An
+# H200 measured in place / decoded first, for a layer of Qwen3-30B-A3B: 0.85 / 1.07 ms at 64 rows, 1.24 / 1.20 at 128,
+# 2.22 / 1.53 at 256. An H100's memory is slower: by what it must move there it is 170.
 DECODE_ROWS = 128
 # Of the buffer for them, at most, unless an expert takes more. Groups that L2 holds would save what is written and read
 # again, but their GEMMs have one or two rounds of tiles, the last one half empty: at 8,192 tokens of Qwen3-30B-A3B a

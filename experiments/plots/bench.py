@@ -23,7 +23,11 @@ _POLICIES = {
 # Ours first.
 _PROVIDERS = {
     "fluxmoe": ("#000000", "o", "FluxMoE, dense experts"),
-    "fluxmoe planar12": ("#D55E00", "P", "FluxMoE, experts at 12 bits, decoded in the GEMM"),
+    "fluxmoe planar12": ("#D55E00", "P", "FluxMoE, experts at 12 bits"),
+    "fluxmoe planar12 in place": ("#D55E00", "X", "FluxMoE, 12 bits, decoded in the GEMM"),
+    "fluxmoe planar12 decoded first": ("#CC79A7", "P", "FluxMoE, 12 bits, decoded before it"),
+    "fluxmoe planar12 by 1024 MiB": ("#E69F00", "v", "FluxMoE, 12 bits, all decoded before it"),
+    "fluxmoe planar8": ("#56B4E9", "P", "FluxMoE, experts that were FP8, at 8 bits"),
     "vllm": ("#0072B2", "D", "vLLM's fused MoE, tuned; its top-k not counted"),
     "triton_kernels": ("#009E73", "^", "OpenAI's triton_kernels"),
     "torch": ("#999999", "s", "torch's grouped_mm; top-k not counted"),
@@ -75,7 +79,7 @@ def plot_layer(directory: Path) -> Path | None:
         return None
     figure, axes = subplots(1, len(shapes), figsize=(1.4 + 3.4 * len(shapes), 3.9), sharey=True, squeeze=False)
     for axis, shape in zip(axes[0], shapes, strict=True):
-        points = rows[rows["shape"] == shape]
+        points = rows[rows["shape"] == shape].sort_values("tokens", kind="stable")
         floor = points[points.provider == "fluxmoe"].set_index("tokens").floor_us
         for provider, (colour, marker, label) in _PROVIDERS.items():
             times = points[points.provider == provider].set_index("tokens").time_us

@@ -64,7 +64,9 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 def _add_row(report: pytest.CollectReport | pytest.TestReport, status: str, seconds: float) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         crash = getattr(report.longrepr, "reprcrash", None)
-        reason = crash.message if crash else str(report.longrepr or "")
+        # Of a skipped test: (the path of its file, line, why).
+        told = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        reason = crash.message if crash else str(told or "")
         with open(os.environ[_ROWS], "a", newline="") as file:
             row = (report.nodeid, status, " ".join(reason.split())[-300:], round(seconds, 2), code_digest())
             csv.writer(file, lineterminator="\n").writerow(row)

@@ -361,6 +361,7 @@ def test_tests_on_a_gpu_are_rows_and_go_on(tmp_path):
     }  # fmt: skip
     assert rows["test_good"]["reason"] == "of an earlier run"
     assert "1 == 2" in rows["test_bad"]["reason"]
+    assert rows["test_skipped"]["reason"] == "Skipped: no"
     assert len(read(out)) == 3
 
 

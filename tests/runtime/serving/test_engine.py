@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import random
 import re
@@ -18,7 +16,6 @@ import pytest
 import torch
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.runtime.devices import DeviceError
-from fluxmoe.runtime.experts.config import SettingError
 from fluxmoe.runtime.experts.pager import ExpertPager
 from fluxmoe.runtime.experts.placement import PlacementError, Tier
 from fluxmoe.runtime.hardware import HardwareProfile
@@ -72,21 +69,6 @@ def serve(model_dir, work=None, **settings):
 @pytest.fixture(scope="module")
 def expected(model_dir):
     return serve(model_dir)[0]
-
-
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="mincore is asked as Linux has it")
-@pytest.mark.parametrize("touch", [False, True])
-def test_kvs_memory_is_taken_at_the_start_if_asked(touch, model_dir):
-    config = EngineConfig(device="cpu", max_batch=64, max_context=160, budget_bytes=16 << 20, touch_kv=touch)
-    with Engine(model_dir, config) as engine:
-        memory = engine.pool.memory
-        assert memory.data_ptr() % mmap.PAGESIZE == 0
-        pages = -(-memory.numel() // mmap.PAGESIZE)
-        there = (ctypes.c_ubyte * pages)()
-        address, size = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.numel())
-        assert ctypes.CDLL(None).mincore(address, size, there) == 0
-        assert pages > 500
-        assert sum(each & 1 for each in there) == (pages if touch else 0)
 
 
 def test_generates(expected):
@@ -458,11 +440,3 @@ def test_a_refusal_names_a_placement_a_format_and_a_budget_that_would_do(wide_mo
     other = EngineConfig(placement=placement, expert_format=expert_format, budget_bytes=budget, **common)
     with Engine(wide_model_dir, other) as engine:
         assert engine.generate([Request((1, 2, 3), SamplingParams(4, ignore_eos=True))])[0].token_ids
-
-
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
-def test_another_rule_for_gated_delta_net_is_for_a_gpu(model_dir, kernels):
-    with pytest.raises(DeviceError, match="--delta-net fla is for Triton's kernels on a CUDA device: leave it out"):
-        Engine(model_dir, EngineConfig(device="cpu", kernels=kernels, delta_net="fla"))
-    with pytest.raises(SettingError, match="delta_net fla is for chunks"):
-        EngineConfig(delta_net="fla", batch_invariant=True)

@@ -1,15 +1,20 @@
-"""Loading streams: the peak of host memory is what is placed plus one shard, not two copies of the model."""
+"""What starting takes: the peak of host memory is what is placed plus one shard, not two copies of the model; KV's own
+memory is taken as it is used, or at once."""
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
+from fluxmoe.runtime.serving.engine import Engine, EngineConfig
 
 SHARD = 8 << 20
 SCRIPT = """
@@ -80,3 +85,20 @@ def test_peak_is_placed_size_plus_a_shard(placement, peaks):
     assert peak <= placed + SHARD + slack, f"peak {peak >> 20} MiB, placed {placed >> 20} MiB"
     if placement == "disk":
         assert peak < 0.7 * total
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="mincore is asked as Linux has it")
+@pytest.mark.parametrize("touch", [False, True])
+def test_kvs_memory_is_taken_at_the_start_if_asked(touch, tmp_path):
+    sizes: dict[str, Any] = dict(hidden=64, moe_intermediate=48, heads=4, kv_heads=2, head_dim=16, vocab=512)
+    make_checkpoint("qwen3_moe", tmp_path / "moe", layers=5, experts=6, top_k=2, max_positions=256, **sizes)
+    config = EngineConfig(device="cpu", max_batch=64, max_context=160, budget_bytes=16 << 20, touch_kv=touch)
+    with Engine(tmp_path / "moe", config) as engine:
+        memory = engine.pool.memory
+        assert memory.data_ptr() % mmap.PAGESIZE == 0
+        pages = -(-memory.numel() // mmap.PAGESIZE)
+        there = (ctypes.c_ubyte * pages)()
+        address, size = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.numel())
+        assert ctypes.CDLL(None).mincore(address, size, there) == 0
+        assert pages > 500
+        assert sum(each & 1 for each in there) == (pages if touch else 0)

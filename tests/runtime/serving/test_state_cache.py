@@ -9,6 +9,8 @@ import pytest
 import torch
 from fluxmoe.experiments.lib.checkpoints import make_checkpoint
 from fluxmoe.kernels.ops import DeltaNetDims
+from fluxmoe.runtime.devices import DeviceError
+from fluxmoe.runtime.experts.config import SettingError
 from fluxmoe.runtime.memory.budget import BudgetError
 from fluxmoe.runtime.serving.engine import Engine, EngineConfig
 from fluxmoe.runtime.serving.request import Request, SamplingParams
@@ -135,3 +137,11 @@ def test_swapped_states_come_back_to_other_slots():
     assert torch.equal(cache.conv[:, 0], conv[:, 3])
     assert torch.equal(cache.recurrent[:, 3], recurrent[:, 1])
     assert cache.num_swapped == 0
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_another_rule_for_gated_delta_net_is_for_a_gpu(model_dir, kernels):
+    with pytest.raises(DeviceError, match="--delta-net fla is for Triton's kernels on a CUDA device: leave it out"):
+        Engine(model_dir, EngineConfig(device="cpu", kernels=kernels, delta_net="fla"))
+    with pytest.raises(SettingError, match="delta_net fla is for chunks"):
+        EngineConfig(delta_net="fla", batch_invariant=True)

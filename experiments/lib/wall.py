@@ -128,7 +128,7 @@ class Fence:
 
     @property
     def mapped_bytes(self) -> int:
-        """Of the files that they map, what is charged to them now."""
+        """Of the files that they map, what is charged to them now; the kernel may be 64 pages a CPU behind."""
         self.look()
         return 0 if self._group is None else _mapped(self._group, self._files)
 

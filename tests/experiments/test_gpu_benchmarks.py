@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -260,8 +261,22 @@ def test_tuning_takes_only_tiles_that_are_right(monkeypatch):
     assert columns["left_out"] == 2
     assert "WrongError" in str(columns["first_left_out"])
     assert '"block_k": 64' in str(columns["tiles"])
+    assert "gate_up_rule_us" not in columns
     with pytest.raises(WrongError, match="no candidate is right"):
         search.best([bad])
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("faster", "block_n"), [(0.99, 32), (0.9, 64)], ids=["by chance", "clearly"])
+def test_tuning_keeps_the_rules_tiles_where_others_are_hardly_faster(faster, block_n, monkeypatch):
+    search = tune_grouped_gemm.Search(SMALL, 1, [bench_grouped_gemm.Layer(SMALL, CPU)])
+    rule, other = Tile(16, 32, 64, 4, 2, swap_ab=True), Tile(16, 64, 64, 4, 2, swap_ab=True)
+    times = iter((1.0, 1.0, faster, faster))
+    monkeypatch.setattr(tune_grouped_gemm, "time_calls", lambda *_: SimpleNamespace(p50=next(times)))
+    columns = search.best([rule, other])
+    found = tune_grouped_gemm.json.loads(str(columns["tiles"]))
+    assert {tile["block_n"] for tile in found.values()} == {block_n}
+    assert (columns["down_rule_us"], columns["down_us"]) == (1e6, 1e6 * (faster if block_n == 64 else 1))
 
 
 @INTERPRETED

@@ -50,7 +50,7 @@ from .sass import (
     overwritten_in_flight,
     waits_first,
 )
-from .triton import decoded_ahead, delta_net, gate, gates, grouped_gemm, norm, paged_attention, rope_kv, routing
+from .triton import delta_net, gate, gates, grouped_gemm, norm, paged_attention, rope_kv, routing
 from .triton.tiles import shared_limit
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
@@ -120,7 +120,7 @@ class Report:
 
 def _cases() -> Iterator[Case]:
     """Of all modules; inside `compile_only`, whose target decides tiles."""
-    for module in (routing, gate, grouped_gemm, decoded_ahead, norm, gates, rope_kv, paged_attention, delta_net):
+    for module in (routing, gate, grouped_gemm, norm, gates, rope_kv, paged_attention, delta_net):
         yield from module.audit_cases()
     for name in compressed_formats():
         by_thread = _DECODED_BY_A_THREAD.get(name, 0)

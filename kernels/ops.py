@@ -210,8 +210,6 @@ class LayerExperts(Protocol):
     the order in which they are there: masks uint8 [E], or None for all of them. Only so come experts on demand.
 
     in_place: all of them are where they stay: there is nothing to wait for, and nobody to ask.
-
-    following() is the next layer's table, where its experts are and stay until it runs; else None.
     """
 
     table: ExpertTable
@@ -220,7 +218,6 @@ class LayerExperts(Protocol):
     def wait(self, tensor_type: int) -> None: ...
     def need(self, experts: np.ndarray) -> None: ...
     def ready(self, tensor_type: int) -> Iterable[Tensor | None]: ...
-    def following(self) -> ExpertTable | None: ...
 
 
 R = TypeVar("R")

@@ -185,9 +185,8 @@ class Device(ABC):
         from fluxmoe.kernels.triton.experts import TritonExperts
 
         return TritonExperts(
-            dims, max_tokens, self.torch, batch_invariant=config.batch_invariant,
-            formats=config.formats_met, decode_ahead=config.decode_ahead,
-        )  # fmt: skip
+            dims, max_tokens, self.torch, batch_invariant=config.batch_invariant, formats=config.formats_met
+        )
 
     def _choose(self, kernels: str) -> str:
         if kernels not in ("auto", "torch", "triton"):

@@ -5,8 +5,8 @@
 A row is one placement at one number of sequences, all of equal length, after a run that compiles kernels and captures
 graphs: tokens/s in all and of decode steps alone, bytes streamed and waited for, and what the device lost from before
 the engine was opened to after it served (torch.cuda.mem_get_info) beside what the ledger says. Tokens are compared by
-bench tests; here their digest is written. With --ahead `packed` is served a second time, its experts decoded a layer
-ahead in steps with many tokens: long prompts and one token of output say what that takes beside `resident`.
+bench tests; here their digest is written. Of long prompts and one token
+of output it says what whole prefills take.
 """
 
 from __future__ import annotations
@@ -45,14 +45,12 @@ class Load:
     max_batched_tokens: int = option("tokens of one pass (prefill chunk)", 2048, least=1)
     budget: int | None = option("device bytes for everything (default: 8GiB)", 8 << 30, parse=parse_bytes)
 
-    ahead: bool = option("packed also with decode_ahead", False)
-
-    def settings(self, placement: str, graphs: bool, ahead: bool = False) -> EngineConfig:
+    def settings(self, placement: str, graphs: bool) -> EngineConfig:
         longest = self.prompt_tokens + self.output_tokens
         return EngineConfig(
             budget_bytes=self.budget, max_batch=max(self.sequences), max_context=longest,
             max_batched_tokens=self.max_batched_tokens, min_kv_tokens=longest, cuda_graphs=graphs,
-            decode_ahead=ahead, **placed(placement),
+            **placed(placement),
         )  # fmt: skip
 
 
@@ -70,17 +68,17 @@ class OpenEngine:
 
     def __init__(self, load: Load, source: Source, device: torch.device) -> None:
         self.load, self.source, self.device = load, source, device
-        self._open: tuple[tuple[str, bool, bool], Engine] | None = None
+        self._open: tuple[tuple[str, bool], Engine] | None = None
         self._free_before = 0
 
-    def engine(self, placement: str, graphs: bool, ahead: bool = False) -> Engine:
+    def engine(self, placement: str, graphs: bool) -> Engine:
         """The engine of this placement; another that is open is closed first."""
-        if self._open and self._open[0] == (placement, graphs, ahead):
+        if self._open and self._open[0] == (placement, graphs):
             return self._open[1]
         self.close()
         self._free_before = _free_bytes(self.device)
-        engine = Machine(self.device.type).engine(self.source, self.load.settings(placement, graphs, ahead))
-        self._open = (placement, graphs, ahead), engine
+        engine = Machine(self.device.type).engine(self.source, self.load.settings(placement, graphs))
+        self._open = (placement, graphs), engine
         for sequences in self.load.sequences:  # compiles, and captures a graph of each batch size and phase
             self._serve(engine, sequences, 6)
         return engine
@@ -89,8 +87,8 @@ class OpenEngine:
         lengths = [Lengths(0.0, self.load.prompt_tokens, output_tokens)] * sequences
         return serve(engine, make_requests(lengths, self.source.config.vocab_size, 0))
 
-    def columns(self, placement: str, graphs: bool, sequences: int, ahead: bool = False) -> dict[str, object]:
-        engine = self.engine(placement, graphs, ahead)
+    def columns(self, placement: str, graphs: bool, sequences: int) -> dict[str, object]:
+        engine = self.engine(placement, graphs)
         row, ledger = self._serve(engine, sequences, self.load.output_tokens).row, sum(engine.budget.lines().values())
         taken = self._free_before - _free_bytes(self.device)
         replays = engine.graphs.replays if engine.graphs is not None else 0
@@ -123,13 +121,12 @@ def run(args: Arguments) -> None:
     served = OpenEngine(args.load, source, device)
     facts: dict[str, Any] = {"kind": "measured", "model": source.name, "budget": args.load.budget}
     with Sweep(args.out, "bench engine", "rows.csv", made, device=device.type, **facts) as sweep:
-        for placement, graphs, ahead in product(args.placements, (True, False), (False, True)):
-            if (graphs and device.type != "cuda") or (ahead and (placement != "packed" or not args.load.ahead)):
+        for placement, graphs in product(args.placements, (True, False)):
+            if graphs and device.type != "cuda":
                 continue
             for sequences in args.load.sequences:
-                how = asdict(args.load.settings(placement, graphs, ahead))
-                work = partial(served.columns, placement, graphs, sequences, ahead)
-                also = {"ahead": ahead} if args.load.ahead else {}
-                say(sweep.measure(work, how, placement=placement, graphs=graphs, sequences=sequences, **also))
+                how = asdict(args.load.settings(placement, graphs))
+                work = partial(served.columns, placement, graphs, sequences)
+                say(sweep.measure(work, how, placement=placement, graphs=graphs, sequences=sequences))
         served.close()
         sweep.finish()

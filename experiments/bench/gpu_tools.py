@@ -26,9 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from fluxmoe.kernels.expert_table import DOWN, GATE_UP
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, fused_formats
-from fluxmoe.kernels.triton.decoded_ahead import DecodedAhead
 from fluxmoe.kernels.triton.gate import GateWeights, norm_and_route
 from fluxmoe.kernels.triton.routing import Router
 from fluxmoe.runtime.memory.budget import parse_bytes
@@ -47,8 +45,7 @@ from .timing import GpuBench, require_gpu
 
 _FORMATS = (DENSE, *sorted(fused_formats("triton")))
 DECODED = f"{DEFAULT_COMPRESSED} decoded first"
-AHEAD = f"{DEFAULT_COMPRESSED} decoded ahead"
-KERNELS = (*_FORMATS, DECODED, AHEAD, "gate", "attention", "delta_net")
+KERNELS = (*_FORMATS, DECODED, "gate", "attention", "delta_net")
 METRICS = {
     "gpu__time_duration.sum": "duration",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
@@ -58,8 +55,7 @@ METRICS = {
 }
 # Which of the launches of each is meant.
 _NAMES = {**dict.fromkeys(_FORMATS, "_grouped_gemm_kernel"), DECODED: "_decode_experts_kernel",
-          AHEAD: "_decode_layer_kernel", "gate": "_gate_kernel", "attention": "_decode_kernel",
-          "delta_net": "_recurrent_kernel"}  # fmt: skip
+          "gate": "_gate_kernel", "attention": "_decode_kernel", "delta_net": "_recurrent_kernel"}  # fmt: skip
 _FOLDERS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute", "/usr/local/cuda/compute-sanitizer")
 
 
@@ -71,11 +67,6 @@ def run_kernel(name: str, device: torch.device, small: bool) -> None:
         ours = Ours(shape, tokens, device, format_of(name), room=decode_room(name) or 0)
         x = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
         ours.run(layer, x, router_logits(shape, tokens, "uniform", 0, device))
-    elif name == AHEAD:
-        ahead, table = DecodedAhead(shape.dims, device), Layer(shape, device).table(DEFAULT_COMPRESSED)
-        for tensor in (GATE_UP, DOWN):
-            ahead.of(table, tensor)
-            ahead.begin(table, tensor)
     elif name == "gate":
         hidden = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16, device=device)
         norm, matrix = torch.ones(shape.hidden, device=device), hidden.new_ones(shape.experts, shape.hidden)

@@ -2,13 +2,11 @@
 
     fluxmoe bench predict --what moe --out results/predicted/h100/moe
     fluxmoe bench predict --what prefill --profile H200-SXM --out results/predicted/h200/packed_prefill
-    fluxmoe bench predict --what layer --profile H200-SXM --shapes qwen3_30b mixtral --tokens 8192 \\
-        --out results/predicted/h200/prefill_layer
     fluxmoe bench predict --what others --out results/predicted/h100/other_kernels
 
 moe: the MoE layer, in rows as bench moe has them. prefill: packed experts with many rows, in every way that is built,
-and by the floors of ways that are not. layer: a whole layer's prefill, and what packed experts add to it. others:
-routing, norms, RoPE with the KV write, attention and Gated DeltaNet at the sizes of Qwen3-30B-A3B and Qwen3-Next.
+and by the floors of ways that are not. others: routing, norms, RoPE with the KV write, attention and Gated DeltaNet at
+the sizes of Qwen3-30B-A3B and Qwen3-Next.
 
 A prediction is the slowest of the limits below, plus a fixed cost a kernel: a bound that real runs approach from above,
 not a measurement. Bytes and flops are those that kernels declare of their launches at these sizes (`kernels.work`).
@@ -39,7 +37,6 @@ from ..lib.args import option
 from ..lib.results import write_result
 from ..lib.sweep import say
 from . import attention, delta_net
-from .predict_ahead import ahead_rows
 from .predict_layer import ARCH, CLOCK_HZ, FIXED_S, ISSUES_PER_CLOCK, META, SMS, audited, layer_rows, prefill_rows
 from .shapes import MODEL_SHAPES, SHAPES, TOKENS
 from .timing import Roofs
@@ -134,19 +131,16 @@ def predict_kernel(code: Report, size: str, repeats: int = 1) -> dict:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    what: str = option(
-        "the MoE layer, its prefill, a whole layer's, or the kernels beside it",
-        choices=("moe", "prefill", "layer", "others"),
-    )
+    what: str = option("the MoE layer, its prefill, or the kernels beside it", choices=("moe", "prefill", "others"))
     shapes: tuple[str, ...] = option("the layer: models", tuple(MODEL_SHAPES), choices=tuple(SHAPES))
     tokens: tuple[int, ...] = option("the layer: of the batch", tuple(TOKENS), least=1)
     profile: str = option("the layer: whose memory and matrix units", "H100-SXM", choices=("H100-SXM", "H200-SXM"))
     audit: Path = option(
         "the layer: rows of kernels.audit --json", Path("results/predicted/h100/audit.json"), metavar="FILE"
     )
-    measured: Path = option(
-        "the layer: what bench moe has measured, to calibrate by",
-        Path("results/measured/nvidia-h200/moe"),
+    measured: tuple[Path, ...] = option(
+        "the layer: folders of what bench moe has measured, to calibrate by",
+        tuple(Path("results/measured/nvidia-h200") / name for name in ("packed", "packed_prefill", "packed_shapes")),
         metavar="DIR",
     )
     out: Path = option("folder of the results", metavar="DIR")
@@ -155,9 +149,7 @@ class Arguments:
 def run(args: Arguments) -> None:
     profile = HardwareProfile.load(args.profile)
     roofs = Roofs(profile.memory_bandwidth, profile.matmul_flops)
-    if args.what == "layer":
-        rows = ahead_rows(args.shapes, args.tokens, roofs, args.audit, args.measured)
-    elif args.what != "others":
+    if args.what != "others":
         rows_of = layer_rows if args.what == "moe" else prefill_rows
         rows = rows_of(args.shapes, args.tokens, roofs, audited(args.audit), args.measured)
     else:

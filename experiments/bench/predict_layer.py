@@ -2,8 +2,7 @@
 measured, and the floors of ways to prefill packed experts that are not built; `predict` has the command.
 
 calibrated: a bound times what the one GPU that has run such layers took over its own bound, at the nearest number of
-rows an expert. Packed experts in place have a ratio of their own; where they are decoded first, which no GPU has run,
-dense experts' holds.
+rows an expert. Packed experts have ratios of their own, in place and decoded first.
 """
 
 from __future__ import annotations
@@ -35,15 +34,14 @@ SMS, CLOCK_HZ, ISSUES_PER_CLOCK = 132, 1.755e9, 4
 SHARED_BYTES = 227 << 10
 # Integer operations of an SM's lanes in a clock.
 INTEGERS_PER_CLOCK = 64
-# Assumed: half of an H100's 50 MB of L2 keep what a decoder has written until the GEMM behind it reads it.
-L2_KEPT_BYTES = 25 << 20
 # Assumed: what SMs together read from L2 (half of 64 bytes a clock and SM), and the time of one load from HBM.
 L2_BYTES_PER_S = 7.5e12
 LATENCY_S = 0.8e-6
 # A kernel inside a graph: launch to launch, its index loads, its epilogue.
 FIXED_S = 4e-6
 GEMMS = ("gate_up", "down")
-IN_LOOP = f"fluxmoe {DEFAULT_COMPRESSED} in place"
+# How a layer meets its experts.
+IN_PLACE, DECODED_FIRST = "in place", "decoded first"
 ARCH = "sm_90"
 
 
@@ -124,12 +122,12 @@ def expected_blocks(tokens: int, probability: float, block_m: int) -> float:
 
 
 class Bound(NamedTuple):
-    """Of a layer. limit: of both GEMMs; in_loop: whether these decode."""
+    """Of a layer. limit: of both GEMMs; way: dense, in place or decoded first."""
 
     seconds: float
     limit: str
     work: Work
-    in_loop: bool
+    way: str
 
 
 def predict_layer(shape: Shape, tokens: int, codes: Codes, roofs: Roofs, provider: str) -> Bound:
@@ -143,14 +141,11 @@ def predict_layer(shape: Shape, tokens: int, codes: Codes, roofs: Roofs, provide
     blocks = shape.experts * expected_blocks(tokens, shape.top_k / shape.experts, tile.block_m)
     works = [work for launch in launches if (work := launch.work)]
     total, limits = len(launches) * FIXED_S, dict[str, str]()
-    kept, bits = 0.0, FORMATS[expert_format].bits
     for launch, work in zip(launches, works, strict=True):
         if launch.kernel.__name__ == "_decode_experts_kernel":
             code = codes.decoders[expert_format]
             issued = math.prod(launch.grid) * code.num_warps * code.instructions
-            if ours.decoded and ours.decoded.nbytes <= L2_KEPT_BYTES:
-                kept = work.nbytes * 16 / (bits + 16)
-            total += max((work.nbytes - kept) / roofs.bytes_per_s, issued / (SMS * ISSUES_PER_CLOCK * CLOCK_HZ))
+            total += max(work.nbytes / roofs.bytes_per_s, issued / (SMS * ISSUES_PER_CLOCK * CLOCK_HZ))
         elif launch.kernel.__name__ != "_grouped_gemm_kernel":
             total += work.nbytes / roofs.bytes_per_s
         else:
@@ -160,36 +155,39 @@ def predict_layer(shape: Shape, tokens: int, codes: Codes, roofs: Roofs, provide
             # Of a group of experts, its share.
             mine = blocks * work.flops / (2.0 * tokens * shape.top_k * n * k)
             met = expert_format if launch.constexprs["COMPRESSED"] else DENSE
-            moved = Work(work.nbytes - kept, work.flops)
-            seconds = gemm_limits(n, k, mine, moved, used, codes.gemms[name, met, used], roofs, met)
+            seconds = gemm_limits(n, k, mine, work, used, codes.gemms[name, met, used], roofs, met)
             limits[name] = max(seconds, key=seconds.__getitem__)
             total += seconds[limits[name]]
-    in_loop = expert_format != DENSE and ours.decoded is None
-    return Bound(total, "/".join(limits.values()), Work(*map(sum, zip(*works, strict=True))), in_loop)
+    way = DENSE if expert_format == DENSE else IN_PLACE if ours.decoded is None else DECODED_FIRST
+    return Bound(total, "/".join(limits.values()), Work(*map(sum, zip(*works, strict=True))), way)
 
 
 class Measured:
-    """What layers took on the one GPU that has run them, over their bounds on it. No numbers without such a folder of
-    bench moe. Kernels have changed since."""
+    """What layers took on the one GPU that has run them, over their bounds on it. No numbers without such folders of
+    bench moe."""
 
-    def __init__(self, folder: Path, codes: Codes) -> None:
-        # By provider: rows an expert, tokens, and time over bound.
-        self._ratios: dict[str, list[tuple[float, int, float]]] = {DENSE: [], IN_LOOP: []}
+    def __init__(self, folders: Iterable[Path], codes: Codes) -> None:
+        # By way: rows an expert, tokens, and time over bound.
+        self._ratios: dict[str, list[tuple[float, int, float]]] = {DENSE: [], IN_PLACE: [], DECODED_FIRST: []}
         # Integer operations of the tile loop's decoding at the full rate, over the time that it took beyond dense.
         self.integer_rate = math.nan
         times: dict[tuple[str, int, str], float] = {}
-        for row in read_csv(folder / "rows.csv"):
-            provider = {"fluxmoe": DENSE, f"fluxmoe {DEFAULT_COMPRESSED}": IN_LOOP}.get(row["provider"])
-            if provider is None or row["status"] != "ok":
-                continue
-            roofs = Roofs(**load_json(folder / "provenance.json")["roofs"])
-            shape, tokens, seconds = SHAPES[row["shape"]], int(row["tokens"]), float(row["time_us"]) * 1e-6
-            bound = predict_layer(shape, tokens, codes, roofs, provider).seconds
-            self._ratios[provider].append((shape.rows_per_expert(tokens), tokens, seconds / bound))
-            times[row["shape"], tokens, provider] = seconds
-        if many := [key for key in times if key[2] == IN_LOOP]:
+        providers = (
+            "fluxmoe",
+            *(f"fluxmoe {DEFAULT_COMPRESSED}{way}" for way in ("", f" {IN_PLACE}", f" {DECODED_FIRST}")),
+        )
+        for folder in folders:
+            for row in read_csv(folder / "rows.csv"):
+                if row["provider"] not in providers or row["status"] != "ok":
+                    continue
+                roofs = Roofs(**load_json(folder / "provenance.json")["roofs"])
+                shape, tokens, seconds = SHAPES[row["shape"]], int(row["tokens"]), float(row["time_us"]) * 1e-6
+                bound = predict_layer(shape, tokens, codes, roofs, row["provider"])
+                self._ratios[bound.way].append((shape.rows_per_expert(tokens), tokens, seconds / bound.seconds))
+                times[row["shape"], tokens, bound.way] = seconds
+        if many := [key for key in times if key[2] == IN_PLACE]:
             name, tokens, _ = max(many, key=lambda key: SHAPES[key[0]].rows_per_expert(key[1]))
-            beyond_dense = times[name, tokens, IN_LOOP] - times[name, tokens, DENSE]
+            beyond_dense = times[name, tokens, IN_PLACE] - times[name, tokens, DENSE]
             self.integer_rate = integer_seconds(SHAPES[name], codes, tokens, 64) / beyond_dense
 
     def calibrated(self, bound: Bound, shape: Shape, tokens: int) -> float:
@@ -199,8 +197,7 @@ class Measured:
         def apart(there: tuple[float, int, float]) -> tuple[float, ...]:
             return tuple(abs(math.log(one / other)) for one, other in zip(here, there[:2], strict=True))
 
-        ratios = self._ratios[IN_LOOP if bound.in_loop else DENSE]
-        return bound.seconds * min(ratios, key=apart, default=(*here, math.nan))[2]
+        return bound.seconds * min(self._ratios[bound.way], key=apart, default=(*here, math.nan))[2]
 
 
 def integer_seconds(shape: Shape, codes: Codes, tokens: int = 0, block_m: int = 0) -> float:
@@ -258,10 +255,12 @@ def floors(
     ]  # fmt: skip
 
 
-def prefill_rows(shapes: Iterable[str], tokens: Iterable[int], roofs: Roofs, codes: Codes, folder: Path) -> list[dict]:
+def prefill_rows(
+    shapes: Iterable[str], tokens: Iterable[int], roofs: Roofs, codes: Codes, folders: Iterable[Path]
+) -> list[dict]:
     """Packed experts over dense ones, in every way that is built, as bounds and calibrated; then floors, which count
     from the calibrated dense layer."""
-    measured, rows = Measured(folder, codes), list[dict]()
+    measured, rows = Measured(folders, codes), list[dict]()
     for name, count in product(shapes, tokens):
         shape, dense, base = SHAPES[name], 0.0, 0.0
         for provider in ("fluxmoe", *(each for each in OURS if DEFAULT_COMPRESSED in each)):
@@ -287,9 +286,11 @@ def _way(
     return row
 
 
-def layer_rows(shapes: Iterable[str], tokens: Iterable[int], roofs: Roofs, codes: Codes, folder: Path) -> list[dict]:
+def layer_rows(
+    shapes: Iterable[str], tokens: Iterable[int], roofs: Roofs, codes: Codes, folders: Iterable[Path]
+) -> list[dict]:
     """Rows as bench moe has them, and the calibrated time."""
-    measured, rows = Measured(folder, codes), list[dict]()
+    measured, rows = Measured(folders, codes), list[dict]()
     for name, count in product(shapes, tokens):
         shape, base = SHAPES[name], None
         for expert_format in (DENSE, *sorted(fused_formats("triton"))):

@@ -62,14 +62,6 @@ def _keeps_packed(s: Setup) -> bool:
     return c.device_format != DENSE and (c.placement not in ("host", "disk") or bool(c.alpha))
 
 
-def _decodes_ahead(s: Setup) -> bool:
-    c = s.settings
-    by_triton = c.kernels != "torch" and (s.device == "cuda" or c.kernels == "triton")
-    stays = not c.adaptive and (c.placement == "hybrid" or not _comes_whole(s))
-    fused = c.device_format in fused_formats("triton") and not c.batch_invariant
-    return by_triton and stays and fused and _keeps_packed(s)
-
-
 def _asks_rates(s: Setup) -> bool:
     c = s.settings
     shares = (c.alpha, c.disk_share) if c.placement in IN_FILES else (c.alpha,)
@@ -120,9 +112,6 @@ EFFECTS: Mapping[str, Effect | None] = {
     "batch_invariant": Effect(
         "Triton's kernels on CUDA; those of the CPU always are",
         lambda s: s.settings.kernels != "torch" and (s.device == "cuda" or s.settings.kernels == "triton"),
-    ),
-    "decode_ahead": Effect(
-        "packed experts that Triton's kernels find where they are stored: CUDA, --placement packed", _decodes_ahead
     ),
     "threads": Effect("the CPU's own kernels", lambda s: (s.device, s.settings.kernels) == ("cpu", "auto")),
     "poison": _REAL,

@@ -17,7 +17,6 @@ from ..formats import FORMATS
 from ..ops import ExpertDims, Gated, KernelError, LayerExperts, MoeBlock, RowMajor
 from . import grouped_gemm
 from .decoded import DecodedExperts
-from .decoded_ahead import DecodedAhead
 from .gate import GateWeights, norm_and_route
 from .ops import check_backend
 from .routing import Router, Routing
@@ -54,14 +53,14 @@ class TritonExperts(ExpertLayer[Routing], TritonBlocks):
 
     formats: in which experts may be stored. Launches that may meet a fused one use its tiles, whatever the format of
     each expert, or where experts have many rows decode first and use those of dense experts: the order of summation,
-    and so the result, is the same for all formats. decode_ahead: those of the next layer are then decoded under this
-    one's work, in a layer's room. batch_invariant: one tile, whatever the batch, and nothing is decoded first. Raises
-    KernelError for dtypes, sizes and formats that the kernels cannot take, and without a GPU or interpreter.
+    and so the result, is the same for all formats. batch_invariant: one tile, whatever the batch, and nothing is
+    decoded first. Raises KernelError for dtypes, sizes and formats that the kernels cannot take, and without a GPU or
+    interpreter.
     """
 
     def __init__(
         self, dims: ExpertDims, max_tokens: int, device: torch.device | str, *, batch_invariant: bool = False,
-        formats: Collection[str] = (), decode_ahead: bool = False,
+        formats: Collection[str] = (),
     ) -> None:  # fmt: skip
         super().__init__(dims)
         self.device, self.act_dtype = torch.device(device), dims.dtype
@@ -75,14 +74,9 @@ class TritonExperts(ExpertLayer[Routing], TritonBlocks):
         self._y = torch.empty(rows, dims.hidden, dtype=dims.dtype, device=self.device)
         self._x = torch.empty(max_tokens, dims.hidden, dtype=dims.dtype, device=self.device)
         self.workspace_bytes = self._router.nbytes + self._h.nbytes + self._y.nbytes + self._x.nbytes
-        self._decoded: DecodedExperts | None = None
-        self._ahead: DecodedAhead | None = None
-        if self._decodes(max_tokens):
-            if decode_ahead:
-                self._ahead = DecodedAhead(dims, self.device)
-            else:
-                self._decoded = DecodedExperts(dims, self.device)
-            self.workspace_bytes += sum(each.nbytes for each in (self._ahead, self._decoded) if each is not None)
+        self._decoded = DecodedExperts(dims, self.device) if self._decodes(max_tokens) else None
+        if self._decoded is not None:
+            self.workspace_bytes += self._decoded.nbytes
 
     def _choose_weight_tile(self, formats: Collection[str]) -> tuple[int, int] | None:
         """`Format.tile` of the fused ones among `formats`."""
@@ -133,15 +127,12 @@ class TritonExperts(ExpertLayer[Routing], TritonBlocks):
         """y [R, H]: each row's expert's output, times its weight."""
         d, tiles, rows = self.dims, self._tiles(len(x)), routing.experts.numel()
         h, y = self._h[:rows], self._y[:rows]
-        decoded, ahead = (self._decoded, self._ahead) if self._decodes(len(x)) else (None, None)
+        decoded = self._decoded if self._decodes(len(x)) else None
         for tensor, multiply, source, out, tile in (
             (GATE_UP, grouped_gemm.gate_up, x, h, tiles.gate_up), (DOWN, grouped_gemm.down, h, y, tiles.down),
         ):  # fmt: skip
             experts.wait(tensor)
-            table = experts.table if ahead is None else ahead.of(experts.table, tensor)
-            multiply(source, table, routing, out, d.dtype, tile, self._num_sms, decoded)
-            if ahead is not None:
-                ahead.begin(experts.following(), tensor)
+            multiply(source, experts.table, routing, out, d.dtype, tile, self._num_sms, decoded)
         return y
 
     def count_routed(self, routing: Routing, counts: Tensor) -> None:

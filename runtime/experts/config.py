@@ -103,11 +103,6 @@ class PagingConfig:
         "CUDA: a request's tokens do not depend on who shares its batch, at some speed (on the CPU always so, but for "
         "kernels torch)",
     )
-    decode_ahead: bool = setting(
-        False,
-        "CUDA: in steps with many tokens packed experts of the next layer are decoded while this one runs, in room for "
-        "a layer of dense ones; untried on a GPU (default: just before they are needed, in 256 MiB)",
-    )
     # Keep which experts every token chose, in memory that no ledger counts (`ExpertPager.recorder`).
     record_routing: bool = setting(False, None)
     threads: int | None = setting(None, "CPU threads (default: all)")

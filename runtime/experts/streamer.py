@@ -13,7 +13,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -59,9 +58,8 @@ class LayerPage:
         table: ExpertTable,
         wait: Callable[[int], None] | None,
         find: Callable[[np.ndarray], CachedExperts] | None = None,
-        following: Callable[[], ExpertTable | None] = lambda: None,
     ) -> None:
-        self.table, self._find, self.following = table, find, following
+        self.table, self._find = table, find
         self.wait = wait or _no_wait
         self.in_place = wait is None and find is None
         self._cached: CachedExperts | None = None
@@ -186,29 +184,21 @@ class Streamer(ABC):
     @contextmanager
     def layer(self, index: int) -> Iterator[LayerPage]:
         """Experts of layer `index`; leaving the context lets its slot be recycled."""
-        following = partial(self._following, index)
         if index not in self._rank:
             table = self._table(self.store.load_plans[index])
-            yield LayerPage(table, None, self._find(index, table), following)
+            yield LayerPage(table, None, self._find(index, table))
             return
         visit = self._visit_of(index)
         self._begin(visit)
         try:
             table = self._table(self._load_plan_of(visit))
-            yield LayerPage(table, lambda d: self._wait(visit, d), self._find(index, table), following)
+            yield LayerPage(table, lambda d: self._wait(visit, d), self._find(index, table))
         finally:
             if self.poison and not self.keeps_all and self._is_loaded(visit):
                 self._spoil(self._slot_of(visit))
             self._finish(visit)
             self._forget(visit)
             self._next_visit = visit + 1
-
-    def _following(self, layer: int) -> ExpertTable | None:
-        """The next layer's table, if kernels read its experts where they are stored."""
-        after = layer + 1
-        if after in self._rank or after == self.store.layout.num_layers:
-            return None
-        return self._table(self.store.load_plans[after])
 
     def _find(self, layer: int, table: ExpertTable) -> Callable[[np.ndarray], CachedExperts] | None:
         """What brings the layer's experts on demand, if any come so."""

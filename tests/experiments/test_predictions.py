@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fluxmoe.experiments.bench import predict, predict_ahead, predict_layer
+from fluxmoe.experiments.bench import predict, predict_layer
 from fluxmoe.experiments.bench.predict_layer import expected_blocks
 from fluxmoe.experiments.bench.shapes import SHAPES
 from fluxmoe.experiments.bench.timing import Roofs
@@ -18,8 +18,6 @@ from fluxmoe.kernels.audit import Report
 from fluxmoe.kernels.sass import Loop
 from fluxmoe.kernels.triton.tiles import Tile, fused_tile
 from fluxmoe.kernels.work import Work
-
-from ..compiling import run_script
 
 
 def test_expected_blocks_is_the_binomial_mean():
@@ -30,7 +28,6 @@ def test_expected_blocks_is_the_binomial_mean():
 
 
 AUDIT = Path(__file__).parents[2] / "results/predicted/h100/audit.json"
-MEASURED = AUDIT.parents[2] / "measured/nvidia-h200/moe"
 
 
 def test_predictions_are_made_from_the_machine_code_of_todays_tiles(tmp_path):
@@ -72,18 +69,22 @@ def test_bounds_are_calibrated_by_what_the_nearest_layer_took(tmp_path, monkeypa
     def row(tokens: int, provider: str, time_us: float) -> dict:
         return {"shape": "qwen3_30b", "tokens": tokens, "provider": provider, "status": "ok", "time_us": time_us}
 
-    bound = predict_layer.Bound(50e-6, "hbm/hbm", Work(0, 0), in_loop=False)
-    monkeypatch.setattr(predict_layer, "predict_layer", lambda *layer: bound)
-    dense, packed = [row(16, "fluxmoe", 50), row(8192, "fluxmoe", 100)], [row(8192, "fluxmoe planar12", 1100)]
-    write_csv(tmp_path / "rows.csv", [*dense, *packed, row(16, "torch", 1)])
-    write_json(tmp_path / "provenance.json", {"roofs": {"bytes_per_s": 1.0, "flops_per_s": 1.0}})
-    measured = predict_layer.Measured(tmp_path, coded(2.0))
+    bound = predict_layer.Bound(50e-6, "hbm/hbm", Work(0, 0), "dense")
+    ways = {"fluxmoe": "dense", "fluxmoe planar12": "decoded first", "fluxmoe planar12 in place": "in place"}
+    monkeypatch.setattr(predict_layer, "predict_layer", lambda *layer: bound._replace(way=ways[layer[-1]]))
+    few = [row(16, "fluxmoe", 50), row(16, "torch", 1)]
+    many = [row(8192, "fluxmoe", 100), row(8192, "fluxmoe planar12", 200), row(8192, "fluxmoe planar12 in place", 1100)]
+    for name, rows in (("few", few), ("many", [*many, row(8192, "fluxmoe planar12 by 24 MiB", 1)])):
+        write_csv(tmp_path / name / "rows.csv", rows)
+        write_json(tmp_path / name / "provenance.json", {"roofs": {"bytes_per_s": 1.0, "flops_per_s": 1.0}})
+    measured = predict_layer.Measured([tmp_path / "few", tmp_path / "many"], coded(2.0))
     shape = SHAPES["qwen3_30b"]
     assert [measured.calibrated(bound, shape, tokens) for tokens in (1, 4096)] == pytest.approx([50e-6, 100e-6])
-    assert measured.calibrated(bound._replace(in_loop=True), shape, 1) == pytest.approx(1100e-6)
+    assert measured.calibrated(bound._replace(way="in place"), shape, 1) == pytest.approx(1100e-6)
+    assert measured.calibrated(bound._replace(way="decoded first"), shape, 1) == pytest.approx(200e-6)
     ideal = expected_blocks(8192, 8 / 128, 64) * 128 * 3 * 2048 * 768 * 2.0 / (132 * 64 * 1.755e9)
     assert measured.integer_rate == pytest.approx(ideal / 1e-3)
-    assert math.isnan(predict_layer.Measured(tmp_path / "nothing", coded(2.0)).calibrated(bound, shape, 1))
+    assert math.isnan(predict_layer.Measured([tmp_path / "nothing"], coded(2.0)).calibrated(bound, shape, 1))
 
 
 def test_predictions_of_other_kernels_are_their_slowest_limit():
@@ -101,49 +102,3 @@ def test_instructions_of_a_loop_are_as_many_as_flops_ask_for():
     loop = Loop(all=400, matrix=0, loads=0, integer=0, arrives=0, waits=0)
     code = Report("attention/x", "sm_90", "_decode_kernel", sizes, num_warps=4, nbytes=1.0, flops=flops, loops=[loop])
     assert predict.issued(code) == 3 * (32 // 8) * (4096 // 64) * 4 * 400
-
-
-AHEAD = """
-import json
-from fluxmoe.experiments.bench.predict_ahead import ahead_rows
-from fluxmoe.experiments.bench.timing import Roofs
-print(json.dumps(ahead_rows(["qwen3_30b"], [8192], Roofs(4.23e12, 711e12), AUDIT, FOLDER)))
-"""
-
-
-def test_what_decoding_a_layer_ahead_adds_to_a_whole_layer(tmp_path):
-    """Between nothing and the bytes of all experts, as its kernel declares them; less than decoding first does."""
-    pytest.importorskip("triton.backends.nvidia")
-    paths = f"from pathlib import Path\nAUDIT, FOLDER = Path({str(AUDIT)!r}), Path({str(MEASURED)!r})\n"
-    rows = json.loads(run_script(paths + AHEAD, tmp_path)[-1])
-    for one_prompt, eight in zip(rows[:5], rows[5:], strict=True):
-        # Attention is shorter, the rest the same.
-        assert one_prompt["attention_us"] > 5 * eight["attention_us"]
-        assert one_prompt["experts_us"] == eight["experts_us"]
-    dense, first, hidden, beside, turns = (row["over_dense"] for row in rows[:5])
-    assert dense == hidden == 1
-    assert 1 < beside < turns < first
-    # All ways by one measure: what the layer took over its bound.
-    calibrated, bound = (rows[4][column] - 1 for column in ("over_dense", "bound_over_dense"))
-    assert calibrated / bound == pytest.approx((first - 1) / (rows[1]["bound_over_dense"] - 1))
-    more = bound * rows[0]["layer_us"] * 1e-6 * 4.23e12
-    assert more == pytest.approx(128 * 3 * 2048 * 768 * (12.006 / 8 + 2), rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("registers", "warps", "shared", "programs"),
-    [
-        (168, 8, 132096, 2),
-        (188, 8, 196608, 2),
-        (193, 8, 0, 1),
-        (254, 8, 0, 0),
-        (48, 4, 222 << 10, 0),
-        (32, 8, 1 << 10, 7),
-    ],
-    ids=["attention", "down", "a register too many", "gate_up", "no shared memory", "only registers count"],
-)
-def test_how_many_programs_fit_beside_a_kernels(registers, warps, shared, programs):
-    """Of 65,536 registers, given by eights, and 227 KiB; a decoder's takes an eighth, and 9 KiB."""
-    decoder = Report("", "sm_90", registers=32, num_warps=8, shared_bytes=8 << 10)
-    code = Report("", "sm_90", registers=registers, num_warps=warps, shared_bytes=shared)
-    assert predict_ahead.room_beside(code, decoder) == programs

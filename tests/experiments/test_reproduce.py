@@ -110,7 +110,7 @@ def test_runs_are_chosen_by_kind_and_by_name(capsys):
     assert {run.kind for run in reproduce.read_runs().values()} == set(reproduce.KINDS)
     call(["reproduce", "--list", "--only", "predicted", "profile"])
     assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {
-        "predict_moe", "predict_layer", "predict_prefill", "predict_others", "profile"
+        "predict_moe", "predict_prefill", "predict_others", "profile"
     }  # fmt: skip
 
 

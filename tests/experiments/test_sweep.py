@@ -33,8 +33,7 @@ CHANGES = {
     "--no-fit-batch": None, "--max-batched-tokens": "128", "--block-size": "16", "--preemption": "swap",
     "--no-cuda-graphs": None, "--profile": "A100-80GB", "--devices": "1", "--config": "mixtral-8x7b", "--requests": "5",
     "--context": "65", "--output-tokens": "9", "--max-batch": "5", "--workload": "fixed", "--arrivals": "7.5",
-    "--seed": "1", "--link-bandwidth": "4GB", "--cache-policy": "lru", "--decode-ahead": None,
-    "--delta-net": "fla",
+    "--seed": "1", "--link-bandwidth": "4GB", "--cache-policy": "lru", "--delta-net": "fla",
 }  # fmt: skip
 # cache-bytes, cache-recording and disk-share are refused but with placements in files.
 SWEPT = (

@@ -127,12 +127,10 @@ def test_packed_experts_with_many_rows_have_the_bits_of_dense_ones():
         pytest.param(0, {"formats": ("planar12",)}, 0, id="few rows"),
         pytest.param(1, {"formats": ("tiered",)}, 0, id="no format that the GEMM reads"),
         pytest.param(1, {"formats": ("planar12",), "batch_invariant": True}, 0, id="batch-invariant"),
-        pytest.param(1, {"formats": ("planar12",), "decode_ahead": True}, 384 * 128, id="a layer ahead"),
-        pytest.param(0, {"formats": ("planar12",), "decode_ahead": True}, 0, id="a layer ahead, few rows"),
     ],
 )
 def test_a_buffer_for_decoded_experts_is_in_the_ledger_where_one_is_needed(more, options, weights):
-    """weights: of an expert, that it holds at once; no larger than a layer's gate_up, or than a layer."""
+    """weights: of an expert, that it holds at once; no larger than a layer's gate_up."""
     dims = ExpertDims(128, 128, 2, 2, torch.bfloat16)
     mine, without = (TritonExperts(dims, DECODE_ROWS + more, DEVICE, **each) for each in (options, dict[str, Any]()))
     assert mine.workspace_bytes - without.workspace_bytes == pytest.approx(2 * weights * 2, abs=1024)

@@ -9,10 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fluxmoe.kernels.expert_table import ExpertTable
 from fluxmoe.kernels.ops import KernelError, LayerDims, Limits
-from fluxmoe.kernels.triton import tiles
-from fluxmoe.kernels.triton.decoded_ahead import DecodedAhead
 from fluxmoe.kernels.triton.ops import TritonOps
 from fluxmoe.runtime.serving.engine import Engine, EngineConfig
 from fluxmoe.runtime.serving.request import Request, SamplingParams
@@ -112,36 +109,6 @@ def test_same_tokens_wherever_experts_live(arch, dtype, first, other, tmp_path):
     """In whatever format, in place, in slots, decoded into slots; with graphs, which pad the batch, and without."""
     save_model(arch, tmp_path, dtype, 5 if ON_GPU else 2, 2)
     assert tokens_of(tmp_path, **other) == tokens_of(tmp_path, **first)
-
-
-@pytest.mark.parametrize(
-    ("settings", "known"),
-    [
-        pytest.param(PACKED, 1, id="packed"),
-        pytest.param({"placement": "hybrid"} | HALF, 0, id="the last in a slot", marks=pytest.mark.thorough),
-    ],
-)
-def test_same_tokens_with_the_next_layer_decoded_ahead(settings, known, tmp_path, monkeypatch):
-    """As if any step had many tokens; what comes through a slot is not decoded before it is there. known: how many of
-    two layers know the next."""
-    monkeypatch.setattr(tiles, "DECODE_ROWS", 0)
-    told: list[bool] = []
-    begin = DecodedAhead.begin
-
-    def count(ahead: DecodedAhead, table: ExpertTable | None, tensor: int) -> None:
-        told.append(table is not None)
-        begin(ahead, table, tensor)
-
-    monkeypatch.setattr(DecodedAhead, "begin", count)
-    save_model("qwen3_moe", tmp_path, torch.bfloat16, 2, 2)
-    request, tokens = Request((3, 4, 5), SamplingParams(max_new_tokens=2, ignore_eos=True)), []
-    for decode_ahead in (True, False):
-        how = EngineConfig(max_batch=1, max_batched_tokens=3, decode_ahead=decode_ahead, **settings, **TRITON)
-        with Engine(tmp_path, how) as engine:
-            assert engine.held_bytes() == engine.budget.lines()
-            tokens.append(engine.generate([request])[0].token_ids)
-    assert tokens[0] == tokens[1]
-    assert told[:4] == [bool(known)] * 2 + [False] * 2
 
 
 def test_batch_invariant_engine_gives_the_same_tokens_alone(tmp_path):

@@ -131,7 +131,7 @@ print(json.dumps(rows))
 _ROW, _LOGITS = 2 * 2048, 4 * 32 * 128  # a token of bf16; 32 tokens' logits
 _TOUCHED = 128 * (1 - (1 - 8 / 128) ** 64)  # experts that 64 tokens of top 8 reach
 _KV = 2 * 2 * 4 * 128  # K and V of a position: 4 heads of 128
-DECODERS = {"_decode_layer_kernel", "_planar_kernel", "_tiered_kernel", "_huffman_kernel"}
+DECODERS = {"_planar_kernel", "_tiered_kernel", "_huffman_kernel"}
 DECLARED = {
     ("rms_norm/qwen3-30b-a3b", "_rms_norm_kernel"): (64 * 2 * _ROW, 0),
     ("combine", "_combine_kernel"): (64 * (8 + 2) * _ROW, 0),
@@ -184,7 +184,7 @@ def test_every_launch_declares_its_work_and_has_a_short_signature(tmp_path):
     assert [row for row in rows if row[2] > 14] == []
     assert [row for row in rows if row[3] is None] == []
     assert [row for row in rows if not row[4] or len(row[5]) > 2] == []
-    # Decoders fill slots and the next layer's room, beside the kernels of a layer.
+    # Decoders fill slots beside the kernels of a layer.
     assert {row[1] for row in rows if not row[6]} == DECODERS
     declared = {(name, kernel): work for name, kernel, _, work, *_ in rows}
     # All there are, but for the one that only `profile` launches.

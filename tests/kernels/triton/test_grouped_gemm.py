@@ -277,25 +277,34 @@ def test_compressed_experts_with_sizes_of_no_tile_are_right(hidden, intermediate
     layer.check(11, 2, FUSED)
 
 
-@pytest.mark.parametrize("name", COMPRESSED)
-@pytest.mark.parametrize("experts_at_once", [1, 3, 4])
+NO_TILE, ODD_ROWS, RAW = (200, 112, False), (312, 120, False), (256, 256, True)
+
+
 @pytest.mark.parametrize(
-    ("hidden", "intermediate", "crowded"),
+    ("sizes", "experts_at_once", "name"),
     [
-        pytest.param(200, 112, False, id="sizes of no tile"),
-        pytest.param(312, 120, False, id="rows of the format's tiles are odd"),
-        pytest.param(256, 256, True, id="raw tiles"),
+        pytest.param(NO_TILE, 1, "planar12", id="sizes of no tile-1-planar12"),
+        pytest.param(NO_TILE, 3, "planar8", id="sizes of no tile-3-planar8"),
+        pytest.param(NO_TILE, 4, "planar12", id="sizes of no tile-4-planar12"),
+        pytest.param(ODD_ROWS, 1, "planar8", id="rows of the format's tiles are odd-1-planar8"),
+        pytest.param(ODD_ROWS, 3, "planar12", id="rows of the format's tiles are odd-3-planar12"),
+        pytest.param(ODD_ROWS, 4, "planar8", id="rows of the format's tiles are odd-4-planar8"),
+        pytest.param(RAW, 1, "planar12", id="raw tiles-1-planar12"),
+        pytest.param(RAW, 3, "planar12", id="raw tiles-3-planar12"),
+        pytest.param(RAW, 4, "planar8", id="raw tiles-4-planar8"),
     ],
 )
-def test_experts_decoded_first_give_the_dense_bits(hidden, intermediate, crowded, experts_at_once, name):
+def test_experts_decoded_first_give_the_dense_bits(sizes, experts_at_once, name):
     """The dense tile's, in whole groups and a part of one; the last expert has no rows."""
+    hidden, intermediate, crowded = sizes
     layer, mixed = mixed_layer(name, hidden, intermediate, crowded)
     x, logits = torch.randn(40, hidden).bfloat16(), torch.randn(40, 4)
     logits[:, 3] = -9.0
-    dense, _ = layer.run(x, logits, 2, TILES["plain"])
+    tile = Tile(16, 64, 64, 4, 2, group_m=2)
+    dense, _ = layer.run(x, logits, 2, tile)
     layer.table = mixed
     decoded = decoded_experts(hidden, intermediate, experts_at_once)
-    assert torch.equal(layer.run(x, logits, 2, TILES["plain"], decoded=decoded)[0], dense)
+    assert torch.equal(layer.run(x, logits, 2, tile, decoded=decoded)[0], dense)
 
 
 def decoded_experts(hidden: int, intermediate: int, experts_at_once: int) -> DecodedExperts:

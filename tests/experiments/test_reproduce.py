@@ -25,6 +25,7 @@ from fluxmoe.experiments.lib.workloads import (
     sharegpt_lengths,
 )
 from fluxmoe.experiments.serving import ablation
+from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 
@@ -169,14 +170,30 @@ def test_a_table_that_only_one_has_is_a_difference(tables, speed, said, tmp_path
     assert reproduce.verdict(run, tmp_path / "made", tmp_path / "committed") == said
 
 
-def test_figures_are_drawn_from_results_alone(tmp_path):
+@pytest.mark.parametrize("rendered", ["one of a kind", pytest.param("all", marks=pytest.mark.thorough)])
+def test_figures_are_drawn_from_results_alone(rendered, tmp_path, monkeypatch):
+    """Each is made; to render it takes ten times as long."""
+    files: dict[Any, Path] = {}
+
+    def savefig(figure: Figure, path: Path, **how: Any) -> None:
+        made_by = json.loads((path.parent / "provenance.json").read_text())["experiment"]
+        kind = path if rendered == "all" else (made_by, path.name)
+        if files.setdefault(kind, path) == path:
+            write(figure, path, **how)
+
+    write = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", savefig)
     shutil.copytree(RESULTS, tmp_path / "results")
     before = {path.with_suffix("") for path in (tmp_path / "results").glob("*/*/*/*.png")}
     for path in (tmp_path / "results").glob("*/*/*/*.p[nd][gf]"):
         path.unlink()
     drawn = figures.draw_all(tmp_path / "results")
     assert {path.with_suffix("") for path in drawn} == before
-    assert all(path.stat().st_size > 5000 and path.with_suffix(".pdf").stat().st_size > 3000 for path in drawn)
+    assert len(files) == 2 * len(drawn) or rendered == "one of a kind"
+    assert {json.loads((path.parent / "provenance.json").read_text())["experiment"] for path in files.values()} == set(
+        figures.DRAW
+    )
+    assert all(path.stat().st_size > {".png": 5000, ".pdf": 3000}[path.suffix] for path in files.values())
     with pytest.raises(UsageError, match="holds no result"):
         call(["figures", "--results", str(tmp_path / "empty")])
 

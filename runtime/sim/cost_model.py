@@ -45,19 +45,19 @@ class CostParameters:
     """What a profile does not say. bits: of each format; fused: formats that the GEMM reads in place.
 
     attention_share, expert_share: of memory bandwidth that paged attention and grouped GEMM reach; moe_flops_share: of
-    peak, of a grouped GEMM; packed_share, packed_flops_share: of one that decodes on its way. Those of experts are what
-    an H200 measured (LOG.md, 2026-11-29: dense and planar12 at 8 to 128 tokens, and at 1,024). decode_rows: mean rows
-    of an expert beyond which it is decoded to memory first instead; workspace_bytes: of a device, None to estimate a
-    GPU's; eager: kernels are launched one by one by the host, which needs `eager_launch_s` for each with all that it
-    does around it, instead of as graphs.
+    peak, of a grouped GEMM; packed_share, packed_flops_share: of one that decodes on its way. An H200 measured that it
+    reads at 0.74 of the rate of dense experts (LOG.md, 2026-11-29: planar12 at 8 to 128 tokens, 0.67 for 0.90 of what
+    copies get), and its share of peak at 1,024. decode_rows: mean rows of an expert beyond which it is decoded to
+    memory first instead; workspace_bytes: of a device, None to estimate a GPU's; eager: kernels are launched one by
+    one by the host, which needs `eager_launch_s` for each with all that it does around it, instead of as graphs.
     """
 
     bits: Mapping[str, float] = field(default_factory=lambda: {name: each.bits for name, each in FORMATS.items()})
     fused: frozenset[str] = field(default_factory=lambda: fused_formats("triton"))
     attention_share: float = 0.75
-    expert_share: float = 0.9
+    expert_share: float = 0.85
     moe_flops_share: float = 0.7
-    packed_share: float = 0.67
+    packed_share: float = 0.63
     packed_flops_share: float = 0.13
     decode_rows: float = DECODE_ROWS
     workspace_bytes: int | None = None

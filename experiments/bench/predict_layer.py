@@ -20,7 +20,7 @@ import torch
 from fluxmoe.kernels.audit import Report
 from fluxmoe.kernels.formats import DEFAULT_COMPRESSED, DENSE, FORMATS, fused_formats, weight_tile
 from fluxmoe.kernels.launches import record_only
-from fluxmoe.kernels.triton.tiles import FUSED_BOUNDS, ROW_BOUNDS, Tile, default_tile, fused_tile
+from fluxmoe.kernels.triton.tiles import FUSED_BOUNDS, ROW_BOUNDS, Tile, decodes_first, default_tile, fused_tile
 from fluxmoe.kernels.work import Work
 
 from ..lib.results import UsageError, load_json, read_csv
@@ -182,6 +182,8 @@ class Measured:
                     continue
                 roofs = Roofs(**load_json(folder / "provenance.json")["roofs"])
                 shape, tokens, seconds = SHAPES[row["shape"]], int(row["tokens"]), float(row["time_us"]) * 1e-6
+                if row["provider"].endswith(DECODED_FIRST) and not decodes_first(shape.rows_per_expert(tokens)):
+                    continue  # by tiles that no engine takes behind a decoder
                 bound = predict_layer(shape, tokens, codes, roofs, row["provider"])
                 self._ratios[bound.way].append((shape.rows_per_expert(tokens), tokens, seconds / bound.seconds))
                 times[row["shape"], tokens, bound.way] = seconds

@@ -19,6 +19,8 @@ from fluxmoe.kernels.sass import Loop
 from fluxmoe.kernels.triton.tiles import Tile, fused_tile
 from fluxmoe.kernels.work import Work
 
+from ..compiling import run_script
+
 
 def test_expected_blocks_is_the_binomial_mean():
     draws = torch.distributions.Binomial(100, torch.tensor(0.25)).sample((20_000,))
@@ -85,6 +87,30 @@ def test_bounds_are_calibrated_by_what_the_nearest_layer_took(tmp_path, monkeypa
     ideal = expected_blocks(8192, 8 / 128, 64) * 128 * 3 * 2048 * 768 * 2.0 / (132 * 64 * 1.755e9)
     assert measured.integer_rate == pytest.approx(ideal / 1e-3)
     assert math.isnan(predict_layer.Measured([tmp_path / "nothing"], coded(2.0)).calibrated(bound, shape, 1))
+
+
+COMMITTED = """
+from pathlib import Path
+from fluxmoe.experiments.bench.predict import Arguments
+from fluxmoe.experiments.bench.predict_layer import Measured, audited
+measured = Measured([ROOT / folder for folder in Arguments(what="moe", out=ROOT).measured], audited(AUDIT))
+for way, ratios in measured._ratios.items():
+    print(way, min(ratio for _, _, ratio in ratios), max(ratio for _, _, ratio in ratios))
+print("integers", measured.integer_rate, measured.integer_rate)
+"""
+
+
+def test_all_ways_are_calibrated_by_committed_results(tmp_path):
+    """A layer took longer than its bound, and no more than a few times as long."""
+    pytest.importorskip("triton.backends.nvidia")
+    paths = f"from pathlib import Path\nAUDIT, ROOT = Path({str(AUDIT)!r}), Path({str(AUDIT.parents[3])!r})\n"
+    ratios = {}
+    for line in run_script(paths + COMMITTED, tmp_path):
+        *way, least, most = line.split()
+        ratios[" ".join(way)] = float(least), float(most)
+    assert ratios.keys() == {"dense", "in place", "decoded first", "integers"}
+    assert 0 < ratios.pop("integers")[0] < 1
+    assert all(0.9 < least <= most < 4 for least, most in ratios.values()), ratios
 
 
 def test_predictions_of_other_kernels_are_their_slowest_limit():

@@ -1,6 +1,6 @@
 """What the compiler made of every kernel, read from its machine code; needs no GPU.
 
-    python -m fluxmoe.kernels.audit [--arch sm_80 sm_89 sm_90 sm_100] [--only NAME] [--json FILE] [--dump DIR]
+    python -m fluxmoe.kernels.audit [--arch sm_80 sm_89 sm_90 sm_100] [--only NAME …] [--json FILE] [--dump DIR]
 
 Calls each operation at the sizes of real models (the `audit_cases` of its module) where launches are compiled and not
 run, and reads from the machine code: registers, spilled bytes, shared memory, matrix instructions, width of the widest
@@ -269,7 +269,7 @@ class _Parser(argparse.ArgumentParser):
 def _run(argv: list[str] | None) -> int:
     parser = _Parser(prog="fluxmoe.kernels.audit", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    parser.add_argument("--only", default="", metavar="NAME", help="cases whose name contains NAME")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="cases whose name contains a NAME")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write a list of rows there, one a kernel")
     parser.add_argument("--dump", metavar="DIR", type=Path, help="write ttgir, ptx and sass of each kernel there")
     args = parser.parse_args(argv)
@@ -280,9 +280,10 @@ def _run(argv: list[str] | None) -> int:
             args.json.touch()
     except OSError as error:
         raise AuditError(f"{error.filename} cannot be written: {error.strerror}") from None
-    work = [(case.name, arch, args.dump) for arch in args.arch for case in cases_of(arch) if args.only in case.name]
+    wanted = lambda case: any(name in case.name for name in args.only)  # noqa: E731
+    work = [(case.name, arch, args.dump) for arch in args.arch for case in cases_of(arch) if wanted(case)]
     if not work:
-        raise AuditError(f"no case's name contains {args.only!r}")
+        raise AuditError(f"no case's name contains {' or '.join(map(repr, args.only))}")
     context = get_context("forkserver")
     context.set_forkserver_preload(["fluxmoe.kernels.launches"])  # torch and Triton are imported once for all
     with ProcessPoolExecutor(mp_context=context) as pool:

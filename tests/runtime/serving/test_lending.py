@@ -56,8 +56,15 @@ def check(engine) -> None:
     engine.scheduler.check_integrity()
 
 
-@pytest.mark.parametrize("expert_format", [None, "planar12"])
-@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+@pytest.mark.parametrize(
+    ("preemption", "expert_format"),
+    [
+        ("recompute", "planar12"),
+        ("swap", None),
+        pytest.param("recompute", None, marks=pytest.mark.thorough),
+        pytest.param("swap", "planar12", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_storm_of_requests(model_dir, expected, preemption, expert_format, monkeypatch):
     """They come, are aborted, and passes and reads fail: each has its own tokens or a prefix of them, and nobody is
     preempted or waits while the cache has more than works."""

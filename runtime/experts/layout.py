@@ -179,7 +179,8 @@ class ExpertLayout:
         return max((self._bytes(layer, tensor_type, self.stored, (tier,)) for layer in layers), default=0)
 
     def _bytes(self, layer: int, tensor_type: int, expert_format, tiers: tuple[Tier, ...] = tuple(Tier)) -> int:
-        return sum(self.stride(expert_format(tier), tensor_type) for _, tier in self.streamed(layer) if tier in tiers)
+        experts = {tier: len(self.placement.members(layer, tier)) for tier in tiers if self.streams(tier)}
+        return sum(count * self.stride(expert_format(tier), tensor_type) for tier, count in experts.items())
 
     def tier_bytes(self, tier: Tier) -> int:
         """Bytes of all experts of a tier."""

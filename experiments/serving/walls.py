@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -317,9 +317,11 @@ class Turns:
             left = f", about {self._left * each / 60:.0f} minutes left" if self._ran else ""
             print(f"round {number}, wall {setup.wall}: {provider} (at most {self._left} processes{left})", flush=True)
             self._ran += 1
-        found = answers(args, self._files, missing, start, bounds.model.vocab_size)
+        found: Iterable[tuple[int, dict[str, Any]]] = ()
         if known:
-            found = ((batch, {"status": "refused", "reason": known}) for batch in missing.batches)
+            found = [(batch, {"status": "refused", "reason": known}) for batch in missing.batches]
+        elif missing.jobs:
+            found = answers(args, self._files, missing, start, bounds.model.vocab_size)
         for batch, answer in found:
             sweep.measure(partial(row, answer, provider, setup, args, bounds), made, **points[batch])
         rows = [sweep.find(**point) for point in points.values()]

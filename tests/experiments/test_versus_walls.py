@@ -390,7 +390,7 @@ def run_walls(model_dir, tmp_path, monkeypatch):
     return run
 
 
-def test_all_engines_behind_walls_and_without(run_walls, tmp_path, capsys):
+def test_all_engines_behind_walls_and_without(run_walls, tmp_path, capsys, monkeypatch):
     argv = ("--vllm-python", sys.executable, "--walls", "none", "1400MB", "--prompt-tokens", "4", "--rounds", "1",
             "--placements", "packed")  # fmt: skip
     rows = run_walls(*argv)
@@ -413,7 +413,8 @@ def test_all_engines_behind_walls_and_without(run_walls, tmp_path, capsys):
     about = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert about["peers"] == {"llama.cpp": "0.0-stand-in", "vllm": "0.0-stand-in"}
     assert (tmp_path / "out" / "walls.png").stat().st_size > 5000
-    run_walls(*argv)  # all is there
+    monkeypatch.setattr(walls, "answers", lambda *asked: pytest.fail("all is there, and an engine was started"))
+    run_walls(*argv)
     assert "round" not in capsys.readouterr().out
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 # Before OpenMP starts: two workers of pytest whose threads spin while they wait take seven times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -20,6 +21,38 @@ if not torch.cuda.is_available():
 # The machine may be busy: how long an example takes says nothing. And a run says of a commit what the next one says.
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("same")
+
+
+# What comes first, by worker in turn. On a fresh clone the first of these compile kernels that many others use, and no two
+# the same at once; the others take long, so that no worker is left with them when the rest has ended.
+_FIRST = (
+    ("kernels/test_expert_ops.py", "kernels/test_audit.py", "experiments/test_gpu_suite.py", "test_notebooks.py"),
+    ("kernels/packing/", "kernels/cpu/", "experiments/test_versus_walls.py", "kernels/triton/test_delta_net.py"),
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Each worker is given one after another of as many equal parts of the tests as there are workers."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers == 1:
+        return
+    here = Path(__file__).parent
+    rest = {item: item.path.relative_to(here).as_posix() for item in items}
+    first: list[list[pytest.Item]] = [[] for _ in range(workers)]
+    for worker, wanted in enumerate(_FIRST):
+        for name in wanted:
+            found = [item for item, path in rest.items() if path.startswith(name)]
+            first[worker % workers] += found
+            for item in found:
+                del rest[item]
+    left, others = len(items), list(rest)
+    for worker, ordered in enumerate(first):
+        size = max(0, left // (workers - worker) - len(ordered))
+        ordered += others[:size]
+        del others[:size]
+        left -= len(ordered)
+    items[:] = [item for ordered in first for item in ordered] + others
 
 
 def pytest_collection_finish():

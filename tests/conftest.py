@@ -23,8 +23,8 @@ hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("same")
 
 
-# What comes first, by worker in turn. On a fresh clone the first of these compile kernels that many others use, and no two
-# the same at once; the others take long, so that no worker is left with them when the rest has ended.
+# What comes first, by worker in turn. On a fresh clone the first of these compile kernels that many others use, no two
+# the same at once; the others take long, and no worker is to be left with them when the rest has ended.
 _FIRST = (
     ("kernels/test_expert_ops.py", "kernels/test_audit.py", "experiments/test_gpu_suite.py", "test_notebooks.py"),
     ("kernels/packing/", "kernels/cpu/", "experiments/test_versus_walls.py", "kernels/triton/test_delta_net.py"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import shutil
 import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
@@ -59,8 +60,7 @@ def run(out: Path, *changes: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.fixture
-def ran(monkeypatch, tmp_path):
+def made_up(patch: pytest.MonkeyPatch) -> list[EngineConfig]:
     """Settings of each run that was made, which is made up."""
     made: list[EngineConfig] = []
 
@@ -69,11 +69,27 @@ def ran(monkeypatch, tmp_path):
         return {"tokens_per_s": 1.0, "peak_batch": 1, "kv_blocks": 1, "preemptions": 0, "stall_s": 0.0,
                 "transfer_s": 0.0, "tokens_sha256": "x"}  # fmt: skip
 
-    monkeypatch.setattr(memory_budget, "row", row)
-    monkeypatch.setattr(memory_budget, "plot_memory_budget", lambda out: out)
+    patch.setattr(memory_budget, "row", row)
+    patch.setattr(memory_budget, "plot_memory_budget", lambda out: out)
     # Here settings make other rows, whether or not they change anything in them.
-    monkeypatch.setattr(effects, "refuse_idle", lambda given, setups: None)
+    patch.setattr(effects, "refuse_idle", lambda given, setups: None)
     return made
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    return made_up(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder with the rows of BASE, and those rows."""
+    folder = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as patch:
+        made = made_up(patch)
+        rows = run(folder)
+    assert len(made) == 2
+    return folder, rows
 
 
 def test_every_setting_on_the_command_line_is_tried():
@@ -82,12 +98,12 @@ def test_every_setting_on_the_command_line_is_tried():
 
 
 @pytest.mark.parametrize("flag", CHANGES)
-def test_rows_made_under_another_setting_are_never_taken(flag, ran, tmp_path, capsys):
-    first = run(tmp_path)
-    assert len(ran) == 2
+def test_rows_made_under_another_setting_are_never_taken(flag, begun, ran, tmp_path, capsys):
+    before, first = begun
+    shutil.copytree(before, tmp_path, dirs_exist_ok=True)
     value = CHANGES[flag]
     second = run(tmp_path, flag, *([] if value is None else [value]))
-    assert len(ran) == 4, f"{flag} made no new rows"
+    assert len(ran) == 2, f"{flag} made no new rows"
     assert not {row["made"] for row in first} & {row["made"] for row in second}
     assert f"2 rows of {tmp_path} were made otherwise" in capsys.readouterr().out
     with (tmp_path / "old_points.csv").open() as file:

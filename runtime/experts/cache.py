@@ -242,10 +242,18 @@ class ExpertCache:
             if owner in pinned or not all(read.done() for read in pair):
                 continue
             del self._reads[place]
-            if any(read.exception() is not None for read in pair):
+            if any(read.cancelled() or read.exception() is not None for read in pair):
                 self._forget(owner, place)
             else:
                 self.read_bytes += sum(read.result() for read in pair)
+
+    def _give_up(self) -> None:
+        """After a read has failed: no other is left for a later pass to be told of. What has not begun does not."""
+        reads = [read for pair in self._reads.values() for read in pair]
+        for read in reads:
+            read.cancel()
+        wait(reads)
+        self._settle()
 
     def close(self) -> None:
         """Reads that have not begun are given up. Idempotent."""
@@ -271,7 +279,7 @@ class CachedExperts:
         while True:
             for future in come:
                 if (error := future.exception()) is not None:
-                    cache._settle()
+                    cache._give_up()
                     raise error
             yield mask
             if not pending:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,7 @@ def test_an_engine_goes_on_when_a_disk_that_failed_comes_back(model_dir, expecte
         def failing(*arguments, **keywords):
             calls.append(1)
             if broken and len(calls) > 9:
+                time.sleep(0.02 * (len(calls) - 10))  # so that others are under way when one has failed
                 raise StoreError("the disk is gone")
             return read(*arguments, **keywords)
 

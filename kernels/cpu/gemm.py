@@ -191,9 +191,10 @@ def use_threads(threads: int | None = None) -> int:
 
 class Scratch:
     """What parallel kernels of one engine share: a work counter, a table of row addresses, a thread count, and room for
-    rows that are rounded to bf16, up to `depth` wide, where kernels take those."""
+    rows that are rounded to bf16, up to `depth` wide, where kernels take those. None of them can run without."""
 
     def __init__(self, max_rows: int, threads: int, depth: int = 0, dtype: torch.dtype = torch.bfloat16) -> None:
+        gemm_panels.link()
         # A cache line to itself: every thread hits the counter.
         self.counter = np.zeros(16, dtype=np.int64)
         self.row_table = np.zeros(max(1, max_rows), dtype=np.int64)

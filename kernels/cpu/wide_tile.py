@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..numba_cache import cached_njit
+from ..numba_cache import Linked, cached_njit
 from .planar_tile import PAIR_BYTES, make_widen, panel_at, planar_panel
 from .simd import (
     F32,
@@ -151,7 +151,7 @@ def _wide(block, planar, panel, panels, x_rows, rows, depth, y, y_step, y_stride
             first = last
 
 
-@cached_njit(nogil=True)
+@Linked.of(types.void(*[types.int64] * 13))
 def gemm_panels(block, planar, panel, count, panels, kind, x_rows, rows, depth, room, y, y_step, y_stride):
     """All `rows` rows against `count` panels from `panel` on, of a block of `panels`, whatever its format.
 

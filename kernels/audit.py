@@ -280,8 +280,12 @@ def _run(argv: list[str] | None) -> int:
             args.json.touch()
     except OSError as error:
         raise AuditError(f"{error.filename} cannot be written: {error.strerror}") from None
-    wanted = lambda case: any(name in case.name for name in args.only)  # noqa: E731
-    work = [(case.name, arch, args.dump) for arch in args.arch for case in cases_of(arch) if wanted(case)]
+    work = [
+        (case.name, arch, args.dump)
+        for arch in args.arch
+        for case in cases_of(arch)
+        if any(name in case.name for name in args.only)
+    ]
     if not work:
         raise AuditError(f"no case's name contains {' or '.join(map(repr, args.only))}")
     context = get_context("forkserver")

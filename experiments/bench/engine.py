@@ -5,8 +5,7 @@
 A row is one placement at one number of sequences, all of equal length, after a run that compiles kernels and captures
 graphs: tokens/s in all and of decode steps alone, bytes streamed and waited for, and what the device lost from before
 the engine was opened to after it served (torch.cuda.mem_get_info) beside what the ledger says. Tokens are compared by
-bench tests; here their digest is written. Of long prompts and one token
-of output it says what whole prefills take.
+bench tests; here their digest is written. Of long prompts and one token of output it says what whole prefills take.
 """
 
 from __future__ import annotations
